@@ -1,0 +1,29 @@
+"""Settings of every test run: hypothesis profiles, the device, and one thread a worker."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("dev", max_examples=10, deadline=None)
+hypothesis.settings.register_profile("ci", max_examples=30, derandomize=True, deadline=None, print_blob=True, database=None)
+hypothesis.settings.register_profile("nightly", max_examples=500, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="the torch device that device-agnostic tests run on (default: cpu)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device that was asked for; the whole run fails where it is not there."""
+    chosen = torch.device(request.config.getoption("--device"))
+    torch.empty(0, device=chosen)
+    return chosen

@@ -1,0 +1,146 @@
+"""Checks that the learner makes of a cell, a step and a loss, each before any state changes."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rtrl import _rows, _tree
+from rtrl.cells.protocol import Sparsity, call_cell
+from rtrl.errors import CellError, LossError, NonFiniteError, SparsityError
+
+
+class _NoRandomness(TorchDispatchMode):
+    """Refuses every operation that draws random numbers."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise CellError(
+                f"the cell draws random numbers in its forward ({func}); a step could not be run again as it was. Draw them outside and "
+                "pass them in x, or call cell.eval() if they come from dropout"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def check_purity(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) -> None:
+    """Run the cell once on copies; refuse it if it draws random numbers or changes its input, state or buffers.
+
+    Raises:
+        CellError: naming what it did.
+    """
+    x, h = _tree.map_tensors(torch.clone, x), h.clone()
+    watched = {"x": _tree.tensors(x), "the state h": [h], "a buffer of its own": list(cell.buffers())}
+    watched["a parameter of its own"] = list(cell.parameters())
+    before = {what: [t._version for t in tensors] for what, tensors in watched.items()}
+    saved = [(b, b.clone()) for b in cell.buffers()]
+    with _NoRandomness():
+        call_cell(cell, x, h, replay)
+    for what, tensors in watched.items():
+        if [t._version for t in tensors] != before[what]:
+            for buffer, value in saved:
+                buffer.copy_(value)
+            raise CellError(f"the cell changes {what} in place; a cell must be a pure function of (x, h, parameters)")
+
+
+def check_finite(what: str, value: Tensor, step: int) -> None:
+    """Refuse NaN and infinity, naming the step, the place and the first sample.
+
+    Raises:
+        NonFiniteError: with the step's number.
+    """
+    if value.is_floating_point():
+        good = torch.isfinite(value)
+        if not bool(good.all()):
+            where = tuple((~good).nonzero()[0].tolist())
+            raise NonFiniteError(f"NaN or infinity in {what} at step {step}, first at index {where}")
+
+
+def check_output(y: Any, h: Tensor, h_next: Tensor, step: int) -> None:
+    """Refuse a step whose state changed its form, or whose y is not per sample.
+
+    Raises:
+        CellError, NonFiniteError.
+    """
+    if h_next.shape != h.shape or h_next.dtype != h.dtype or h_next.device != h.device:
+        raise CellError(
+            f"step {step}: the cell turned a state {tuple(h.shape)} {h.dtype} {h.device} into "
+            f"{tuple(h_next.shape)} {h_next.dtype} {h_next.device}; a state must keep its shape, dtype and device"
+        )
+    for leaf in _tree.tensors(y):
+        if leaf.ndim == 0 or leaf.shape[0] != h.shape[0]:
+            raise CellError(
+                f"step {step}: each tensor of y must have the batch of {h.shape[0]} as dimension 0, got shape {tuple(leaf.shape)}; "
+                "return per-sample values and reduce them in the loss"
+            )
+        check_finite("y", leaf, step)
+    check_finite("the next state", h_next, step)
+
+
+def check_copied(h: Tensor, h_next: Tensor, writes: Tensor | None, step: int) -> None:
+    """Refuse a step that changed a row it did not declare as written.
+
+    Raises:
+        SparsityError: with the step, sample and row.
+    """
+    if writes is None:
+        return
+    changed = (h != h_next).reshape(*h.shape[:2], -1).any(dim=2) & ~_rows.mask(writes, h.shape[1])
+    if bool(changed.any()):
+        sample, row = (int(i) for i in changed.nonzero()[0])
+        raise SparsityError(
+            f"step {step}: row {row} of the state of sample {sample} changed, but is not declared as written "
+            "(a row that decays is written, too)"
+        )
+
+
+def reached_leaves(loss: Tensor) -> set[int]:
+    """The ids of all leaves that a backward pass from ``loss`` would reach."""
+    if loss.grad_fn is None:
+        return {id(loss)}
+    found, seen, stack = set(), set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return found
+
+
+def check_loss(loss: Any, outputs: list[Tensor], given: list["weakref.ref[Tensor]"], step: int) -> None:
+    """Refuse what is no loss of the newest step.
+
+    Raises:
+        LossError: not a scalar tensor with a graph, not dependent on this step's y, or given before. NonFiniteError.
+    """
+    if not isinstance(loss, Tensor):
+        raise LossError(f"a loss must be a tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise LossError(f"a loss must be a scalar, got shape {tuple(loss.shape)}; reduce it with .sum() or .mean()")
+    if not outputs:
+        raise LossError("there is no step that can take a loss: call step() first, and give its losses before sync(), reset() or influence()")
+    if loss.device != outputs[0].device:
+        raise LossError(f"the loss is on {loss.device}, y on {outputs[0].device}")
+    if any(ref() is loss for ref in given):
+        raise LossError(f"this loss was already given at step {step}; compute it anew if it is to count twice")
+    if not loss.requires_grad or not reached_leaves(loss) & {id(leaf) for leaf in outputs}:
+        raise LossError(
+            f"the loss does not depend on the y of step {step}; compute it from what the last step() returned, without detaching it"
+        )
+    check_finite("the loss", loss.detach(), step)
+
+
+def refuse_when_closed(leaf: Tensor, step: int, closed: Callable[[int], bool]) -> None:
+    """Make a backward pass into ``leaf`` fail once the block of its step has closed, where it would be lost in silence."""
+
+    def hook(gradient: Tensor) -> None:
+        if closed(step):
+            raise LossError(f"a loss reaches the y of step {step}, whose block has closed; give losses before the block closes")
+
+    leaf.register_hook(hook)

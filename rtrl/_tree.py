@@ -1,0 +1,41 @@
+"""Trees of tensors (tuples, named tuples, dicts, lists), handled leaf by leaf."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def leaves(tree: Any) -> list[Any]:
+    """The leaves of a tree, in a fixed order."""
+    return pytree.tree_leaves(tree)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors among the leaves of a tree."""
+    return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Apply ``function`` to every tensor of a tree; other leaves pass through."""
+    return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def signature(tree: Any) -> tuple[Any, ...]:
+    """What two trees must share to be joined along their batch dimension: structure, shapes and dtypes of the rest."""
+    flat, spec = pytree.tree_flatten(tree)
+    return (str(spec), *((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in flat))
+
+
+def concatenate(trees: Sequence[Any]) -> Any:
+    """Join trees of one signature along dimension 0 of every tensor."""
+    flats, specs = zip(*(pytree.tree_flatten(tree) for tree in trees), strict=True)
+    joined = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*flats, strict=True)]
+    return pytree.tree_unflatten(joined, specs[0])
+
+
+def n_bytes(tree: Any) -> int:
+    """Bytes of all tensors of a tree."""
+    return sum(t.numel() * t.element_size() for t in tensors(tree))

@@ -1,0 +1,17 @@
+"""Cells: the protocol, the recurrent mixture of experts, and ways to make cells of other modules."""
+
+from rtrl.cells.grouped import grouped_linear
+from rtrl.cells.moe import RecurrentMoE
+from rtrl.cells.protocol import Cell, Sparsity
+from rtrl.cells.routing import MoEOutput, RouterStatistics, load_balancing_loss, router_statistics
+
+__all__ = [
+    "Cell",
+    "MoEOutput",
+    "RecurrentMoE",
+    "RouterStatistics",
+    "Sparsity",
+    "grouped_linear",
+    "load_balancing_loss",
+    "router_statistics",
+]

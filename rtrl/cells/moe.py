@@ -1,0 +1,247 @@
+"""A recurrent mixture of experts that reads and writes few slots of its state (its equations: ``docs/cell.md``)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rtrl.cells.grouped import grouped_linear
+from rtrl.cells.protocol import Sparsity, check_indices
+from rtrl.cells.routing import MoEOutput, top
+from rtrl.errors import ConfigError, ShapeError, SparsityError
+
+_EXPERT_SLICED = ("expert_up", "expert_up_bias", "expert_down", "expert_down_bias")
+
+
+def _rms(v: Tensor) -> Tensor:
+    return v * torch.rsqrt(v.square().mean(dim=-1, keepdim=True) + 1e-6)
+
+
+class RecurrentMoE(nn.Module):
+    """One recurrent step over a few slots and a few experts, chosen per sample.
+
+    Equation: ``docs/cell.md``: read → mixed attention → feed-forward → routed experts → gated write → output head.
+
+    Args:
+        d_in, d_out, d_model: widths of the input, the output and a slot; ``d_model`` divisible by ``n_heads``.
+        n_slots: rows of the state (B, n_slots, d_model).
+        n_experts, topk: how many experts there are, and how many each sample uses a step.
+        n_heads: attention heads.
+        read_slots, write_slots: how many slots a sample reads, and how many of those it writes.
+        expert_hidden, ffn_hidden: hidden widths; ``2 · d_model`` by default.
+        router_output: return ``MoEOutput(output, router_logits, experts)`` as y, so that a loss may balance the experts. Every row of
+            the router is then active at every step.
+        generator: source of the initial weights; the same generator state gives the same weights on the same device.
+        device, dtype: of the parameters.
+
+    Shapes: ``forward(x, h)`` takes x (B, n, d_in) or (B, d_in) and h (B, n_slots, d_model); returns ``(y, h_next, Sparsity)`` with y (B, d_out).
+
+    Raises:
+        ConfigError: a size is not positive, or one exceeds what it is taken from.
+        ShapeError: x or h has another shape than above.
+        SparsityError: a replayed choice is malformed, or writes a slot that is not read.
+
+    Cost a sample and step, in multiply-adds: about ``r·d·(4·d + 2·ffn) + n·2·d² + topk·r·2·d·expert_hidden + 3·d²``, r = read_slots.
+
+    Source: the sparse reads follow "softmax over the selected only" (Shazeer et al. 2017, "Outrageously Large Neural Networks", eq. 3–5).
+
+    >>> import torch
+    >>> cell = RecurrentMoE(3, 2, d_model=8, n_slots=4, n_experts=4, topk=2, generator=torch.Generator().manual_seed(0))
+    >>> y, h, sparsity = cell(torch.ones(5, 3), cell.init_state(5))
+    >>> y.shape, h.shape, sparsity.writes.shape
+    (torch.Size([5, 2]), torch.Size([5, 4, 8]), torch.Size([5, 2]))
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        d_model: int,
+        n_slots: int,
+        n_experts: int,
+        topk: int,
+        n_heads: int = 2,
+        read_slots: int = 2,
+        write_slots: int = 2,
+        expert_hidden: int | None = None,
+        ffn_hidden: int | None = None,
+        *,
+        router_output: bool = False,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        expert_hidden = 2 * d_model if expert_hidden is None else expert_hidden
+        ffn_hidden = 2 * d_model if ffn_hidden is None else ffn_hidden
+        sizes = {
+            "d_in": d_in,
+            "d_out": d_out,
+            "d_model": d_model,
+            "n_slots": n_slots,
+            "n_experts": n_experts,
+            "topk": topk,
+            "n_heads": n_heads,
+            "read_slots": read_slots,
+            "write_slots": write_slots,
+            "expert_hidden": expert_hidden,
+            "ffn_hidden": ffn_hidden,
+        }
+        for name, size in sizes.items():
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {size!r}")
+        if topk > n_experts:
+            raise ConfigError(f"topk ({topk}) cannot exceed n_experts ({n_experts})")
+        if not write_slots <= read_slots <= n_slots:
+            raise ConfigError(
+                f"need write_slots ≤ read_slots ≤ n_slots, got {write_slots}, {read_slots}, {n_slots}: only slots read are written"
+            )
+        if d_model % n_heads:
+            raise ConfigError(f"d_model ({d_model}) must be divisible by n_heads ({n_heads})")
+
+        self.d_in, self.d_out, self.d_model, self.n_slots = d_in, d_out, d_model, n_slots
+        self.n_experts, self.topk, self.n_heads = n_experts, topk, n_heads
+        self.read_slots, self.write_slots = read_slots, write_slots
+        self.router_output = router_output
+
+        def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
+
+        def stacked(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        self.embed = linear(d_in, d_model, bias=True)
+        self.slot_embedding = stacked(n_slots, d_model)
+        self.read_query = linear(d_model, d_model)
+        self.query, self.key, self.value, self.mix = (linear(d_model, d_model) for _ in range(4))
+        self.up, self.down = linear(d_model, ffn_hidden, bias=True), linear(ffn_hidden, d_model, bias=True)
+        self.router = linear(d_model, n_experts)
+        self.expert_up, self.expert_up_bias = stacked(n_experts, expert_hidden, d_model), stacked(n_experts, expert_hidden)
+        self.expert_down, self.expert_down_bias = stacked(n_experts, d_model, expert_hidden), stacked(n_experts, d_model)
+        self.write_score = linear(d_model, 1)
+        self.candidate, self.gate = linear(d_model, d_model, bias=True), linear(d_model, d_model, bias=True)
+        self.out_query, self.out_key, self.out_value, self.out_mix = (linear(d_model, d_model) for _ in range(4))
+        self.head = linear(d_model, d_out, bias=True)
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew: normal with variance 1 / fan-in, slots with standard deviation 1/2, biases zero."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith("bias"):
+                    parameter.zero_()
+                else:
+                    std = 0.5 if name == "slot_embedding" else 1 / math.sqrt(parameter.shape[-1])
+                    parameter.normal_(0.0, std, generator=generator)
+
+    def init_state(self, batch_size: int) -> Tensor:
+        """The first state: zeros of shape (batch_size, n_slots, d_model)."""
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"batch_size must be a positive integer, got {batch_size!r}")
+        return self.slot_embedding.new_zeros(batch_size, self.n_slots, self.d_model)
+
+    def choices(self, reads: Tensor, writes: Tensor, experts: Tensor) -> Sparsity:
+        """The ``Sparsity`` of a step that reads, writes and uses these; as ``replay`` it lays the choices down.
+
+        Args:
+            reads: LongTensor (B, r), r ≥ 1. writes: LongTensor (B, w), each also in ``reads``. experts: LongTensor (B, k), k ≥ 1.
+        """
+        active = dict.fromkeys(_EXPERT_SLICED, experts)
+        if not self.router_output:
+            active["router.weight"] = experts
+        return Sparsity(reads=reads, writes=writes, active={**active, "slot_embedding": reads})
+
+    def forward(self, x: Tensor, h: Tensor, replay: Sparsity | None = None) -> tuple[Tensor | MoEOutput, Tensor, Sparsity]:
+        """One step; see the class docstring for shapes and errors."""
+        tokens = self._check(x, h, replay)
+        u = self.embed(tokens)
+
+        reads = replay.reads if replay is not None and replay.reads is not None else None
+        query = self.read_query(u.mean(dim=1))
+        if reads is None:
+            with torch.no_grad():  # the choice itself carries no gradient
+                reads = top(torch.einsum("bd,bnd->bn", query, h + self.slot_embedding), self.read_slots)
+        old = _rows(h, reads)
+        labels = F.embedding(reads, self.slot_embedding)
+        labelled = old + labels
+        scores = torch.einsum("bd,brd->br", query, labelled) / math.sqrt(self.d_model)
+        z = reads.shape[1] * scores.softmax(dim=-1).unsqueeze(-1) * labelled
+
+        a = _rms(z)
+        context = torch.cat([a, _rms(u)], dim=1)
+        z = z + self.mix(self._attend(self.query(a), self.key(context), self.value(context)))
+        z = z + self.down(F.silu(self.up(_rms(z))))
+
+        logits = self.router(_rms(z.mean(dim=1)))
+        experts = replay.active["expert_up"] if replay is not None else top(logits, self.topk)
+        share = logits.gather(1, experts).softmax(dim=-1)
+        hidden = F.silu(grouped_linear(_rms(z).unsqueeze(1), self.expert_up, self.expert_up_bias, experts))
+        mixture = grouped_linear(hidden, self.expert_down, self.expert_down_bias, experts)
+        z = z + (share[:, :, None, None] * mixture).sum(dim=1)
+
+        normed = _rms(z)
+        write_scores = self.write_score(normed)
+        if replay is not None and replay.writes is not None:
+            writes = replay.writes
+            place = (reads.unsqueeze(1) == writes.unsqueeze(2)).int().argmax(dim=2)
+        else:
+            place = top(write_scores.squeeze(-1), self.write_slots)
+            writes = reads.gather(1, place)
+        source = _rows(normed, place)
+        gate = torch.sigmoid(self.gate(source) + _rows(write_scores, place))
+        before = _rows(old, place)
+        written = before + gate * (torch.tanh(self.candidate(source)) - before)
+        h_next = h.scatter(1, writes.unsqueeze(-1).expand_as(written), written)
+
+        memory = _rms(old.scatter(1, place.unsqueeze(-1).expand_as(written), written) + labels)
+        pooled = z.mean(dim=1, keepdim=True)
+        read_out = self._attend(self.out_query(_rms(pooled)), self.out_key(memory), self.out_value(memory))
+        output = self.head(_rms(pooled + self.out_mix(read_out)).squeeze(1))
+        y = MoEOutput(output, logits, experts) if self.router_output else output
+        return y, h_next, self.choices(reads, writes, experts)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (query, key, value))
+        weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        return (weights @ v).transpose(1, 2).flatten(-2)
+
+    def _check(self, x: Tensor, h: Tensor, replay: Sparsity | None) -> Tensor:
+        if x.ndim not in (2, 3) or x.shape[-1] != self.d_in or 0 in x.shape:
+            raise ShapeError(f"x must have shape (B, {self.d_in}) or (B, n, {self.d_in}) with n ≥ 1, got {tuple(x.shape)}")
+        if tuple(h.shape) != (x.shape[0], self.n_slots, self.d_model):
+            raise ShapeError(f"h must have shape {(x.shape[0], self.n_slots, self.d_model)}, got {tuple(h.shape)}")
+        for what, tensor in (("x", x), ("h", h)):
+            if tensor.dtype != self.slot_embedding.dtype or tensor.device != self.slot_embedding.device:
+                raise ShapeError(
+                    f"{what} is {tensor.dtype} on {tensor.device}, the parameters are {self.slot_embedding.dtype} "
+                    f"on {self.slot_embedding.device}; convert {what}"
+                )
+        if replay is not None:
+            self._check_replay(replay, h)
+        return x.unsqueeze(1) if x.ndim == 2 else x
+
+    def _check_replay(self, replay: Sparsity, h: Tensor) -> None:
+        experts = replay.active.get("expert_up")
+        if replay.reads is None or replay.writes is None or experts is None:
+            raise SparsityError("replay must give reads, writes and active['expert_up']; build it with cell.choices(...)")
+        if replay.reads.shape[-1] == 0 or experts.shape[-1] == 0:
+            raise SparsityError("replay must read at least one slot and use at least one expert")
+        if torch._C._functorch.is_batchedtensor(replay.reads):
+            return  # values cannot be looked at under vmap; whoever replays there has checked them before
+        check_indices("replay.reads", replay.reads, h.shape[0], self.n_slots, h.device)
+        check_indices("replay.writes", replay.writes, h.shape[0], self.n_slots, h.device)
+        check_indices("replay.active['expert_up']", experts, h.shape[0], self.n_experts, h.device)
+        if not bool((replay.writes.unsqueeze(2) == replay.reads.unsqueeze(1)).any(dim=2).all()):
+            raise SparsityError("replay writes a slot that it does not read; only slots read are written")
+
+    def extra_repr(self) -> str:
+        return (
+            f"d_in={self.d_in}, d_out={self.d_out}, d_model={self.d_model}, n_slots={self.n_slots}, n_experts={self.n_experts}, "
+            f"topk={self.topk}, n_heads={self.n_heads}, read_slots={self.read_slots}, write_slots={self.write_slots}"
+        )
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """``out[b, j] = values[b, index[b, j]]``."""
+    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

@@ -1,0 +1,132 @@
+"""The last blocks as transitions: what sleeping slices will be moved by, and what they are owed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtrl.segment_tree import CircularSegmentTree
+from rtrl.transition import Transition, compose, identity
+
+
+class _Store:
+    """Fixed memory for the nodes of a tree, so that what is held does not depend on which rows happen to be written.
+
+    Args:
+        capacity: of the tree. rows, cols: what one leaf has at most. n, width, batch_size: of the state. like: dtype and device.
+    """
+
+    def __init__(self, capacity: int, rows: int, cols: int, n: int, width: int, batch_size: int, like: Tensor) -> None:
+        self._memory: dict[int, list[Tensor]] = {}
+        self._like = like
+        stack = [(0, 0, capacity)]
+        while stack:
+            node, low, high = stack.pop()
+            u, c = (min(n, (high - low) * most) for most in (rows, cols))
+            sizes = (u * width * c * width, c * width, u, c)
+            self._memory[node] = [self._allocate(batch_size * size, index=i >= 2) for i, size in enumerate(sizes)]
+            if high - low > 1:
+                middle = (low + high) // 2
+                stack += [(node + 1, low, middle), (node + 2 * (middle - low), middle, high)]
+
+    def _allocate(self, size: int, index: bool) -> Tensor:
+        return torch.zeros(size, dtype=torch.int64 if index else self._like.dtype, device=self._like.device)
+
+    def __call__(self, node: int, span: int, value: Transition) -> Transition:
+        parts = (value.jacobian, value.adjoint, value.rows, value.cols)
+        kept: list[Tensor | None] = []
+        for i, part in enumerate(parts):
+            if part is None:
+                kept.append(None)
+                continue
+            if part.numel() > self._memory[node][i].numel():  # a step declared more rows than the first one did
+                self._memory[node][i] = self._allocate(part.numel(), index=i >= 2)
+            kept.append(self._memory[node][i][: part.numel()].view(part.shape).copy_(part))
+        jacobian, adjoint, rows, cols = kept
+        return Transition(rows, cols, jacobian, adjoint, value.n, value.width)  # type: ignore[arg-type]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for memory in self._memory.values() for t in memory)
+
+
+class History:
+    """The transitions of the last blocks, numbered from 0, in a circular segment tree with memory of fixed size.
+
+    Args:
+        capacity: how many blocks are held.
+        rows, cols: how many rows of the state one block writes, and writes or reads, at most.
+        state: (B, n, ...), for shape, dtype and device.
+        start: number of the first block.
+
+    Cost: bytes, reserved at once: over all ``2·capacity − 1`` nodes, ``B·u·c·width²`` numbers, u and c the rows and columns that a node can have.
+    """
+
+    def __init__(self, capacity: int, rows: int, cols: int, state: Tensor, start: int = 0) -> None:
+        size, n = state.shape[:2]
+        width = state[0, 0].numel()
+        self.capacity, self._bounds = capacity, (rows, cols)
+        self._store = _Store(capacity, rows, cols, n, width, size, state)
+        self._tree = CircularSegmentTree(capacity, compose, identity(size, n, width, state), start=start, keep=self._store)
+        self._functionals: dict[tuple[int, int, int], Tensor] = {}
+
+    @property
+    def now(self) -> int:
+        """How many blocks have been appended since the beginning."""
+        return self._tree.stop
+
+    @property
+    def expiring(self) -> int | None:
+        """The time whose block the next ``append`` overwrites; influences with that clock must be caught up first."""
+        return self._tree.oldest if len(self._tree) == self.capacity else None
+
+    def append(self, block: Transition) -> None:
+        """Add the newest block."""
+        self._functionals.clear()
+        self._tree.append(block)
+
+    def cover(self, start: int, stop: int) -> list[Transition]:
+        """Transitions, earliest first, that together lead from time ``start`` to ``stop``, the cheapest to apply."""
+        return self._tree.cover(start, stop, cost=lambda block: block.apply_macs)
+
+    def owed(self, start: int, paid: int) -> Tensor:
+        """The row functional w (B, H) with ``w S_start`` = what an influence with clock ``start`` is owed for the blocks from ``paid`` to now.
+
+        Equation: ``w = v_{paid→now} Φ_{start→paid}``.
+        """
+        key = (start, paid, self.now)
+        if key not in self._functionals:
+            functional: Tensor | None = None
+            for block in reversed(self._tree.cover(paid, self.now)):
+                functional = block.pull(functional)
+            if functional is None:
+                functional = self._zero()
+            for block in reversed(self._tree.cover(start, paid)):
+                functional = block.pull(functional, earn=False)
+            self._functionals[key] = functional
+        return self._functionals[key]
+
+    def _zero(self) -> Tensor:
+        none: Transition = self._tree.query(self.now, self.now)
+        return none.adjoint.new_zeros(none.jacobian.shape[0], none.n * none.width)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes held: the reserved memory of all nodes, and remembered functionals."""
+        return self._store.n_bytes
+
+    def state_dict(self) -> dict[str, Any]:
+        """The blocks held, oldest first; inner nodes are computed again when they are needed."""
+        leaves = [(b.rows, b.cols, b.jacobian, b.adjoint) for _, b in self._tree.leaves()]
+        clones = [[None if t is None else t.clone() for t in leaf] for leaf in leaves]
+        return {"capacity": self.capacity, "bounds": list(self._bounds), "start": self._tree.oldest, "blocks": clones}
+
+    @classmethod
+    def from_state_dict(cls, saved: dict[str, Any], state: Tensor) -> "History":
+        """The history that ``state_dict`` described, for a state of the same shape."""
+        history = cls(saved["capacity"], *saved["bounds"], state, start=saved["start"])
+        n, width = state.shape[1], state[0, 0].numel()
+        for rows, cols, jacobian, adjoint in saved["blocks"]:
+            rows, cols = (None if t is None else t.to(state.device) for t in (rows, cols))
+            history.append(Transition(rows, cols, jacobian.to(state), adjoint.to(state), n, width))
+        return history

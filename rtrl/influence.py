@@ -1,0 +1,149 @@
+"""The influence, kept parameter by parameter and slice by slice, each slice with a clock of its own.
+
+A slice (of one parameter, for one sample) that has never been active has no influence and takes no memory.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtrl.errors import ConfigError
+from rtrl.transition import Transition
+
+
+class ParameterInfluence:
+    """``∂h/∂θ`` for one parameter, as rows (H, p): one for each (sample, slice) that has ever been active since its last reset.
+
+    Args:
+        shape: the parameter's shape. sliced: keep one row a slice of its first dimension; else one row holds the whole parameter.
+        batch_size, state_size: B and H.
+        like: a tensor of the dtype and device to use.
+
+    Attributes:
+        values: (R, H, p). sample, slice: LongTensors (R,) on the same device.
+        clock: LongTensor (R,) on the CPU: ``values[r]`` is the influence on the state at this time.
+    """
+
+    def __init__(self, shape: torch.Size, sliced: bool, batch_size: int, state_size: int, like: Tensor) -> None:
+        self.shape, self.sliced = shape, sliced
+        self.slices = shape[0] if sliced else 1
+        self.batch_size = batch_size
+        self.values = torch.empty(0, state_size, shape.numel() // max(self.slices, 1), dtype=like.dtype, device=like.device)
+        self.sample = torch.empty(0, dtype=torch.int64, device=like.device)
+        self.slice = torch.empty_like(self.sample)
+        self.clock = torch.empty(0, dtype=torch.int64)
+        self._row = torch.full((batch_size * self.slices,), -1, dtype=torch.int64)  # key → row
+
+    def claim(self, keys: Tensor, now: int) -> Tensor:
+        """The rows (on the CPU) of the keys ``sample · slices + slice``; those that are new begin at zero with their clock at ``now``."""
+        wanted = keys.cpu()
+        new = wanted[self._row[wanted] < 0]
+        if new.numel():
+            free = self._free()[: new.numel()]
+            grow = new.numel() - free.numel()
+            rows = torch.cat([free, torch.arange(grow) + self.values.shape[0]])
+            if grow:
+                self.values = torch.cat([self.values, self.values.new_zeros(grow, *self.values.shape[1:])])
+                self.sample = torch.cat([self.sample, self.sample.new_full((grow,), -1)])
+                self.slice = torch.cat([self.slice, self.slice.new_full((grow,), -1)])
+                self.clock = torch.cat([self.clock, self.clock.new_full((grow,), now)])
+            there = rows.to(self.values.device)
+            self.values[there] = 0.0
+            self.sample[there] = (new // self.slices).to(there.device)
+            self.slice[there] = (new % self.slices).to(there.device)
+            self.clock[rows] = now
+            self._row[new] = rows
+        return self._row[wanted]
+
+    def held(self) -> Tensor:
+        """The rows in use, ascending, on the CPU."""
+        return self._row[self._row >= 0].sort().values
+
+    def drop(self, samples: Tensor) -> None:
+        """Forget all influence on these samples (Boolean (B,), CPU); their rows are reused by slices that become active later."""
+        gone = samples.repeat_interleave(self.slices) & (self._row >= 0)
+        rows = self._row[gone].to(self.values.device)
+        self.sample[rows] = -1
+        self.slice[rows] = -1
+        self._row[gone] = -1
+
+    def dense(self) -> Tensor:
+        """The influence written out, (B, H, P); the caller has brought every row up to date."""
+        size, full = self.batch_size, self.values.shape[1]
+        out = self.values.new_zeros(size, self.slices, full, self.values.shape[2])
+        rows = self.held().to(self.values.device)
+        out[self.sample[rows], self.slice[rows]] = self.values[rows]
+        return out.transpose(1, 2).reshape(size, full, -1)
+
+    def earn(self, rows: Tensor, functional: Tensor, gradient: Tensor) -> None:
+        """Add ``Σ_r functional[sample_r] @ S_r`` to a gradient of the parameter's shape, in place; functional is (B, H)."""
+        whole = rows.numel() == self.values.shape[0]
+        here = slice(None) if whole else rows.to(self.values.device)
+        owed = torch.bmm(functional[self.sample[here]].unsqueeze(1), self.values[here]).squeeze(1)
+        gradient.view(self.slices, -1).index_add_(0, self.slice[here], owed)
+
+    def move(self, rows: Tensor, blocks: Sequence[Transition]) -> None:
+        """Apply transitions, earliest first, to these rows: ``S ← Φ_k … Φ_1 S``. Cost: the sum of their ``apply_macs`` times R·p."""
+        if not blocks or not rows.numel():
+            return
+        whole = not self.sliced and rows.numel() == self.batch_size  # then row b belongs to sample b
+        here = rows.to(self.values.device)
+        sample = None if whole else self.sample[here]
+        moved = self.values if whole else self.values[here]
+        for block in blocks:
+            moved = block.apply(moved, sample)
+        if whole:
+            self.values = moved
+        else:
+            self.values[here] = moved
+
+    def add(self, rows: Tensor, block: Transition, born: Tensor) -> None:
+        """``S += born`` on the state rows that ``block`` writes; born is (R, u·width, p)."""
+        whole = not self.sliced and rows.numel() == self.batch_size
+        if block.rows is None:
+            if whole:
+                self.values.add_(born)
+            else:
+                self.values.index_add_(0, rows.to(self.values.device), born)
+            return
+        here = rows.to(self.values.device)
+        state_rows = block.rows[self.sample[here]]
+        slots = self.values.unflatten(1, (block.n, block.width))
+        slots[here[:, None], state_rows] += born.unflatten(1, (-1, block.width))
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes held, free rows and bookkeeping included."""
+        return sum(t.numel() * t.element_size() for t in (self.values, self.sample, self.slice, self.clock, self._row))
+
+    def _free(self) -> Tensor:
+        return (self.sample < 0).nonzero().flatten().cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is held, as tensors and numbers."""
+        return {
+            "sliced": self.sliced,
+            "values": self.values.clone(),
+            "sample": self.sample.clone(),
+            "slice": self.slice.clone(),
+            "clock": self.clock.clone(),
+            "row": self._row.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` gave.
+
+        Raises:
+            ConfigError: it was taken of another parameter shape, state or batch.
+        """
+        if state["values"].shape[1:] != self.values.shape[1:] or state["row"].shape != self._row.shape:
+            raise ConfigError(
+                f"the saved influence has rows of shape {tuple(state['values'].shape[1:])} for {state['row'].numel()} slices, "
+                f"this learner needs {tuple(self.values.shape[1:])} for {self._row.numel()}"
+            )
+        device, dtype = self.values.device, self.values.dtype
+        self.values = state["values"].to(device, dtype, copy=True)
+        self.sample, self.slice = (state[k].to(device, copy=True) for k in ("sample", "slice"))
+        self.clock, self._row = state["clock"].cpu().clone(), state["row"].cpu().clone()

@@ -1,0 +1,482 @@
+"""Exact RTRL in blocks of steps, with sleeping slices caught up lazily."""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rtrl import _guard, _tree
+from rtrl.block import BlockResult, close_block
+from rtrl.cells.protocol import Sparsity, call_cell, check_input, check_sparsity, takes_replay
+from rtrl.errors import ConfigError, LossError, NonFiniteError, ParameterChangedError, ShapeError
+from rtrl.history import History
+from rtrl.influence import ParameterInfluence
+from rtrl.linearize import Linearizer, Step
+
+
+class BlockRTRL:
+    """Exact gradients of a recurrent cell, carried forward in memory that does not grow with the number of steps.
+
+    Equation, over blocks of steps: ``S ← Φ S + Σ_τ C_τ B_τ`` and ``dL/dθ = Σ_blocks ( v S + what the block earns inside )``, where S is the influence
+    ``∂h/∂θ`` at the block's start, ``Φ`` the product of its dynamics Jacobians, ``C_τ`` its suffix products and v its adjoint. ``block=1`` is textbook
+    RTRL, ``block ≥ T`` is BPTT, everything between is exact too. A slice of a parameter that sleeps is left alone; the
+    ``(Φ, v)`` of the blocks it sleeps through are kept in a segment tree until it wakes, a gradient is asked for, or the window passes.
+
+    Args:
+        cell: a ``torch.nn.Module`` with ``forward(x, h) -> (y, h_next)`` or ``(y, h_next, Sparsity)``; see ``rtrl.cells.protocol``.
+        batch_size: B, the number of samples, each a stream of its own.
+        block: how many steps are worked off together; about H is cheapest for a dense cell.
+        window: how many blocks the tree holds. It bounds memory, never exactness.
+        lazy: False advances every slice at every block and keeps no tree.
+        state: (B, n, ...), the first state; ``cell.init_state(batch_size)`` by default.
+
+    Raises:
+        ConfigError: a size is not a positive integer, or the cell has no trainable parameter or no first state.
+
+    Cost: a block of m steps, for a dense cell, ``H·P·(H + m)`` multiply-adds for the influence and ``m·H³`` for the products; bytes held: see
+    ``retained_bytes``, in the main ``B·H·P_active`` numbers of influence.
+
+    Source: Williams and Zipser (1989), Neural Computation 1(2), for RTRL; Schmidhuber (1992), Neural Computation 4(2), for blocks.
+
+    >>> import torch, rtrl
+    >>> cell = rtrl.RecurrentMoE(3, 1, d_model=4, n_slots=3, n_experts=4, topk=1)
+    >>> learner = rtrl.BlockRTRL(cell, batch_size=2, block=4)
+    >>> for _ in range(10):
+    ...     y = learner.step(torch.ones(2, 3))
+    ...     learner.backward(y.square().sum())
+    >>> learner.sync()
+    >>> cell.head.weight.grad.shape
+    torch.Size([1, 4])
+    """
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        batch_size: int,
+        *,
+        block: int = 1,
+        window: int = 64,
+        lazy: bool = True,
+        state: Tensor | None = None,
+    ) -> None:
+        for name, size in (("batch_size", batch_size), ("block", block), ("window", window)):
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {size!r}")
+        if not isinstance(cell, nn.Module):
+            raise ConfigError(f"cell must be a torch.nn.Module, got {type(cell).__name__}")
+        self.cell, self.batch_size, self.block, self.window, self.lazy = cell, batch_size, block, window, bool(lazy)
+        self._parameters = {name: p for name, p in cell.named_parameters() if p.requires_grad}
+        if not self._parameters:
+            raise ConfigError("the cell has no parameter that requires a gradient")
+        self._linearizer = Linearizer(cell, self._parameters)
+        self._replays = takes_replay(cell)
+        self._state = self._first_state() if state is None else self._checked_state(state, None)
+        self._steps: list[Step] = []
+        self._taken = 0  # steps since the beginning
+        self._given: list[weakref.ref[Tensor]] = []  # the losses given at the newest step
+        self._paid = 0  # sleeping slices have been paid for the blocks before this one
+        self._versions: tuple[tuple[int, int], ...] = ()
+        self._influences: dict[str, ParameterInfluence] = {}  # filled at the first step, when the sparsity is known
+        self._history: History | None = None
+        self._earned: dict[str, Tensor] = {}  # not yet delivered to .grad
+
+    # ------------------------------------------------------------------ going forward
+
+    @property
+    def state(self) -> Tensor:
+        """The present state (B, n, ...), a copy without a graph."""
+        return self._state.clone()
+
+    @property
+    def steps_taken(self) -> int:
+        """How many steps have been taken since the beginning."""
+        return self._taken
+
+    @property
+    def at_block_end(self) -> bool:
+        """Whether the open block is full: the natural moment to ``sync``."""
+        return len(self._steps) >= self.block
+
+    def step(self, x: Any, *, replay: Sparsity | None = None) -> Any:
+        """Take one step and return ``y``, cut off from any graph: its floating-point tensors are leaves that require grad.
+
+        Args:
+            x: the input, a tensor (B, ...) or any tree of such.
+            replay: choices that a routing cell is to make instead of its own.
+
+        Returns:
+            y as the cell returns it. A loss on it may be given by ``backward``, or by its own ``loss.backward()``, until the block closes.
+
+        Raises:
+            ShapeError: x has the wrong batch, dtype or device. CellError: the cell breaks its contract. SparsityError: what it
+            declares is malformed. NonFiniteError: NaN or infinity in x, y or the next state. ParameterChangedError: a parameter
+            changed inside the open block; call ``sync()`` before changing parameters. Nothing has changed when one is raised.
+
+        Cost: one forward pass without a graph; at the first step of a new block, the closing of the last one.
+        """
+        number = self._taken
+        self._check_parameters()
+        if not _tree.tensors(x):
+            raise ShapeError("x holds no tensor")
+        for leaf in _tree.tensors(x):
+            check_input("x", leaf, self.batch_size, self._state)
+            _guard.check_finite("x", leaf, number)
+        names = dict(self.cell.named_parameters())
+        if replay is not None:
+            if not self._replays:
+                raise ConfigError("replay was given, but the cell's forward takes no replay argument")
+            check_sparsity(replay, self._state, names)
+
+        x = _tree.map_tensors(lambda leaf: leaf.detach().clone(), x)
+        with torch.no_grad():
+            if not self._influences:
+                _guard.check_purity(self.cell, x, self._state, replay)
+            y, h_next, sparsity = call_cell(self.cell, x, self._state, replay)
+        h_next = h_next.detach()
+        _guard.check_output(y, self._state, h_next, number)
+        check_sparsity(sparsity, self._state, names)
+        _guard.check_copied(self._state, h_next, sparsity.writes, number)
+        if not self._influences:
+            self._prepare(sparsity)
+        if self.at_block_end:
+            self._close()
+
+        outputs: list[Tensor] = []
+
+        def leaf_of(value: Tensor) -> Tensor:
+            value = value.detach().clone()
+            if value.is_floating_point():
+                value.requires_grad_()
+                _guard.refuse_when_closed(value, number, self._is_closed)
+                outputs.append(value)
+            return value
+
+        y = _tree.map_tensors(leaf_of, y)
+        if not self._steps:
+            self._versions = self._parameter_versions()
+        self._steps.append(Step(x, self._state, sparsity, outputs, number))
+        self._state = h_next
+        self._taken += 1
+        self._given = []
+        return y
+
+    def backward(self, loss: Tensor) -> None:
+        """Give a loss of the newest step; several are summed.
+
+        Equation: adds ∂loss/∂y to what step t will carry back through time; whatever else the loss depends on gets its gradient at once, as by
+        ``loss.backward()``.
+
+        Args:
+            loss: a scalar tensor computed from what the last ``step`` returned.
+
+        Raises:
+            LossError: not a scalar of this step's y, or already given. NonFiniteError: NaN or infinity in the loss or its gradient.
+
+        Cost: the loss's own backward pass.
+        """
+        outputs = self._steps[-1].outputs if self._steps else []
+        _guard.check_loss(loss, outputs, self._given, self._taken - 1)
+        before = [None if leaf.grad is None else leaf.grad.clone() for leaf in outputs]
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+            for leaf in outputs:
+                if leaf.grad is not None:
+                    _guard.check_finite("the gradient of the loss at y", leaf.grad, self._taken - 1)
+        except RuntimeError as error:
+            for leaf, grad in zip(outputs, before, strict=True):
+                leaf.grad = grad
+            raise LossError(f"the loss of step {self._taken - 1} could not be pulled back: {error}") from error
+        except NonFiniteError:
+            for leaf, grad in zip(outputs, before, strict=True):
+                leaf.grad = grad
+            raise
+        self._given.append(weakref.ref(loss))
+
+    # ------------------------------------------------------------------ looking back
+
+    def sync(self, dormant: bool = True) -> None:
+        """Close the open block, early if need be, and add to every ``.grad`` what all losses not yet delivered have earned.
+
+        Equation: ``θ.grad += Σ_t dℓ_t/dθ`` over the losses given since the last delivery, exactly what BPTT would give. It accumulates, as autograd does.
+
+        Args:
+            dormant: False leaves what sleeping slices are owed in the tree, for a later ``sync``.
+
+        Raises:
+            ParameterChangedError, CellError, SparsityError, NonFiniteError: the open block cannot be linearised; nothing has changed.
+
+        Cost: the closing of a block; for each group of slices that fell asleep together, O(log window) row-vector products and one product
+        (1 × H) @ (H × p) a slice. Sleeping influences are not moved.
+        """
+        self._close()
+        if self._history is None:
+            return
+        if dormant:
+            for name, influence in self._influences.items():
+                self._pay(name, influence.held())
+            self._paid = self._history.now
+        for name, gradient in self._earned.items():
+            if not bool(torch.isfinite(gradient).all()):
+                raise NonFiniteError(f"NaN or infinity in the gradient of parameter {name!r} up to step {self._taken - 1}")
+        for name, gradient in self._earned.items():
+            parameter = self._parameters[name]
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad += gradient
+        self._earned = {}
+
+    def influence(self, name: str) -> Tensor:
+        """The influence ``∂h/∂θ`` on the present state of one parameter, brought up to date: (B, H, P), P in the parameter's own order.
+
+        Closes the open block, as ``sync`` does.
+
+        Raises:
+            ConfigError: no trainable parameter has this name. And whatever closing the block raises.
+
+        Cost: catches up every sleeping slice of the parameter; writes out B·H·P numbers.
+        """
+        if name not in self._parameters:
+            raise ConfigError(f"no trainable parameter is called {name!r}; there are {', '.join(self._parameters)}")
+        self._close()
+        if name not in self._influences:
+            return self._state.new_zeros(self.batch_size, self._state[0].numel(), self._parameters[name].numel())
+        influence = self._influences[name]
+        self._advance(name, influence.held())
+        return influence.dense()
+
+    def reset(self, rows: Tensor | None = None, *, state: Tensor | None = None) -> None:
+        """Start samples anew in mid-stream: their state, and no influence of what was before. What their losses earned so far is kept.
+
+        Args:
+            rows: Boolean (B,), the samples to start anew; None for all.
+            state: (B, n, ...), where to take their first states from; ``cell.init_state(batch_size)`` by default.
+
+        Raises:
+            ShapeError: ``rows`` or ``state`` has the wrong shape, dtype or device. And whatever closing the block raises.
+
+        Cost: closes the open block early; pays the sleeping slices of these samples, as ``sync`` does.
+        """
+        if rows is None:
+            rows = torch.ones(self.batch_size, dtype=torch.bool, device=self._state.device)
+        if not isinstance(rows, Tensor) or rows.dtype != torch.bool or tuple(rows.shape) != (self.batch_size,):
+            kind = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise ShapeError(f"rows must be a Boolean tensor of shape ({self.batch_size},), got {kind}")
+        if rows.device != self._state.device:
+            raise ShapeError(f"rows is on {rows.device}, the state on {self._state.device}; move one of them")
+        first = self._first_state() if state is None else self._checked_state(state, self._state)
+        self._close()
+        samples = rows.cpu()
+        for name, influence in self._influences.items():
+            held = influence.held()
+            self._pay(name, held[samples[influence.sample[held.to(self._state.device)].cpu()]])
+            influence.drop(samples)
+        shape = (-1, *[1] * (self._state.ndim - 1))
+        self._state = torch.where(rows.reshape(shape), first, self._state)
+
+    def retained_bytes(self) -> dict[str, int]:
+        """Bytes held between steps, by part: influence, tree, open block, gradient not yet delivered, state."""
+        open_block = [step.x for step in self._steps], [tuple(step.sparsity) for step in self._steps]
+        leaves = [leaf for step in self._steps for leaf in step.outputs]
+        grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        states = [step.h for step in self._steps]
+        return {
+            "influence": sum(i.n_bytes for i in self._influences.values()),
+            "tree": 0 if self._history is None else self._history.n_bytes,
+            "block": _tree.n_bytes([open_block, leaves, grads, states]),
+            "gradient": _tree.n_bytes(self._earned),
+            "state": _tree.n_bytes(self._state),
+        }
+
+    # ------------------------------------------------------------------ saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on bit for bit, as tensors, numbers and containers of such; save the cell's parameters beside it.
+
+        Losses of a step must be given before it is saved: the ``y`` of steps taken before the save takes no more losses after a load.
+        """
+        return {
+            "format": 1,
+            "batch_size": self.batch_size,
+            "block": self.block,
+            "window": self.window,
+            "lazy": self.lazy,
+            "state": self._state.clone(),
+            "taken": self._taken,
+            "paid": self._paid,
+            "steps": [_step_state(step) for step in self._steps],
+            "influences": {name: influence.state_dict() for name, influence in self._influences.items()},
+            "history": None if self._history is None else self._history.state_dict(),
+            "earned": {name: gradient.clone() for name, gradient in self._earned.items()},
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from where ``state_dict`` was taken, with the same cell, parameters and arguments.
+
+        Raises:
+            ConfigError: it was taken of a learner with other arguments or another cell. Nothing has changed then.
+        """
+        if saved.get("format") != 1:
+            raise ConfigError(f"unknown format of a saved learner: {saved.get('format')!r}")
+        for name in ("batch_size", "block", "window", "lazy"):
+            if saved[name] != getattr(self, name):
+                raise ConfigError(f"the saved learner has {name}={saved[name]!r}, this one {getattr(self, name)!r}")
+        if tuple(saved["state"].shape) != tuple(self._state.shape):
+            raise ConfigError(f"the saved state has shape {tuple(saved['state'].shape)}, this one {tuple(self._state.shape)}")
+        unknown = (saved["influences"].keys() | saved["earned"].keys()) ^ self._parameters.keys()
+        if saved["influences"] and unknown:
+            raise ConfigError(f"the saved learner and this one differ in the parameters {sorted(unknown)}")
+        influences = {}
+        for name, held in saved["influences"].items():
+            influences[name] = self._empty_influence(name, held["sliced"])
+            influences[name].load_state_dict(held)
+        history = None if saved["history"] is None else History.from_state_dict(saved["history"], self._state)
+        steps = [_step_from_state(held, self._state) for held in saved["steps"]]
+
+        self._state = saved["state"].to(self._state, copy=True)
+        self._taken, self._paid, self._given = saved["taken"], saved["paid"], []
+        self._influences, self._history, self._steps = influences, history, steps
+        self._earned = {name: gradient.to(self._state, copy=True) for name, gradient in saved["earned"].items()}
+        self._versions = self._parameter_versions()
+
+    # ------------------------------------------------------------------ the machinery
+
+    def _prepare(self, sparsity: Sparsity) -> None:
+        """Lay out the stores, now that the first step has shown which parameters come in slices and how much a step touches."""
+        n = self._state.shape[1]
+        sliced = {name for name in sparsity.active if name in self._parameters}
+        writes = n if sparsity.writes is None else sparsity.writes.shape[1]
+        reads = n if sparsity.reads is None else sparsity.reads.shape[1]
+        rows, cols = min(n, self.block * writes), min(n, self.block * (reads + writes))
+        self._influences = {name: self._empty_influence(name, name in sliced) for name in self._parameters}
+        self._history = History(self.window if self.lazy and sliced else 1, rows, cols, self._state)
+
+    def _empty_influence(self, name: str, sliced: bool) -> ParameterInfluence:
+        shape = self._parameters[name].shape
+        return ParameterInfluence(shape, sliced, self.batch_size, self._state[0].numel(), self._state)
+
+    def _close(self) -> None:
+        """Work off the open block. Everything that can fail comes before the first change."""
+        self._check_parameters()
+        if not self._steps or self._history is None:
+            return
+        for step in self._steps:
+            for leaf in step.outputs:
+                if leaf.grad is not None:
+                    _guard.check_finite("the gradient of the loss at y", leaf.grad, step.number)
+        groups = self._linearizer(self._steps, self._state)
+        sliced = [name for name, influence in self._influences.items() if influence.sliced]
+        result = close_block(groups, self._state, self._parameters, sliced)
+        del groups  # and with it the graph
+        self._check_result(result)
+
+        expiring, now = self._history.expiring, self._history.now
+        if expiring is not None:
+            for name, influence in self._influences.items():
+                held = influence.held()
+                self._advance(name, held[influence.clock[held] <= expiring])
+        self._history.append(result.transition)
+        for name, birth in result.births.items():
+            influence = self._influences[name]
+            rows = influence.claim(birth.keys, now)
+            self._advance(name, rows if self.lazy else influence.held())
+            influence.add(rows, result.transition, birth.values)
+        for name, gradient in result.gradient.items():
+            self._gradient(name).add_(gradient)
+        self._steps = []
+        self._given = []
+
+    def _advance(self, name: str, rows: Tensor) -> None:
+        """Bring rows of an influence up to date, and pay them what they are owed."""
+        assert self._history is not None
+        influence = self._influences[name]
+        self._pay(name, rows)
+        clocks = influence.clock[rows]
+        for clock in clocks.unique().tolist():
+            influence.move(rows[clocks == clock], self._history.cover(clock, self._history.now))
+        influence.clock[rows] = self._history.now
+
+    def _pay(self, name: str, rows: Tensor) -> None:
+        """Add to the gradient what rows of an influence are owed for the blocks since their clock, as far as it is not paid yet."""
+        assert self._history is not None
+        influence = self._influences[name]
+        clocks = influence.clock[rows]
+        for clock in clocks.unique().tolist():
+            paid = max(clock, self._paid)
+            if paid < self._history.now:
+                influence.earn(rows[clocks == clock], self._history.owed(clock, paid), self._gradient(name))
+
+    def _gradient(self, name: str) -> Tensor:
+        if name not in self._earned:
+            self._earned[name] = torch.zeros_like(self._parameters[name])
+        return self._earned[name]
+
+    def _is_closed(self, step: int) -> bool:
+        return step < self._taken - len(self._steps)
+
+    def _first_state(self) -> Tensor:
+        if not hasattr(self.cell, "init_state"):
+            raise ConfigError("the cell has no init_state(batch_size); give it one, or pass state= to BlockRTRL")
+        return self._checked_state(self.cell.init_state(self.batch_size), None)
+
+    def _checked_state(self, state: Tensor, like: Tensor | None) -> Tensor:
+        if not isinstance(state, Tensor) or state.ndim < 2 or state.shape[0] != self.batch_size or not state.is_floating_point():
+            kind = f"{state.dtype} {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
+            raise ShapeError(f"a state must be a floating-point tensor ({self.batch_size}, n, ...), got {kind}")
+        if like is not None and (state.shape != like.shape or state.dtype != like.dtype or state.device != like.device):
+            raise ShapeError(
+                f"the state must stay {tuple(like.shape)} {like.dtype} {like.device}, got {tuple(state.shape)} {state.dtype} {state.device}"
+            )
+        _guard.check_finite("the first state", state, getattr(self, "_taken", 0))
+        return state.detach().clone()
+
+    def _parameter_versions(self) -> tuple[tuple[int, int], ...]:
+        held = [*self.cell.parameters(), *self.cell.buffers()]
+        return tuple((t.data_ptr(), t._version) for t in held)
+
+    def _check_parameters(self) -> None:
+        if not self._steps or self._versions == self._parameter_versions():
+            return
+        names = [name for name, _ in [*self.cell.named_parameters(), *self.cell.named_buffers()]]
+        now = self._parameter_versions()
+        changed = [name for name, a, b in zip(names, self._versions, now, strict=False) if a != b]
+        raise ParameterChangedError(
+            f"{', '.join(map(repr, changed[:3])) or 'a parameter'} changed inside the open block of steps {self._steps[0].number} … "
+            f"{self._steps[-1].number}, which must be linearised at the old value; call sync() before changing parameters"
+        )
+
+    def _check_result(self, result: BlockResult) -> None:
+        span = f"steps {self._steps[0].number} … {self._steps[-1].number}"
+        for what, value in (("Jacobian product", result.transition.jacobian), ("adjoint", result.transition.adjoint)):
+            if not bool(torch.isfinite(value).all()):
+                raise NonFiniteError(f"NaN or infinity in the {what} of {span}: the state's dynamics overflow")
+        for name, birth in result.births.items():
+            if not bool(torch.isfinite(birth.values).all()):
+                raise NonFiniteError(f"NaN or infinity in the influence of parameter {name!r} born in {span}")
+
+
+def _step_state(step: Step) -> dict[str, Any]:
+    return {
+        "x": _tree.map_tensors(torch.clone, step.x),
+        "h": step.h.clone(),
+        "reads": step.sparsity.reads,
+        "writes": step.sparsity.writes,
+        "active": dict(step.sparsity.active),
+        "outputs": [leaf.detach().clone() for leaf in step.outputs],
+        "grads": [None if leaf.grad is None else leaf.grad.clone() for leaf in step.outputs],
+        "number": step.number,
+    }
+
+
+def _step_from_state(saved: Mapping[str, Any], like: Tensor) -> Step:
+    def move(value: Tensor) -> Tensor:
+        return value.to(like.device, copy=True)
+
+    outputs = [move(value).requires_grad_() for value in saved["outputs"]]
+    for leaf, grad in zip(outputs, saved["grads"], strict=True):
+        leaf.grad = None if grad is None else move(grad)
+    reads, writes = (None if saved[k] is None else move(saved[k]) for k in ("reads", "writes"))
+    sparsity = Sparsity(reads, writes, {name: move(index) for name, index in saved["active"].items()})
+    return Step(_tree.map_tensors(move, saved["x"]), move(saved["h"]), sparsity, outputs, saved["number"])
