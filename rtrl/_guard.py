@@ -36,7 +36,7 @@ def check_purity(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) ->
     watched["a parameter of its own"] = list(cell.parameters())
     before = {what: [t._version for t in tensors] for what, tensors in watched.items()}
     saved = [(b, b.clone()) for b in cell.buffers()]
-    with _NoRandomness():
+    with _NoRandomness():  # type: ignore[no-untyped-call]
         call_cell(cell, x, h, replay)
     for what, tensors in watched.items():
         if [t._version for t in tensors] != before[what]:
@@ -124,7 +124,9 @@ def check_loss(loss: Any, outputs: list[Tensor], given: list["weakref.ref[Tensor
     if loss.numel() != 1:
         raise LossError(f"a loss must be a scalar, got shape {tuple(loss.shape)}; reduce it with .sum() or .mean()")
     if not outputs:
-        raise LossError("there is no step that can take a loss: call step() first, and give its losses before sync(), reset() or influence()")
+        raise LossError(
+            "there is no step that can take a loss: call step() first, and give its losses before sync(), reset() or influence()"
+        )
     if loss.device != outputs[0].device:
         raise LossError(f"the loss is on {loss.device}, y on {outputs[0].device}")
     if any(ref() is loss for ref in given):

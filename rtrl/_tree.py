@@ -8,6 +8,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
+def flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The leaves of a tree, and what makes a tree of the same structure of other leaves."""
+    flat, spec = pytree.tree_flatten(tree)
+    return flat, lambda others: pytree.tree_unflatten(others, spec)
+
+
 def leaves(tree: Any) -> list[Any]:
     """The leaves of a tree, in a fixed order."""
     return pytree.tree_leaves(tree)

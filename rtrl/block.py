@@ -48,9 +48,7 @@ class BlockResult:
     gradient: dict[str, Tensor]
 
 
-def close_block(
-    groups: Sequence[Linearization], state: Tensor, parameters: Mapping[str, Tensor], sliced: Sequence[str]
-) -> BlockResult:
+def close_block(groups: Sequence[Linearization], state: Tensor, parameters: Mapping[str, Tensor], sliced: Sequence[str]) -> BlockResult:
     """Sweep a block of linearised steps.
 
     Args:
@@ -159,7 +157,8 @@ def _active_keys(groups: Sequence[Linearization], name: str, slices: int, size: 
             found.append((first[:, None] + torch.arange(slices, device=device)).flatten())
         else:
             found.append((first[None, :, None] + active).flatten())
-    return torch.cat(found).unique()
+    keys: Tensor = torch.cat(found).unique()
+    return keys
 
 
 def _earned(tap: LinearTap, pulled: Tensor, shape: torch.Size) -> Tensor:

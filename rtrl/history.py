@@ -124,7 +124,8 @@ class History:
     @classmethod
     def from_state_dict(cls, saved: dict[str, Any], state: Tensor) -> "History":
         """The history that ``state_dict`` described, for a state of the same shape."""
-        history = cls(saved["capacity"], *saved["bounds"], state, start=saved["start"])
+        rows_bound, cols_bound = saved["bounds"]
+        history = cls(saved["capacity"], rows_bound, cols_bound, state, start=saved["start"])
         n, width = state.shape[1], state[0, 0].numel()
         for rows, cols, jacobian, adjoint in saved["blocks"]:
             rows, cols = (None if t is None else t.to(state.device) for t in (rows, cols))

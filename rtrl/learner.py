@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rtrl import _guard, _tree
 from rtrl.block import BlockResult, close_block
-from rtrl.cells.protocol import Sparsity, call_cell, check_input, check_sparsity, takes_replay
+from rtrl.cells.protocol import Sparsity, call_cell, check_input, check_sparsity, first_state, takes_replay
 from rtrl.errors import ConfigError, LossError, NonFiniteError, ParameterChangedError, ShapeError
 from rtrl.history import History
 from rtrl.influence import ParameterInfluence
@@ -180,7 +180,7 @@ class BlockRTRL:
         _guard.check_loss(loss, outputs, self._given, self._taken - 1)
         before = [None if leaf.grad is None else leaf.grad.clone() for leaf in outputs]
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             for leaf in outputs:
                 if leaf.grad is not None:
                     _guard.check_finite("the gradient of the loss at y", leaf.grad, self._taken - 1)
@@ -417,9 +417,7 @@ class BlockRTRL:
         return step < self._taken - len(self._steps)
 
     def _first_state(self) -> Tensor:
-        if not hasattr(self.cell, "init_state"):
-            raise ConfigError("the cell has no init_state(batch_size); give it one, or pass state= to BlockRTRL")
-        return self._checked_state(self.cell.init_state(self.batch_size), None)
+        return self._checked_state(first_state(self.cell, self.batch_size), None)
 
     def _checked_state(self, state: Tensor, like: Tensor | None) -> Tensor:
         if not isinstance(state, Tensor) or state.ndim < 2 or state.shape[0] != self.batch_size or not state.is_floating_point():

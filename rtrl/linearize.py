@@ -4,6 +4,7 @@ Going forward needs no graph. Afterwards the cell is run once more on all the st
 with its choices replayed, and every derivative is taken in one batched backward pass.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from rtrl import _rows, _tree
 from rtrl.cells.protocol import Sparsity, call_cell, takes_replay
-from rtrl.errors import CellError, NonFiniteError, SparsityError
+from rtrl.errors import CellError, NonFiniteError, PerformanceWarning, SparsityError
 from rtrl.taps import Tap, TapRecorder
 
 
@@ -288,7 +289,7 @@ class Linearizer:
         for name, grad in direct.items():
             if not bool(torch.isfinite(grad).all()):
                 raise NonFiniteError(f"{self._steps(steps)}: NaN or infinity in the gradient of parameter {name!r}")
-        return grads[1 : len(inputs)], direct, adjoint
+        return [*grads[1 : len(inputs)]], direct, adjoint
 
     def _finite(self, steps: list[Step], jacobian: Tensor, adjoint: Tensor, taps: list[LinearTap]) -> None:
         checks = [("the dynamics Jacobian", jacobian), ("the adjoint", adjoint)]
@@ -317,7 +318,7 @@ class Linearizer:
         """Weighted immediate Jacobians of parameters that no tap covers, one sample apart from another under ``vmap``."""
         rest = {name: p.detach() for name, p in self._cell.named_parameters() if name not in general}
         theta = {name: self._parameters[name].detach() for name in general}
-        flat, spec = _tree.pytree.tree_flatten((x, h, replay, sparsity.writes))
+        flat, refill = _tree.flatten((x, h, replay, sparsity.writes))
         places = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
         tensors = [flat[i].detach().reshape(m, size, *flat[i].shape[1:]).transpose(0, 1) for i in places]
 
@@ -325,20 +326,32 @@ class Linearizer:
             refilled = list(flat)
             for i, leaf in zip(places, mine, strict=True):
                 refilled[i] = leaf
-            own_x, own_h, own_replay, writes = _tree.pytree.tree_unflatten(refilled, spec)
+            own_x, own_h, own_replay, writes = refill(refilled)
 
             def written(values: dict[str, Tensor]) -> Tensor:
-                call = (lambda *a, **k: torch.func.functional_call(self._cell, {**rest, **values}, a, k))
-                _, h_next, _ = call_cell(call, own_x, own_h, own_replay)  # type: ignore[arg-type]
+                def substituted(*args: Any, **kwargs: Any) -> Any:
+                    return torch.func.functional_call(self._cell, {**rest, **values}, args, kwargs)
+
+                _, h_next, _ = call_cell(substituted, own_x, own_h, own_replay)
                 return _rows.take(h_next.reshape(m, h_next.shape[1], -1), writes).flatten(1)
 
-            _, vjp = torch.func.vjp(written, theta)
-            return torch.func.vmap(lambda c: vjp(c)[0])(cotangents)  # type: ignore[no-any-return]
+            vjp = torch.func.vjp(written, theta)[1]
+            jacobians: dict[str, Tensor] = torch.func.vmap(lambda cotangent: vjp(cotangent)[0])(cotangents)
+            return jacobians
 
-        if size == 1:
-            lone = one(weights[0], *(t[0] for t in tensors))
-            return {name: value.unsqueeze(0) for name, value in lone.items()}
-        return torch.func.vmap(one)(weights, *tensors)  # type: ignore[no-any-return]
+        if size > 1:
+            try:
+                together: dict[str, Tensor] = torch.func.vmap(one)(weights, *tensors)
+                return together
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                warnings.warn(
+                    f"the cell does not run under torch.func.vmap ({reason}); parameters {general} are linearised sample by sample",
+                    PerformanceWarning,
+                    stacklevel=2,
+                )
+        lone = [one(weights[b], *(t[b] for t in tensors)) for b in range(size)]
+        return {name: torch.stack([values[name] for values in lone]) for name in general}
 
     @staticmethod
     def _steps(steps: list[Step]) -> str:

@@ -76,9 +76,7 @@ class Transition:
             spread = changed.new_zeros(size, self.n, changed.shape[1], self.width)
             changed = _rows.put(spread, self.cols, blocks).transpose(1, 2).flatten(2)
         eye = torch.eye(full, dtype=changed.dtype, device=changed.device).expand(size, full, full)
-        return _rows.put(
-            eye.unflatten(1, (self.n, self.width)), self.rows, changed.unflatten(1, (-1, self.width))
-        ).flatten(1, 2)
+        return _rows.put(eye.unflatten(1, (self.n, self.width)), self.rows, changed.unflatten(1, (-1, self.width))).flatten(1, 2)
 
     def within(self, cols: Tensor | None) -> "Transition":
         """The same element, counted in the rows ``cols`` alone (a superset of its own columns; None: all)."""

@@ -1,9 +1,11 @@
 """Cells: the protocol, the recurrent mixture of experts, and ways to make cells of other modules."""
 
+from rtrl.cells.adapters import TorchCell, from_torch
 from rtrl.cells.grouped import grouped_linear
 from rtrl.cells.moe import RecurrentMoE
 from rtrl.cells.protocol import Cell, Sparsity
 from rtrl.cells.routing import MoEOutput, RouterStatistics, load_balancing_loss, router_statistics
+from rtrl.cells.stack import Stack
 
 __all__ = [
     "Cell",
@@ -11,6 +13,9 @@ __all__ = [
     "RecurrentMoE",
     "RouterStatistics",
     "Sparsity",
+    "Stack",
+    "TorchCell",
+    "from_torch",
     "grouped_linear",
     "load_balancing_loss",
     "router_statistics",

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rtrl.cells.grouped import grouped_linear
-from rtrl.cells.protocol import Sparsity, check_indices
+from rtrl.cells.protocol import Sparsity, check_indices, under_vmap
 from rtrl.cells.routing import MoEOutput, top
 from rtrl.errors import ConfigError, ShapeError, SparsityError
 
@@ -154,12 +154,13 @@ class RecurrentMoE(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor, replay: Sparsity | None = None) -> tuple[Tensor | MoEOutput, Tensor, Sparsity]:
         """One step; see the class docstring for shapes and errors."""
-        tokens = self._check(x, h, replay)
+        tokens = self._tokens(x, h)
         u = self.embed(tokens)
 
-        reads = replay.reads if replay is not None and replay.reads is not None else None
         query = self.read_query(u.mean(dim=1))
-        if reads is None:
+        if replay is not None:
+            reads, writes, experts = self._replayed(replay, h)
+        else:
             with torch.no_grad():  # the choice itself carries no gradient
                 reads = top(torch.einsum("bd,bnd->bn", query, h + self.slot_embedding), self.read_slots)
         old = _rows(h, reads)
@@ -174,7 +175,8 @@ class RecurrentMoE(nn.Module):
         z = z + self.down(F.silu(self.up(_rms(z))))
 
         logits = self.router(_rms(z.mean(dim=1)))
-        experts = replay.active["expert_up"] if replay is not None else top(logits, self.topk)
+        if replay is None:
+            experts = top(logits, self.topk)
         share = logits.gather(1, experts).softmax(dim=-1)
         hidden = F.silu(grouped_linear(_rms(z).unsqueeze(1), self.expert_up, self.expert_up_bias, experts))
         mixture = grouped_linear(hidden, self.expert_down, self.expert_down_bias, experts)
@@ -182,8 +184,7 @@ class RecurrentMoE(nn.Module):
 
         normed = _rms(z)
         write_scores = self.write_score(normed)
-        if replay is not None and replay.writes is not None:
-            writes = replay.writes
+        if replay is not None:
             place = (reads.unsqueeze(1) == writes.unsqueeze(2)).int().argmax(dim=2)
         else:
             place = top(write_scores.squeeze(-1), self.write_slots)
@@ -204,9 +205,10 @@ class RecurrentMoE(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (query, key, value))
         weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)
-        return (weights @ v).transpose(1, 2).flatten(-2)
+        heads: Tensor = weights @ v
+        return heads.transpose(1, 2).flatten(-2)
 
-    def _check(self, x: Tensor, h: Tensor, replay: Sparsity | None) -> Tensor:
+    def _tokens(self, x: Tensor, h: Tensor) -> Tensor:
         if x.ndim not in (2, 3) or x.shape[-1] != self.d_in or 0 in x.shape:
             raise ShapeError(f"x must have shape (B, {self.d_in}) or (B, n, {self.d_in}) with n ≥ 1, got {tuple(x.shape)}")
         if tuple(h.shape) != (x.shape[0], self.n_slots, self.d_model):
@@ -217,23 +219,22 @@ class RecurrentMoE(nn.Module):
                     f"{what} is {tensor.dtype} on {tensor.device}, the parameters are {self.slot_embedding.dtype} "
                     f"on {self.slot_embedding.device}; convert {what}"
                 )
-        if replay is not None:
-            self._check_replay(replay, h)
         return x.unsqueeze(1) if x.ndim == 2 else x
 
-    def _check_replay(self, replay: Sparsity, h: Tensor) -> None:
-        experts = replay.active.get("expert_up")
-        if replay.reads is None or replay.writes is None or experts is None:
+    def _replayed(self, replay: Sparsity, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The choices laid down by ``replay``: reads, writes, experts."""
+        reads, writes, experts = replay.reads, replay.writes, replay.active.get("expert_up")
+        if reads is None or writes is None or experts is None:
             raise SparsityError("replay must give reads, writes and active['expert_up']; build it with cell.choices(...)")
-        if replay.reads.shape[-1] == 0 or experts.shape[-1] == 0:
+        if reads.shape[-1] == 0 or experts.shape[-1] == 0:
             raise SparsityError("replay must read at least one slot and use at least one expert")
-        if torch._C._functorch.is_batchedtensor(replay.reads):
-            return  # values cannot be looked at under vmap; whoever replays there has checked them before
-        check_indices("replay.reads", replay.reads, h.shape[0], self.n_slots, h.device)
-        check_indices("replay.writes", replay.writes, h.shape[0], self.n_slots, h.device)
-        check_indices("replay.active['expert_up']", experts, h.shape[0], self.n_experts, h.device)
-        if not bool((replay.writes.unsqueeze(2) == replay.reads.unsqueeze(1)).any(dim=2).all()):
+        if under_vmap(reads):
+            return reads, writes, experts  # values cannot be looked at there; whoever replays under vmap has checked them before
+        for what, index, size in (("reads", reads, self.n_slots), ("writes", writes, self.n_slots), ("experts", experts, self.n_experts)):
+            check_indices(f"replay: {what}", index, h.shape[0], size, h.device)
+        if not bool((writes.unsqueeze(2) == reads.unsqueeze(1)).any(dim=2).all()):
             raise SparsityError("replay writes a slot that it does not read; only slots read are written")
+        return reads, writes, experts
 
     def extra_repr(self) -> str:
         return (

@@ -6,13 +6,13 @@ A cell is any ``torch.nn.Module`` with ``forward(x, h) -> (y, h_next)`` or ``(y,
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from rtrl.errors import CellError, ShapeError, SparsityError
+from rtrl.errors import CellError, ConfigError, ShapeError, SparsityError
 
 
 class Sparsity(NamedTuple):
@@ -44,13 +44,24 @@ class Cell(Protocol):
         ...
 
 
+def first_state(cell: nn.Module, batch_size: int) -> Tensor:
+    """What ``cell.init_state(batch_size)`` gives.
+
+    Raises:
+        ConfigError: the cell has no such method.
+    """
+    if not isinstance(cell, Cell):
+        raise ConfigError(f"{type(cell).__name__} has no init_state(batch_size); give it one, or pass its first state yourself")
+    return cell.init_state(batch_size)
+
+
 def takes_replay(cell: nn.Module) -> bool:
     """Whether ``cell.forward`` accepts a ``replay`` argument."""
     parameters = inspect.signature(cell.forward).parameters
     return "replay" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def call_cell(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) -> tuple[Any, Tensor, Sparsity]:
+def call_cell(cell: Callable[..., Any], x: Any, h: Tensor, replay: Sparsity | None) -> tuple[Any, Tensor, Sparsity]:
     """Run one step and normalise what comes back to ``(y, h_next, Sparsity)``.
 
     Raises:
@@ -66,6 +77,11 @@ def call_cell(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) -> tu
     if not isinstance(sparsity, Sparsity):
         raise CellError(f"the third item a cell returns must be rtrl.Sparsity, got {type(sparsity).__name__}")
     return y, h_next, sparsity
+
+
+def under_vmap(tensor: Tensor) -> bool:
+    """Whether a tensor stands for one of many under ``torch.func.vmap``, so that its values cannot steer Python code."""
+    return bool(torch._C._functorch.is_batchedtensor(tensor))
 
 
 def check_indices(what: str, index: Any, batch_size: int, size: int, device: torch.device) -> None:
