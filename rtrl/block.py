@@ -165,15 +165,17 @@ def _earned(tap: LinearTap, pulled: Tensor, shape: torch.Size) -> Tensor:
     """The gradient that one use of a parameter earns inside the block: ``Σ (∂ℓ/∂z + λ ∂h_next/∂z) ⊗ u``."""
     use = tap.tap
     k, length, o = use.shape
-    weight = torch.einsum("mbw,mbwklo->mbklo", pulled, tap.response).reshape(-1, k, length, o)
+    weight = torch.einsum("mbw,mbwklo->mbklo", pulled, tap.response)
+    n = weight.shape[0] * weight.shape[1]
+    weight = weight.reshape(n, k, length, o)
     if tap.earned is not None:
         weight = weight + tap.earned
     if use.index is not None:
         right = None if use.inputs is None else use.inputs.expand(-1, k, -1, -1).flatten(0, 1)
-        return segment_products(weight.reshape(-1, 1, length, o), right, use.index.flatten(), shape[0]).reshape(shape)
+        return segment_products(weight.reshape(n * k, 1, length, o), right, use.index.flatten(), shape[0]).reshape(shape)
     if use.inputs is None:
         return weight.sum(dim=(0, 1, 2)).reshape(shape)
-    product = weight.reshape(-1, o).T @ use.inputs.reshape(-1, use.inputs.shape[-1])
+    product = weight.reshape(n * length, o).T @ use.inputs.reshape(n * length, use.inputs.shape[-1])
     return product.T if use.transposed else product.reshape(shape)
 
 
@@ -189,10 +191,12 @@ def _bear(birth: Birth, tap: LinearTap, suffix: Tensor, shape: torch.Size, activ
         if right is None:
             born = rows.sum(dim=2).reshape(size, u, o, 1)
         else:
-            born = torch.bmm(rows, right.reshape(m, size, length, -1).transpose(0, 1).reshape(size, m * length, -1)).reshape(size, u, o, -1)
+            i = right.shape[-1]
+            factors = right.reshape(m, size, length, i).transpose(0, 1).reshape(size, m * length, i)
+            born = torch.bmm(rows, factors).reshape(size, u, o, i)
         if use.transposed:
             born = born.transpose(2, 3)
-        birth.values.view(size, u, -1).add_(born.reshape(size, u, -1))
+        birth.values.add_(born.reshape(birth.values.shape))
         return
 
     slices = shape[0]
@@ -213,8 +217,9 @@ def _bear(birth: Birth, tap: LinearTap, suffix: Tensor, shape: torch.Size, activ
     else:
         used, place = owner.unique(return_inverse=True)
         born = segment_products(left, right, place, used.numel())
-        spread = birth.values.view(size, u, slices, -1)
-        spread[used // slices, :, used % slices] += born.reshape(used.numel(), u, -1)
+        p = birth.values.shape[2] // slices
+        spread = birth.values.view(size, u, slices, p)
+        spread[used // slices, :, used % slices] += born.reshape(used.numel(), u, p)
 
 
 def _only_slices(
@@ -226,10 +231,10 @@ def _only_slices(
     if transposed:
         if right is None:
             raise SparsityError(f"parameter {name!r} has no slices along its first dimension")
-        values = right.reshape(m, size, length, -1)
+        values = right.reshape(m, size, length, right.shape[-1])
         mine = values.gather(3, active.unsqueeze(2).expand(-1, -1, length, -1))
         _nothing_else(name, values, mine)
-        return left.expand(-1, -1, -1, k, -1, -1), mine.permute(0, 1, 3, 2).reshape(-1, length, 1), k
+        return left.expand(-1, -1, -1, k, -1, -1), mine.permute(0, 1, 3, 2).reshape(m * size * k, length, 1), k
     values = left.squeeze(3)  # (m, B, U, L, E)
     mine = values.gather(4, active[:, :, None, None].expand(-1, -1, u, length, -1))
     _nothing_else(name, values, mine)
@@ -241,7 +246,8 @@ def _only_slices(
 def _bear_general(birth: Birth, name: str, jacobian: Tensor, slices: int) -> None:
     """Add the weighted immediate Jacobian (B, U, *shape) of a parameter that no tap covers, in place."""
     size, u = jacobian.shape[:2]
-    values = jacobian.reshape(size, u, slices, -1).transpose(1, 2).reshape(size * slices, u, -1)
+    p = jacobian[0, 0].numel() // slices if size * u else birth.values.shape[2]
+    values = jacobian.reshape(size, u, slices, p).transpose(1, 2).reshape(size * slices, u, p)
     mine = values[birth.keys]
     _nothing_else(name, values, mine)
     birth.values.add_(mine)

@@ -37,5 +37,9 @@ class WindowError(RTRLError, IndexError):
     """A range of steps was asked for that the segment tree does not hold."""
 
 
+class UnknownOperationError(RTRLError, LookupError):
+    """An operation ran under a ``MacCounter`` that has no count for it, so that any total would be too small."""
+
+
 class PerformanceWarning(UserWarning):
     """The result is exact, but a slower path than usual had to be taken."""

@@ -138,7 +138,7 @@ class Linearizer:
 
         inputs = [h, *(tap.output for tap in recorder.taps)]
         grads = _batched_rows(written, inputs)
-        jacobian = grads[0].reshape(-1, batch, n, width)
+        jacobian = grads[0].reshape(written.shape[1], batch, n, width)
         cols = None
         if sparsity.reads is not None and sparsity.writes is not None:
             cols = _rows.members(_rows.union(sparsity.reads, sparsity.writes, n))
@@ -156,16 +156,20 @@ class Linearizer:
         taps = []
         for tap, response, own in zip(recorder.taps, grads[1:], earned, strict=True):
             k, length, o = tap.shape
-            shaped = response.reshape(-1, m, size, k, length, o).permute(1, 2, 0, 3, 4, 5)
+            shaped = response.reshape(written.shape[1], m, size, k, length, o).permute(1, 2, 0, 3, 4, 5)
             taps.append(LinearTap(tap, shaped, None if own is None else own.reshape(batch, k, length, o)))
         self._finite(steps, jacobian.movedim(0, 1), adjoint, taps)
 
         def by_step(index: Tensor | None) -> Tensor | None:
-            return None if index is None else index.reshape(m, size, -1)
+            return None if index is None else index.reshape(m, size, index.shape[1])
 
         def pull(weights: Tensor) -> dict[str, Tensor]:
             values = torch.autograd.grad(
-                written, [self._parameters[g] for g in general], weights.reshape(batch, -1), allow_unused=True, retain_graph=True
+                written,
+                [self._parameters[g] for g in general],
+                weights.reshape(batch, weights.shape[2]),
+                allow_unused=True,
+                retain_graph=True,
             )
             return {name: value for name, value in zip(general, values, strict=True) if value is not None}
 
@@ -173,10 +177,10 @@ class Linearizer:
             times=times,
             writes=by_step(sparsity.writes),
             cols=by_step(cols),
-            jacobian=jacobian.permute(1, 0, 2, 3).reshape(m, size, jacobian.shape[0], -1),
-            adjoint=adjoint.reshape(m, size, -1),
+            jacobian=jacobian.permute(1, 0, 2, 3).reshape(m, size, jacobian.shape[0], jacobian.shape[2] * width),
+            adjoint=adjoint.reshape(m, size, adjoint.shape[1] * width),
             taps=taps,
-            active={name: index.reshape(m, size, -1) for name, index in sparsity.active.items() if name in self._parameters},
+            active={name: index.reshape(m, size, index.shape[1]) for name, index in sparsity.active.items() if name in self._parameters},
             general=general,
             lossless=all(leaf.grad is None for step in steps for leaf in step.outputs),
             direct=direct,
@@ -229,7 +233,7 @@ class Linearizer:
         found = {
             tap.name
             for tap, grad in zip(taps, grads[1:], strict=True)
-            if grad is not None and bool(grad.reshape(batch, -1)[1:].count_nonzero())
+            if grad is not None and grad.numel() and bool(grad.reshape(batch, -1)[1:].count_nonzero())
         }
         self._general |= found
         return bool(found)
@@ -333,7 +337,7 @@ class Linearizer:
                     return torch.func.functional_call(self._cell, {**rest, **values}, args, kwargs)
 
                 _, h_next, _ = call_cell(substituted, own_x, own_h, own_replay)
-                return _rows.take(h_next.reshape(m, h_next.shape[1], -1), writes).flatten(1)
+                return _rows.take(h_next.reshape(m, h_next.shape[1], own_h[0, 0].numel()), writes).flatten(1)
 
             vjp = torch.func.vjp(written, theta)[1]
             jacobians: dict[str, Tensor] = torch.func.vmap(lambda cotangent: vjp(cotangent)[0])(cotangents)

@@ -52,7 +52,7 @@ class TapRecorder(TorchFunctionMode):
         super().__init__()
         skipped = set(general)
         self._names = {id(p): name for name, p in parameters.items() if name not in skipped}
-        self._batch, self._copy = batch, copy
+        self.batch, self._copy = batch, copy
         self.taps: list[Tap] = []
         self._versions: list[int] = []
 
@@ -93,20 +93,20 @@ class TapRecorder(TorchFunctionMode):
 
     def tokens(self, leading: torch.Size) -> int | None:
         """How many tokens a sample has if these leading dimensions run over the samples first; None if they do not."""
-        if leading and leading[0] == self._batch:
+        if leading and leading[0] == self.batch:
             return leading[1:].numel()
-        if len(leading) == 1 and leading[0] % self._batch == 0:
-            return leading[0] // self._batch
+        if len(leading) == 1 and leading[0] % self.batch == 0:
+            return leading[0] // self.batch
         return None
 
 
 def _linear(recorder: TapRecorder, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     name, bias_name = recorder.name(weight), recorder.name(bias)
     tokens = recorder.tokens(input.shape[:-1])
-    if name is None or tokens is None or input.numel() == 0:
+    if name is None or tokens is None:
         return NotImplemented
     out = F.linear(input, weight.detach(), None if bias is None else bias.detach() if bias_name else bias)
-    inputs = input.detach().reshape(-1, 1, tokens, input.shape[-1])
+    inputs = input.detach().reshape(recorder.batch, 1, tokens, input.shape[-1])
     uses: list[tuple[str, Tensor | None]] = [(name, inputs)]
     if bias_name is not None:
         uses.append((bias_name, None))
@@ -115,19 +115,19 @@ def _linear(recorder: TapRecorder, input: Tensor, weight: Tensor, bias: Tensor |
 
 def _matmul(recorder: TapRecorder, input: Tensor, other: Tensor) -> Any:
     name = recorder.name(other)
-    if name is None or other.ndim != 2 or input.numel() == 0:
+    if name is None or other.ndim != 2:
         return NotImplemented
     tokens = recorder.tokens(input.shape[:-1])
     if tokens is None:
         return NotImplemented
     out = torch.matmul(input, other.detach())
-    inputs = input.detach().reshape(-1, 1, tokens, input.shape[-1])
+    inputs = input.detach().reshape(recorder.batch, 1, tokens, input.shape[-1])
     return recorder.record(out, (1, tokens, out.shape[-1]), [(name, inputs)], transposed=True)
 
 
 def _grouped_linear(recorder: TapRecorder, inputs: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Any:
     name, bias_name = recorder.name(weight), recorder.name(bias)
-    if name is None or recorder.tokens(inputs.shape[:1]) != 1 or inputs.numel() == 0:
+    if name is None or recorder.tokens(inputs.shape[:1]) != 1:
         return NotImplemented
     out = grouped_linear(inputs, weight.detach(), bias.detach() if bias is not None and bias_name else bias, index)
     uses: list[tuple[str, Tensor | None]] = [(name, inputs.detach())]
@@ -136,14 +136,22 @@ def _grouped_linear(recorder: TapRecorder, inputs: Tensor, weight: Tensor, bias:
     return recorder.record(out, (out.shape[1], out.shape[2], out.shape[3]), uses, index)
 
 
-def _embedding(recorder: TapRecorder, input: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **kwargs: Any) -> Any:
+def _embedding(
+    recorder: TapRecorder,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
     name = recorder.name(weight)
-    special = (padding_idx is not None and padding_idx >= 0) or any(v is not None and v is not False for v in kwargs.values())
     tokens = recorder.tokens(input.shape)
-    if name is None or tokens is None or special or any(rest[:1]) or any(rest[2:]) or input.numel() == 0:
+    if name is None or tokens is None or padding_idx is not None or max_norm is not None or scale_grad_by_freq or sparse:
         return NotImplemented
     out = F.embedding(input, weight.detach())
-    return recorder.record(out, (tokens, 1, out.shape[-1]), [(name, None)], input.reshape(-1, tokens))
+    return recorder.record(out, (tokens, 1, out.shape[-1]), [(name, None)], input.reshape(recorder.batch, tokens))
 
 
 _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -178,5 +186,5 @@ def segment_products(left: Tensor, right: Tensor | None, segment: Tensor, count:
     rows = rows.permute(0, 2, 4, 1, 3).reshape(count, u * o, longest * length)
     if right is None:
         return rows.sum(dim=2).reshape(count, u, o, 1)
-    cols = torch.cat([right, right.new_zeros(1, *right.shape[1:])])[table].reshape(count, longest * length, -1)
-    return torch.bmm(rows, cols).reshape(count, u, o, -1)
+    cols = torch.cat([right, right.new_zeros(1, *right.shape[1:])])[table].reshape(count, longest * length, right.shape[2])
+    return torch.bmm(rows, cols).reshape(count, u, o, right.shape[2])

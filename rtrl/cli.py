@@ -1,0 +1,126 @@
+"""The command line: ``rtrl verify``."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import rtrl
+from rtrl.errors import ConfigError
+
+app = typer.Typer(name="rtrl", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+_WIDTH = 150  # of tables that go to a file or a pipe, which has no width of its own
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rtrl {rtrl.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    """Exact real-time recurrent learning for sparse recurrent cells."""
+
+
+@app.command()
+def verify(
+    file: Annotated[
+        Path | None, typer.Option(help="The text to read. By default, the sources of Python's own standard library.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the model's weights and of the directions of differences.", min=0)] = 0,
+    steps: Annotated[int | None, typer.Option(help="Steps of every run.  [default: 300; with --quick 80]", show_default=False)] = None,
+    block: Annotated[
+        list[int] | None, typer.Option(help="Steps a block; may be repeated.  [default: 1 7 16 32; with --quick 1 7]", show_default=False)
+    ] = None,
+    window: Annotated[
+        list[int] | None, typer.Option(help="Blocks remembered; may be repeated.  [default: 1 3 64; with --quick 1 3]", show_default=False)
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps, blocks and windows: seconds.")] = False,
+    device: Annotated[str, typer.Option(help="The torch device, which must know float64.")] = "cpu",
+    break_: Annotated[
+        str | None,
+        typer.Option("--break", metavar="NAME", help="Break the learner on purpose, to see the gate shut; 'help' lists the ways."),
+    ] = None,
+    json_path: Annotated[
+        str | None,
+        typer.Option("--json", metavar="PATH", help="Write all results there; '-' for standard output, the table then to stderr."),
+    ] = None,
+) -> None:
+    """Prove on real text that gradients and influences are exact, against BPTT, textbook RTRL and finite differences.
+
+    A small mixture of experts reads bytes; its experts fall asleep and wake as the text has it. Exit code 0: all agree; 1: something does
+    not; 2: the command cannot be carried out.
+    """
+    from rtrl.claims import _table, breaks, gradient_equivalence  # the oracles are needed here and nowhere else
+
+    if break_ == "help":
+        _list_breaks({name: fault.fault for name, fault in breaks.BREAKS.items()})
+        raise typer.Exit
+    changes: dict[str, Any] = {"file": file, "seed": seed, "device": device, "broken": break_}
+    if steps is not None:
+        changes["steps"] = steps
+    for name, sizes in (("blocks", block), ("windows", window)):
+        if sizes:
+            changes[name] = tuple(dict.fromkeys(sizes))
+    try:
+        settings = gradient_equivalence.Settings.quick(**changes) if quick else gradient_equivalence.Settings(**changes)
+        target = None if json_path in (None, "-") else _writable(Path(str(json_path)))
+        with _progress() as bar:
+            task = bar.add_task("reading", total=None)
+
+            def report(piece: str, done: int, pieces: int) -> None:
+                bar.update(task, description=piece, completed=done, total=pieces)
+
+            result = gradient_equivalence.measure(settings, report)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+
+    _show(_table.table(result), stderr=json_path == "-")
+    text = json.dumps(result.record(), indent=2, allow_nan=False)
+    if json_path == "-":
+        typer.echo(text)
+    elif target is not None:
+        target.write_text(text + "\n", encoding="utf-8")
+    typer.echo(_table.verdict(result), err=json_path == "-")
+    raise typer.Exit(0 if result.passed else 1)
+
+
+def _list_breaks(faults: dict[str, str]) -> None:
+    listing = Table("--break", "what is wrong then")
+    for name, fault in faults.items():
+        listing.add_row(name, fault)
+    _show(listing)
+
+
+def _writable(path: Path) -> Path:
+    """The path, if a file can be written there; asked before the work and not after it."""
+    try:
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
+    return path
+
+
+def _console(stderr: bool) -> Console:
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=_WIDTH)
+
+
+def _show(what: Table, stderr: bool = False) -> None:
+    _console(stderr).print(what)
+
+
+def _progress() -> Progress:
+    """A bar on stderr; nothing where that is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)

@@ -1,0 +1,245 @@
+"""Counted multiply-adds: what a claim about cost is checked against, the same on every machine and at every load.
+
+``torch.utils.flop_counter`` counts nothing for matrix-vector, outer, elementwise and sparse products, and passes over what it does not
+know, so that a cost moved into one of those would look like a saving. Here every operation is in one of three classes, or is refused.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+from rtrl.errors import ConfigError, UnknownOperationError
+
+Rule = Callable[[tuple[Any, ...], Mapping[str, Any], Any], int]
+"""``rule(args, kwargs, out)`` → the multiply-adds of one call, its arguments in the order of the operation's schema."""
+
+
+class MacCounter(TorchDispatchMode):
+    """Counts the multiply-adds of everything that runs on tensors inside ``with``: forward, backward, ``vmap`` and all.
+
+    It sees what is really launched, after autograd, batching rules and decompositions. Every operation falls into one class:
+
+    * contractions (``mm``, ``bmm``, ``addmm``, ``mv``, ``dot`` …, and what becomes one: ``linear``, ``matmul``, ``einsum``) count their
+      exact multiply-adds, one for each scalar product formed; a bias is where the sum starts and counts nothing; a sparse factor counts
+      what it stores. A ``mul`` larger than both its factors is an outer product, and counts as the contraction of length one that it is;
+    * elementwise arithmetic counts one for each element of its result, whatever it takes to compute (a ``softmax`` too), and a reduction or
+      accumulating scatter one for each element it takes in: these are summed apart, in ``elementwise``;
+    * moving, filling, drawing, comparing, choosing, sorting and counting of values counts nothing;
+    * anything else, a convolution for one, is refused.
+
+    Counts follow from shapes and indices, so they do not depend on the device or the number of threads. Complex and integer elements count
+    like real ones. A counter entered twice counts once; two nested counters both count everything.
+
+    Args:
+        rules: ``"namespace.name"`` → ``rule(args, kwargs, out)``, as ``register`` takes them.
+
+    Attributes:
+        by_op: operation → multiply-adds of its contractions. elementwise_by_op: operation → elements of the others.
+
+    Raises:
+        ConfigError: a name in ``rules`` is malformed.
+        UnknownOperationError: inside ``with``, an operation of no class.
+
+    >>> import torch
+    >>> with MacCounter() as counter:
+    ...     y = torch.tanh(torch.ones(5, 2, 3) @ torch.ones(3, 4))
+    >>> counter.macs, counter.elementwise, dict(counter.by_op)
+    (120, 40, {'aten.mm': 120})
+    """
+
+    def __init__(self, rules: Mapping[str, Rule] | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.by_op: Counter[str] = Counter()
+        self.elementwise_by_op: Counter[str] = Counter()
+        self._rules: dict[str, Rule] = {}
+        self._entered: list[bool] = []  # for each ``with``, innermost last: whether it put the mode on the stack
+        for name, rule in (rules or {}).items():
+            self.register(name, rule)
+
+    @property
+    def macs(self) -> int:
+        """The multiply-adds of all contractions so far."""
+        return self.by_op.total()
+
+    @property
+    def elementwise(self) -> int:
+        """The elements of all elementwise operations and reductions so far."""
+        return self.elementwise_by_op.total()
+
+    def register(self, name: str, rule: Rule) -> None:
+        """Count an operation by a rule of one's own, in ``macs``, from now on.
+
+        Args:
+            name: ``"namespace.name"``, as the error that refused it says; it stands for all overloads, and the in-place form.
+            rule: ``rule(args, kwargs, out)`` → multiply-adds of one call; ``lambda *_: 0`` if it does no arithmetic.
+
+        Raises:
+            ConfigError: the name is no such name.
+        """
+        parts = name.split(".") if isinstance(name, str) else []
+        if len(parts) != 2 or not all(part.isidentifier() for part in parts):
+            raise ConfigError(f"an operation is named 'namespace.name', such as 'aten.mm', got {name!r}")
+        self._rules[_out_of_place(name)] = rule
+
+    def __enter__(self) -> "MacCounter":
+        fresh = self not in _get_current_dispatch_mode_stack()
+        self._entered.append(fresh)
+        if fresh:
+            super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if self._entered.pop():
+            super().__exit__(*raised)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name, kind, rule = _classify(func)
+        if name in self._rules:
+            kind, rule = "contraction", self._rules[name]
+        elif kind == "unknown":
+            # Inference mode hands over whole compositions, ``linear`` and the like: count what they are made of.
+            if isinstance(func, torch._ops.OpOverload):
+                with self:
+                    out = func.decompose(*args, **kwargs)
+                if out is not NotImplemented:
+                    return out
+            raise UnknownOperationError(
+                f"no count of multiply-adds is known for {func}; if one call does n of them, "
+                f"counter.register({name!r}, lambda args, kwargs, out: n) says so"
+            )
+        out = func(*args, **kwargs)
+        if kind != "move":
+            outer = name == "aten.mul" and name not in self._rules and _is_outer(args, out)
+            book = self.by_op if kind == "contraction" or outer else self.elementwise_by_op
+            book[name] += rule(args, kwargs, out)
+        return out
+
+
+def _stored(tensor: Tensor) -> int:
+    """How many numbers a tensor holds: all its elements, or those that a sparse layout stores."""
+    if tensor.layout is torch.strided:
+        return tensor.numel()
+    return (tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()).numel()
+
+
+def _contraction(first: int) -> Rule:
+    """``args[first] @ args[first + 1]``: matrices, batches of matrices, or vectors."""
+
+    def count(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+        a, b = args[first], args[first + 1]
+        if b.layout is torch.strided:
+            return _stored(a) * (b.shape[-1] if b.ndim > 1 else 1)
+        if a.layout is torch.strided:
+            return int(a.shape[-2]) * _stored(b)
+        raise UnknownOperationError(
+            "the multiply-adds of a sparse times a sparse matrix depend on which entries meet; register a rule of your own"
+        )
+
+    return count
+
+
+def _outer(first: int) -> Rule:
+    return lambda args, kwargs, out: args[first].numel() * args[first + 1].numel()
+
+
+def _nothing(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+    return 0
+
+
+def _results(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+    """One for each element of the largest result."""
+    return max((_stored(t) for t in pytree.tree_leaves(out) if isinstance(t, Tensor)), default=0)
+
+
+def _taken_in(place: int) -> Rule:
+    """One for each element of the argument at ``place``."""
+    return lambda args, kwargs, out: _stored(args[place]) if isinstance(args[place], Tensor) else 0
+
+
+def _put(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+    """``index_put`` adds if it accumulates, and moves if not."""
+    return _stored(args[2]) if len(args) > 3 and args[3] else 0
+
+
+def _is_outer(args: tuple[Any, ...], out: Tensor) -> bool:
+    factors = [t for t in args[:2] if isinstance(t, Tensor)]
+    return len(factors) == 2 and all(_stored(t) < _stored(out) for t in factors)
+
+
+def _aten(rule: Rule, names: str) -> dict[str, Rule]:
+    return {f"aten.{name}": rule for name in names.split()}
+
+
+_CONTRACTIONS = {
+    **_aten(_contraction(0), "mm bmm mv dot vdot"),
+    **_aten(_contraction(1), "addmm addbmm baddbmm addmv _sparse_addmm"),
+    **_aten(_outer(1), "addr"),
+}
+
+# Whatever PyTorch itself tags as pointwise counts its results, too, unless it stands in another table.
+_ELEMENTS = {
+    **_aten(
+        _results,
+        """_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data floor_divide native_dropout native_dropout_backward
+        native_layer_norm native_layer_norm_backward _fused_rms_norm _fused_rms_norm_backward softplus_backward hardtanh_backward
+        elu_backward glu glu_backward log_sigmoid_forward log_sigmoid_backward leaky_relu_backward mse_loss_backward smooth_l1_loss_backward
+        huber_loss_backward nll_loss_backward binary_cross_entropy_backward""",
+    ),
+    **_aten(
+        _taken_in(0),
+        """sum nansum mean prod cumsum cumprod var std var_mean std_mean logsumexp logcumsumexp norm linalg_vector_norm trace
+        embedding_dense_backward mse_loss smooth_l1_loss huber_loss nll_loss_forward binary_cross_entropy
+        binary_cross_entropy_with_logits""",
+    ),
+    **_aten(_taken_in(3), "index_add scatter_add index_reduce"),
+    **_aten(_put, "index_put _unsafe_index_put _index_put_impl"),
+}
+
+_MOVES = _aten(
+    _nothing,
+    # copies, changes of shape
+    """clone copy _to_copy _unsafe_view _reshape_copy cat stack repeat roll flip tril triu constant_pad_nd unfold_backward resize set
+    unsafe_split unsafe_split_with_sizes unsafe_chunk select_backward slice_backward diagonal_backward select_scatter slice_scatter
+    diagonal_scatter diag_embed _conj_physical is_pinned _pin_memory """
+    # look-ups, writes that do not add
+    """gather index index_select take embedding scatter index_copy index_fill masked_fill masked_select masked_scatter where
+    _local_scalar_dense repeat_interleave """
+    # new tensors, drawn or not
+    """empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like new_ones full full_like
+    new_full zero fill eye arange linspace scalar_tensor tril_indices triu_indices rand rand_like randn randn_like randint randint_like
+    randperm normal uniform random bernoulli exponential geometric log_normal cauchy multinomial poisson """
+    # comparing, choosing, sorting, counting
+    """eq ne lt le gt ge equal isnan isinf isposinf isneginf logical_and logical_or logical_xor logical_not bitwise_and bitwise_or
+    bitwise_xor bitwise_not all any max min amax amin aminmax argmax argmin sort topk searchsorted bucketize unique_dim _unique2
+    unique_consecutive count_nonzero nonzero nonzero_static bincount is_same_size """
+    # between layouts
+    """_to_sparse _to_sparse_csr _to_sparse_csc _to_dense _coalesce _nnz is_coalesced _sparse_coo_tensor_unsafe
+    _sparse_coo_tensor_with_dims _sparse_coo_tensor_with_dims_and_tensors _sparse_compressed_tensor_unsafe""",
+)
+
+
+@cache
+def _classify(func: Any) -> tuple[str, str, Rule]:
+    """The name of an operation, without overload and in-place mark; the class it is in; its rule."""
+    if not isinstance(func, torch._ops.OpOverload):
+        return str(func), "unknown", _nothing
+    name = _out_of_place(str(func.overloadpacket))
+    for kind, rules in (("contraction", _CONTRACTIONS), ("elementwise", _ELEMENTS), ("move", _MOVES)):
+        if name in rules:
+            return name, kind, rules[name]
+    if func.is_view or func.namespace == "profiler":
+        return name, "move", _nothing
+    if torch.Tag.pointwise in func.tags:
+        return name, "elementwise", _results
+    return name, "unknown", _nothing
+
+
+def _out_of_place(name: str) -> str:
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name

@@ -1,0 +1,131 @@
+"""Real text, one byte a step: predict the next byte."""
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rtrl.errors import ConfigError
+
+_MOST = 2**20  # bytes of the standard library's sources that are read by default
+_NOT_STANDARD = {"site-packages", "dist-packages", "__pycache__"}
+
+
+class ByteStream:
+    """The bytes of a text as a stream of (input, target) pairs, each sample of the batch reading from a place of its own.
+
+    The text is cut into ``batch_size`` sections of equal length L; step t gives byte ``offset + t`` of every section as the input and the
+    byte after it as the target. The default text is the sources of Python's own standard library, in the order of their paths, up to one
+    mebibyte: there on every machine, without a network.
+
+    Args:
+        path: the file to read; None for the standard library's sources.
+        batch_size: B, how many samples read at once.
+        offset: where in its section every sample begins.
+        steps: how many steps there must be at least.
+        dtype, device: of the inputs; the targets are LongTensors on the same device.
+
+    Attributes:
+        source: what was read, in words. digest: SHA-256 of the bytes that were read.
+
+    Raises:
+        ConfigError: a number is out of range; the file is missing, unreadable, empty or too short; or no standard library is found.
+
+    Cost: one byte a byte of text; a step makes B·256 numbers.
+
+    >>> stream = ByteStream(batch_size=2)
+    >>> x, target = stream[0]
+    >>> x.shape, target.shape
+    (torch.Size([2, 256]), torch.Size([2]))
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        batch_size: int = 1,
+        *,
+        offset: int = 0,
+        steps: int = 1,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        for name, value, least in (("batch_size", batch_size, 1), ("offset", offset, 0), ("steps", steps, 1)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+        text = _standard_library() if path is None else _read(Path(path))
+        self.source = "the Python standard library" if path is None else str(path)
+        self.digest = hashlib.sha256(text).hexdigest()
+        self.batch_size, self.offset = batch_size, offset
+        section = (len(text) - 1) // batch_size
+        self._length = section - offset
+        if self._length < steps:
+            raise ConfigError(
+                f"{self.source} is too short: {len(text)} bytes give {max(self._length, 0)} steps to each of {batch_size} samples "
+                f"that begin at offset {offset}, but at least {steps} are needed"
+            )
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        self.device = torch.device("cpu" if device is None else device)
+        self._text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        self._starts = torch.arange(batch_size) * section + offset
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Input (B, 256), one-hot, and target (B,) of a step, counted from 0 (or, if negative, from the end); IndexError outside."""
+        t = step + self._length if step < 0 else step
+        if not 0 <= t < self._length:
+            raise IndexError(f"step {step} of a stream of {self._length} steps")
+        places = self._starts + t
+        current, following = (self._text[p].long().to(self.device) for p in (places, places + 1))
+        return F.one_hot(current, 256).to(self.dtype), following
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self[t] for t in range(self._length))
+
+    def first(self, steps: int) -> tuple[Tensor, Tensor]:
+        """The first steps at once: inputs (steps, B, 256) and targets (steps, B); IndexError if there are not that many."""
+        inputs, targets = zip(*(self[t] for t in range(steps)), strict=True)
+        return torch.stack(inputs), torch.stack(targets)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file {path}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not text:
+        raise ConfigError(f"{path} is empty")
+    return text
+
+
+def _standard_library() -> bytes:
+    """The standard library's .py files, sorted by path, one after the other, up to the size limit."""
+    root = sysconfig.get_paths()["stdlib"]
+    parts: list[bytes] = []
+    missing = _MOST
+    for folder, inside, files in os.walk(root):
+        inside[:] = sorted(name for name in inside if name not in _NOT_STANDARD)
+        for name in sorted(files):
+            if name.endswith(".py") and missing > 0:
+                parts.append(_read_some(Path(folder, name), missing))
+                missing -= len(parts[-1])
+        if missing <= 0:
+            break
+    if not any(parts):
+        raise ConfigError(f"no source of the standard library is found under {root}; name a text file of your own")
+    return b"".join(parts)
+
+
+def _read_some(path: Path, most: int) -> bytes:
+    try:
+        return path.read_bytes()[:most]
+    except OSError:
+        return b""  # one unreadable module of many is no reason to stop

@@ -1,0 +1,146 @@
+"""The affine monoid of steps: its laws, and equality with step-by-step products of full matrices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import normal, seeds
+from tolerances import worst
+from torch import Tensor
+
+import oracles
+from rtrl.transition import Transition, compose, identity
+
+
+@st.composite
+def index_sets(draw: Callable[..., Any], batch: int, n: int, k: int) -> Tensor:
+    """LongTensor (batch, k), no repeats within a sample."""
+    return torch.tensor([draw(st.permutations(range(n)))[:k] for _ in range(batch)], dtype=torch.int64).reshape(batch, k)
+
+
+@st.composite
+def element(draw: Callable[..., Any], batch: int, n: int, width: int) -> Transition:
+    """Any element: sparse or dense, different rows a sample, any columns that contain the rows."""
+    seed = draw(seeds)
+    if draw(st.booleans()):
+        u, c = n, n
+        rows = cols = None
+    else:
+        c = draw(st.integers(0, n))
+        u = draw(st.integers(0, c))
+        cols = draw(index_sets(batch, n, c))
+        rows = torch.stack([own[torch.tensor(draw(st.permutations(range(c))), dtype=torch.int64)][:u] for own in cols])
+        if c == n and draw(st.booleans()):
+            cols = None
+    jacobian, adjoint = normal(seed, batch, u * width, c * width), normal(seed + 1, batch, c * width)
+    return Transition(rows, cols, jacobian, adjoint, n, width)
+
+
+@st.composite
+def elements(draw: Callable[..., Any], count: int | None = None) -> list[Transition]:
+    batch, n, width = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 2))
+    size = draw(st.integers(1, 6)) if count is None else count
+    return [draw(element(batch, n, width)) for _ in range(size)]
+
+
+def written_out(item: Transition) -> tuple[Tensor, Tensor]:
+    """Φ and v as full matrices, put together entry by entry here, not by the code under test."""
+    batch, n, d = item.jacobian.shape[0], item.n, item.width
+    phi, v = torch.zeros(batch, n * d, n * d, dtype=torch.float64), torch.zeros(batch, n * d, dtype=torch.float64)
+    for b in range(batch):
+        rows = range(n) if item.rows is None else item.rows[b].tolist()
+        cols = range(n) if item.cols is None else item.cols[b].tolist()
+        for i in range(n):
+            if i not in list(rows):
+                phi[b, i * d : (i + 1) * d, i * d : (i + 1) * d] = torch.eye(d, dtype=torch.float64)
+        for j, col in enumerate(cols):
+            v[b, col * d : (col + 1) * d] = item.adjoint[b, j * d : (j + 1) * d]
+            for i, row in enumerate(rows):
+                phi[b, row * d : (row + 1) * d, col * d : (col + 1) * d] = item.jacobian[b, i * d : (i + 1) * d, j * d : (j + 1) * d]
+    return phi, v
+
+
+def assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    assert worst(actual[0], expected[0], dim=(1, 2)) <= 1
+    assert worst(actual[1], expected[1], dim=1) <= 1
+
+
+@given(elements())
+def test_composing_equals_step_by_step_products(items: list[Transition]) -> None:
+    product = items[0]
+    for item in items[1:]:
+        product = compose(product, item)
+    assert_same(written_out(product), oracles.ordered_product([written_out(item) for item in items]))
+
+
+@given(elements(count=3))
+def test_associativity(items: list[Transition]) -> None:
+    a, b, c = items
+    assert_same(written_out(compose(compose(a, b), c)), written_out(compose(a, compose(b, c))))
+
+
+@given(elements(count=1))
+def test_identity_is_neutral_on_both_sides(items: list[Transition]) -> None:
+    (item,) = items
+    none = identity(item.jacobian.shape[0], item.n, item.width, item.jacobian)
+    for product in (compose(none, item), compose(item, none)):
+        for actual, expected in zip(written_out(product), written_out(item), strict=True):
+            assert torch.equal(actual, expected)
+
+
+def test_the_monoid_is_not_commutative() -> None:
+    """The control of every order test: swapped factors must be told apart."""
+    a, b = (Transition(None, None, normal(s, 1, 2, 2), normal(s + 9, 1, 2), 2, 1) for s in (1, 2))
+    expected = oracles.ordered_product([written_out(a), written_out(b)])
+    assert_same(written_out(compose(a, b)), expected)
+    with pytest.raises(AssertionError):
+        assert_same(written_out(compose(b, a)), expected)
+
+
+@given(elements(count=2))
+def test_composition_stays_row_sparse(items: list[Transition]) -> None:
+    """No sample of the result has more rows than the two elements have together, and none twice."""
+    a, b = items
+    product = compose(a, b)
+    bound = sum(item.n if item.rows is None else item.rows.shape[1] for item in items)
+    u = product.n if product.rows is None else product.rows.shape[1]
+    assert u <= min(bound, product.n)
+    for index in (product.rows, product.cols):
+        if index is not None:
+            assert all(len(set(own)) == len(own) for own in index.tolist())
+    if product.rows is not None and product.cols is not None:
+        assert all(set(r) <= set(c) for r, c in zip(product.rows.tolist(), product.cols.tolist(), strict=True))
+
+
+@given(elements(count=1), seeds, st.data())
+def test_apply_and_pull_are_products_with_the_full_matrices(items: list[Transition], seed: int, data: st.DataObject) -> None:
+    (item,) = items
+    phi, v = written_out(item)
+    batch = phi.shape[0]
+    chosen = data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=4))
+    sample = torch.tensor(chosen)
+    influence = normal(seed, len(chosen), phi.shape[1], 3)
+    assert worst(item.apply(influence, sample), phi[sample] @ influence, dim=1) <= 1
+    everyone = normal(seed, batch, phi.shape[1], 3)
+    assert worst(item.apply(everyone, None), phi @ everyone, dim=1) <= 1
+    w = normal(seed + 1, batch, phi.shape[1])
+    through = (w.unsqueeze(1) @ phi).squeeze(1)
+    assert worst(item.pull(w), v + through, dim=1) <= 1
+    assert worst(item.pull(w, earn=False), through, dim=1) <= 1
+    assert worst(item.pull(None), v, dim=1) <= 1
+
+
+@given(elements(count=2), seeds)
+def test_arguments_are_left_alone(items: list[Transition], seed: int) -> None:
+    """A remembered node must not be changed by what is made of it."""
+    before = [[None if t is None else t.clone() for t in (i.rows, i.cols, i.jacobian, i.adjoint)] for i in items]
+    product = compose(*items)
+    product.jacobian.add_(1.0)
+    items[0].apply(normal(seed, *items[0].jacobian.shape[:1], items[0].n * items[0].width, 2), None).add_(1.0)
+    items[0].pull(None).add_(1.0)
+    for item, old in zip(items, before, strict=True):
+        for now, then in zip((item.rows, item.cols, item.jacobian, item.adjoint), old, strict=True):
+            assert then is None or torch.equal(now, then)

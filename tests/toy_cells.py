@@ -1,0 +1,136 @@
+"""Small cells that between them take every path of the engine. Sparsity patterns are part of the input x, so that any oracle can run them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rtrl
+from rtrl import Sparsity
+
+
+class PlainRNN(nn.Module):
+    """tanh(W x + U h + b), its weights met as ``F.linear`` and as ``h @ U``; y sees h before and after the step."""
+
+    def __init__(self, d_in: int, hidden: int, d_out: int = 2) -> None:
+        super().__init__()
+        self.inward = nn.Linear(d_in, hidden)
+        self.recurrent = nn.Parameter(torch.empty(hidden, hidden))
+        self.head = nn.Linear(2 * hidden, d_out)
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return self.recurrent.new_zeros(batch_size, self.recurrent.shape[0])
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h_next = torch.tanh(self.inward(x) + h @ self.recurrent)
+        return self.head(torch.cat([h, h_next], dim=-1)), h_next
+
+
+class DictOutput(NamedTuple):
+    value: Tensor
+    extra: dict[str, Tensor]
+
+
+class OddCell(nn.Module):
+    """Parameters that no tap covers: a normalisation, element-wise scales, a transposed use, a scalar; the state is (B, 2, hidden)."""
+
+    def __init__(self, d_in: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden)
+        self.weight = nn.Parameter(torch.empty(hidden, hidden))
+        self.scale = nn.Parameter(torch.empty(hidden))
+        self.leak = nn.Parameter(torch.empty(()))
+        self.inward = nn.Linear(d_in, hidden, bias=False)
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return torch.full((batch_size, 2, self.scale.shape[0]), 0.1, dtype=self.scale.dtype, device=self.scale.device)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[DictOutput, Tensor]:
+        fast, slow = h.unbind(dim=1)
+        drive = self.inward(x) + F.linear(slow, self.weight)
+        fast_next = torch.tanh(self.norm(fast) * self.scale + drive @ self.weight.T)  # ``weight`` twice: as a tap, and transposed
+        rate = torch.sigmoid(self.leak)
+        h_next = torch.stack([fast_next, rate * slow + (1 - rate) * fast_next], dim=1)
+        return DictOutput(drive, {"product": fast_next * self.scale}), h_next
+
+
+class ScheduledCell(nn.Module):
+    """Reads, writes and experts wherever the input says: x = [features | read mask | write mask | expert mask].
+
+    Reads and writes may be any sets, empty ones included, and need not meet. In a batch the declared sets are as wide as the largest, so
+    some samples declare more than they use. ``row_scale`` is sliced by the rows written and met by no linear map.
+    """
+
+    def __init__(self, features: int, n_rows: int, width: int, n_experts: int) -> None:
+        super().__init__()
+        self.features, self.n_rows, self.width, self.n_experts = features, n_rows, width, n_experts
+        self.look = nn.Linear(width, width)
+        self.inward = nn.Linear(features, width, bias=False)
+        self.expert = nn.Parameter(torch.empty(n_experts, width, width))
+        self.expert_bias = nn.Parameter(torch.empty(n_experts, width))
+        self.label = nn.Parameter(torch.empty(n_rows, width))
+        self.row_scale = nn.Parameter(torch.empty(n_rows, width))
+        self.mix = nn.Linear(width, width, bias=False)
+        self.head = nn.Linear(width, 2)
+
+    def init_state(self, batch_size: int) -> Tensor:
+        rows = torch.linspace(-0.5, 0.7, self.n_rows * self.width, dtype=self.label.dtype, device=self.label.device)
+        return rows.reshape(1, self.n_rows, self.width).repeat(batch_size, 1, 1)
+
+    def forward(self, x: Tensor, h: Tensor, replay: Sparsity | None = None) -> tuple[Tensor, Tensor, Sparsity]:
+        features, read, write, use = x.split([self.features, self.n_rows, self.n_rows, self.n_experts], dim=-1)
+        if replay is None:
+            chosen = [mask.argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())] for mask in (read, write, use)]
+            replay = self.declare(*chosen)
+        reads, writes, experts = replay.reads, replay.writes, replay.active["expert"]
+        assert reads is not None
+        assert writes is not None
+        seen = rows(h, reads) + F.embedding(reads, self.label)
+        pooled = (read.gather(1, reads).unsqueeze(-1) * torch.tanh(self.look(seen))).sum(dim=1) + self.inward(features)
+        mixture = rtrl.cells.grouped_linear(torch.tanh(pooled)[:, None, None], self.expert, self.expert_bias, experts).squeeze(2)
+        pooled = pooled + (use.gather(1, experts).unsqueeze(-1) * mixture).sum(dim=1)
+        before = rows(h, writes)
+        new = torch.tanh(before * self.row_scale[writes] + pooled.unsqueeze(1) + self.mix(before))
+        h_next = h.scatter(1, wide(writes, h), torch.where(write.gather(1, writes).unsqueeze(-1) > 0, new, before))
+        y = self.head(pooled) + (rows(h_next, writes).sum(dim=1) * rows(h, reads).sum(dim=1)).sum(dim=-1, keepdim=True)
+        return y, h_next, replay
+
+    def declare(self, reads: Tensor, writes: Tensor, experts: Tensor) -> Sparsity:
+        active = {"expert": experts, "expert_bias": experts, "label": reads, "row_scale": writes}
+        return Sparsity(reads=reads, writes=writes, active=active)
+
+
+class ForcedMoE(nn.Module):
+    """A ``RecurrentMoE`` whose choices stand in the input: x = [features | reads | writes | experts], the last three as numbers."""
+
+    def __init__(self, cell: rtrl.RecurrentMoE, widths: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.cell, self.widths = cell, widths
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return self.cell.init_state(batch_size)
+
+    def forward(self, x: Tensor, h: Tensor, replay: Sparsity | None = None) -> tuple[Tensor, Tensor, Sparsity]:
+        features, *chosen = x.split([self.cell.d_in, *self.widths], dim=-1)
+        y, h_next, used = self.cell(features, h, replay=self.cell.choices(*(index.long() for index in chosen)))
+        return y, h_next, Sparsity(used.reads, used.writes, {f"cell.{name}": index for name, index in used.active.items()})
+
+
+def rows(values: Tensor, index: Tensor) -> Tensor:
+    return values.gather(1, wide(index, values))
+
+
+def wide(index: Tensor, values: Tensor) -> Tensor:
+    return index.unsqueeze(-1).expand(-1, -1, values.shape[-1])
+
+
+def seeded(cell: nn.Module, seed: int, scale: float = 0.7) -> nn.Module:
+    """The cell in float64 with weights drawn from ``seed``."""
+    cell = cell.to(torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            fan_in = parameter.shape[-1] if parameter.ndim > 1 else 4
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale / fan_in**0.5)
+    return cell
