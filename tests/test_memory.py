@@ -1,0 +1,84 @@
+"""Bytes really held: constant from the moment everything has been awake once, whatever the length of the stream."""
+
+import gc
+
+import pytest
+import torch
+from strategies import normal
+from torch import Tensor
+from toy_cells import ForcedMoE, PlainRNN, seeded
+
+import rtrl
+
+
+def live_tensor_bytes() -> int:
+    """Bytes of all tensors that Python can reach: what the learner holds, whatever it says."""
+    gc.collect()
+    seen: dict[int, int] = {}
+    for item in gc.get_objects():
+        if issubclass(type(item), Tensor):  # isinstance would wake lazy modules
+            storage = item.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+    return sum(seen.values())
+
+
+def sparse_learner(block: int) -> tuple[rtrl.BlockRTRL, Tensor]:
+    moe = rtrl.RecurrentMoE(2, 2, d_model=4, n_slots=3, n_experts=6, topk=1, expert_hidden=2, ffn_hidden=2)
+    cell = seeded(ForcedMoE(moe, (2, 1, 1)), 5)
+    cycle = 60
+    first = torch.tensor([[[t // 4 % 3, (t // 4 + 1) % 3, t // 4 % 3, t // 10 % 6]] for t in range(cycle)], dtype=torch.float64)
+    return rtrl.BlockRTRL(cell, 1, block=block, window=3), torch.cat([normal(0, cycle, 1, 2), first], dim=-1)
+
+
+def dense_learner(block: int) -> tuple[rtrl.BlockRTRL, Tensor]:
+    return rtrl.BlockRTRL(seeded(PlainRNN(2, 3), 5), 1, block=block), normal(0, 60, 1, 2)
+
+
+@pytest.mark.parametrize("make", [sparse_learner, dense_learner])
+def test_twenty_thousand_steps_hold_what_two_thousand_held(make: object) -> None:
+    """Exactly, at the same point of a block, with experts falling asleep and waking beyond the window all the time."""
+    learner, xs = make(block=20)  # type: ignore[operator]
+    held, reached = {}, {}
+    for t in range(20_000):
+        y = learner.step(xs[t % len(xs)])
+        learner.backward(y.square().sum())
+        del y
+        if learner.at_block_end and t // 20 % 3 == 0:
+            learner.sync(dormant=t // 20 % 2 == 0)
+            for p in learner.cell.parameters():
+                p.grad = None
+        if t + 1 in (2_000, 20_000):
+            learner.sync()
+            held[t + 1] = learner.retained_bytes()
+            for p in learner.cell.parameters():
+                p.grad = None
+            reached[t + 1] = live_tensor_bytes()
+    assert held[2_000] == held[20_000]
+    assert held[2_000]["influence"] > 0
+    assert reached[2_000] == reached[20_000]
+
+
+def test_retained_bytes_counts_what_is_really_held() -> None:
+    """Against the tensors that the garbage collector can see: nothing of any size is left out."""
+    before = live_tensor_bytes()
+    learner, xs = sparse_learner(block=7)
+    model = live_tensor_bytes()
+    for t in range(200):
+        y = learner.step(xs[t % len(xs)])
+        learner.backward(y.square().sum())
+    del y
+    counted = sum(learner.retained_bytes().values())
+    real = live_tensor_bytes() - model
+    assert model > before
+    assert 0.9 * counted <= real <= 1.1 * counted + 4096
+
+
+def test_a_growing_history_is_noticed() -> None:
+    """The control: a learner that keeps what each step returned fails the same comparison."""
+    learner, xs = dense_learner(block=4)
+    kept, reached = [], []
+    for t in range(400):
+        kept.append(learner.step(xs[t % len(xs)]))
+        if t in (199, 399):
+            reached.append(live_tensor_bytes())
+    assert reached[1] > reached[0]
