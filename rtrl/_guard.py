@@ -16,6 +16,10 @@ from rtrl.errors import CellError, LossError, NonFiniteError, SparsityError
 class _NoRandomness(TorchDispatchMode):
     """Refuses every operation that draws random numbers."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else PyTorch imports its compiler, seconds of it, to keep it away from this mode
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise CellError(
@@ -51,11 +55,9 @@ def check_finite(what: str, value: Tensor, step: int) -> None:
     Raises:
         NonFiniteError: with the step's number.
     """
-    if value.is_floating_point():
-        good = torch.isfinite(value)
-        if not bool(good.all()):
-            where = tuple((~good).nonzero()[0].tolist())
-            raise NonFiniteError(f"NaN or infinity in {what} at step {step}, first at index {where}")
+    if not _tree.finite(value):
+        where = tuple((~torch.isfinite(value)).nonzero()[0].tolist())
+        raise NonFiniteError(f"NaN or infinity in {what} at step {step}, first at index {where}")
 
 
 def check_output(y: Any, h: Tensor, h_next: Tensor, step: int) -> None:

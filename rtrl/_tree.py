@@ -42,6 +42,14 @@ def concatenate(trees: Sequence[Any]) -> Any:
     return pytree.tree_unflatten(joined, specs[0])
 
 
+def finite(value: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity, in one pass and without a copy."""
+    if not value.numel() or not value.is_floating_point():
+        return True
+    low, high = torch.aminmax(value.detach())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
 def n_bytes(tree: Any) -> int:
     """Bytes of all tensors of a tree."""
     return sum(t.numel() * t.element_size() for t in tensors(tree))

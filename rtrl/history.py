@@ -82,7 +82,7 @@ class History:
 
     def append(self, block: Transition) -> None:
         """Add the newest block."""
-        self._functionals.clear()
+        self.forget()
         self._tree.append(block)
 
     def cover(self, start: int, stop: int) -> list[Transition]:
@@ -106,13 +106,17 @@ class History:
             self._functionals[key] = functional
         return self._functionals[key]
 
+    def forget(self) -> None:
+        """Drop the functionals remembered for one round of payments."""
+        self._functionals.clear()
+
     def _zero(self) -> Tensor:
         none: Transition = self._tree.query(self.now, self.now)
         return none.adjoint.new_zeros(none.jacobian.shape[0], none.n * none.width)
 
     @property
     def n_bytes(self) -> int:
-        """Bytes held: the reserved memory of all nodes, and remembered functionals."""
+        """Bytes held: the reserved memory of all nodes."""
         return self._store.n_bytes
 
     def state_dict(self) -> dict[str, Any]:

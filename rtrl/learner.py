@@ -217,8 +217,9 @@ class BlockRTRL:
             for name, influence in self._influences.items():
                 self._pay(name, influence.held())
             self._paid = self._history.now
+            self._history.forget()
         for name, gradient in self._earned.items():
-            if not bool(torch.isfinite(gradient).all()):
+            if not _tree.finite(gradient):
                 raise NonFiniteError(f"NaN or infinity in the gradient of parameter {name!r} up to step {self._taken - 1}")
         for name, gradient in self._earned.items():
             parameter = self._parameters[name]
@@ -273,6 +274,8 @@ class BlockRTRL:
             held = influence.held()
             self._pay(name, held[samples[influence.sample[held.to(self._state.device)].cpu()]])
             influence.drop(samples)
+        if self._history is not None:
+            self._history.forget()
         shape = (-1, *[1] * (self._state.ndim - 1))
         self._state = torch.where(rows.reshape(shape), first, self._state)
 
@@ -383,6 +386,7 @@ class BlockRTRL:
             rows = influence.claim(birth.keys, now)
             self._advance(name, rows if self.lazy else influence.held())
             influence.add(rows, result.transition, birth.values)
+        self._history.forget()
         for name, gradient in result.gradient.items():
             self._gradient(name).add_(gradient)
         self._steps = []
@@ -448,10 +452,10 @@ class BlockRTRL:
     def _check_result(self, result: BlockResult) -> None:
         span = f"steps {self._steps[0].number} … {self._steps[-1].number}"
         for what, value in (("Jacobian product", result.transition.jacobian), ("adjoint", result.transition.adjoint)):
-            if not bool(torch.isfinite(value).all()):
+            if not _tree.finite(value):
                 raise NonFiniteError(f"NaN or infinity in the {what} of {span}: the state's dynamics overflow")
         for name, birth in result.births.items():
-            if not bool(torch.isfinite(birth.values).all()):
+            if not _tree.finite(birth.values):
                 raise NonFiniteError(f"NaN or infinity in the influence of parameter {name!r} born in {span}")
 
 

@@ -130,10 +130,10 @@ class Linearizer:
         self._same_states(h_next, torch.cat(after), steps)
         written = _rows.take(h_next.reshape(batch, n, width), sparsity.writes).flatten(1)
         outputs = [leaf for leaf in _tree.tensors(y) if leaf.is_floating_point()]
-        if m > 1 and (*key, m > 1) not in self._verified:
+        if batch > 1 and (*key, m) not in self._verified:
             if self._mixing(written, outputs, h, recorder.taps, batch):
                 return self._group(key, times, steps, after)  # once more, with the offending parameters on the general path
-            self._verified.add((*key, m > 1))
+            self._verified.add((*key, m))
         general = self._remaining([written, *outputs])
 
         inputs = [h, *(tap.output for tap in recorder.taps)]
@@ -291,7 +291,7 @@ class Linearizer:
         adjoint = torch.zeros_like(inputs[0]) if grads[0] is None else grads[0]
         direct = {name: grad for name, grad in zip(general, grads[len(inputs) :], strict=True) if grad is not None}
         for name, grad in direct.items():
-            if not bool(torch.isfinite(grad).all()):
+            if not _tree.finite(grad):
                 raise NonFiniteError(f"{self._steps(steps)}: NaN or infinity in the gradient of parameter {name!r}")
         return [*grads[1 : len(inputs)]], direct, adjoint
 
@@ -303,8 +303,8 @@ class Linearizer:
                 checks.append((f"the gradient of parameter {tap.tap.name!r}", tap.earned))
         size = steps[0].h.shape[0]
         for what, values in checks:
-            good = torch.isfinite(values)
-            if not bool(good.all()):
+            if not _tree.finite(values):
+                good = torch.isfinite(values)
                 sample = int((~good.flatten(1).all(dim=1)).nonzero()[0])
                 raise NonFiniteError(f"NaN or infinity in {what}, step {steps[sample // size].number}, sample {sample % size}")
 

@@ -87,6 +87,10 @@ class MacCounter(TorchDispatchMode):
             raise ConfigError(f"an operation is named 'namespace.name', such as 'aten.mm', got {name!r}")
         self._rules[_out_of_place(name)] = rule
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # newer versions of PyTorch would wrap every dispatch in ``torch._dynamo``, whose import alone takes seconds
+
     def __enter__(self) -> "MacCounter":
         fresh = self not in _get_current_dispatch_mode_stack()
         self._entered.append(fresh)
@@ -234,7 +238,7 @@ def _classify(func: Any) -> tuple[str, str, Rule]:
     for kind, rules in (("contraction", _CONTRACTIONS), ("elementwise", _ELEMENTS), ("move", _MOVES)):
         if name in rules:
             return name, kind, rules[name]
-    if func.is_view or func.namespace == "profiler":
+    if func.is_view or torch.Tag.inplace_view in func.tags or func.namespace == "profiler":
         return name, "move", _nothing
     if torch.Tag.pointwise in func.tags:
         return name, "elementwise", _results

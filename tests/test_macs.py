@@ -227,13 +227,12 @@ def test_nesting_counts_nothing_twice() -> None:
     assert flops.get_total_flops() == 2 * 24
 
 
-def test_the_counter_leaves_no_trace() -> None:
+def test_an_error_inside_leaves_no_trace() -> None:
     counter = MacCounter()
-    with pytest.raises(KeyError), counter:
-        ones(2, 3) @ ones(3, 4)
-        raise KeyError
+    with pytest.raises(RuntimeError, match="shapes"), counter:
+        ones(2, 3) @ ones(2, 3)
     ones(2, 3) @ ones(3, 4)
-    assert counter.macs == 24
+    assert counter.macs == 0
 
 
 def test_a_counter_sees_its_own_thread_alone() -> None:
@@ -317,7 +316,7 @@ def test_counts_do_not_depend_on_threads() -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            counter = counted(lambda: whole_run(mixture(), True, 2))
+            counter = counted(lambda: whole_run(CELLS["gru"](), True, 3))
             counts.append((counter.by_op, counter.elementwise_by_op))
     finally:
         torch.set_num_threads(before)
