@@ -93,8 +93,7 @@ def check_copied(h: Tensor, h_next: Tensor, writes: Tensor | None, step: int) ->
     if bool(changed.any()):
         sample, row = (int(i) for i in changed.nonzero()[0])
         raise SparsityError(
-            f"step {step}: row {row} of the state of sample {sample} changed, but is not declared as written "
-            "(a row that decays is written, too)"
+            f"step {step}: row {row} of the state of sample {sample} changed, but is not declared as written (a row that decays is written, too)"
         )
 
 
@@ -126,17 +125,13 @@ def check_loss(loss: Any, outputs: list[Tensor], given: list["weakref.ref[Tensor
     if loss.numel() != 1:
         raise LossError(f"a loss must be a scalar, got shape {tuple(loss.shape)}; reduce it with .sum() or .mean()")
     if not outputs:
-        raise LossError(
-            "there is no step that can take a loss: call step() first, and give its losses before sync(), reset() or influence()"
-        )
+        raise LossError("there is no step that can take a loss: call step() first, and give its losses before sync(), reset() or influence()")
     if loss.device != outputs[0].device:
         raise LossError(f"the loss is on {loss.device}, y on {outputs[0].device}")
     if any(ref() is loss for ref in given):
         raise LossError(f"this loss was already given at step {step}; compute it anew if it is to count twice")
     if not loss.requires_grad or not reached_leaves(loss) & {id(leaf) for leaf in outputs}:
-        raise LossError(
-            f"the loss does not depend on the y of step {step}; compute it from what the last step() returned, without detaching it"
-        )
+        raise LossError(f"the loss does not depend on the y of step {step}; compute it from what the last step() returned, without detaching it")
     check_finite("the loss", loss.detach(), step)
 
 

@@ -188,9 +188,7 @@ class Linearizer:
             jacobians=lambda weights: self._general_jacobians(weights, general, x, h.detach(), replay, sparsity, m, size),
         )
 
-    def _run(
-        self, x: Any, h: Tensor, replay: Sparsity | None, sparsity: Sparsity, batch: int, steps: list[Step]
-    ) -> tuple[Any, Tensor, TapRecorder]:
+    def _run(self, x: Any, h: Tensor, replay: Sparsity | None, sparsity: Sparsity, batch: int, steps: list[Step]) -> tuple[Any, Tensor, TapRecorder]:
         for copy in (False, True):
             recorder = TapRecorder(self._parameters, batch, self._general, copy=copy)
             with torch.enable_grad(), recorder:
@@ -281,9 +279,7 @@ class Linearizer:
             if not head.requires_grad or all(g is None for g in given):
                 continue
             heads.append(head)
-            weights.append(
-                torch.cat([torch.zeros_like(step.outputs[place]) if g is None else g for step, g in zip(steps, given, strict=True)])
-            )
+            weights.append(torch.cat([torch.zeros_like(step.outputs[place]) if g is None else g for step, g in zip(steps, given, strict=True)]))
         if not heads:
             return nothing, {}, torch.zeros_like(inputs[0])
         targets = [*inputs, *(self._parameters[g] for g in general)]

@@ -142,9 +142,7 @@ def _contraction(first: int) -> Rule:
             return _stored(a) * (b.shape[-1] if b.ndim > 1 else 1)
         if a.layout is torch.strided:
             return int(a.shape[-2]) * _stored(b)
-        raise UnknownOperationError(
-            "the multiply-adds of a sparse times a sparse matrix depend on which entries meet; register a rule of your own"
-        )
+        raise UnknownOperationError("the multiply-adds of a sparse times a sparse matrix depend on which entries meet; register a rule of your own")
 
     return count
 

@@ -128,9 +128,7 @@ class CircularSegmentTree(Generic[T]):
         middle = (low + high) // 2
         return (node + 1, low, middle) if place < middle else (node + 2 * (middle - low), middle, high)
 
-    def _collect(
-        self, node: int, low: int, high: int, first: int, last: int, shift: int, cost: Callable[[T], float] | None, parts: list[T]
-    ) -> None:
+    def _collect(self, node: int, low: int, high: int, first: int, last: int, shift: int, cost: Callable[[T], float] | None, parts: list[T]) -> None:
         """Append the nodes that tile places [first, last) of the subtree over [low, high); place + shift is the step it holds."""
         if last <= low or high <= first:
             return

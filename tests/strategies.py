@@ -114,9 +114,7 @@ def forced_moe(draw: Draw, max_steps: int = 10) -> Case:
     chosen = draw(st.lists(st.integers(0, len(plans) - 1), min_size=steps * batch, max_size=steps * batch))
     index = torch.tensor([[*plans[c][0][:reads], *plans[c][0][:writes], *plans[c][1][:experts]] for c in chosen], dtype=torch.float64)
     xs = torch.cat([normal(seed, steps, batch, 2), index.reshape(steps, batch, -1)], dim=-1)
-    moe = rtrl.RecurrentMoE(
-        2, 2, d_model=4, n_slots=n_slots, n_experts=n_experts, topk=1, read_slots=1, write_slots=1, expert_hidden=3, ffn_hidden=3
-    )
+    moe = rtrl.RecurrentMoE(2, 2, d_model=4, n_slots=n_slots, n_experts=n_experts, topk=1, read_slots=1, write_slots=1, expert_hidden=3, ffn_hidden=3)
     cell = seeded(ForcedMoE(moe, (reads, writes, experts)), seed)
     label = f"forced moe slots={n_slots} experts={n_experts} r={reads} w={writes} k={experts} seed={seed}"
     return Case(cell, xs, draw(losses(steps, seed)), draw(options), label)

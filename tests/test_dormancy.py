@@ -63,7 +63,7 @@ def last(t: int, y: Tensor) -> Tensor | None:
 def test_gradients(schedule: str, loss: object) -> None:
     cell, xs = stream(schedule)
     expected = oracles.bptt(cell, xs, loss)
-    for syncs in ({}, {t: False for t in range(0, STEPS, 3)}, {t: True for t in range(1, STEPS, 5)}):
+    for syncs in ({}, dict.fromkeys(range(0, STEPS, 3), False), dict.fromkeys(range(1, STEPS, 5), True)):
         found = run(cell, xs, loss, block=BLOCK, window=WINDOW, syncs=syncs, influences=False)
         assert_gradients_equal(found.gradients, expected)
 

@@ -114,7 +114,7 @@ def test_other_arithmetic_is_counted_apart(case: str) -> None:
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=3), *[st.integers(1, 6)] * 3)
 def test_a_batched_product_counts_its_loops(lead: list[int], n: int, k: int, m: int) -> None:
-    call = lambda: ones(*lead, n, k) @ ones(*lead, k, m)  # noqa: E731
+    call = lambda: ones(*lead, n, k) @ ones(*lead, k, m)
     assert counted(call).macs == torch.Size(lead).numel() * n * k * m
 
 
@@ -141,8 +141,8 @@ def test_a_jacobian_by_batched_gradients_costs_one_backward_pass_a_row() -> None
     weight, x = ones(4, 3, grad=True), ones(5, 3, grad=True)
     out = nn.functional.linear(x, weight)
     eye = torch.eye(4, dtype=F64).unsqueeze(1).expand(4, 5, 4)
-    at_x = lambda: torch.autograd.grad(out, x, eye, is_grads_batched=True, retain_graph=True)  # noqa: E731
-    at_both = lambda: torch.autograd.grad(out, [x, weight], eye, is_grads_batched=True, retain_graph=True)  # noqa: E731
+    at_x = lambda: torch.autograd.grad(out, x, eye, is_grads_batched=True, retain_graph=True)
+    at_both = lambda: torch.autograd.grad(out, [x, weight], eye, is_grads_batched=True, retain_graph=True)
     assert counted(at_x).macs == 4 * (5 * 4 * 3)
     assert counted(at_both).macs == 4 * (2 * 5 * 4 * 3)
 
@@ -192,7 +192,7 @@ def test_an_unknown_operation_is_refused_by_name(cube: str) -> None:
 
 
 def test_a_registered_operation_counts_by_its_rule(cube: str) -> None:
-    rule = lambda args, kwargs, out: 2 * args[0].numel()  # noqa: E731
+    rule = lambda args, kwargs, out: 2 * args[0].numel()
     for counter in (MacCounter({cube: rule}), MacCounter()):
         counter.register(cube, rule)
         with counter:
@@ -208,7 +208,7 @@ def test_a_malformed_name_is_refused(name: Any) -> None:
 
 
 def test_nesting_counts_nothing_twice() -> None:
-    product = lambda: ones(2, 3) @ ones(3, 4)  # noqa: E731
+    product = lambda: ones(2, 3) @ ones(3, 4)
     once, inner, outer = MacCounter(), MacCounter(), MacCounter()
     with once, once:
         product()
@@ -326,7 +326,7 @@ def test_counts_do_not_depend_on_threads() -> None:
 @pytest.mark.parametrize("kind", CELLS)
 def test_the_oracles_are_counted(kind: str) -> None:
     cell, xs = CELLS[kind](), torch.randn(3, 2, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
-    loss = lambda t, y: (y if isinstance(y, Tensor) else y.output).square().sum()  # noqa: E731
+    loss = lambda t, y: (y if isinstance(y, Tensor) else y.output).square().sum()
     through_time = counted(lambda: oracles.bptt(cell, xs, loss)).macs
     assert 0 < through_time < counted(lambda: oracles.dense_rtrl(cell, xs, loss)).macs
 

@@ -94,9 +94,7 @@ class RecurrentMoE(nn.Module):
         if topk > n_experts:
             raise ConfigError(f"topk ({topk}) cannot exceed n_experts ({n_experts})")
         if not write_slots <= read_slots <= n_slots:
-            raise ConfigError(
-                f"need write_slots ≤ read_slots ≤ n_slots, got {write_slots}, {read_slots}, {n_slots}: only slots read are written"
-            )
+            raise ConfigError(f"need write_slots ≤ read_slots ≤ n_slots, got {write_slots}, {read_slots}, {n_slots}: only slots read are written")
         if d_model % n_heads:
             raise ConfigError(f"d_model ({d_model}) must be divisible by n_heads ({n_heads})")
 

@@ -42,9 +42,7 @@ def void(problem: str, tolerance: float) -> Comparison:
     return Comparison(math.nan, tolerance, 0, problem=problem)
 
 
-def compare_gradients(
-    found: Mapping[str, Tensor | None], reference: Mapping[str, Tensor], sliced: Collection[str], tolerance: float
-) -> Comparison:
+def compare_gradients(found: Mapping[str, Tensor | None], reference: Mapping[str, Tensor], sliced: Collection[str], tolerance: float) -> Comparison:
     """The largest error of a gradient: ``max |found − reference| / scale``.
 
     The scale of an entry is the largest ``|reference|`` of its parameter; of its slice (row of the first dimension), where the parameter
@@ -68,9 +66,7 @@ def compare_gradients(
     return _worst(parts, tolerance)
 
 
-def compare_influences(
-    found: Mapping[str, Tensor | None], reference: Mapping[str, Tensor], inert: Collection[str], tolerance: float
-) -> Comparison:
+def compare_influences(found: Mapping[str, Tensor | None], reference: Mapping[str, Tensor], inert: Collection[str], tolerance: float) -> Comparison:
     """The largest error of an influence, column by column: ``max_i |found − reference|[b, i, p] / scale[b, p]``.
 
     The scale of a column, one sample and one entry of a parameter, is its own largest ``|reference|``, but no less than ``FLOOR``

@@ -36,9 +36,7 @@ def differences(cell: RecurrentMoE, stretch: Stretch, sliced: Collection[str], s
     slopes: list[Slope] = []
     for attempt in range(4 * _DIRECTIONS):
         names = sliced if len(slopes) % 2 else tuple(name for name, _ in cell.named_parameters())
-        direction = {
-            n: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for n, p in cell.named_parameters() if n in names
-        }
+        direction = {n: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for n, p in cell.named_parameters() if n in names}
         step = 1e-2 / 4 ** (attempt - len(slopes))
         slope = Slope(direction, *oracles.directional_difference(cell, stretch.inputs, stretch.loss, direction, step=step))
         if slope.value != 0 and slope.estimate <= SHARPNESS * abs(slope.value):

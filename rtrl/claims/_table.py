@@ -47,9 +47,7 @@ def verdict(result: Result) -> str:
     failed = sum(not row.passed for row in result.rows)
     if result.passed:
         worst = max(row.gradient.error for row in result.rows if row.oracle != "finite differences")
-        return (
-            f"PASS: all {len(result.rows)} rows agree; the largest error of an algebraic oracle is {worst:.1e} ({result.duration_s:.0f} s)"
-        )
+        return f"PASS: all {len(result.rows)} rows agree; the largest error of an algebraic oracle is {worst:.1e} ({result.duration_s:.0f} s)"
     first = f"; first: {result.failures[0]}"
     return f"FAIL: {failed} of {len(result.rows)} rows disagree{first} ({result.duration_s:.0f} s)"
 

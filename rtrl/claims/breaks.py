@@ -107,7 +107,7 @@ class _KeepsInfluenceOverResets(BlockRTRL):
 
 
 class _PaysTwice(BlockRTRL):
-    """What a ``sync`` paid to sleeping slices is paid to them once more when they wake."""
+    """What a sync paid to sleeping slices is paid to them once more when they wake."""
 
     def _pay(self, name: str, rows: Tensor) -> None:
         paid, self._paid = self._paid, 0

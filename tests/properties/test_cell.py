@@ -134,9 +134,7 @@ def test_replaying_ones_own_choices_changes_no_bit(drawn: Drawn) -> None:
     cell, x, h, _ = drawn
     y, h_next, used = cell(x, h)
     y_again, h_again, used_again = cell(x, h, replay=used)
-    for a, b in zip(
-        torch.utils._pytree.tree_leaves((y, h_next, used)), torch.utils._pytree.tree_leaves((y_again, h_again, used_again)), strict=True
-    ):
+    for a, b in zip(torch.utils._pytree.tree_leaves((y, h_next, used)), torch.utils._pytree.tree_leaves((y_again, h_again, used_again)), strict=True):
         assert torch.equal(a, b)
 
 

@@ -77,10 +77,7 @@ def test_parameters_changed_in_mid_stream(data: st.DataObject) -> None:
     steps = case.xs.shape[0]
     cuts = data.draw(st.lists(st.integers(0, steps - 1), max_size=3))
     moves = [
-        {
-            name: 0.05 * k * torch.sin(1 + torch.arange(p.numel(), dtype=p.dtype)).reshape(p.shape)
-            for name, p in trainable(case.cell).items()
-        }
+        {name: 0.05 * k * torch.sin(1 + torch.arange(p.numel(), dtype=p.dtype)).reshape(p.shape) for name, p in trainable(case.cell).items()}
         for k in range(len(cuts) + 1)
     ]
     offsets = [moves[sum(cut <= t for cut in cuts)] for t in range(steps)]

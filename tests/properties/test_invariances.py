@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import Result, run
 from strategies import Case, cases, dense, forced_moe, scheduled
-from toy_cells import ForcedMoE
 from tolerances import assert_gradients_equal, assert_influences_equal
+from toy_cells import ForcedMoE
 
 import rtrl
 

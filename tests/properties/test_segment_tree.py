@@ -54,12 +54,8 @@ def test_queries_between_bursts_of_appends(capacity: int, script: list[tuple[int
         assert tree.query(start, stop) == "".join(everything[start:stop])
 
 
-@given(
-    capacity=st.integers(1, 12), appended=st.integers(1, 30), prices=st.lists(st.integers(0, 9), min_size=13, max_size=13), data=st.data()
-)
-def test_a_cover_by_cost_has_the_same_product_and_the_least_price(
-    capacity: int, appended: int, prices: list[int], data: st.DataObject
-) -> None:
+@given(capacity=st.integers(1, 12), appended=st.integers(1, 30), prices=st.lists(st.integers(0, 9), min_size=13, max_size=13), data=st.data())
+def test_a_cover_by_cost_has_the_same_product_and_the_least_price(capacity: int, appended: int, prices: list[int], data: st.DataObject) -> None:
     tree = CircularSegmentTree(capacity, Counting(), "")
     for step in range(appended):
         tree.append(letter(step))

@@ -59,9 +59,7 @@ class LearnerMachine(RuleBasedStateMachine):
             for name, p in self.cell.named_parameters():
                 p.copy_(self.base[name])
         stream = torch.stack(self.xs)
-        found, influences = oracles.dense_rtrl(
-            self.cell, stream, loss, resets=torch.stack(self.resets), offsets=self.offsets, return_influence=True
-        )
+        found, influences = oracles.dense_rtrl(self.cell, stream, loss, resets=torch.stack(self.resets), offsets=self.offsets, return_influence=True)
         unrolled = oracles.bptt(self.cell, stream, loss, resets=torch.stack(self.resets), offsets=self.offsets)
         assert_gradients_equal(found, unrolled, may_be_zero=True)
         last = influences[-1]
@@ -77,9 +75,7 @@ class LearnerMachine(RuleBasedStateMachine):
     @rule(bits=st.lists(masks, min_size=2, max_size=2), times=st.integers(1, 3))
     def step(self, bits: list[tuple[int, int, int]], times: int) -> None:
         for _ in range(times):
-            own = [
-                [[m >> i & 1 for i in range(size)] for m, size in zip(b, (ROWS, ROWS, EXPERTS), strict=True)] for b in bits[: self.batch]
-            ]
+            own = [[[m >> i & 1 for i in range(size)] for m, size in zip(b, (ROWS, ROWS, EXPERTS), strict=True)] for b in bits[: self.batch]]
             mask = torch.tensor([[bit for part in sample for bit in part] for sample in own], dtype=torch.float64)
             x = torch.cat([normal(self.seed + len(self.xs), self.batch, FEATURES), mask], dim=1)
             self.y = self.learner.step(x)
@@ -132,8 +128,7 @@ class LearnerMachine(RuleBasedStateMachine):
         self.learner.sync(dormant=dormant)
         self.y = None
         self.now = {
-            name: value + size * torch.cos(torch.arange(value.numel(), dtype=value.dtype)).reshape(value.shape)
-            for name, value in self.now.items()
+            name: value + size * torch.cos(torch.arange(value.numel(), dtype=value.dtype)).reshape(value.shape) for name, value in self.now.items()
         }
         with torch.no_grad():
             for name, p in self.cell.named_parameters():
