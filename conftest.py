@@ -7,13 +7,17 @@ import pytest
 import torch
 
 hypothesis.settings.register_profile("dev", max_examples=10, deadline=None)
-hypothesis.settings.register_profile("ci", max_examples=30, derandomize=True, deadline=None, print_blob=True, database=None)
+hypothesis.settings.register_profile(
+    "ci", max_examples=30, derandomize=True, deadline=None, print_blob=True, database=None
+)
 hypothesis.settings.register_profile("nightly", max_examples=500, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="the torch device that device-agnostic tests run on (default: cpu)")
+    parser.addoption(
+        "--device", default="cpu", help="the torch device that device-agnostic tests run on (default: cpu)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -31,7 +31,9 @@ def initial(cell: nn.Module, xs: Tensor, h0: Tensor | None) -> Tensor:
     batch = xs.shape[1]
     h = cell.init_state(batch) if h0 is None else h0  # type: ignore[operator]
     if not isinstance(h, Tensor) or h.dim() < 2 or h.shape[0] != batch or not h.is_floating_point():
-        raise ValueError(f"the state must be a real floating tensor of shape ({batch}, ...) with at least two dimensions")
+        raise ValueError(
+            f"the state must be a real floating tensor of shape ({batch}, ...) with at least two dimensions"
+        )
     return h.detach().clone()
 
 

@@ -143,6 +143,8 @@ def finite_difference(
         for k in range(p.numel()):
             unit = torch.zeros_like(p)
             unit.view(-1)[k] = 1.0
-            value, error = directional_difference(cell, xs, loss_fn, {name: unit}, h0, method=method, resets=resets, offsets=offsets)
+            value, error = directional_difference(
+                cell, xs, loss_fn, {name: unit}, h0, method=method, resets=resets, offsets=offsets
+            )
             gradients[name].view(-1)[k], errors[name].view(-1)[k] = value, error
     return (gradients, errors) if return_error else gradients

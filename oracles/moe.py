@@ -105,7 +105,9 @@ def forward(
         raise ValueError("read_slots must be at least 1")
     R, W = _forced("reads", reads, batch, slots, 1), _forced("writes", writes, batch, slots, 0)
     A = _forced("experts", experts, batch, n_experts, 1)
-    steps = [sample_step(p, xs[b], hs[b], n_heads, topk, read_slots, write_slots, R[b], W[b], A[b]) for b in range(batch)]
+    steps = [
+        sample_step(p, xs[b], hs[b], n_heads, topk, read_slots, write_slots, R[b], W[b], A[b]) for b in range(batch)
+    ]
     y, h_next, *chosen, logits = zip(*steps, strict=True)
     R_, W_, A_ = (np.array(c, dtype=np.int64).reshape(batch, -1) for c in chosen)
     return Step(np.stack(y), np.stack(h_next), R_, W_, A_, np.stack(logits))

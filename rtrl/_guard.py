@@ -125,21 +125,28 @@ def check_loss(loss: Any, outputs: list[Tensor], given: list["weakref.ref[Tensor
     if loss.numel() != 1:
         raise LossError(f"a loss must be a scalar, got shape {tuple(loss.shape)}; reduce it with .sum() or .mean()")
     if not outputs:
-        raise LossError("there is no step that can take a loss: call step() first, and give its losses before sync(), reset() or influence()")
+        raise LossError(
+            "there is no step that can take a loss: call step() first, and give its losses before sync(), reset() or influence()"
+        )
     if loss.device != outputs[0].device:
         raise LossError(f"the loss is on {loss.device}, y on {outputs[0].device}")
     if any(ref() is loss for ref in given):
         raise LossError(f"this loss was already given at step {step}; compute it anew if it is to count twice")
     if not loss.requires_grad or not reached_leaves(loss) & {id(leaf) for leaf in outputs}:
-        raise LossError(f"the loss does not depend on the y of step {step}; compute it from what the last step() returned, without detaching it")
+        raise LossError(
+            f"the loss does not depend on the y of step {step}; compute it from what the last step() returned, without detaching it"
+        )
     check_finite("the loss", loss.detach(), step)
 
 
 def refuse_when_closed(leaf: Tensor, step: int, closed: Callable[[int], bool]) -> None:
-    """Make a backward pass into ``leaf`` fail once the block of its step has closed, where it would be lost in silence."""
+    """Make a backward pass into ``leaf`` fail once the block of its step has closed, where it would be lost in
+    silence."""
 
     def hook(gradient: Tensor) -> None:
         if closed(step):
-            raise LossError(f"a loss reaches the y of step {step}, whose block has closed; give losses before the block closes")
+            raise LossError(
+                f"a loss reaches the y of step {step}, whose block has closed; give losses before the block closes"
+            )
 
     leaf.register_hook(hook)

@@ -1,4 +1,5 @@
-"""Index sets of rows, one a sample: unions, look-ups, gathers and scatters along dimension 1. ``None`` stands for all rows."""
+"""Index sets of rows, one a sample: unions, look-ups, gathers and scatters along dimension 1. ``None`` stands for all
+rows."""
 
 from typing import overload
 

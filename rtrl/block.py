@@ -1,6 +1,7 @@
 """A block of linearised steps → one transition, the new influence born inside it, and the gradient earned inside it.
 
-Over the steps of a block, with suffix products ``C_τ = J_{m−1} … J_{τ+1}`` and the adjoint sweep ``λ_τ = δ_τ + λ_{τ+1} J_τ``, λ_m = 0:
+Over the steps of a block, with suffix products ``C_τ = J_{m−1} … J_{τ+1}`` and the adjoint sweep
+``λ_τ = δ_τ + λ_{τ+1} J_τ``, λ_m = 0:
 
     S_m = Φ S_0 + Σ_τ C_τ B_τ        gradient = v S_0 + Σ_τ ( ∂ℓ_τ/∂θ + λ_{τ+1} B_τ )        Φ = C_{−1}, v = λ_0
 
@@ -25,7 +26,8 @@ class Birth:
     """The influence on one parameter that is born inside a block, at the block's end.
 
     Attributes:
-        keys: LongTensor (R,), ascending: ``sample · slices + slice`` of every slice that was active for a sample in the block.
+        keys: LongTensor (R,), ascending: ``sample · slices + slice`` of every slice that was active for a sample in
+            the block.
         values: (R, u·width, p), ``Σ_τ C_τ B_τ`` on the transition's rows.
     """
 
@@ -48,7 +50,9 @@ class BlockResult:
     gradient: dict[str, Tensor]
 
 
-def close_block(groups: Sequence[Linearization], state: Tensor, parameters: Mapping[str, Tensor], sliced: Sequence[str]) -> BlockResult:
+def close_block(
+    groups: Sequence[Linearization], state: Tensor, parameters: Mapping[str, Tensor], sliced: Sequence[str]
+) -> BlockResult:
     """Sweep a block of linearised steps.
 
     Args:
@@ -60,7 +64,8 @@ def close_block(groups: Sequence[Linearization], state: Tensor, parameters: Mapp
     Raises:
         SparsityError: a slice was used that was not declared active.
 
-    Cost: a step and sample, ``u·w·c·width³`` for the suffix products and ``u·w·width²`` times the size of each tap's output; then, a block,
+    Cost: a step and sample, ``u·w·c·width³`` for the suffix products and ``u·w·width²`` times the size of each tap's
+    output; then, a block,
     one product of the size of the active parameters times ``u·width``.
     """
     size, n = state.shape[:2]
@@ -83,7 +88,13 @@ def close_block(groups: Sequence[Linearization], state: Tensor, parameters: Mapp
             if losses:
                 gradient[name] += _earned(tap, pulled, parameters[name].shape)
             if name not in group.general:
-                _bear(births[name], tap, suffix, parameters[name].shape, group.active.get(name) if name in sliced else None)
+                _bear(
+                    births[name],
+                    tap,
+                    suffix,
+                    parameters[name].shape,
+                    group.active.get(name) if name in sliced else None,
+                )
         if group.general:
             for name, jacobian in group.jacobians(suffix.permute(1, 2, 0, 3)).items():
                 _bear_general(births[name], name, jacobian, parameters[name].shape[0] if name in sliced else 1)
@@ -96,7 +107,8 @@ def close_block(groups: Sequence[Linearization], state: Tensor, parameters: Mapp
 
 @dataclass(frozen=True, slots=True)
 class _Sweep:
-    """Both sweeps of a block: suffix products C_τ[rows, writes_τ], (m, B, u·width, w·width) a group; λ_{τ+1}[writes_τ], (m, B, w·width)."""
+    """Both sweeps of a block: suffix products C_τ[rows, writes_τ], (m, B, u·width, w·width) a group;
+    λ_{τ+1}[writes_τ], (m, B, w·width)."""
 
     transition: Transition
     suffix: list[Tensor]
@@ -121,7 +133,9 @@ def _sweep(groups: Sequence[Linearization], state: Tensor, n: int, width: int) -
     # The suffix product of the rows that the block writes, its columns in front: (B, c, u·width, width).
     product = torch.eye(c * width, dtype=state.dtype, device=state.device).expand(size, -1, -1)
     inside = local(rows)
-    product = _rows.take(product.unflatten(1, (c, width)), inside).flatten(1, 2).unflatten(2, (c, width)).transpose(1, 2)
+    product = (
+        _rows.take(product.unflatten(1, (c, width)), inside).flatten(1, 2).unflatten(2, (c, width)).transpose(1, 2)
+    )
     adjoint = state.new_zeros(size, c, width)
     suffix: list[list[Tensor]] = [[] for _ in groups]
     pulled: list[list[Tensor]] = [[] for _ in groups]
@@ -148,7 +162,8 @@ def _by_sample(index: Tensor | None) -> Tensor | None:
 
 
 def _active_keys(groups: Sequence[Linearization], name: str, slices: int, size: int, device: torch.device) -> Tensor:
-    """``sample · slices + slice`` of all slices of a parameter that were active in the block, ascending, without repeats."""
+    """``sample · slices + slice`` of all slices of a parameter that were active in the block, ascending, without
+    repeats."""
     first = torch.arange(size, device=device) * slices
     found = []
     for group in groups:
@@ -172,7 +187,9 @@ def _earned(tap: LinearTap, pulled: Tensor, shape: torch.Size) -> Tensor:
         weight = weight + tap.earned
     if use.index is not None:
         right = None if use.inputs is None else use.inputs.expand(-1, k, -1, -1).flatten(0, 1)
-        return segment_products(weight.reshape(n * k, 1, length, o), right, use.index.flatten(), shape[0]).reshape(shape)
+        return segment_products(weight.reshape(n * k, 1, length, o), right, use.index.flatten(), shape[0]).reshape(
+            shape
+        )
     if use.inputs is None:
         return weight.sum(dim=(0, 1, 2)).reshape(shape)
     product = weight.reshape(n * length, o).T @ use.inputs.reshape(n * length, use.inputs.shape[-1])
@@ -180,7 +197,8 @@ def _earned(tap: LinearTap, pulled: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _bear(birth: Birth, tap: LinearTap, suffix: Tensor, shape: torch.Size, active: Tensor | None) -> None:
-    """Add ``Σ_τ C_τ B_τ`` of one use of a parameter, in place. ``active`` (m, B, k) is given for parameters kept slice by slice."""
+    """Add ``Σ_τ C_τ B_τ`` of one use of a parameter, in place. ``active`` (m, B, k) is given for parameters kept slice
+    by slice."""
     use = tap.tap
     k, length, o = use.shape
     m, size, u = suffix.shape[:3]
@@ -225,7 +243,8 @@ def _bear(birth: Birth, tap: LinearTap, suffix: Tensor, shape: torch.Size, activ
 def _only_slices(
     name: str, left: Tensor, right: Tensor | None, active: Tensor, transposed: bool, lead: tuple[int, int]
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Cut a use of a whole parameter down to its active slices: rows of z (m, B, U, 1, L, E), or of the inputs if transposed."""
+    """Cut a use of a whole parameter down to its active slices: rows of z (m, B, U, 1, L, E), or of the inputs if
+    transposed."""
     m, size = lead
     u, length, k = left.shape[2], left.shape[4], active.shape[2]
     if transposed:

@@ -25,7 +25,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Exact real-time recurrent learning for sparse recurrent cells."""
 
@@ -33,30 +35,46 @@ def main(
 @app.command()
 def verify(
     file: Annotated[
-        Path | None, typer.Option(help="The text to read. By default, the sources of Python's own standard library.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="The text to read. By default, the sources of Python's own standard library.", show_default=False
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the model's weights and of the directions of differences.", min=0)] = 0,
-    steps: Annotated[int | None, typer.Option(help="Steps of every run.  [default: 300; with --quick 80]", show_default=False)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of every run.  [default: 300; with --quick 80]", show_default=False)
+    ] = None,
     block: Annotated[
-        list[int] | None, typer.Option(help="Steps a block; may be repeated.  [default: 1 7 16 32; with --quick 1 7]", show_default=False)
+        list[int] | None,
+        typer.Option(
+            help="Steps a block; may be repeated.  [default: 1 7 16 32; with --quick 1 7]", show_default=False
+        ),
     ] = None,
     window: Annotated[
-        list[int] | None, typer.Option(help="Blocks remembered; may be repeated.  [default: 1 3 64; with --quick 1 3]", show_default=False)
+        list[int] | None,
+        typer.Option(
+            help="Blocks remembered; may be repeated.  [default: 1 3 64; with --quick 1 3]", show_default=False
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer steps, blocks and windows: seconds.")] = False,
     device: Annotated[str, typer.Option(help="The torch device, which must know float64.")] = "cpu",
     break_: Annotated[
         str | None,
-        typer.Option("--break", metavar="NAME", help="Break the learner on purpose, to see the gate shut; 'help' lists the ways."),
+        typer.Option(
+            "--break", metavar="NAME", help="Break the learner on purpose, to see the gate shut; 'help' lists the ways."
+        ),
     ] = None,
     json_path: Annotated[
         str | None,
-        typer.Option("--json", metavar="PATH", help="Write all results there; '-' for standard output, the table then to stderr."),
+        typer.Option(
+            "--json", metavar="PATH", help="Write all results there; '-' for standard output, the table then to stderr."
+        ),
     ] = None,
 ) -> None:
     """Prove on real text that gradients and influences are exact, against BPTT, textbook RTRL and finite differences.
 
-    A small mixture of experts reads bytes; its experts fall asleep and wake as the text has it. Exit code 0: all agree; 1: something does
+    A small mixture of experts reads bytes; its experts fall asleep and wake as the text has it. Exit code 0: all
+    agree; 1: something does
     not; 2: the command cannot be carried out.
     """
     from rtrl.claims import _table, breaks, gradient_equivalence  # the oracles are needed here and nowhere else

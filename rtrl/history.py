@@ -13,7 +13,8 @@ class _Store:
     """Fixed memory for the nodes of a tree, so that what is held does not depend on which rows happen to be written.
 
     Args:
-        capacity: of the tree. rows, cols: what one leaf has at most. n, width, batch_size: of the state. like: dtype and device.
+        capacity: of the tree. rows, cols: what one leaf has at most. n, width, batch_size: of the state. like: dtype
+            and device.
     """
 
     def __init__(self, capacity: int, rows: int, cols: int, n: int, width: int, batch_size: int, like: Tensor) -> None:
@@ -59,7 +60,8 @@ class History:
         state: (B, n, ...), for shape, dtype and device.
         start: number of the first block.
 
-    Cost: bytes, reserved at once: over all ``2·capacity − 1`` nodes, ``B·u·c·width²`` numbers, u and c the rows and columns that a node can have.
+    Cost: bytes, reserved at once: over all ``2·capacity − 1`` nodes, ``B·u·c·width²`` numbers, u and c the rows and
+    columns that a node can have.
     """
 
     def __init__(self, capacity: int, rows: int, cols: int, state: Tensor, start: int = 0) -> None:
@@ -67,7 +69,9 @@ class History:
         width = state[0, 0].numel()
         self.capacity, self._bounds = capacity, (rows, cols)
         self._store = _Store(capacity, rows, cols, n, width, size, state)
-        self._tree = CircularSegmentTree(capacity, compose, identity(size, n, width, state), start=start, keep=self._store)
+        self._tree = CircularSegmentTree(
+            capacity, compose, identity(size, n, width, state), start=start, keep=self._store
+        )
         self._functionals: dict[tuple[int, int, int], Tensor] = {}
 
     @property
@@ -90,7 +94,8 @@ class History:
         return self._tree.cover(start, stop, cost=lambda block: block.apply_macs)
 
     def owed(self, start: int, paid: int) -> Tensor:
-        """The row functional w (B, H) with ``w S_start`` = what an influence with clock ``start`` is owed for the blocks from ``paid`` to now.
+        """The row functional w (B, H) with ``w S_start`` = what an influence with clock ``start`` is owed for the
+        blocks from ``paid`` to now.
 
         Equation: ``w = v_{paid→now} Φ_{start→paid}``.
         """

@@ -14,10 +14,12 @@ from rtrl.transition import Transition
 
 
 class ParameterInfluence:
-    """``∂h/∂θ`` for one parameter, as rows (H, p): one for each (sample, slice) that has ever been active since its last reset.
+    """``∂h/∂θ`` for one parameter, as rows (H, p): one for each (sample, slice) that has ever been active since its
+    last reset.
 
     Args:
-        shape: the parameter's shape. sliced: keep one row a slice of its first dimension; else one row holds the whole parameter.
+        shape: the parameter's shape. sliced: keep one row a slice of its first dimension; else one row holds the whole
+            parameter.
         batch_size, state_size: B and H.
         like: a tensor of the dtype and device to use.
 
@@ -30,14 +32,17 @@ class ParameterInfluence:
         self.shape, self.sliced = shape, sliced
         self.slices = shape[0] if sliced else 1
         self.batch_size = batch_size
-        self.values = torch.empty(0, state_size, shape.numel() // max(self.slices, 1), dtype=like.dtype, device=like.device)
+        self.values = torch.empty(
+            0, state_size, shape.numel() // max(self.slices, 1), dtype=like.dtype, device=like.device
+        )
         self.sample = torch.empty(0, dtype=torch.int64, device=like.device)
         self.slice = torch.empty_like(self.sample)
         self.clock = torch.empty(0, dtype=torch.int64)
         self._row = torch.full((batch_size * self.slices,), -1, dtype=torch.int64)  # key → row
 
     def claim(self, keys: Tensor, now: int) -> Tensor:
-        """The rows (on the CPU) of the keys ``sample · slices + slice``; those that are new begin at zero with their clock at ``now``."""
+        """The rows (on the CPU) of the keys ``sample · slices + slice``; those that are new begin at zero with their
+        clock at ``now``."""
         wanted = keys.cpu()
         new = wanted[self._row[wanted] < 0]
         if new.numel():
@@ -62,7 +67,8 @@ class ParameterInfluence:
         return self._row[self._row >= 0].sort().values
 
     def drop(self, samples: Tensor) -> None:
-        """Forget all influence on these samples (Boolean (B,), CPU); their rows are reused by slices that become active later."""
+        """Forget all influence on these samples (Boolean (B,), CPU); their rows are reused by slices that become
+        active later."""
         gone = samples.repeat_interleave(self.slices) & (self._row >= 0)
         rows = self._row[gone].to(self.values.device)
         self.sample[rows] = -1
@@ -78,7 +84,8 @@ class ParameterInfluence:
         return out.transpose(1, 2).reshape(size, full, -1)
 
     def earn(self, rows: Tensor, functional: Tensor, gradient: Tensor) -> None:
-        """Add ``Σ_r functional[sample_r] @ S_r`` to a gradient of the parameter's shape, in place; functional is (B, H)."""
+        """Add ``Σ_r functional[sample_r] @ S_r`` to a gradient of the parameter's shape, in place; functional is (B,
+        H)."""
         if not rows.numel():
             return
         whole = rows.numel() == self.values.shape[0]
@@ -91,7 +98,8 @@ class ParameterInfluence:
         gradient.view(self.slices, owed.shape[1])[slices] += choose @ owed
 
     def move(self, rows: Tensor, blocks: Sequence[Transition]) -> None:
-        """Apply transitions, earliest first, to these rows: ``S ← Φ_k … Φ_1 S``. Cost: the sum of their ``apply_macs`` times R·p."""
+        """Apply transitions, earliest first, to these rows: ``S ← Φ_k … Φ_1 S``. Cost: the sum of their ``apply_macs``
+        times R·p."""
         if not blocks or not rows.numel():
             return
         whole = not self.sliced and rows.numel() == self.batch_size  # then row b belongs to sample b

@@ -19,13 +19,17 @@ from rtrl.linearize import Linearizer, Step
 class BlockRTRL:
     """Exact gradients of a recurrent cell, carried forward in memory that does not grow with the number of steps.
 
-    Equation, over blocks of steps: ``S ← Φ S + Σ_τ C_τ B_τ`` and ``dL/dθ = Σ_blocks ( v S + what the block earns inside )``, where S is the influence
-    ``∂h/∂θ`` at the block's start, ``Φ`` the product of its dynamics Jacobians, ``C_τ`` its suffix products and v its adjoint. ``block=1`` is textbook
+    Equation, over blocks of steps: ``S ← Φ S + Σ_τ C_τ B_τ`` and
+    ``dL/dθ = Σ_blocks ( v S + what the block earns inside )``, where S is the influence
+    ``∂h/∂θ`` at the block's start, ``Φ`` the product of its dynamics Jacobians, ``C_τ`` its suffix products and v its
+    adjoint. ``block=1`` is textbook
     RTRL, ``block ≥ T`` is BPTT, everything between is exact too. A slice of a parameter that sleeps is left alone; the
-    ``(Φ, v)`` of the blocks it sleeps through are kept in a segment tree until it wakes, a gradient is asked for, or the window passes.
+    ``(Φ, v)`` of the blocks it sleeps through are kept in a segment tree until it wakes, a gradient is asked for, or
+    the window passes.
 
     Args:
-        cell: a ``torch.nn.Module`` with ``forward(x, h) -> (y, h_next)`` or ``(y, h_next, Sparsity)``; see ``rtrl.cells.protocol``.
+        cell: a ``torch.nn.Module`` with ``forward(x, h) -> (y, h_next)`` or ``(y, h_next, Sparsity)``; see
+            ``rtrl.cells.protocol``.
         batch_size: B, the number of samples, each a stream of its own.
         block: how many steps are worked off together; about H is cheapest for a dense cell.
         window: how many blocks the tree holds. It bounds memory, never exactness.
@@ -35,10 +39,12 @@ class BlockRTRL:
     Raises:
         ConfigError: a size is not a positive integer, or the cell has no trainable parameter or no first state.
 
-    Cost: a block of m steps, for a dense cell, ``H·P·(H + m)`` multiply-adds for the influence and ``m·H³`` for the products; bytes held: see
+    Cost: a block of m steps, for a dense cell, ``H·P·(H + m)`` multiply-adds for the influence and ``m·H³`` for the
+    products; bytes held: see
     ``retained_bytes``, in the main ``B·H·P_active`` numbers of influence.
 
-    Source: Williams and Zipser (1989), Neural Computation 1(2), for RTRL; Schmidhuber (1992), Neural Computation 4(2), for blocks.
+    Source: Williams and Zipser (1989), Neural Computation 1(2), for RTRL; Schmidhuber (1992), Neural Computation 4(2),
+    for blocks.
 
     >>> import torch, rtrl
     >>> cell = rtrl.RecurrentMoE(3, 1, d_model=4, n_slots=3, n_experts=4, topk=1)
@@ -100,19 +106,24 @@ class BlockRTRL:
         return len(self._steps) >= self.block
 
     def step(self, x: Any, *, replay: Sparsity | None = None) -> Any:
-        """Take one step and return ``y``, cut off from any graph: its floating-point tensors are leaves that require grad.
+        """Take one step and return ``y``, cut off from any graph: its floating-point tensors are leaves that require
+        grad.
 
         Args:
             x: the input, a tensor (B, ...) or any tree of such.
             replay: choices that a routing cell is to make instead of its own.
 
         Returns:
-            y as the cell returns it. A loss on it may be given by ``backward``, or by its own ``loss.backward()``, until the block closes.
+            y as the cell returns it. A loss on it may be given by ``backward``, or by its own ``loss.backward()``,
+            until the block closes.
 
         Raises:
-            ShapeError: x has the wrong batch, dtype or device. CellError: the cell breaks its contract. SparsityError: what it
-            declares is malformed. NonFiniteError: NaN or infinity in x, y or the next state. ParameterChangedError: a parameter
-            changed inside the open block; call ``sync()`` before changing parameters. Nothing has changed when one is raised.
+            ShapeError: x has the wrong batch, dtype or device. CellError: the cell breaks its contract. SparsityError:
+            what it
+            declares is malformed. NonFiniteError: NaN or infinity in x, y or the next state. ParameterChangedError: a
+            parameter
+            changed inside the open block; call ``sync()`` before changing parameters. Nothing has changed when one is
+            raised.
 
         Cost: one forward pass without a graph; at the first step of a new block, the closing of the last one.
         """
@@ -165,14 +176,16 @@ class BlockRTRL:
     def backward(self, loss: Tensor) -> None:
         """Give a loss of the newest step; several are summed.
 
-        Equation: adds ∂loss/∂y to what step t will carry back through time; whatever else the loss depends on gets its gradient at once, as by
+        Equation: adds ∂loss/∂y to what step t will carry back through time; whatever else the loss depends on gets its
+        gradient at once, as by
         ``loss.backward()``.
 
         Args:
             loss: a scalar tensor computed from what the last ``step`` returned.
 
         Raises:
-            LossError: not a scalar of this step's y, or already given. NonFiniteError: NaN or infinity in the loss or its gradient.
+            LossError: not a scalar of this step's y, or already given. NonFiniteError: NaN or infinity in the loss or
+            its gradient.
 
         Cost: the loss's own backward pass.
         """
@@ -197,17 +210,21 @@ class BlockRTRL:
     # ------------------------------------------------------------------ looking back
 
     def sync(self, dormant: bool = True) -> None:
-        """Close the open block, early if need be, and add to every ``.grad`` what all losses not yet delivered have earned.
+        """Close the open block, early if need be, and add to every ``.grad`` what all losses not yet delivered have
+        earned.
 
-        Equation: ``θ.grad += Σ_t dℓ_t/dθ`` over the losses given since the last delivery, exactly what BPTT would give. It accumulates, as autograd does.
+        Equation: ``θ.grad += Σ_t dℓ_t/dθ`` over the losses given since the last delivery, exactly what BPTT would
+        give. It accumulates, as autograd does.
 
         Args:
             dormant: False leaves what sleeping slices are owed in the tree, for a later ``sync``.
 
         Raises:
-            ParameterChangedError, CellError, SparsityError, NonFiniteError: the open block cannot be linearised; nothing has changed.
+            ParameterChangedError, CellError, SparsityError, NonFiniteError: the open block cannot be linearised;
+            nothing has changed.
 
-        Cost: the closing of a block; for each group of slices that fell asleep together, O(log window) row-vector products and one product
+        Cost: the closing of a block; for each group of slices that fell asleep together, O(log window) row-vector
+        products and one product
         (1 × H) @ (H × p) a slice. Sleeping influences are not moved.
         """
         self._close()
@@ -220,7 +237,9 @@ class BlockRTRL:
             self._history.forget()
         for name, gradient in self._earned.items():
             if not _tree.finite(gradient):
-                raise NonFiniteError(f"NaN or infinity in the gradient of parameter {name!r} up to step {self._taken - 1}")
+                raise NonFiniteError(
+                    f"NaN or infinity in the gradient of parameter {name!r} up to step {self._taken - 1}"
+                )
         for name, gradient in self._earned.items():
             parameter = self._parameters[name]
             if parameter.grad is None:
@@ -230,7 +249,8 @@ class BlockRTRL:
         self._earned = {}
 
     def influence(self, name: str) -> Tensor:
-        """The influence ``∂h/∂θ`` on the present state of one parameter, brought up to date: (B, H, P), P in the parameter's own order.
+        """The influence ``∂h/∂θ`` on the present state of one parameter, brought up to date: (B, H, P), P in the
+        parameter's own order.
 
         Closes the open block, as ``sync`` does.
 
@@ -249,14 +269,16 @@ class BlockRTRL:
         return influence.dense()
 
     def reset(self, rows: Tensor | None = None, *, state: Tensor | None = None) -> None:
-        """Start samples anew in mid-stream: their state, and no influence of what was before. What their losses earned so far is kept.
+        """Start samples anew in mid-stream: their state, and no influence of what was before. What their losses earned
+        so far is kept.
 
         Args:
             rows: Boolean (B,), the samples to start anew; None for all.
             state: (B, n, ...), where to take their first states from; ``cell.init_state(batch_size)`` by default.
 
         Raises:
-            ShapeError: ``rows`` or ``state`` has the wrong shape, dtype or device. And whatever closing the block raises.
+            ShapeError: ``rows`` or ``state`` has the wrong shape, dtype or device. And whatever closing the block
+            raises.
 
         Cost: closes the open block early; pays the sleeping slices of these samples, as ``sync`` does.
         """
@@ -296,9 +318,11 @@ class BlockRTRL:
     # ------------------------------------------------------------------ saving
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on bit for bit, as tensors, numbers and containers of such; save the cell's parameters beside it.
+        """All that is needed to go on bit for bit, as tensors, numbers and containers of such; save the cell's
+        parameters beside it.
 
-        Losses of a step must be given before it is saved: the ``y`` of steps taken before the save takes no more losses after a load.
+        Losses of a step must be given before it is saved: the ``y`` of steps taken before the save takes no more
+        losses after a load.
         """
         return {
             "format": 1,
@@ -327,7 +351,9 @@ class BlockRTRL:
             if saved[name] != getattr(self, name):
                 raise ConfigError(f"the saved learner has {name}={saved[name]!r}, this one {getattr(self, name)!r}")
         if tuple(saved["state"].shape) != tuple(self._state.shape):
-            raise ConfigError(f"the saved state has shape {tuple(saved['state'].shape)}, this one {tuple(self._state.shape)}")
+            raise ConfigError(
+                f"the saved state has shape {tuple(saved['state'].shape)}, this one {tuple(self._state.shape)}"
+            )
         unknown = (saved["influences"].keys() | saved["earned"].keys()) ^ self._parameters.keys()
         if saved["influences"] and unknown:
             raise ConfigError(f"the saved learner and this one differ in the parameters {sorted(unknown)}")
@@ -347,7 +373,8 @@ class BlockRTRL:
     # ------------------------------------------------------------------ the machinery
 
     def _prepare(self, sparsity: Sparsity) -> None:
-        """Lay out the stores, now that the first step has shown which parameters come in slices and how much a step touches."""
+        """Lay out the stores, now that the first step has shown which parameters come in slices and how much a step
+        touches."""
         n = self._state.shape[1]
         sliced = {name for name in sparsity.active if name in self._parameters}
         writes = n if sparsity.writes is None else sparsity.writes.shape[1]
@@ -403,7 +430,8 @@ class BlockRTRL:
         influence.clock[rows] = self._history.now
 
     def _pay(self, name: str, rows: Tensor) -> None:
-        """Add to the gradient what rows of an influence are owed for the blocks since their clock, as far as it is not paid yet."""
+        """Add to the gradient what rows of an influence are owed for the blocks since their clock, as far as it is not
+        paid yet."""
         assert self._history is not None
         influence = self._influences[name]
         clocks = influence.clock[rows]
@@ -424,7 +452,12 @@ class BlockRTRL:
         return self._checked_state(first_state(self.cell, self.batch_size), None)
 
     def _checked_state(self, state: Tensor, like: Tensor | None) -> Tensor:
-        if not isinstance(state, Tensor) or state.ndim < 2 or state.shape[0] != self.batch_size or not state.is_floating_point():
+        if (
+            not isinstance(state, Tensor)
+            or state.ndim < 2
+            or state.shape[0] != self.batch_size
+            or not state.is_floating_point()
+        ):
             kind = f"{state.dtype} {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
             raise ShapeError(f"a state must be a floating-point tensor ({self.batch_size}, n, ...), got {kind}")
         if like is not None and (state.shape != like.shape or state.dtype != like.dtype or state.device != like.device):

@@ -1,6 +1,7 @@
 """A run of recorded steps → their row-sparse dynamics Jacobians, adjoints and taps, all in one batch.
 
-Going forward needs no graph. Afterwards the cell is run once more on all the steps of a block as one batch of ``steps · B`` samples,
+Going forward needs no graph. Afterwards the cell is run once more on all the steps of a block as one batch of
+``steps · B`` samples,
 with its choices replayed, and every derivative is taken in one batched backward pass.
 """
 
@@ -67,7 +68,8 @@ class Linearization:
         lossless: no loss was given at any of the steps.
         direct: their gradient through y, summed over steps and samples.
         pull: (m, B, w·width) weights on h_next[writes] → the general parameters' gradient outside taps.
-        jacobians: (B, U, m, w·width) weights → the general parameters' weighted immediate Jacobians (B, U, *shape), all uses included.
+        jacobians: (B, U, m, w·width) weights → the general parameters' weighted immediate Jacobians (B, U, *shape),
+            all uses included.
     """
 
     times: list[int]
@@ -99,7 +101,8 @@ class Linearizer:
         self._verified: set[tuple[Any, ...]] = set()
 
     def __call__(self, steps: Sequence[Step], last: Tensor) -> list[Linearization]:
-        """Linearise the steps of a block; steps that differ in shape or in the width of their sparsity form groups of their own.
+        """Linearise the steps of a block; steps that differ in shape or in the width of their sparsity form groups of
+        their own.
 
         Args:
             steps: the steps in order. last: (B, n, ...), the state after the last of them.
@@ -115,7 +118,10 @@ class Linearizer:
         for time, step in enumerate(steps):
             groups.setdefault(_tree.signature((step.x, step.h, tuple(step.sparsity))), []).append(time)
         after = [step.h for step in steps[1:]] + [last]
-        return [self._group(key, times, [steps[t] for t in times], [after[t] for t in times]) for key, times in groups.items()]
+        return [
+            self._group(key, times, [steps[t] for t in times], [after[t] for t in times])
+            for key, times in groups.items()
+        ]
 
     def _group(self, key: tuple[Any, ...], times: list[int], steps: list[Step], after: list[Tensor]) -> Linearization:
         m, size = len(steps), steps[0].h.shape[0]
@@ -132,7 +138,9 @@ class Linearizer:
         outputs = [leaf for leaf in _tree.tensors(y) if leaf.is_floating_point()]
         if batch > 1 and (*key, m) not in self._verified:
             if self._mixing(written, outputs, h, recorder.taps, batch):
-                return self._group(key, times, steps, after)  # once more, with the offending parameters on the general path
+                return self._group(
+                    key, times, steps, after
+                )  # once more, with the offending parameters on the general path
             self._verified.add((*key, m))
         general = self._remaining([written, *outputs])
 
@@ -150,7 +158,9 @@ class Linearizer:
         adjoint = adjoint.reshape(batch, n, width)
         if cols is not None:
             if int(adjoint.count_nonzero()) > int(_rows.take(adjoint, cols).count_nonzero()):
-                raise SparsityError(f"{self._steps(steps)}: y depends on rows of the state outside the declared reads and writes")
+                raise SparsityError(
+                    f"{self._steps(steps)}: y depends on rows of the state outside the declared reads and writes"
+                )
             adjoint = _rows.take(adjoint, cols)
 
         taps = []
@@ -180,15 +190,23 @@ class Linearizer:
             jacobian=jacobian.permute(1, 0, 2, 3).reshape(m, size, jacobian.shape[0], jacobian.shape[2] * width),
             adjoint=adjoint.reshape(m, size, adjoint.shape[1] * width),
             taps=taps,
-            active={name: index.reshape(m, size, index.shape[1]) for name, index in sparsity.active.items() if name in self._parameters},
+            active={
+                name: index.reshape(m, size, index.shape[1])
+                for name, index in sparsity.active.items()
+                if name in self._parameters
+            },
             general=general,
             lossless=all(leaf.grad is None for step in steps for leaf in step.outputs),
             direct=direct,
             pull=pull if general and written.requires_grad else lambda weights: {},
-            jacobians=lambda weights: self._general_jacobians(weights, general, x, h.detach(), replay, sparsity, m, size),
+            jacobians=lambda weights: self._general_jacobians(
+                weights, general, x, h.detach(), replay, sparsity, m, size
+            ),
         )
 
-    def _run(self, x: Any, h: Tensor, replay: Sparsity | None, sparsity: Sparsity, batch: int, steps: list[Step]) -> tuple[Any, Tensor, TapRecorder]:
+    def _run(
+        self, x: Any, h: Tensor, replay: Sparsity | None, sparsity: Sparsity, batch: int, steps: list[Step]
+    ) -> tuple[Any, Tensor, TapRecorder]:
         for copy in (False, True):
             recorder = TapRecorder(self._parameters, batch, self._general, copy=copy)
             with torch.enable_grad(), recorder:
@@ -213,7 +231,8 @@ class Linearizer:
             )
 
     def _mixing(self, written: Tensor, outputs: list[Tensor], h: Tensor, taps: list[Tap], batch: int) -> bool:
-        """Pull back from sample 0 alone: whatever arrives at another sample shows that samples mix, or that a tap's dimension 0 is none.
+        """Pull back from sample 0 alone: whatever arrives at another sample shows that samples mix, or that a tap's
+        dimension 0 is none.
 
         Returns whether some parameter had to be moved to the general path. Raises CellError if the state's samples mix.
         """
@@ -223,9 +242,13 @@ class Linearizer:
         weights = []
         for head in heads:
             weight = torch.zeros_like(head)
-            weight[0] = torch.linspace(1.0, 2.0, head[0].numel(), dtype=head.dtype, device=head.device).reshape(head[0].shape)
+            weight[0] = torch.linspace(1.0, 2.0, head[0].numel(), dtype=head.dtype, device=head.device).reshape(
+                head[0].shape
+            )
             weights.append(weight)
-        grads = torch.autograd.grad(heads, [h, *(t.output for t in taps)], weights, retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            heads, [h, *(t.output for t in taps)], weights, retain_graph=True, allow_unused=True
+        )
         if grads[0] is not None and bool(grads[0][1:].count_nonzero()):
             raise CellError("the cell mixes samples: the next state or output of one depends on the state of another")
         found = {
@@ -279,7 +302,14 @@ class Linearizer:
             if not head.requires_grad or all(g is None for g in given):
                 continue
             heads.append(head)
-            weights.append(torch.cat([torch.zeros_like(step.outputs[place]) if g is None else g for step, g in zip(steps, given, strict=True)]))
+            weights.append(
+                torch.cat(
+                    [
+                        torch.zeros_like(step.outputs[place]) if g is None else g
+                        for step, g in zip(steps, given, strict=True)
+                    ]
+                )
+            )
         if not heads:
             return nothing, {}, torch.zeros_like(inputs[0])
         targets = [*inputs, *(self._parameters[g] for g in general)]
@@ -302,7 +332,9 @@ class Linearizer:
             if not _tree.finite(values):
                 good = torch.isfinite(values)
                 sample = int((~good.flatten(1).all(dim=1)).nonzero()[0])
-                raise NonFiniteError(f"NaN or infinity in {what}, step {steps[sample // size].number}, sample {sample % size}")
+                raise NonFiniteError(
+                    f"NaN or infinity in {what}, step {steps[sample // size].number}, sample {sample % size}"
+                )
 
     def _general_jacobians(
         self,
@@ -315,7 +347,8 @@ class Linearizer:
         m: int,
         size: int,
     ) -> dict[str, Tensor]:
-        """Weighted immediate Jacobians of parameters that no tap covers, one sample apart from another under ``vmap``."""
+        """Weighted immediate Jacobians of parameters that no tap covers, one sample apart from another under
+        ``vmap``."""
         rest = {name: p.detach() for name, p in self._cell.named_parameters() if name not in general}
         theta = {name: self._parameters[name].detach() for name in general}
         flat, refill = _tree.flatten((x, h, replay, sparsity.writes))

@@ -1,7 +1,9 @@
 """Counted multiply-adds: what a claim about cost is checked against, the same on every machine and at every load.
 
-``torch.utils.flop_counter`` counts nothing for matrix-vector, outer, elementwise and sparse products, and passes over what it does not
-know, so that a cost moved into one of those would look like a saving. Here every operation is in one of three classes, or is refused.
+``torch.utils.flop_counter`` counts nothing for matrix-vector, outer, elementwise and sparse products, and passes over
+what it does not
+know, so that a cost moved into one of those would look like a saving. Here every operation is in one of three classes,
+or is refused.
 """
 
 from collections import Counter
@@ -23,17 +25,23 @@ Rule = Callable[[tuple[Any, ...], Mapping[str, Any], Any], int]
 class MacCounter(TorchDispatchMode):
     """Counts the multiply-adds of everything that runs on tensors inside ``with``: forward, backward, ``vmap`` and all.
 
-    It sees what is really launched, after autograd, batching rules and decompositions. Every operation falls into one class:
+    It sees what is really launched, after autograd, batching rules and decompositions. Every operation falls into one
+    class:
 
-    * contractions (``mm``, ``bmm``, ``addmm``, ``mv``, ``dot`` …, and what becomes one: ``linear``, ``matmul``, ``einsum``) count their
-      exact multiply-adds, one for each scalar product formed; a bias is where the sum starts and counts nothing; a sparse factor counts
-      what it stores. A ``mul`` larger than both its factors is an outer product, and counts as the contraction of length one that it is;
-    * elementwise arithmetic counts one for each element of its result, whatever it takes to compute (a ``softmax`` too), and a reduction or
+    * contractions (``mm``, ``bmm``, ``addmm``, ``mv``, ``dot`` …, and what becomes one: ``linear``, ``matmul``,
+    ``einsum``) count their
+      exact multiply-adds, one for each scalar product formed; a bias is where the sum starts and counts nothing; a
+      sparse factor counts
+      what it stores. A ``mul`` larger than both its factors is an outer product, and counts as the contraction of
+      length one that it is;
+    * elementwise arithmetic counts one for each element of its result, whatever it takes to compute (a ``softmax``
+    too), and a reduction or
       accumulating scatter one for each element it takes in: these are summed apart, in ``elementwise``;
     * moving, filling, drawing, comparing, choosing, sorting and counting of values counts nothing;
     * anything else, a convolution for one, is refused.
 
-    Counts follow from shapes and indices, so they do not depend on the device or the number of threads. Complex and integer elements count
+    Counts follow from shapes and indices, so they do not depend on the device or the number of threads. Complex and
+    integer elements count
     like real ones. A counter entered twice counts once; two nested counters both count everything.
 
     Args:
@@ -76,7 +84,8 @@ class MacCounter(TorchDispatchMode):
         """Count an operation by a rule of one's own, in ``macs``, from now on.
 
         Args:
-            name: ``"namespace.name"``, as the error that refused it says; it stands for all overloads, and the in-place form.
+            name: ``"namespace.name"``, as the error that refused it says; it stands for all overloads, and the
+                in-place form.
             rule: ``rule(args, kwargs, out)`` → multiply-adds of one call; ``lambda *_: 0`` if it does no arithmetic.
 
         Raises:
@@ -142,7 +151,9 @@ def _contraction(first: int) -> Rule:
             return _stored(a) * (b.shape[-1] if b.ndim > 1 else 1)
         if a.layout is torch.strided:
             return int(a.shape[-2]) * _stored(b)
-        raise UnknownOperationError("the multiply-adds of a sparse times a sparse matrix depend on which entries meet; register a rule of your own")
+        raise UnknownOperationError(
+            "the multiply-adds of a sparse times a sparse matrix depend on which entries meet; register a rule of your own"
+        )
 
     return count
 
@@ -189,14 +200,18 @@ _CONTRACTIONS = {
 _ELEMENTS = {
     **_aten(
         _results,
-        """_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data floor_divide native_dropout native_dropout_backward
-        native_layer_norm native_layer_norm_backward _fused_rms_norm _fused_rms_norm_backward softplus_backward hardtanh_backward
-        elu_backward glu glu_backward log_sigmoid_forward log_sigmoid_backward leaky_relu_backward mse_loss_backward smooth_l1_loss_backward
+        """_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data floor_divide native_dropout
+        native_dropout_backward
+        native_layer_norm native_layer_norm_backward _fused_rms_norm _fused_rms_norm_backward softplus_backward
+        hardtanh_backward
+        elu_backward glu glu_backward log_sigmoid_forward log_sigmoid_backward leaky_relu_backward mse_loss_backward
+        smooth_l1_loss_backward
         huber_loss_backward nll_loss_backward binary_cross_entropy_backward""",
     ),
     **_aten(
         _taken_in(0),
-        """sum nansum mean prod cumsum cumprod var std var_mean std_mean logsumexp logcumsumexp norm linalg_vector_norm trace
+        """sum nansum mean prod cumsum cumprod var std var_mean std_mean logsumexp logcumsumexp norm linalg_vector_norm
+        trace
         embedding_dense_backward mse_loss smooth_l1_loss huber_loss nll_loss_forward binary_cross_entropy
         binary_cross_entropy_with_logits""",
     ),
@@ -207,19 +222,26 @@ _ELEMENTS = {
 _MOVES = _aten(
     _nothing,
     # copies, changes of shape
-    """clone copy _to_copy _unsafe_view _reshape_copy cat stack repeat roll flip tril triu constant_pad_nd unfold_backward resize set
-    unsafe_split unsafe_split_with_sizes unsafe_chunk select_backward slice_backward diagonal_backward select_scatter slice_scatter
+    """clone copy _to_copy _unsafe_view _reshape_copy cat stack repeat roll flip tril triu constant_pad_nd
+    unfold_backward resize set
+    unsafe_split unsafe_split_with_sizes unsafe_chunk select_backward slice_backward diagonal_backward select_scatter
+    slice_scatter
     diagonal_scatter diag_embed _conj_physical is_pinned _pin_memory """
     # look-ups, writes that do not add
-    """gather index index_select take embedding scatter index_copy index_fill masked_fill masked_select masked_scatter where
+    """gather index index_select take embedding scatter index_copy index_fill masked_fill masked_select masked_scatter
+    where
     _local_scalar_dense repeat_interleave """
     # new tensors, drawn or not
-    """empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like new_ones full full_like
-    new_full zero fill eye arange linspace scalar_tensor tril_indices triu_indices rand rand_like randn randn_like randint randint_like
+    """empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like new_ones
+    full full_like
+    new_full zero fill eye arange linspace scalar_tensor tril_indices triu_indices rand rand_like randn randn_like
+    randint randint_like
     randperm normal uniform random bernoulli exponential geometric log_normal cauchy multinomial poisson """
     # comparing, choosing, sorting, counting
-    """eq ne lt le gt ge equal isnan isinf isposinf isneginf logical_and logical_or logical_xor logical_not bitwise_and bitwise_or
-    bitwise_xor bitwise_not all any max min amax amin aminmax argmax argmin sort topk searchsorted bucketize unique_dim _unique2
+    """eq ne lt le gt ge equal isnan isinf isposinf isneginf logical_and logical_or logical_xor logical_not bitwise_and
+    bitwise_or
+    bitwise_xor bitwise_not all any max min amax amin aminmax argmax argmin sort topk searchsorted bucketize unique_dim
+    _unique2
     unique_consecutive count_nonzero nonzero nonzero_static bincount is_same_size """
     # between layouts
     """_to_sparse _to_sparse_csr _to_sparse_csc _to_dense _coalesce _nnz is_coalesced _sparse_coo_tensor_unsafe

@@ -11,7 +11,8 @@ T = TypeVar("T")
 class CircularSegmentTree(Generic[T]):
     """The last ``capacity`` elements over any monoid; any range of them is composed in order with O(log n) combines.
 
-    Equation: ``query(a, b) = x_a ∘ x_{a+1} ∘ … ∘ x_{b−1}``, where ``combine(earlier, later)`` is ∘, associative and not necessarily
+    Equation: ``query(a, b) = x_a ∘ x_{a+1} ∘ … ∘ x_{b−1}``, where ``combine(earlier, later)`` is ∘, associative and
+    not necessarily
     commutative. Steps are counted from 0 for the first element ever appended (or from ``start``).
 
     Args:
@@ -19,14 +20,17 @@ class CircularSegmentTree(Generic[T]):
         combine: ``(earlier, later) -> T``; must not change its arguments.
         identity: the value of an empty range.
         start: the step number of the first element.
-        keep: ``keep(node, span, value) -> value`` is asked where an element is to be kept: ``node`` in 0 … 2·capacity − 2 names the place,
+        keep: ``keep(node, span, value) -> value`` is asked where an element is to be kept: ``node`` in 0 … 2·capacity
+            − 2 names the place,
             ``span`` how many steps it covers at most. By default the value itself is kept.
 
     Raises:
         ConfigError: ``capacity`` is not a positive integer.
 
-    Cost: appending is O(1) without a combine. A query takes at most ``2·log2(capacity) + 2`` combines to join its parts, besides the
-    inner nodes under it that nobody has needed since their leaves changed: those are computed once and remembered. Memory: at most
+    Cost: appending is O(1) without a combine. A query takes at most ``2·log2(capacity) + 2`` combines to join its
+    parts, besides the
+    inner nodes under it that nobody has needed since their leaves changed: those are computed once and remembered.
+        Memory: at most
     ``2·capacity − 1`` elements.
 
     >>> tree = CircularSegmentTree(3, lambda a, b: a + b, "")
@@ -50,7 +54,8 @@ class CircularSegmentTree(Generic[T]):
         self.capacity = capacity
         self._combine, self._identity, self._keep = combine, identity, keep
         self._first, self._stop = start, start
-        # Node 0 spans all places of the ring. A node is current while the step that its first place held when it was computed
+        # Node 0 spans all places of the ring. A node is current while the step that its first place held when it was
+        # computed
         # is still there: places are overwritten in order, so none of the others can have changed before that one.
         self._nodes: list[T | None] = [None] * (2 * capacity - 1)
         self._stamps = [start - 1] * (2 * capacity - 1)
@@ -79,7 +84,8 @@ class CircularSegmentTree(Generic[T]):
         self._stop += 1
 
     def query(self, start: int, stop: int) -> T:
-        """The product of the elements of steps ``start`` … ``stop − 1``, earliest first; the identity for an empty range.
+        """The product of the elements of steps ``start`` … ``stop − 1``, earliest first; the identity for an empty
+        range.
 
         Raises:
             WindowError: a step of the range is not held (never appended, or already overwritten), or start > stop.
@@ -93,10 +99,12 @@ class CircularSegmentTree(Generic[T]):
         return product
 
     def cover(self, start: int, stop: int, cost: Callable[[T], float] | None = None) -> list[T]:
-        """Elements, earliest first, whose product is ``query(start, stop)``: remembered nodes, at most ``2·log2(capacity) + 2`` of them.
+        """Elements, earliest first, whose product is ``query(start, stop)``: remembered nodes, at most
+        ``2·log2(capacity) + 2`` of them.
 
         Args:
-            cost: the price of using one element. Given, a node is split into the nodes under it wherever that is cheaper
+            cost: the price of using one element. Given, a node is split into the nodes under it wherever that is
+                cheaper
                 (the list may then be longer; its product is the same).
 
         Raises:
@@ -107,7 +115,9 @@ class CircularSegmentTree(Generic[T]):
         if start == stop:
             return []
         if start < self.oldest or stop > self._stop:
-            raise WindowError(f"steps {start} … {stop - 1} were asked for, but {self.oldest} … {self._stop - 1} are held")
+            raise WindowError(
+                f"steps {start} … {stop - 1} were asked for, but {self.oldest} … {self._stop - 1} are held"
+            )
         parts: list[T] = []
         first, last = start % self.capacity, (stop - 1) % self.capacity + 1
         if first < last:
@@ -128,8 +138,19 @@ class CircularSegmentTree(Generic[T]):
         middle = (low + high) // 2
         return (node + 1, low, middle) if place < middle else (node + 2 * (middle - low), middle, high)
 
-    def _collect(self, node: int, low: int, high: int, first: int, last: int, shift: int, cost: Callable[[T], float] | None, parts: list[T]) -> None:
-        """Append the nodes that tile places [first, last) of the subtree over [low, high); place + shift is the step it holds."""
+    def _collect(
+        self,
+        node: int,
+        low: int,
+        high: int,
+        first: int,
+        last: int,
+        shift: int,
+        cost: Callable[[T], float] | None,
+        parts: list[T],
+    ) -> None:
+        """Append the nodes that tile places [first, last) of the subtree over [low, high); place + shift is the step
+        it holds."""
         if last <= low or high <= first:
             return
         if first <= low and high <= last:
@@ -142,7 +163,9 @@ class CircularSegmentTree(Generic[T]):
         self._collect(node + 1, low, middle, first, last, shift, cost, parts)
         self._collect(node + 2 * (middle - low), middle, high, first, last, shift, cost, parts)
 
-    def _cheapest(self, node: int, low: int, high: int, shift: int, cost: Callable[[T], float]) -> tuple[float, list[T]]:
+    def _cheapest(
+        self, node: int, low: int, high: int, shift: int, cost: Callable[[T], float]
+    ) -> tuple[float, list[T]]:
         value = self._value(node, low, high, shift)
         whole = cost(value)
         if high - low == 1:

@@ -1,7 +1,10 @@
-"""Taps: where a parameter meets the forward pass through a linear map, its immediate Jacobian is an outer product of two factors.
+"""Taps: where a parameter meets the forward pass through a linear map, its immediate Jacobian is an outer product of
+two factors.
 
-For ``z = W u`` the derivative of anything with respect to W is ``∂/∂z ⊗ u``. While a cell runs under ``TapRecorder``, every such use of a
-watched parameter is cut out of autograd's graph and its two ends are kept, so that no (state × parameters) matrix is ever
+For ``z = W u`` the derivative of anything with respect to W is ``∂/∂z ⊗ u``. While a cell runs under ``TapRecorder``,
+every such use of a
+watched parameter is cut out of autograd's graph and its two ends are kept, so that no (state × parameters) matrix is
+ever
 written a step. Uses that no rule knows stay in the graph; ``general`` names the parameters that still have some.
 """
 
@@ -23,7 +26,8 @@ class Tap:
 
     Attributes:
         name: the parameter.
-        index: LongTensor (N, K), the slices of the parameter's first dimension that were used; None: K = 1, the whole parameter.
+        index: LongTensor (N, K), the slices of the parameter's first dimension that were used; None: K = 1, the whole
+            parameter.
         inputs: (N, K or 1, L, I), or None for all ones with I = 1 (a bias, or a slice used as it is).
         output: the tensor z in the graph, of any shape that views as (N, K, L, O).
         shape: (K, L, O).
@@ -43,12 +47,15 @@ class TapRecorder(TorchFunctionMode):
 
     Args:
         parameters: name → parameter; names in ``general`` are left alone.
-        batch: the number N of samples; a use counts only if dimension 0 of its input runs over them (or over all their tokens).
+        batch: the number N of samples; a use counts only if dimension 0 of its input runs over them (or over all their
+            tokens).
         general: parameters that must go the general way, because a tap of theirs was found to mix samples.
         copy: hand out copies of recorded outputs; needed where the cell changes them in place.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], batch: int, general: Iterable[str] = (), *, copy: bool = False) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], batch: int, general: Iterable[str] = (), *, copy: bool = False
+    ) -> None:
         super().__init__()
         skipped = set(general)
         self._names = {id(p): name for name, p in parameters.items() if name not in skipped}
@@ -148,7 +155,14 @@ def _embedding(
 ) -> Any:
     name = recorder.name(weight)
     tokens = recorder.tokens(input.shape)
-    if name is None or tokens is None or padding_idx is not None or max_norm is not None or scale_grad_by_freq or sparse:
+    if (
+        name is None
+        or tokens is None
+        or padding_idx is not None
+        or max_norm is not None
+        or scale_grad_by_freq
+        or sparse
+    ):
         return NotImplemented
     out = F.embedding(input, weight.detach())
     return recorder.record(out, (tokens, 1, out.shape[-1]), [(name, None)], input.reshape(recorder.batch, tokens))
@@ -186,5 +200,7 @@ def segment_products(left: Tensor, right: Tensor | None, segment: Tensor, count:
     rows = rows.permute(0, 2, 4, 1, 3).reshape(count, u * o, longest * length)
     if right is None:
         return rows.sum(dim=2).reshape(count, u, o, 1)
-    cols = torch.cat([right, right.new_zeros(1, *right.shape[1:])])[table].reshape(count, longest * length, right.shape[2])
+    cols = torch.cat([right, right.new_zeros(1, *right.shape[1:])])[table].reshape(
+        count, longest * length, right.shape[2]
+    )
     return torch.bmm(rows, cols).reshape(count, u, o, right.shape[2])

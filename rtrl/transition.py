@@ -1,7 +1,9 @@
 """The affine monoid of steps: what a run of steps does to a sleeping influence, and what it is owed for it.
 
-One element maps the influence S at its start to ``Φ S`` at its end and to the gradient ``v S`` earned on the way; ``(Φ₁, v₁)`` then
-``(Φ₂, v₂)`` is ``(Φ₂ Φ₁, v₁ + v₂ Φ₁)``. Elements are row-sparse, per sample: Φ is the identity outside ``rows``, and the rows it
+One element maps the influence S at its start to ``Φ S`` at its end and to the gradient ``v S`` earned on the way;
+``(Φ₁, v₁)`` then
+``(Φ₂, v₂)`` is ``(Φ₂ Φ₁, v₁ + v₂ Φ₁)``. Elements are row-sparse, per sample: Φ is the identity outside ``rows``, and
+the rows it
 changes depend on ``cols`` alone.
 """
 
@@ -19,7 +21,8 @@ class Transition:
 
     Attributes:
         rows: LongTensor (B, u), the rows Φ may change, or None for all. No index occurs twice in a sample.
-        cols: LongTensor (B, c), a superset of ``rows``, or None for all: the rows of the state that Φ's rows and v depend on.
+        cols: LongTensor (B, c), a superset of ``rows``, or None for all: the rows of the state that Φ's rows and v
+            depend on.
         jacobian: (B, u·width, c·width), Φ restricted to these; outside them Φ is the identity.
         adjoint: (B, c·width), v restricted to ``cols``; zero elsewhere.
         n, width: the state's rows and entries a row; H = n · width.
@@ -44,7 +47,8 @@ class Transition:
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def apply(self, influence: Tensor, sample: Tensor | None) -> Tensor:
-        """``Φ S`` for influences (R, H, p) of the samples ``sample`` (LongTensor (R,); None: R = B, in order), out of place."""
+        """``Φ S`` for influences (R, H, p) of the samples ``sample`` (LongTensor (R,); None: R = B, in order), out of
+        place."""
         jacobian = _rows.pick(self.jacobian, sample)
         rows, cols = _rows.pick(self.rows, sample), _rows.pick(self.cols, sample)
         if rows is None:
@@ -76,7 +80,9 @@ class Transition:
             spread = changed.new_zeros(size, self.n, changed.shape[1], self.width)
             changed = _rows.put(spread, self.cols, blocks).transpose(1, 2).flatten(2)
         eye = torch.eye(full, dtype=changed.dtype, device=changed.device).expand(size, full, full)
-        return _rows.put(eye.unflatten(1, (self.n, self.width)), self.rows, changed.unflatten(1, (-1, self.width))).flatten(1, 2)
+        return _rows.put(
+            eye.unflatten(1, (self.n, self.width)), self.rows, changed.unflatten(1, (-1, self.width))
+        ).flatten(1, 2)
 
     def within(self, cols: Tensor | None) -> "Transition":
         """The same element, counted in the rows ``cols`` alone (a superset of its own columns; None: all)."""

@@ -49,7 +49,8 @@ def run(
 
     Args:
         syncs: step → ``dormant``: sync after that step. resets: Boolean (T, B), before the step.
-        offsets: a dict of constants a step; the parameters are changed to ``θ + offsets[t]`` after a sync wherever they differ from the last.
+        offsets: a dict of constants a step; the parameters are changed to ``θ + offsets[t]`` after a sync wherever
+            they differ from the last.
         saves: steps after which the learner is saved and a new one goes on from there.
     """
     batch_size = len(xs[0]) if batch_size is None else batch_size

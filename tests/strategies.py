@@ -1,6 +1,8 @@
-"""What hypothesis draws: cells, sparsity patterns, dormancy, losses, resets, blocks and windows. All valid by construction.
+"""What hypothesis draws: cells, sparsity patterns, dormancy, losses, resets, blocks and windows. All valid by
+construction.
 
-Shapes and masks are drawn directly and shrink toward one step, one sample, one row and nothing active; numbers come from a seed.
+Shapes and masks are drawn directly and shrink toward one step, one sample, one row and nothing active; numbers come
+from a seed.
 """
 
 from collections.abc import Callable
@@ -49,7 +51,9 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 
 seeds = st.integers(0, 999)
-options = st.fixed_dictionaries({"block": st.integers(1, 5), "window": st.integers(1, 6), "lazy": st.booleans() | st.just(True)})
+options = st.fixed_dictionaries(
+    {"block": st.integers(1, 5), "window": st.integers(1, 6), "lazy": st.booleans() | st.just(True)}
+)
 
 
 @st.composite
@@ -62,7 +66,8 @@ def losses(draw: Draw, steps: int, seed: int) -> list[Tensor | None]:
 
 @st.composite
 def dormancy(draw: Draw, steps: int, size: int) -> list[list[list[bool]]]:
-    """Which of ``size`` things each step touches, as masks by step and (at most two kinds of) sample, in runs so that they sleep and wake.
+    """Which of ``size`` things each step touches, as masks by step and (at most two kinds of) sample, in runs so that
+    they sleep and wake.
 
     Each thing is asleep always, awake always, awake in one run, at the two ends only, or at random steps.
     """
@@ -98,7 +103,13 @@ def scheduled(draw: Draw, max_steps: int = 14) -> Case:
     bits = [torch.tensor(mask, dtype=torch.float64)[:, [b % 2 for b in range(batch)]] for mask in masks]
     xs = torch.cat([normal(seed, steps, batch, 2), *bits], dim=-1)
     cell = seeded(ScheduledCell(2, n_rows, width, n_experts), seed)
-    return Case(cell, xs, draw(losses(steps, seed)), draw(options), f"scheduled n={n_rows} width={width} experts={n_experts} seed={seed}")
+    return Case(
+        cell,
+        xs,
+        draw(losses(steps, seed)),
+        draw(options),
+        f"scheduled n={n_rows} width={width} experts={n_experts} seed={seed}",
+    )
 
 
 @st.composite
@@ -112,9 +123,22 @@ def forced_moe(draw: Draw, max_steps: int = 10) -> Case:
     plan = st.tuples(st.permutations(range(n_slots)), st.permutations(range(n_experts)))
     plans = draw(st.lists(plan, min_size=1, max_size=3))
     chosen = draw(st.lists(st.integers(0, len(plans) - 1), min_size=steps * batch, max_size=steps * batch))
-    index = torch.tensor([[*plans[c][0][:reads], *plans[c][0][:writes], *plans[c][1][:experts]] for c in chosen], dtype=torch.float64)
+    index = torch.tensor(
+        [[*plans[c][0][:reads], *plans[c][0][:writes], *plans[c][1][:experts]] for c in chosen], dtype=torch.float64
+    )
     xs = torch.cat([normal(seed, steps, batch, 2), index.reshape(steps, batch, -1)], dim=-1)
-    moe = rtrl.RecurrentMoE(2, 2, d_model=4, n_slots=n_slots, n_experts=n_experts, topk=1, read_slots=1, write_slots=1, expert_hidden=3, ffn_hidden=3)
+    moe = rtrl.RecurrentMoE(
+        2,
+        2,
+        d_model=4,
+        n_slots=n_slots,
+        n_experts=n_experts,
+        topk=1,
+        read_slots=1,
+        write_slots=1,
+        expert_hidden=3,
+        ffn_hidden=3,
+    )
     cell = seeded(ForcedMoE(moe, (reads, writes, experts)), seed)
     label = f"forced moe slots={n_slots} experts={n_experts} r={reads} w={writes} k={experts} seed={seed}"
     return Case(cell, xs, draw(losses(steps, seed)), draw(options), label)
@@ -164,10 +188,18 @@ def dense(draw: Draw, max_steps: int = 12) -> Case:
         "rnn": lambda: rtrl.cells.from_torch(nn.RNNCell(2, hidden), readout),
         "gru": lambda: rtrl.cells.from_torch(nn.GRUCell(2, hidden), readout),
         "lstm": lambda: rtrl.cells.from_torch(nn.LSTMCell(2, hidden), readout),
-        "stack": lambda: rtrl.cells.Stack([PlainRNN(2, hidden, 3), rtrl.cells.from_torch(nn.GRUCell(3, hidden)), PlainRNN(hidden, hidden)]),
+        "stack": lambda: rtrl.cells.Stack(
+            [PlainRNN(2, hidden, 3), rtrl.cells.from_torch(nn.GRUCell(3, hidden)), PlainRNN(hidden, hidden)]
+        ),
     }
     xs = normal(seed, steps, batch, 2)
-    return Case(seeded(makers[kind](), seed), xs, draw(losses(steps, seed)), draw(options), f"{kind} hidden={hidden} seed={seed}")
+    return Case(
+        seeded(makers[kind](), seed),
+        xs,
+        draw(losses(steps, seed)),
+        draw(options),
+        f"{kind} hidden={hidden} seed={seed}",
+    )
 
 
 def cases() -> st.SearchStrategy[Case]:

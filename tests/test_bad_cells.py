@@ -1,6 +1,7 @@
 """Cells that break their contract are refused before anything has changed; unusual cells that keep it are exact.
 
-A broken cell is good until its ``broken`` is set. What it breaks must be refused at the step itself or when the block closes, as the
+A broken cell is good until its ``broken`` is set. What it breaks must be refused at the step itself or when the block
+closes, as the
 table says, and once it is whole again the learner goes on as if nothing had been.
 """
 
@@ -33,7 +34,12 @@ class Breakable(nn.Module):
     def __init__(self, bad: Step, *, randomness: bool = False) -> None:
         super().__init__()
         self.bad, self.broken = bad, False
-        self.enter, self.recur, self.head, self.other = nn.Linear(D_IN, 2), nn.Linear(4, 2), nn.Linear(4, 2), nn.Linear(2, 2, bias=False)
+        self.enter, self.recur, self.head, self.other = (
+            nn.Linear(D_IN, 2),
+            nn.Linear(4, 2),
+            nn.Linear(4, 2),
+            nn.Linear(2, 2, bias=False),
+        )
         self.experts = nn.Parameter(torch.randn(3, 2, 2))
         self.zero = nn.Parameter(torch.zeros(2))
         self.dropout, self.norm = nn.Dropout(), nn.BatchNorm1d(2)
@@ -47,7 +53,9 @@ class Breakable(nn.Module):
     def good(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Sparsity]:
         expert = (x[:, :1] > 0).long()
         mixed = grouped_linear(h[:, None, :1], self.experts, None, expert)[:, 0, 0]
-        row = torch.tanh(self.enter(x) + self.recur(h[:, :2].flatten(1)) + mixed + 0.1 * self.other(h[:, 0]) + self.zero * h[:, 0])
+        row = torch.tanh(
+            self.enter(x) + self.recur(h[:, :2].flatten(1)) + mixed + 0.1 * self.other(h[:, 0]) + self.zero * h[:, 0]
+        )
         h = torch.cat([row.unsqueeze(1), h[:, 1:]], dim=1)
         return self.head(h[:, :2].flatten(1)), h, Sparsity(rows(x, 0, 1), rows(x, 0), {"experts": expert})
 
@@ -60,8 +68,11 @@ def make(bad: Step = Breakable.good, block: int = 3) -> rtrl.BlockRTRL:
     return rtrl.BlockRTRL(Breakable(bad), B, block=block)
 
 
-def check(bad: Step, error: type[RTRLError], match: str, *, at: int = AT, block: int = 3, closing: bool = False) -> None:
-    """Break one of two twins from step ``at`` on: that step itself is refused, or (``closing``) the block that it opens."""
+def check(
+    bad: Step, error: type[RTRLError], match: str, *, at: int = AT, block: int = 3, closing: bool = False
+) -> None:
+    """Break one of two twins from step ``at`` on: that step itself is refused, or (``closing``) the block that it
+    opens."""
     learner, twin, xs = make(bad, block), make(block=block), stream()
     for one in (learner, twin):
         for x in xs[:at]:
@@ -105,9 +116,21 @@ RETURNED = {
     "state shape": (returns(lambda y, h, s: (y, h[:, :2])), CellError, r"step 4: .*\(2, 3, 2\) .* into \(2, 2, 2\)"),
     "state batch": (returns(lambda y, h, s: (y, h[:1])), CellError, r"step 4: .*into \(1, 3, 2\)"),
     "state dtype": (returns(lambda y, h, s: (y, h.float())), CellError, "step 4: .*float64 cpu into .*float32 cpu"),
-    "state device": (returns(lambda y, h, s: (y, h.to("meta"))), CellError, "step 4: .* cpu into .* meta; a state must keep"),
-    "y reduced": (returns(lambda y, h, s: (y.sum(), h)), CellError, r"step 4: each tensor of y must have the batch of 2.*shape \(\)"),
-    "y leaf reduced": (returns(lambda y, h, s: ({"y": y, "k": y.mean(0)[:1]}, h)), CellError, r"step 4: .*shape \(1,\)"),
+    "state device": (
+        returns(lambda y, h, s: (y, h.to("meta"))),
+        CellError,
+        "step 4: .* cpu into .* meta; a state must keep",
+    ),
+    "y reduced": (
+        returns(lambda y, h, s: (y.sum(), h)),
+        CellError,
+        r"step 4: each tensor of y must have the batch of 2.*shape \(\)",
+    ),
+    "y leaf reduced": (
+        returns(lambda y, h, s: ({"y": y, "k": y.mean(0)[:1]}, h)),
+        CellError,
+        r"step 4: .*shape \(1,\)",
+    ),
     "nan in y": (returns(lambda y, h, s: (y * NAN, h)), NonFiniteError, "in y at step 4"),
     "infinity in the state": (returns(lambda y, h, s: (y, h / 0.0)), NonFiniteError, "the next state at step 4"),
     "a decaying row": (
@@ -117,17 +140,41 @@ RETURNED = {
     ),
     "out of range": (declares(writes=rows(ALL, 3)), SparsityError, r"Sparsity.writes must lie in 0 … 2, got 3"),
     "negative": (declares(reads=rows(ALL, 0, -1)), SparsityError, r"Sparsity.reads must lie in 0 … 2, got -1"),
-    "repeated": (declares(reads=rows(ALL, 0, 0)), SparsityError, r"Sparsity.reads repeats an index within sample 0: \[0, 0\]"),
+    "repeated": (
+        declares(reads=rows(ALL, 0, 0)),
+        SparsityError,
+        r"Sparsity.reads repeats an index within sample 0: \[0, 0\]",
+    ),
     "int32": (declares(reads=ALL.int()), SparsityError, "Sparsity.reads must be a LongTensor.*int32"),
     "a mask": (declares(writes=ALL > 0), SparsityError, "Sparsity.writes must be a LongTensor.*bool"),
     "no tensor": (declares(reads=[0, 1]), SparsityError, "Sparsity.reads must be a LongTensor.*got list"),
-    "not per sample": (declares(writes=torch.arange(3)), SparsityError, r"Sparsity.writes must have shape \(2, k\), got \(3,\)"),
-    "of one sample": (declares(writes=ALL[:1]), SparsityError, r"Sparsity.writes must have shape \(2, k\), got \(1, 3\)"),
+    "not per sample": (
+        declares(writes=torch.arange(3)),
+        SparsityError,
+        r"Sparsity.writes must have shape \(2, k\), got \(3,\)",
+    ),
+    "of one sample": (
+        declares(writes=ALL[:1]),
+        SparsityError,
+        r"Sparsity.writes must have shape \(2, k\), got \(1, 3\)",
+    ),
     "on another device": (declares(reads=ALL.to("meta")), SparsityError, "Sparsity.reads is on meta, the state on cpu"),
     "unknown parameter": (declares(active={"nobody": ALL}), SparsityError, "names 'nobody', which is no parameter"),
-    "slice out of range": (declares(active={"experts": ALL + 1}), SparsityError, r"active\['experts'\] must lie in 0 … 2, got 1 … 3"),
-    "slice of a float": (declares(active={"experts": ALL.double()}), SparsityError, r"active\['experts'\] must be a LongTensor"),
-    "slice repeated": (declares(active={"experts": ALL * 0}), SparsityError, r"active\['experts'\] repeats an index within sample 0"),
+    "slice out of range": (
+        declares(active={"experts": ALL + 1}),
+        SparsityError,
+        r"active\['experts'\] must lie in 0 … 2, got 1 … 3",
+    ),
+    "slice of a float": (
+        declares(active={"experts": ALL.double()}),
+        SparsityError,
+        r"active\['experts'\] must be a LongTensor",
+    ),
+    "slice repeated": (
+        declares(active={"experts": ALL * 0}),
+        SparsityError,
+        r"active\['experts'\] repeats an index within sample 0",
+    ),
 }
 
 
@@ -142,7 +189,9 @@ def test_active_must_be_a_mapping(active):
     check(declares(active=active), SparsityError, "active")
 
 
-@pytest.mark.xfail(strict=True, reason="which index tensors were checked is remembered by id(tensor) ^ size, and two pairs can meet")
+@pytest.mark.xfail(
+    strict=True, reason="which index tensors were checked is remembered by id(tensor) ^ size, and two pairs can meet"
+)
 def test_every_index_tensor_is_checked():
     pool = [torch.zeros(B, 1, dtype=torch.int64) for _ in range(200)]
     apart, i, j = min((id(a) ^ id(b), i, j) for i, a in enumerate(pool) for j, b in enumerate(pool[:i]))
@@ -196,8 +245,15 @@ IMPURE = [
     pytest.param(_normalises, "changes a buffer of its own in place", id="batch norm"),
     pytest.param(lambda cell, x, h: cell.good(x.mul_(2.0), h), "changes x in place", id="x"),
     pytest.param(lambda cell, x, h: cell.good(x, h.mul_(0.5)), "changes the state h in place", id="state"),
-    finding(_shrinks, "changes a parameter of its own in place", reason="the parameter is not put back", id="parameter"),
-    finding(_keeps_count, "buffer", reason="only changes in place are seen; later a misleading ParameterChangedError", id="buffer assigned"),
+    finding(
+        _shrinks, "changes a parameter of its own in place", reason="the parameter is not put back", id="parameter"
+    ),
+    finding(
+        _keeps_count,
+        "buffer",
+        reason="only changes in place are seen; later a misleading ParameterChangedError",
+        id="buffer assigned",
+    ),
 ]
 
 
@@ -256,10 +312,38 @@ NO_VALUE = "SILENTLY WRONG: undeclared writes are looked for by value alone, and
 NAN_MIXES = "0 times infinity counts as an influence of another sample: CellError 'mixes samples'"
 RANGE = "the steps are named as a range only, or the parameter is not"
 CLOSING = [  # name, step, error, message, block sizes, those for which it does not hold yet and why
-    ("reads of the next state", _reads_more, SparsityError, "step 4: the written rows of sample 0 depend on row 1", (1, 3), {}),
-    ("reads of y", _y_reads_more, SparsityError, "4.*: y depends on rows of the state outside the declared reads", (1, 3), {}),
-    ("slices", _uses_more, SparsityError, "a slice of parameter 'experts' was used that Sparsity.active does not declare", (1, 3), {}),
-    ("sqrt(0) of h", _whole(lambda c, x, h: (h - h).sqrt()), NonFiniteError, "Jacobian.*step 4", (1, 3), {1: NAN_MIXES, 3: NAN_MIXES}),
+    (
+        "reads of the next state",
+        _reads_more,
+        SparsityError,
+        "step 4: the written rows of sample 0 depend on row 1",
+        (1, 3),
+        {},
+    ),
+    (
+        "reads of y",
+        _y_reads_more,
+        SparsityError,
+        "4.*: y depends on rows of the state outside the declared reads",
+        (1, 3),
+        {},
+    ),
+    (
+        "slices",
+        _uses_more,
+        SparsityError,
+        "a slice of parameter 'experts' was used that Sparsity.active does not declare",
+        (1, 3),
+        {},
+    ),
+    (
+        "sqrt(0) of h",
+        _whole(lambda c, x, h: (h - h).sqrt()),
+        NonFiniteError,
+        "Jacobian.*step 4",
+        (1, 3),
+        {1: NAN_MIXES, 3: NAN_MIXES},
+    ),
     (
         "sqrt(0) of W x",
         _whole(lambda c, x, h: c.other(x[:, None, :2]).sqrt()),
@@ -268,10 +352,31 @@ CLOSING = [  # name, step, error, message, block sizes, those for which it does 
         (1, 3),
         {3: RANGE},
     ),
-    ("sqrt(0) of θ", _whole(lambda c, x, h: c.zero.sqrt() * h), NonFiniteError, "step 4:.*parameter 'zero'", (1, 3), {3: RANGE}),
-    ("sqrt(0) of θ in y", _y(lambda c, x, y: y + c.zero.sqrt()), NonFiniteError, "step 4:.*parameter 'zero'", (1, 3), {3: RANGE}),
+    (
+        "sqrt(0) of θ",
+        _whole(lambda c, x, h: c.zero.sqrt() * h),
+        NonFiniteError,
+        "step 4:.*parameter 'zero'",
+        (1, 3),
+        {3: RANGE},
+    ),
+    (
+        "sqrt(0) of θ in y",
+        _y(lambda c, x, y: y + c.zero.sqrt()),
+        NonFiniteError,
+        "step 4:.*parameter 'zero'",
+        (1, 3),
+        {3: RANGE},
+    ),
     ("mixes", _whole(lambda c, x, h: -h.mean(0)), CellError, f"{ANEW}|mixes samples", (1, 3), {}),
-    ("mixes in one direction", _whole(lambda c, x, h: h.cumsum(0)), CellError, f"{ANEW}|mixes samples", (1, 3), {1: ONE_WAY}),
+    (
+        "mixes in one direction",
+        _whole(lambda c, x, h: h.cumsum(0)),
+        CellError,
+        f"{ANEW}|mixes samples",
+        (1, 3),
+        {1: ONE_WAY},
+    ),
     ("mixes y", _y(lambda c, x, y: y.softmax(0)), CellError, "mixes samples", (3,), {}),
     ("mixes y by x", _y(lambda c, x, y: y * x.mean()), CellError, "y", (3,), {3: Y_UNSEEN}),
     ("branches", _whole(lambda c, x, h: h if x.shape[0] == B else -h), CellError, ANEW, (3,), {}),
@@ -296,7 +401,10 @@ def test_a_broken_step_is_found_when_its_block_closes(bad, error, match, block):
     check(bad, error, match, block=block, closing=True)
 
 
-@pytest.mark.xfail(strict=True, reason="SILENTLY WRONG: the two runs are compared to the square root of eps times the state's LARGEST entry")
+@pytest.mark.xfail(
+    strict=True,
+    reason="SILENTLY WRONG: the two runs are compared to the square root of eps times the state's LARGEST entry",
+)
 def test_a_step_that_branches_is_found_beside_a_large_entry():
     def step(cell: Breakable, x: Tensor, h: Tensor) -> Any:
         small = torch.tanh(h[:, 1:] if x.shape[0] == B else -h[:, 1:])
@@ -310,12 +418,17 @@ def test_an_undeclared_slice_is_named_with_its_step():
     check(_uses_more, SparsityError, "step 4", closing=True)
 
 
-@pytest.mark.xfail(strict=True, reason="purity is looked at in the first step only: later the learner's own state is overwritten")
+@pytest.mark.xfail(
+    strict=True, reason="purity is looked at in the first step only: later the learner's own state is overwritten"
+)
 def test_a_state_overwritten_in_a_later_step_is_refused():
     check(lambda cell, x, h: cell.good(x, h.mul_(0.5)), CellError, "in place")
 
 
-@pytest.mark.xfail(strict=True, reason="what was earned is looked at only after the block has closed: the learner is left with an infinity for good")
+@pytest.mark.xfail(
+    strict=True,
+    reason="what was earned is looked at only after the block has closed: the learner is left with an infinity for good",
+)
 def test_a_gradient_that_overflows_is_refused_before_anything_changes():
     learner = make(lambda cell, x, h: (cell.enter(x * 1e200), torch.tanh(h)))
     learner.cell.broken = True
@@ -327,7 +440,10 @@ def test_a_gradient_that_overflows_is_refused_before_anything_changes():
 
 @pytest.mark.xfail(strict=True, reason="the influence is not looked at when it is moved or handed out")
 def test_an_influence_that_overflows_is_refused():
-    learner = make(lambda cell, x, h: (h, h * 1e60 + (x @ (cell.enter.weight - cell.enter.weight.detach()).T).unsqueeze(1)), block=1)
+    learner = make(
+        lambda cell, x, h: (h, h * 1e60 + (x @ (cell.enter.weight - cell.enter.weight.detach()).T).unsqueeze(1)),
+        block=1,
+    )
     learner.reset(state=torch.zeros(B, 3, 2, dtype=F64))
     learner.cell.broken = True
     for x in stream():
@@ -337,7 +453,8 @@ def test_an_influence_that_overflows_is_refused():
 
 
 class Router(nn.Module):
-    """Writes the row of the largest score; near ties fall differently in a larger batch, unless ``replay`` is obeyed."""
+    """Writes the row of the largest score; near ties fall differently in a larger batch, unless ``replay`` is
+    obeyed."""
 
     def __init__(self, obeys: bool) -> None:
         super().__init__()
@@ -347,7 +464,9 @@ class Router(nn.Module):
         return torch.zeros(batch_size, 3, 2, dtype=F64)
 
     def forward(self, x: Tensor, h: Tensor, replay: Sparsity | None = None) -> Any:
-        tie = torch.tensor([1.0, 1.0, 0.0]) + (torch.tensor([1e-6, 0.0, 0.0]) if x.shape[0] > B else torch.tensor([0.0, 1e-6, 0.0]))
+        tie = torch.tensor([1.0, 1.0, 0.0]) + (
+            torch.tensor([1e-6, 0.0, 0.0]) if x.shape[0] > B else torch.tensor([0.0, 1e-6, 0.0])
+        )
         writes = replay.writes if self.obeys and replay is not None else tie.topk(1).indices.expand(x.shape[0], 1)
         new = torch.tanh(self.enter(x) + h.mean(1)).unsqueeze(1)
         h = h.scatter(1, writes.unsqueeze(2).expand(-1, -1, 2), new)
@@ -362,7 +481,9 @@ def test_a_router_that_decides_near_ties_anew_is_refused():
         learner.sync()
 
 
-@pytest.mark.xfail(strict=True, reason="what step(replay=...) laid down is not compared with what the cell says that it did")
+@pytest.mark.xfail(
+    strict=True, reason="what step(replay=...) laid down is not compared with what the cell says that it did"
+)
 def test_a_router_that_ignores_the_replay_of_a_step_is_refused():
     learner = rtrl.BlockRTRL(Router(obeys=False), B, block=2)
     with refused(learner, CellError, "replay"):
@@ -386,15 +507,45 @@ CALLS = [
     ("h batch", (X, H[:1]), ShapeError, r"h must have shape \(2, 4, 4\), got \(1, 4, 4\)"),
     ("h dtype", (X, H.float()), ShapeError, "h is torch.float32"),
     ("h device", (X, H.to("meta")), ShapeError, "h is torch.float64 on meta"),
-    ("no reads", (X, H, Sparsity(None, PAIR, {"expert_up": PAIR})), SparsityError, r"must give reads, writes and active\['expert_up'\]"),
+    (
+        "no reads",
+        (X, H, Sparsity(None, PAIR, {"expert_up": PAIR})),
+        SparsityError,
+        r"must give reads, writes and active\['expert_up'\]",
+    ),
     ("no writes", (X, H, Sparsity(PAIR, None, {"expert_up": PAIR})), SparsityError, "must give reads, writes"),
     ("no experts", (X, H, Sparsity(PAIR, PAIR)), SparsityError, "must give reads, writes"),
-    ("empty reads", (X, H, MIXTURE.choices(PAIR[:, :0], PAIR[:, :0], PAIR)), SparsityError, "must read at least one slot"),
+    (
+        "empty reads",
+        (X, H, MIXTURE.choices(PAIR[:, :0], PAIR[:, :0], PAIR)),
+        SparsityError,
+        "must read at least one slot",
+    ),
     ("empty experts", (X, H, MIXTURE.choices(PAIR, PAIR, PAIR[:, :0])), SparsityError, "use at least one expert"),
-    ("writes not read", (X, H, MIXTURE.choices(PAIR, PAIR.flip(0), PAIR)), SparsityError, "replay writes a slot that it does not read"),
-    ("reads out of range", (X, H, MIXTURE.choices(PAIR + 1, PAIR + 1, PAIR)), SparsityError, "reads must lie in 0 … 3, got 1 … 4"),
-    ("experts out of range", (X, H, MIXTURE.choices(PAIR, PAIR, PAIR - 1)), SparsityError, "experts must lie in 0 … 3, got -1 … 2"),
-    ("reads repeated", (X, H, MIXTURE.choices(PAIR // 2, PAIR // 2, PAIR)), SparsityError, "reads repeats an index within sample 0"),
+    (
+        "writes not read",
+        (X, H, MIXTURE.choices(PAIR, PAIR.flip(0), PAIR)),
+        SparsityError,
+        "replay writes a slot that it does not read",
+    ),
+    (
+        "reads out of range",
+        (X, H, MIXTURE.choices(PAIR + 1, PAIR + 1, PAIR)),
+        SparsityError,
+        "reads must lie in 0 … 3, got 1 … 4",
+    ),
+    (
+        "experts out of range",
+        (X, H, MIXTURE.choices(PAIR, PAIR, PAIR - 1)),
+        SparsityError,
+        "experts must lie in 0 … 3, got -1 … 2",
+    ),
+    (
+        "reads repeated",
+        (X, H, MIXTURE.choices(PAIR // 2, PAIR // 2, PAIR)),
+        SparsityError,
+        "reads repeats an index within sample 0",
+    ),
     ("writes repeated", (X, H, MIXTURE.choices(PAIR, PAIR[:, [0, 0]], PAIR)), SparsityError, "writes repeats an index"),
     (
         "experts repeated",
@@ -403,7 +554,12 @@ CALLS = [
         "experts repeats an index",
     ),
     ("dtype of reads", (X, H, MIXTURE.choices(PAIR.int(), PAIR, PAIR)), SparsityError, "reads must be a LongTensor"),
-    ("batch of experts", (X, H, MIXTURE.choices(PAIR, PAIR, PAIR[:1])), SparsityError, r"must have shape \(2, k\), got \(1, 2\)"),
+    (
+        "batch of experts",
+        (X, H, MIXTURE.choices(PAIR, PAIR, PAIR[:1])),
+        SparsityError,
+        r"must have shape \(2, k\), got \(1, 2\)",
+    ),
 ]
 WRONG_KINDS = [([1.0], H), (X, None), (X, H, PAIR), (X, H, Sparsity([0], PAIR, {"expert_up": PAIR}))]
 
@@ -415,13 +571,26 @@ def test_the_mixture_refuses_wrong_arguments(arguments, error, match):
     assert type(caught.value) is error
 
 
-@pytest.mark.parametrize("arguments", [finding(a, reason=KINDS, id=i) for i, a in zip(("x", "h", "replay", "reads"), WRONG_KINDS, strict=True)])
+@pytest.mark.parametrize(
+    "arguments",
+    [finding(a, reason=KINDS, id=i) for i, a in zip(("x", "h", "replay", "reads"), WRONG_KINDS, strict=True)],
+)
 def test_the_mixture_refuses_arguments_of_another_kind(arguments):
     with pytest.raises(RTRLError):
         MIXTURE(*arguments)
 
 
-SIZES = {"d_in": 3, "d_out": 2, "d_model": 4, "n_slots": 4, "n_experts": 4, "topk": 1, "n_heads": 2, "read_slots": 2, "write_slots": 2}
+SIZES = {
+    "d_in": 3,
+    "d_out": 2,
+    "d_model": 4,
+    "n_slots": 4,
+    "n_experts": 4,
+    "topk": 1,
+    "n_heads": 2,
+    "read_slots": 2,
+    "write_slots": 2,
+}
 
 
 @pytest.mark.parametrize("size", [size for size in NOT_INTEGERS if size is not None], ids=repr)
@@ -478,7 +647,12 @@ class Cell(nn.Module):
     def __init__(self, step: Step, *shape: int, **parts: Any) -> None:
         super().__init__()
         self.step, self.shape = step, shape or (4,)
-        for name, part in {"enter": nn.Linear(D_IN, 4), "recur": nn.Linear(4, 4), "head": nn.Linear(4, 2), **parts}.items():
+        for name, part in {
+            "enter": nn.Linear(D_IN, 4),
+            "recur": nn.Linear(4, 4),
+            "head": nn.Linear(4, 2),
+            **parts,
+        }.items():
             setattr(self, name, part)
         self.double()
 
@@ -498,8 +672,11 @@ def tanh_of(change: Callable[[Any, Tensor], Tensor]) -> Step:
     return lambda c, x, h: torch.tanh(c.enter(x) + change(c, h))
 
 
-def check_exact(cell: nn.Module, xs: list[Any], loss: Callable[[Any], Tensor], *, block: int, syncs: tuple[int, ...] = ()) -> None:
-    """Gradients equal backpropagation through the unrolled steps, and every influence the derivative of the last state."""
+def check_exact(
+    cell: nn.Module, xs: list[Any], loss: Callable[[Any], Tensor], *, block: int, syncs: tuple[int, ...] = ()
+) -> None:
+    """Gradients equal backpropagation through the unrolled steps, and every influence the derivative of the last
+    state."""
     parameters = {name: p for name, p in cell.named_parameters() if p.requires_grad}
     size = len(pytree_tensors(xs[0])[0])
     learner = rtrl.BlockRTRL(cell, size, block=block)
@@ -517,7 +694,12 @@ def check_exact(cell: nn.Module, xs: list[Any], loss: Callable[[Any], Tensor], *
     wanted = grads_of(total, parameters)
     for name, parameter in parameters.items():
         rows_of = [grads_of(entry, {name: parameter})[name].flatten() for entry in flat.flatten()]
-        torch.testing.assert_close(learner.influence(name), torch.stack(rows_of).reshape(*flat.shape, -1), **close, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            learner.influence(name),
+            torch.stack(rows_of).reshape(*flat.shape, -1),
+            **close,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
         torch.testing.assert_close(parameter.grad, wanted[name], **close, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -529,7 +711,9 @@ def grads_of(value: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Te
     if not value.requires_grad:
         return {name: torch.zeros_like(p) for name, p in parameters.items()}
     grads = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
-    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), grads, strict=True)}
+    return {
+        name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), grads, strict=True)
+    }
 
 
 def first_square(y: Any) -> Tensor:
@@ -603,7 +787,10 @@ def _learned_tokens(c: Any, x: Tensor, h: Tensor) -> Tensor:
 
 LEGAL: dict[str, tuple[Callable[[], Cell], Callable[[int], Any]]] = {
     "in place after a linear": (lambda: Cell(lambda c, x, h: c.enter(x).relu_() + c.recur(h).tanh_()), floats),
-    "x @ W and x @ W.T": (lambda: Cell(lambda c, x, h: torch.tanh(x @ c.w + h @ c.u.T), w=theta(3, 4), u=theta(4, 4)), floats),
+    "x @ W and x @ W.T": (
+        lambda: Cell(lambda c, x, h: torch.tanh(x @ c.w + h @ c.u.T), w=theta(3, 4), u=theta(4, 4)),
+        floats,
+    ),
     "W @ h": (lambda: Cell(tanh_of(lambda c, h: (c.u @ h.unsqueeze(2)).squeeze(2)), u=theta(4, 4)), floats),
     "einsum": (lambda: Cell(tanh_of(lambda c, h: torch.einsum("oi,bi->bo", c.u, h)), u=theta(4, 4)), floats),
     "tied": (_tied, floats),
@@ -617,7 +804,12 @@ LEGAL: dict[str, tuple[Callable[[], Cell], Callable[[int], Any]]] = {
     "attention with weights": (lambda: _attending(True), floats),
     "GRU": (lambda: Cell(lambda c, x, h: c.gru(x, h), gru=nn.GRUCell(D_IN, 4)), floats),
     "convolution": (
-        lambda: Cell(lambda c, x, h: (c.head(h[:, 0]), torch.tanh(c.conv(h) + c.enter(x)[:, None])), 2, 4, conv=nn.Conv1d(2, 2, 3, padding=1)),
+        lambda: Cell(
+            lambda c, x, h: (c.head(h[:, 0]), torch.tanh(c.conv(h) + c.enter(x)[:, None])),
+            2,
+            4,
+            conv=nn.Conv1d(2, 2, 3, padding=1),
+        ),
         floats,
     ),
     "a state (B, n, a, b)": (
@@ -633,31 +825,52 @@ LEGAL: dict[str, tuple[Callable[[], Cell], Callable[[int], Any]]] = {
         floats,
     ),
     "integer x": (
-        lambda: Cell(lambda c, x, h: torch.tanh(c.embed(x)[:, 0] - c.embed(x)[:, 1] + c.recur(h)), embed=nn.Embedding(5, 4)),
+        lambda: Cell(
+            lambda c, x, h: torch.tanh(c.embed(x)[:, 0] - c.embed(x)[:, 1] + c.recur(h)), embed=nn.Embedding(5, 4)
+        ),
         tokens,
     ),
-    "padded embedding": (lambda: Cell(lambda c, x, h: torch.tanh(c.e(x).sum(1) + c.recur(h)), e=nn.Embedding(5, 4, padding_idx=0)), tokens),
-    "x as a tree": (lambda: Cell(lambda c, x, h: torch.tanh(c.enter(x["a"]) + (x["more"][1] + x["more"][0])[:, None] * c.recur(h))), tree),
+    "padded embedding": (
+        lambda: Cell(lambda c, x, h: torch.tanh(c.e(x).sum(1) + c.recur(h)), e=nn.Embedding(5, 4, padding_idx=0)),
+        tokens,
+    ),
+    "x as a tree": (
+        lambda: Cell(lambda c, x, h: torch.tanh(c.enter(x["a"]) + (x["more"][1] + x["more"][0])[:, None] * c.recur(h))),
+        tree,
+    ),
     "y as a named tuple": (
         lambda: Cell(lambda c, x, h: (Output(c.head(h), h.argmax(1)), torch.tanh(c.enter(x) + c.recur(h)))),
         floats,
     ),
     "y as a dict with the state": (
-        lambda: Cell(lambda c, x, h: ({"y": c.head(h), "h": h, "k": [h.argmax(1)]}, torch.tanh(c.enter(x) + c.recur(h)))),
+        lambda: Cell(
+            lambda c, x, h: ({"y": c.head(h), "h": h, "k": [h.argmax(1)]}, torch.tanh(c.enter(x) + c.recur(h)))
+        ),
         floats,
     ),
     "y not of θ": (lambda: Cell(lambda c, x, h: ((c.head(h), x), torch.tanh(c.enter(x) + c.recur(h)))), floats),
     "all rows read, one written": (lambda: Cell(_one_row, 3, 4), floats),
-    "no rows written at times": (lambda: Cell(_sometimes, 3, 4), lambda size: {"x": floats(size), "write": random.random() < 0.5}),
-    "nothing ever written": (lambda: Cell(lambda c, x, h: (c.head(h[:, 0] + c.enter(x)), h, Sparsity(None, rows(x).long())), 3, 4), floats),
+    "no rows written at times": (
+        lambda: Cell(_sometimes, 3, 4),
+        lambda size: {"x": floats(size), "write": random.random() < 0.5},
+    ),
+    "nothing ever written": (
+        lambda: Cell(lambda c, x, h: (c.head(h[:, 0] + c.enter(x)), h, Sparsity(None, rows(x).long())), 3, 4),
+        floats,
+    ),
     "low rank": (
-        lambda: Cell(tanh_of(lambda c, h: F.linear(h, c.u @ c.v) @ c.back), u=theta(6, 2), v=theta(2, 4), back=theta(6, 4)),
+        lambda: Cell(
+            tanh_of(lambda c, h: F.linear(h, c.u @ c.v) @ c.back), u=theta(6, 2), v=theta(2, 4), back=theta(6, 4)
+        ),
         floats,
     ),
     "token-major": (lambda: Cell(_token_major), floats),
     "flat token-major": (lambda: Cell(_flat_token_major), floats),
     "learned tokens": (lambda: Cell(_learned_tokens, tokens=theta(6, 4), back=theta(6, 4)), floats),
-    "weight norm": (lambda: Cell(tanh_of(lambda c, h: c.r(h)), r=nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))), floats),
+    "weight norm": (
+        lambda: Cell(tanh_of(lambda c, h: c.r(h)), r=nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
+        floats,
+    ),
     "attention without weights": (lambda: _attending(False), floats),
     "one bias for all": (lambda: Cell(tanh_of(lambda c, h: F.linear(h, c.u, c.b)), u=theta(4, 4), b=theta(1)), floats),
     "a vector as weight": (lambda: Cell(tanh_of(lambda c, h: F.linear(h, c.u)[:, None]), u=theta(4)), floats),
@@ -694,12 +907,19 @@ def test_an_unusual_cell_is_exact(build, draw, block, size):
 @pytest.mark.parametrize("block", [1, 3])
 def test_single_precision_is_exact_to_its_rounding(block):
     torch.manual_seed(1)
-    check_exact(Cell(tanh_of(lambda c, h: c.recur(h))).float(), [floats(B).float() for _ in range(STEPS - 1)], first_square, block=block)
+    check_exact(
+        Cell(tanh_of(lambda c, h: c.recur(h))).float(),
+        [floats(B).float() for _ in range(STEPS - 1)],
+        first_square,
+        block=block,
+    )
 
 
 def test_a_cell_with_learned_tokens_is_exact_when_blocks_are_closed_early():
     torch.manual_seed(1)
-    cell = Cell(_learned_tokens, tokens=theta(4, 4), back=theta(4, 4))  # as many as samples in a run of two steps, but not of four
+    cell = Cell(
+        _learned_tokens, tokens=theta(4, 4), back=theta(4, 4)
+    )  # as many as samples in a run of two steps, but not of four
     check_exact(cell, [floats(B) for _ in range(12)], first_square, block=4, syncs=(3, 5))
 
 
@@ -728,7 +948,10 @@ def test_learned_tokens_behind_a_gate_that_opens_later_are_exact(block):
         torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.xfail(strict=True, reason="SILENTLY WRONG: a block that closes under torch.no_grad() has all Jacobians zero (or a foreign RuntimeError)")
+@pytest.mark.xfail(
+    strict=True,
+    reason="SILENTLY WRONG: a block that closes under torch.no_grad() has all Jacobians zero (or a foreign RuntimeError)",
+)
 @pytest.mark.parametrize("block", [1, 2])
 def test_warming_up_without_gradients_changes_nothing(block):
     def run(warm: bool) -> list[Any]:

@@ -1,6 +1,7 @@
 """Bad input: a clear error of the package's own family, before anything has changed.
 
-Every attack is made on one of two equal learners in mid-stream. It must be refused, leave the learner bit for bit as it was, and go
+Every attack is made on one of two equal learners in mid-stream. It must be refused, leave the learner bit for bit as
+it was, and go
 unnoticed in everything that the two learners compute afterwards.
 """
 
@@ -43,7 +44,13 @@ def finding(*values: Any, reason: str, id: str | None = None) -> Any:
 def snapshot(learner: rtrl.BlockRTRL) -> list[Any]:
     """Everything a learner holds, with its cell's parameters, buffers and ``.grad``, as a flat list of copies."""
     cell = learner.cell
-    held = [learner.state_dict(), learner.steps_taken, list(cell.parameters()), [p.grad for p in cell.parameters()], list(cell.buffers())]
+    held = [
+        learner.state_dict(),
+        learner.steps_taken,
+        list(cell.parameters()),
+        [p.grad for p in cell.parameters()],
+        list(cell.buffers()),
+    ]
     return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in pytree.tree_leaves(held)]
 
 
@@ -104,7 +111,10 @@ def finish(learner: rtrl.BlockRTRL, xs: list[Tensor]) -> list[Any]:
     for x in xs:
         learner.backward(learner.step(x).square().sum())
     learner.sync()
-    return [*snapshot(learner), *(learner.influence(name) for name, p in learner.cell.named_parameters() if p.requires_grad)]
+    return [
+        *snapshot(learner),
+        *(learner.influence(name) for name, p in learner.cell.named_parameters() if p.requires_grad),
+    ]
 
 
 Attack = Callable[[rtrl.BlockRTRL, list[Tensor], list[Tensor]], Any]
@@ -133,14 +143,26 @@ def with_value(value: float) -> Tensor:
 
 FOREIGN_CELL_ERROR = "an exception from inside the cell's forward passes through as PyTorch's own RuntimeError"
 XS = [
-    pytest.param(torch.zeros(3, D_IN, dtype=F64), ShapeError, r"x must have the batch of 2 as dimension 0, got shape \(3, 3\)", id="batch"),
+    pytest.param(
+        torch.zeros(3, D_IN, dtype=F64),
+        ShapeError,
+        r"x must have the batch of 2 as dimension 0, got shape \(3, 3\)",
+        id="batch",
+    ),
     pytest.param(torch.zeros((), dtype=F64), ShapeError, r"batch of 2 as dimension 0, got shape \(\)", id="scalar"),
     pytest.param(torch.zeros(B, D_IN), ShapeError, r"x is torch.float32, the state torch.float64", id="float32"),
-    pytest.param(torch.zeros(B, D_IN, dtype=F64, device="meta"), ShapeError, "x is on meta, the state on cpu", id="device"),
+    pytest.param(
+        torch.zeros(B, D_IN, dtype=F64, device="meta"), ShapeError, "x is on meta, the state on cpu", id="device"
+    ),
     pytest.param(None, ShapeError, "x holds no tensor", id="none"),
     pytest.param("text", ShapeError, "x holds no tensor", id="text"),
     pytest.param({}, ShapeError, "x holds no tensor", id="empty tree"),
-    pytest.param([torch.zeros(B, D_IN, dtype=F64), torch.zeros(1, dtype=F64)], ShapeError, r"got shape \(1,\)", id="one leaf of a tree"),
+    pytest.param(
+        [torch.zeros(B, D_IN, dtype=F64), torch.zeros(1, dtype=F64)],
+        ShapeError,
+        r"got shape \(1,\)",
+        id="one leaf of a tree",
+    ),
     pytest.param(with_value(NAN), NonFiniteError, r"x at step 5, first at index \(1, 2\)", id="nan"),
     pytest.param(with_value(-INF), NonFiniteError, r"x at step 5, first at index \(1, 2\)", id="infinity"),
 ]
@@ -162,7 +184,9 @@ def test_the_mixture_refuses_an_x_that_it_cannot_take(x, match):
     attacked(mixture, lambda learner, ys, losses: learner.step(x), ShapeError, match)
 
 
-@pytest.mark.parametrize(("x", "match"), [finding(*case.values, reason=FOREIGN_CELL_ERROR, id=case.id) for case in OWN_XS])
+@pytest.mark.parametrize(
+    ("x", "match"), [finding(*case.values, reason=FOREIGN_CELL_ERROR, id=case.id) for case in OWN_XS]
+)
 def test_an_x_that_a_cell_cannot_take_is_an_error_of_the_package(x, match):
     attacked(plain, lambda learner, ys, losses: learner.step(x), CellError, "step 5")
 
@@ -196,7 +220,12 @@ LOSSES = [
     ("complex", lambda ys, given: ys[-1].sum() * 1j, LossError, "loss of step 4 could not be pulled back: .*complex"),
     ("nan", lambda ys, given: ys[-1].sum() * NAN, NonFiniteError, "the loss at step 4"),
     ("infinity", lambda ys, given: ys[-1].sum() / 0.0, NonFiniteError, "the loss at step 4"),
-    ("infinite gradient", lambda ys, given: _infinite_gradient(ys[-1]), NonFiniteError, "gradient of the loss at y at step 4"),
+    (
+        "infinite gradient",
+        lambda ys, given: _infinite_gradient(ys[-1]),
+        NonFiniteError,
+        "gradient of the loss at y at step 4",
+    ),
 ]
 
 
@@ -206,14 +235,28 @@ def test_a_wrong_loss_is_refused(make, loss, error, match):
     attacked(make, lambda learner, ys, losses: learner.backward(loss(ys, losses)), error, match)
 
 
-HALF_GIVEN = "loss.backward() has already added to the .grad of parameters that the loss reaches by itself when the error comes"
+HALF_GIVEN = (
+    "loss.backward() has already added to the .grad of parameters that the loss reaches by itself when the error comes"
+)
 
 
 @pytest.mark.parametrize(
     ("loss", "error", "match"),
     [
-        finding(lambda ys: _infinite_gradient(ys[-1]), NonFiniteError, "gradient of the loss at y", reason=HALF_GIVEN, id="infinite gradient"),
-        finding(lambda ys: ys[-1].sum() + ys[0].sum(), LossError, "whose block has closed", reason=HALF_GIVEN, id="closed block"),
+        finding(
+            lambda ys: _infinite_gradient(ys[-1]),
+            NonFiniteError,
+            "gradient of the loss at y",
+            reason=HALF_GIVEN,
+            id="infinite gradient",
+        ),
+        finding(
+            lambda ys: ys[-1].sum() + ys[0].sum(),
+            LossError,
+            "whose block has closed",
+            reason=HALF_GIVEN,
+            id="closed block",
+        ),
     ],
 )
 def test_a_refused_loss_leaves_no_gradient_at_parameters_that_it_reaches_by_itself(loss, error, match):
@@ -228,7 +271,9 @@ def test_a_plain_backward_into_a_closed_block_is_refused(make):
     attacked(make, lambda learner, ys, losses: ys[0].sum().backward(), LossError, "y of step 0, whose block has closed")
 
 
-@pytest.mark.parametrize("close", [rtrl.BlockRTRL.sync, rtrl.BlockRTRL.reset, lambda learner: learner.influence("enter.weight")])
+@pytest.mark.parametrize(
+    "close", [rtrl.BlockRTRL.sync, rtrl.BlockRTRL.reset, lambda learner: learner.influence("enter.weight")]
+)
 def test_a_loss_after_its_block_was_closed_by_hand_is_refused(close):
     learner = plain()
     y = learner.step(stream()[0])
@@ -249,7 +294,9 @@ def test_a_loss_before_the_first_step_and_one_of_another_learner_are_refused():
         learner.backward(y.sum())
 
 
-@pytest.mark.xfail(strict=True, reason="a loss whose graph keeps no tensors counts twice when it was first given by its own backward()")
+@pytest.mark.xfail(
+    strict=True, reason="a loss whose graph keeps no tensors counts twice when it was first given by its own backward()"
+)
 def test_a_loss_already_given_by_its_own_backward_is_refused():
     learner = plain()
     loss = learner.step(stream()[0]).sum()
@@ -309,7 +356,11 @@ def test_a_wrong_first_state_is_refused(state, error, match):
 @pytest.mark.parametrize(
     "state",
     [
-        finding(torch.zeros(B, 4, dtype=F64, device="meta"), reason="a foreign RuntimeError: meta tensors have no item()", id="device"),
+        finding(
+            torch.zeros(B, 4, dtype=F64, device="meta"),
+            reason="a foreign RuntimeError: meta tensors have no item()",
+            id="device",
+        ),
         finding(torch.zeros(B, 4), reason="not compared with the cell's parameters", id="float32"),
         finding(torch.zeros(B, 5, dtype=F64), reason="not compared with init_state", id="rows"),
         finding(torch.zeros(B, 0, dtype=F64), reason="no rows at all are taken", id="no rows"),
@@ -343,7 +394,12 @@ def test_a_reset_to_a_first_state_of_another_form_is_refused(first):
 
 @pytest.mark.parametrize("name", ["nothing", "head.bias", "", "scale"])
 def test_the_influence_of_what_is_no_trainable_parameter_is_refused(name):
-    attacked(plain, lambda learner, ys, losses: learner.influence(name), ConfigError, f"called '{name}'; there are enter.weight")
+    attacked(
+        plain,
+        lambda learner, ys, losses: learner.influence(name),
+        ConfigError,
+        f"called '{name}'; there are enter.weight",
+    )
 
 
 @pytest.mark.parametrize("size", NOT_INTEGERS, ids=repr)
@@ -370,15 +426,21 @@ def test_a_learner_refuses_what_is_no_cell():
 @pytest.mark.parametrize(
     ("make", "replay", "error", "match"),
     [
-        pytest.param(plain, rtrl.Sparsity(), ConfigError, "the cell's forward takes no replay argument", id="not taken"),
-        finding(mixture, torch.zeros(B, 1), SparsityError, "Sparsity", reason="a foreign AttributeError", id="no Sparsity"),
+        pytest.param(
+            plain, rtrl.Sparsity(), ConfigError, "the cell's forward takes no replay argument", id="not taken"
+        ),
+        finding(
+            mixture, torch.zeros(B, 1), SparsityError, "Sparsity", reason="a foreign AttributeError", id="no Sparsity"
+        ),
     ],
 )
 def test_a_replay_that_cannot_be_is_refused(make, replay, error, match):
     attacked(make, lambda learner, ys, losses: learner.step(stream()[0], replay=replay), error, match)
 
 
-@pytest.mark.xfail(strict=True, reason="the learner keeps the caller's index tensors, not copies; the closing then fails for good")
+@pytest.mark.xfail(
+    strict=True, reason="the learner keeps the caller's index tensors, not copies; the closing then fails for good"
+)
 def test_replayed_indices_may_be_reused_by_the_caller():
     def run(reuse: bool) -> list[Any]:
         learner, rows = mixture(block=4), torch.tensor([[0, 1], [1, 2]])
@@ -411,15 +473,43 @@ def _new_object(cell: Plain) -> None:
 
 SILENT = "neither data_ptr nor _version shows it, and the y of the second run is not compared with the first"
 CHANGES = [
-    pytest.param(_in_place, ParameterChangedError, "'head.weight' changed inside the open block of steps 3 … 4", id="in place"),
+    pytest.param(
+        _in_place, ParameterChangedError, "'head.weight' changed inside the open block of steps 3 … 4", id="in place"
+    ),
     pytest.param(_optimizer, ParameterChangedError, "'recur.weight' changed .*call sync", id="optimizer"),
-    pytest.param(lambda cell: cell.head.bias.add_(1.0), ParameterChangedError, "'head.bias' changed", id="frozen parameter"),
+    pytest.param(
+        lambda cell: cell.head.bias.add_(1.0), ParameterChangedError, "'head.bias' changed", id="frozen parameter"
+    ),
     pytest.param(lambda cell: cell.scale.add_(1.0), ParameterChangedError, "'scale' changed", id="buffer"),
-    pytest.param(lambda cell: setattr(cell.head.weight, "data", cell.head.weight * 2), ParameterChangedError, "'head.weight'", id="data assigned"),
-    pytest.param(lambda cell: setattr(cell, "scale", cell.scale * 2), ParameterChangedError, "'scale' changed", id="buffer assigned"),
-    pytest.param(lambda cell: cell.recur.weight.data.mul_(2.0), CellError, r"steps 3 … 4: .*sync\(\) first", id="data in place"),
-    finding(lambda cell: cell.head.weight.data.mul_(2.0), CellError, "sync", reason=SILENT, id="data in place, read by y alone"),
-    finding(lambda cell: cell.scale.data.mul_(2.0), CellError, "sync", reason=SILENT, id="data of a buffer in place, read by y alone"),
+    pytest.param(
+        lambda cell: setattr(cell.head.weight, "data", cell.head.weight * 2),
+        ParameterChangedError,
+        "'head.weight'",
+        id="data assigned",
+    ),
+    pytest.param(
+        lambda cell: setattr(cell, "scale", cell.scale * 2),
+        ParameterChangedError,
+        "'scale' changed",
+        id="buffer assigned",
+    ),
+    pytest.param(
+        lambda cell: cell.recur.weight.data.mul_(2.0), CellError, r"steps 3 … 4: .*sync\(\) first", id="data in place"
+    ),
+    finding(
+        lambda cell: cell.head.weight.data.mul_(2.0),
+        CellError,
+        "sync",
+        reason=SILENT,
+        id="data in place, read by y alone",
+    ),
+    finding(
+        lambda cell: cell.scale.data.mul_(2.0),
+        CellError,
+        "sync",
+        reason=SILENT,
+        id="data of a buffer in place, read by y alone",
+    ),
     pytest.param(_new_object, ParameterChangedError, "'head.weight' changed", id="new object"),
 ]
 CLOSES = [
@@ -436,7 +526,10 @@ def test_a_parameter_changed_inside_an_open_block_is_refused(change, error, matc
     for one in (learner, twin):
         for x in xs[: AT + 1]:
             one.backward(one.step(x).square().sum())
-    held = {name: (t, t.data, t.detach().clone()) for name, t in [*learner.cell.named_parameters(), *learner.cell.named_buffers()]}
+    held = {
+        name: (t, t.data, t.detach().clone())
+        for name, t in [*learner.cell.named_parameters(), *learner.cell.named_buffers()]
+    }
     change(learner.cell)
     with refused(learner, error, match):
         close(learner)
@@ -456,8 +549,13 @@ def test_a_parameter_changed_inside_an_open_block_is_refused_by_the_next_step():
         learner.step(stream()[1])
 
 
-@pytest.mark.xfail(strict=True, reason="between blocks a parameter's object may be replaced or unfrozen; the new one then silently gets no gradient")
-@pytest.mark.parametrize("change", [_new_object, lambda cell: cell.head.bias.requires_grad_()], ids=["replaced", "unfrozen"])
+@pytest.mark.xfail(
+    strict=True,
+    reason="between blocks a parameter's object may be replaced or unfrozen; the new one then silently gets no gradient",
+)
+@pytest.mark.parametrize(
+    "change", [_new_object, lambda cell: cell.head.bias.requires_grad_()], ids=["replaced", "unfrozen"]
+)
 def test_a_parameter_that_the_learner_does_not_know_is_refused(change):
     learner = plain()
     learner.step(stream()[0])
@@ -501,7 +599,9 @@ class Factor(nn.Module):
         return h, h
 
 
-NOT_LOOKED_AT = "a foreign KeyError, TypeError or AttributeError, for some keys after the state has already been replaced"
+NOT_LOOKED_AT = (
+    "a foreign KeyError, TypeError or AttributeError, for some keys after the state has already been replaced"
+)
 KEYS = ["batch_size", "state", "taken", "paid", "steps", "influences", "history", "earned"]
 SAVED = [
     pytest.param(lambda own: {}, "unknown format of a saved learner: None", id="empty"),
@@ -512,15 +612,25 @@ SAVED = [
     pytest.param(lambda own: _saved_by(plain(lazy=False)), "lazy=False, this one True", id="lazy"),
     pytest.param(lambda own: _saved_by(_of(Plain(n=5))), r"shape \(2, 5\), this one \(2, 4\)", id="state"),
     pytest.param(lambda own: _saved_by(_of(Renamed())), r"differ in the parameters \['extra'\]", id="parameters"),
-    pytest.param(lambda own: _saved_by(_of(Plain(d_in=2))), r"rows of shape \(4, 8\).*needs \(4, 12\)", id="parameter shape"),
+    pytest.param(
+        lambda own: _saved_by(_of(Plain(d_in=2))), r"rows of shape \(4, 8\).*needs \(4, 12\)", id="parameter shape"
+    ),
     finding(
         lambda own: _saved_by(_of(Renamed()), 0),
         "extra",
         reason="a learner saved before its first step is not compared",
         id="before a step",
     ),
-    finding(lambda own: {**own, "state": own["state"].float()}, "float32", reason="another dtype is converted in silence", id="dtype"),
-    *[finding(lambda own, k=k: {q: own[q] for q in own if q != k}, k, reason=NOT_LOOKED_AT, id=f"no {k}") for k in KEYS],
+    finding(
+        lambda own: {**own, "state": own["state"].float()},
+        "float32",
+        reason="another dtype is converted in silence",
+        id="dtype",
+    ),
+    *[
+        finding(lambda own, k=k: {q: own[q] for q in own if q != k}, k, reason=NOT_LOOKED_AT, id=f"no {k}")
+        for k in KEYS
+    ],
     *[finding(lambda own, k=k: {**own, k: object()}, k, reason=NOT_LOOKED_AT, id=f"garbage {k}") for k in KEYS[1:]],
     finding(lambda own: None, "saved", reason=NOT_LOOKED_AT, id="none"),
 ]

@@ -77,7 +77,9 @@ def test_influences(schedule: str) -> None:
     assert_influences_equal(lazy.influences, eager.influences)
     short = xs[-2 * SPAN + 3 :]
     _, influences = oracles.dense_rtrl(cell, short, last_of(len(short)), return_influence=True)
-    assert_influences_equal(run(cell, short, last_of(len(short)), block=BLOCK, window=WINDOW).influences, influences[-1])
+    assert_influences_equal(
+        run(cell, short, last_of(len(short)), block=BLOCK, window=WINDOW).influences, influences[-1]
+    )
 
 
 def last_of(steps: int) -> object:

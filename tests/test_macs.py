@@ -153,7 +153,10 @@ def test_vmap_counts_every_sample() -> None:
     assert counted(lambda: torch.func.vmap(torch.mv)(ones(7, 4, 3), ones(7, 3))).macs == 7 * 4 * 3
     assert counted(lambda: torch.func.vmap(torch.dot)(ones(7, 3), ones(7, 3))).macs == 7 * 3
     assert counted(lambda: torch.func.vmap(torch.outer)(ones(7, 4), ones(7, 3))).macs == 7 * 4 * 3
-    assert counted(lambda: torch.func.vmap(torch.func.vmap(torch.mm))(ones(2, 7, 4, 3), ones(2, 7, 3, 5))).macs == 2 * 7 * 4 * 3 * 5
+    assert (
+        counted(lambda: torch.func.vmap(torch.func.vmap(torch.mm))(ones(2, 7, 4, 3), ones(2, 7, 3, 5))).macs
+        == 2 * 7 * 4 * 3 * 5
+    )
 
 
 def test_a_jacobian_by_vmapped_vjp_costs_one_product_a_row() -> None:
@@ -183,7 +186,11 @@ def test_an_unknown_operation_is_refused_by_name(cube: str) -> None:
     x = ones(3)
     with MacCounter(), pytest.raises(UnknownOperationError, match=r"register\('rtrl_test.cube'"):
         torch.ops.rtrl_test.cube(x)
-    for call in (lambda: torch.fft.fft(x), lambda: nn.functional.conv1d(ones(1, 2, 5), ones(3, 2, 3)), lambda: torch.linalg.qr(ones(2, 2))):
+    for call in (
+        lambda: torch.fft.fft(x),
+        lambda: nn.functional.conv1d(ones(1, 2, 5), ones(3, 2, 3)),
+        lambda: torch.linalg.qr(ones(2, 2)),
+    ):
         with MacCounter(), pytest.raises(UnknownOperationError, match="aten"):
             call()
     square = torch.eye(3, dtype=F64).to_sparse()
@@ -253,7 +260,9 @@ class Recurrent(nn.Module):
     def __init__(self, layer: type[nn.RNNCell] | type[nn.GRUCell], untapped: bool = False) -> None:
         super().__init__()
         self.layer = layer(3, 4, dtype=F64)
-        self.scale = nn.Parameter(ones(4)) if untapped else None  # its products are no linear maps, so it goes the general way
+        self.scale = (
+            nn.Parameter(ones(4)) if untapped else None
+        )  # its products are no linear maps, so it goes the general way
 
     def init_state(self, batch_size: int) -> Tensor:
         return torch.zeros(batch_size, 1, 4, dtype=F64)
@@ -332,7 +341,8 @@ def test_the_oracles_are_counted(kind: str) -> None:
 
 
 def test_a_dense_step_costs_what_textbook_rtrl_costs() -> None:
-    """``h' = tanh(W x + U h)``: a step of block 1 moves the whole influence, ``B·H·H·P``, beside which the rest is small."""
+    """``h' = tanh(W x + U h)``: a step of block 1 moves the whole influence, ``B·H·H·P``, beside which the rest is
+    small."""
     batch, hidden, inputs = 2, 24, 24
     cell = nn.RNNCell(inputs, hidden, dtype=F64)
 

@@ -26,7 +26,9 @@ def sparse_learner(block: int) -> tuple[rtrl.BlockRTRL, Tensor]:
     moe = rtrl.RecurrentMoE(2, 2, d_model=4, n_slots=3, n_experts=6, topk=1, expert_hidden=2, ffn_hidden=2)
     cell = seeded(ForcedMoE(moe, (2, 1, 1)), 5)
     cycle = 60
-    first = torch.tensor([[[t // 4 % 3, (t // 4 + 1) % 3, t // 4 % 3, t // 10 % 6]] for t in range(cycle)], dtype=torch.float64)
+    first = torch.tensor(
+        [[[t // 4 % 3, (t // 4 + 1) % 3, t // 4 % 3, t // 10 % 6]] for t in range(cycle)], dtype=torch.float64
+    )
     return rtrl.BlockRTRL(cell, 1, block=block, window=3), torch.cat([normal(0, cycle, 1, 2), first], dim=-1)
 
 

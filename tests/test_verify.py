@@ -61,7 +61,9 @@ def words(text: str) -> str:
 
 
 def table_lines(stdout: str) -> list[list[str]]:
-    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in stdout.splitlines() if line.startswith("│")]
+    lines = [
+        [cell.strip() for cell in line.strip("│").split("│")] for line in stdout.splitlines() if line.startswith("│")
+    ]
     return [line for line in lines if line[0]]
 
 
@@ -93,7 +95,12 @@ def test_the_real_learner_passes(tmp_path: Path) -> None:
     assert any(row["sleep"]["expired"] > 0 and row["sleep"]["longest"] > row["block"] * row["window"] for row in rows)
 
 
-FIXED, SGD, ADAM, RESETS = "fixed parameters", "SGD in mid-stream", "Adam in mid-stream, sleepers unpaid", "resets in mid-stream"
+FIXED, SGD, ADAM, RESETS = (
+    "fixed parameters",
+    "SGD in mid-stream",
+    "Adam in mid-stream, sleepers unpaid",
+    "resets in mid-stream",
+)
 WRONG = {  # where the break must be seen; where it makes no difference, and must not be
     "truncate": ({FIXED, SGD, ADAM, RESETS}, set()),
     "forget-dormant-losses": ({FIXED, ADAM}, set()),
@@ -123,7 +130,9 @@ def test_a_broken_learner_fails(name: str, tmp_path: Path) -> None:
     failed = [row for row in record["rows"] if not row["passed"]]
     assert len(record["failures"]) == len(failed)
     shown = [line for line in table_lines(result.stdout) if line[-1] == "FAIL"]
-    assert [(line[0], line[2:5]) for line in shown] == [(row["oracle"], [str(row[part]) for part in ("block", "window", "steps")]) for row in failed]
+    assert [(line[0], line[2:5]) for line in shown] == [
+        (row["oracle"], [str(row[part]) for part in ("block", "window", "steps")]) for row in failed
+    ]
     seen, unseen = WRONG[name]
     found = {row["learning"] for row in failed}
     assert seen <= found
@@ -148,7 +157,9 @@ def test_what_a_learner_raises_is_a_failure_of_its_rows(monkeypatch: pytest.Monk
 
 def test_rows_in_which_no_expert_slept_prove_nothing() -> None:
     settings = gradient_equivalence.Settings.quick()
-    row = gradient_equivalence.Row("BPTT", FIXED, 1, 1, 80, Comparison(0.0, 1e-10, 5), None, Sleep(1, woken=1, expired=1))
+    row = gradient_equivalence.Row(
+        "BPTT", FIXED, 1, 1, 80, Comparison(0.0, 1e-10, 5), None, Sleep(1, woken=1, expired=1)
+    )
     assert gradient_equivalence.Result(settings, {}, "", [row]).passed
     assert not gradient_equivalence.Result(settings, {}, "", []).passed
     for sleep in (Sleep(1, asleep=1), Sleep(1, woken=1)):
@@ -213,7 +224,9 @@ def test_other_gradients_do_not_pass(found: dict[str, torch.Tensor | None]) -> N
     assert not compare_gradients(found, ONE, (), 1e-10).passed
 
 
-@pytest.mark.parametrize("reference", [{}, {"p": torch.zeros(2, 2)}, {"p": torch.full((2, 2), math.inf)}, {"p": torch.full((2, 2), 1e30)}])
+@pytest.mark.parametrize(
+    "reference", [{}, {"p": torch.zeros(2, 2)}, {"p": torch.full((2, 2), math.inf)}, {"p": torch.full((2, 2), 1e30)}]
+)
 def test_a_reference_that_says_nothing_passes_nobody(reference: dict[str, torch.Tensor]) -> None:
     compared = compare_gradients(reference, reference, (), 1e-10)
     assert not compared.passed
@@ -243,7 +256,11 @@ def test_sleep_is_counted_in_whole_blocks() -> None:
     sleep = Sleep(window=2)
     for step, expert in enumerate([0, 1, 1, 1, 0, 2, 2, 2, 2, 0]):  # blocks of two steps
         sleep.used(step, step // 2, torch.tensor([[expert]]))
-    assert (sleep.woken, sleep.expired, sleep.longest) == (2, 0, 4)  # 0 slept through block 1 (3 steps), then through block 3 (4 steps)
+    assert (sleep.woken, sleep.expired, sleep.longest) == (
+        2,
+        0,
+        4,
+    )  # 0 slept through block 1 (3 steps), then through block 3 (4 steps)
     end = sleep.so_far(9, 4)
     assert (end.asleep, end.longest) == (1, 6)  # 1 sleeps since step 3; 2 and 0 were used in the last block
     sleep.restarted([0])
@@ -289,7 +306,9 @@ def test_the_default_text_is_there_and_stays_the_same() -> None:
         (b"abcdef", {"offset": -1}, "offset must be"),
     ],
 )
-def test_texts_that_cannot_be_read(tmp_path: Path, content: bytes | None, arguments: dict[str, int], message: str) -> None:
+def test_texts_that_cannot_be_read(
+    tmp_path: Path, content: bytes | None, arguments: dict[str, int], message: str
+) -> None:
     path = tmp_path / "text"
     if content is not None:
         path.write_bytes(content)

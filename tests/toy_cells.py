@@ -1,4 +1,5 @@
-"""Small cells that between them take every path of the engine. Sparsity patterns are part of the input x, so that any oracle can run them."""
+"""Small cells that between them take every path of the engine. Sparsity patterns are part of the input x, so that any
+oracle can run them."""
 
 from typing import NamedTuple
 
@@ -33,7 +34,8 @@ class DictOutput(NamedTuple):
 
 
 class OddCell(nn.Module):
-    """Parameters that no tap covers: a normalisation, element-wise scales, a transposed use, a scalar; the state is (B, 2, hidden)."""
+    """Parameters that no tap covers: a normalisation, element-wise scales, a transposed use, a scalar; the state is
+    (B, 2, hidden)."""
 
     def __init__(self, d_in: int, hidden: int) -> None:
         super().__init__()
@@ -49,7 +51,9 @@ class OddCell(nn.Module):
     def forward(self, x: Tensor, h: Tensor) -> tuple[DictOutput, Tensor]:
         fast, slow = h.unbind(dim=1)
         drive = self.inward(x) + F.linear(slow, self.weight)
-        fast_next = torch.tanh(self.norm(fast) * self.scale + drive @ self.weight.T)  # ``weight`` twice: as a tap, and transposed
+        fast_next = torch.tanh(
+            self.norm(fast) * self.scale + drive @ self.weight.T
+        )  # ``weight`` twice: as a tap, and transposed
         rate = torch.sigmoid(self.leak)
         h_next = torch.stack([fast_next, rate * slow + (1 - rate) * fast_next], dim=1)
         return DictOutput(drive, {"product": fast_next * self.scale}), h_next
@@ -58,7 +62,8 @@ class OddCell(nn.Module):
 class ScheduledCell(nn.Module):
     """Reads, writes and experts wherever the input says: x = [features | read mask | write mask | expert mask].
 
-    Reads and writes may be any sets, empty ones included, and need not meet. In a batch the declared sets are as wide as the largest, so
+    Reads and writes may be any sets, empty ones included, and need not meet. In a batch the declared sets are as wide
+    as the largest, so
     some samples declare more than they use. ``row_scale`` is sliced by the rows written and met by no linear map.
     """
 
@@ -81,14 +86,19 @@ class ScheduledCell(nn.Module):
     def forward(self, x: Tensor, h: Tensor, replay: Sparsity | None = None) -> tuple[Tensor, Tensor, Sparsity]:
         features, read, write, use = x.split([self.features, self.n_rows, self.n_rows, self.n_experts], dim=-1)
         if replay is None:
-            chosen = [mask.argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())] for mask in (read, write, use)]
+            chosen = [
+                mask.argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
+                for mask in (read, write, use)
+            ]
             replay = self.declare(*chosen)
         reads, writes, experts = replay.reads, replay.writes, replay.active["expert"]
         assert reads is not None
         assert writes is not None
         seen = rows(h, reads) + F.embedding(reads, self.label)
         pooled = (read.gather(1, reads).unsqueeze(-1) * torch.tanh(self.look(seen))).sum(dim=1) + self.inward(features)
-        mixture = rtrl.cells.grouped_linear(torch.tanh(pooled)[:, None, None], self.expert, self.expert_bias, experts).squeeze(2)
+        mixture = rtrl.cells.grouped_linear(
+            torch.tanh(pooled)[:, None, None], self.expert, self.expert_bias, experts
+        ).squeeze(2)
         pooled = pooled + (use.gather(1, experts).unsqueeze(-1) * mixture).sum(dim=1)
         before = rows(h, writes)
         new = torch.tanh(before * self.row_scale[writes] + pooled.unsqueeze(1) + self.mix(before))
@@ -102,7 +112,8 @@ class ScheduledCell(nn.Module):
 
 
 class ForcedMoE(nn.Module):
-    """A ``RecurrentMoE`` whose choices stand in the input: x = [features | reads | writes | experts], the last three as numbers."""
+    """A ``RecurrentMoE`` whose choices stand in the input: x = [features | reads | writes | experts], the last three
+    as numbers."""
 
     def __init__(self, cell: rtrl.RecurrentMoE, widths: tuple[int, int, int]) -> None:
         super().__init__()
@@ -114,7 +125,11 @@ class ForcedMoE(nn.Module):
     def forward(self, x: Tensor, h: Tensor, replay: Sparsity | None = None) -> tuple[Tensor, Tensor, Sparsity]:
         features, *chosen = x.split([self.cell.d_in, *self.widths], dim=-1)
         y, h_next, used = self.cell(features, h, replay=self.cell.choices(*(index.long() for index in chosen)))
-        return y, h_next, Sparsity(used.reads, used.writes, {f"cell.{name}": index for name, index in used.active.items()})
+        return (
+            y,
+            h_next,
+            Sparsity(used.reads, used.writes, {f"cell.{name}": index for name, index in used.active.items()}),
+        )
 
 
 def rows(values: Tensor, index: Tensor) -> Tensor:
@@ -132,5 +147,7 @@ def seeded(cell: nn.Module, seed: int, scale: float = 0.7) -> nn.Module:
     with torch.no_grad():
         for parameter in cell.parameters():
             fan_in = parameter.shape[-1] if parameter.ndim > 1 else 4
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale / fan_in**0.5)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale / fan_in**0.5
+            )
     return cell

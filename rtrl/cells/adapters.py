@@ -42,7 +42,11 @@ class TorchCell(nn.Module):
 
     def init_state(self, batch_size: int) -> Tensor:
         """Zeros: (batch_size, H), or (batch_size, 2, H) for the pair (h, c) of an LSTM."""
-        shape = (batch_size, 2, self.cell.hidden_size) if isinstance(self.cell, nn.LSTMCell) else (batch_size, self.cell.hidden_size)
+        shape = (
+            (batch_size, 2, self.cell.hidden_size)
+            if isinstance(self.cell, nn.LSTMCell)
+            else (batch_size, self.cell.hidden_size)
+        )
         return self.cell.weight_hh.new_zeros(shape)
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,7 +56,8 @@ class TorchCell(nn.Module):
 
 
 def from_torch(cell: nn.RNNCell | nn.GRUCell | nn.LSTMCell, readout: nn.Module | None = None) -> TorchCell:
-    """Adapt ``nn.RNNCell``, ``nn.GRUCell`` or ``nn.LSTMCell``; its own equations, written so that every weight is met in a linear map.
+    """Adapt ``nn.RNNCell``, ``nn.GRUCell`` or ``nn.LSTMCell``; its own equations, written so that every weight is met
+    in a linear map.
 
     Args:
         cell: the cell; its parameters are used in place and keep their names under ``cell.``.

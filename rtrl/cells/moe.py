@@ -30,21 +30,25 @@ class RecurrentMoE(nn.Module):
         n_heads: attention heads.
         read_slots, write_slots: how many slots a sample reads, and how many of those it writes.
         expert_hidden, ffn_hidden: hidden widths; ``2 · d_model`` by default.
-        router_output: return ``MoEOutput(output, router_logits, experts)`` as y, so that a loss may balance the experts. Every row of
+        router_output: return ``MoEOutput(output, router_logits, experts)`` as y, so that a loss may balance the
+            experts. Every row of
             the router is then active at every step.
         generator: source of the initial weights; the same generator state gives the same weights on the same device.
         device, dtype: of the parameters.
 
-    Shapes: ``forward(x, h)`` takes x (B, n, d_in) or (B, d_in) and h (B, n_slots, d_model); returns ``(y, h_next, Sparsity)`` with y (B, d_out).
+    Shapes: ``forward(x, h)`` takes x (B, n, d_in) or (B, d_in) and h (B, n_slots, d_model); returns
+    ``(y, h_next, Sparsity)`` with y (B, d_out).
 
     Raises:
         ConfigError: a size is not positive, or one exceeds what it is taken from.
         ShapeError: x or h has another shape than above.
         SparsityError: a replayed choice is malformed, or writes a slot that is not read.
 
-    Cost a sample and step, in multiply-adds: about ``r·d·(4·d + 2·ffn) + n·2·d² + topk·r·2·d·expert_hidden + 3·d²``, r = read_slots.
+    Cost a sample and step, in multiply-adds: about ``r·d·(4·d + 2·ffn) + n·2·d² + topk·r·2·d·expert_hidden + 3·d²``, r
+    = read_slots.
 
-    Source: the sparse reads follow "softmax over the selected only" (Shazeer et al. 2017, "Outrageously Large Neural Networks", eq. 3–5).
+    Source: the sparse reads follow "softmax over the selected only" (Shazeer et al. 2017, "Outrageously Large Neural
+    Networks", eq. 3–5).
 
     >>> import torch
     >>> cell = RecurrentMoE(3, 2, d_model=8, n_slots=4, n_experts=4, topk=2, generator=torch.Generator().manual_seed(0))
@@ -94,7 +98,9 @@ class RecurrentMoE(nn.Module):
         if topk > n_experts:
             raise ConfigError(f"topk ({topk}) cannot exceed n_experts ({n_experts})")
         if not write_slots <= read_slots <= n_slots:
-            raise ConfigError(f"need write_slots ≤ read_slots ≤ n_slots, got {write_slots}, {read_slots}, {n_slots}: only slots read are written")
+            raise ConfigError(
+                f"need write_slots ≤ read_slots ≤ n_slots, got {write_slots}, {read_slots}, {n_slots}: only slots read are written"
+            )
         if d_model % n_heads:
             raise ConfigError(f"d_model ({d_model}) must be divisible by n_heads ({n_heads})")
 
@@ -115,8 +121,14 @@ class RecurrentMoE(nn.Module):
         self.query, self.key, self.value, self.mix = (linear(d_model, d_model) for _ in range(4))
         self.up, self.down = linear(d_model, ffn_hidden, bias=True), linear(ffn_hidden, d_model, bias=True)
         self.router = linear(d_model, n_experts)
-        self.expert_up, self.expert_up_bias = stacked(n_experts, expert_hidden, d_model), stacked(n_experts, expert_hidden)
-        self.expert_down, self.expert_down_bias = stacked(n_experts, d_model, expert_hidden), stacked(n_experts, d_model)
+        self.expert_up, self.expert_up_bias = (
+            stacked(n_experts, expert_hidden, d_model),
+            stacked(n_experts, expert_hidden),
+        )
+        self.expert_down, self.expert_down_bias = (
+            stacked(n_experts, d_model, expert_hidden),
+            stacked(n_experts, d_model),
+        )
         self.write_score = linear(d_model, 1)
         self.candidate, self.gate = linear(d_model, d_model, bias=True), linear(d_model, d_model, bias=True)
         self.out_query, self.out_key, self.out_value, self.out_mix = (linear(d_model, d_model) for _ in range(4))
@@ -143,14 +155,17 @@ class RecurrentMoE(nn.Module):
         """The ``Sparsity`` of a step that reads, writes and uses these; as ``replay`` it lays the choices down.
 
         Args:
-            reads: LongTensor (B, r), r ≥ 1. writes: LongTensor (B, w), each also in ``reads``. experts: LongTensor (B, k), k ≥ 1.
+            reads: LongTensor (B, r), r ≥ 1. writes: LongTensor (B, w), each also in ``reads``. experts: LongTensor (B,
+                k), k ≥ 1.
         """
         active = dict.fromkeys(_EXPERT_SLICED, experts)
         if not self.router_output:
             active["router.weight"] = experts
         return Sparsity(reads=reads, writes=writes, active={**active, "slot_embedding": reads})
 
-    def forward(self, x: Tensor, h: Tensor, replay: Sparsity | None = None) -> tuple[Tensor | MoEOutput, Tensor, Sparsity]:
+    def forward(
+        self, x: Tensor, h: Tensor, replay: Sparsity | None = None
+    ) -> tuple[Tensor | MoEOutput, Tensor, Sparsity]:
         """One step; see the class docstring for shapes and errors."""
         tokens = self._tokens(x, h)
         u = self.embed(tokens)
@@ -208,7 +223,9 @@ class RecurrentMoE(nn.Module):
 
     def _tokens(self, x: Tensor, h: Tensor) -> Tensor:
         if x.ndim not in (2, 3) or x.shape[-1] != self.d_in or 0 in x.shape:
-            raise ShapeError(f"x must have shape (B, {self.d_in}) or (B, n, {self.d_in}) with n ≥ 1, got {tuple(x.shape)}")
+            raise ShapeError(
+                f"x must have shape (B, {self.d_in}) or (B, n, {self.d_in}) with n ≥ 1, got {tuple(x.shape)}"
+            )
         if tuple(h.shape) != (x.shape[0], self.n_slots, self.d_model):
             raise ShapeError(f"h must have shape {(x.shape[0], self.n_slots, self.d_model)}, got {tuple(h.shape)}")
         for what, tensor in (("x", x), ("h", h)):
@@ -223,12 +240,22 @@ class RecurrentMoE(nn.Module):
         """The choices laid down by ``replay``: reads, writes, experts."""
         reads, writes, experts = replay.reads, replay.writes, replay.active.get("expert_up")
         if reads is None or writes is None or experts is None:
-            raise SparsityError("replay must give reads, writes and active['expert_up']; build it with cell.choices(...)")
+            raise SparsityError(
+                "replay must give reads, writes and active['expert_up']; build it with cell.choices(...)"
+            )
         if reads.shape[-1] == 0 or experts.shape[-1] == 0:
             raise SparsityError("replay must read at least one slot and use at least one expert")
         if under_vmap(reads):
-            return reads, writes, experts  # values cannot be looked at there; whoever replays under vmap has checked them before
-        for what, index, size in (("reads", reads, self.n_slots), ("writes", writes, self.n_slots), ("experts", experts, self.n_experts)):
+            return (
+                reads,
+                writes,
+                experts,
+            )  # values cannot be looked at there; whoever replays under vmap has checked them before
+        for what, index, size in (
+            ("reads", reads, self.n_slots),
+            ("writes", writes, self.n_slots),
+            ("experts", experts, self.n_experts),
+        ):
             check_indices(f"replay: {what}", index, h.shape[0], size, h.device)
         if not bool((writes.unsqueeze(2) == reads.unsqueeze(1)).any(dim=2).all()):
             raise SparsityError("replay writes a slot that it does not read; only slots read are written")

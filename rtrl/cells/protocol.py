@@ -18,13 +18,16 @@ from rtrl.errors import CellError, ConfigError, ShapeError, SparsityError
 class Sparsity(NamedTuple):
     """What one step of a cell touches, sample by sample.
 
-    Equation: ``h_next[i] == h[i]`` bit for bit for every row i outside ``writes``; ``h_next[writes]`` and ``y`` depend on
-    ``h`` through the rows ``reads`` and ``writes`` alone; ``∂h_next/∂θ_g = ∂ℓ/∂θ_g = 0`` for every slice g outside ``active``.
+    Equation: ``h_next[i] == h[i]`` bit for bit for every row i outside ``writes``; ``h_next[writes]`` and ``y`` depend
+    on
+    ``h`` through the rows ``reads`` and ``writes`` alone; ``∂h_next/∂θ_g = ∂ℓ/∂θ_g = 0`` for every slice g outside
+    ``active``.
 
     Args:
         reads: LongTensor (B, r) of rows of the state (its dimension 1), or None for all rows.
         writes: LongTensor (B, w) of rows of the state, or None for all rows.
-        active: parameter name → LongTensor (B, k) of slices of that parameter's first dimension. A parameter that is not
+        active: parameter name → LongTensor (B, k) of slices of that parameter's first dimension. A parameter that is
+            not
             named is always active.
 
     Within one sample no index may occur twice. Declaring too much is slow and right; declaring too little is wrong.
@@ -51,7 +54,9 @@ def first_state(cell: nn.Module, batch_size: int) -> Tensor:
         ConfigError: the cell has no such method.
     """
     if not isinstance(cell, Cell):
-        raise ConfigError(f"{type(cell).__name__} has no init_state(batch_size); give it one, or pass its first state yourself")
+        raise ConfigError(
+            f"{type(cell).__name__} has no init_state(batch_size); give it one, or pass its first state yourself"
+        )
     return cell.init_state(batch_size)
 
 
@@ -73,14 +78,17 @@ def call_cell(cell: Callable[..., Any], x: Any, h: Tensor, replay: Sparsity | No
     y, h_next = out[0], out[1]
     sparsity = out[2] if len(out) == 3 else Sparsity()
     if not isinstance(h_next, Tensor):
-        raise CellError(f"h_next must be a tensor, got {type(h_next).__name__}; pack a state of several tensors into one")
+        raise CellError(
+            f"h_next must be a tensor, got {type(h_next).__name__}; pack a state of several tensors into one"
+        )
     if not isinstance(sparsity, Sparsity):
         raise CellError(f"the third item a cell returns must be rtrl.Sparsity, got {type(sparsity).__name__}")
     return y, h_next, sparsity
 
 
 def under_vmap(tensor: Tensor) -> bool:
-    """Whether a tensor stands for one of many under ``torch.func.vmap``, so that its values cannot steer Python code."""
+    """Whether a tensor stands for one of many under ``torch.func.vmap``, so that its values cannot steer Python
+    code."""
     return bool(torch._C._functorch.is_batchedtensor(tensor))
 
 
@@ -96,7 +104,9 @@ def check_indices(what: str, index: Any, batch_size: int, size: int, device: tor
     if index.ndim != 2 or index.shape[0] != batch_size:
         raise SparsityError(f"{what} must have shape ({batch_size}, k), got {tuple(index.shape)}")
     if index.device != device:
-        raise SparsityError(f"{what} is on {index.device}, the state on {device}; declare sparsity on the state's device")
+        raise SparsityError(
+            f"{what} is on {index.device}, the state on {device}; declare sparsity on the state's device"
+        )
     if index.shape[1] == 0:
         return
     ordered = index.sort(dim=1).values

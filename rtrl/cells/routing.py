@@ -45,7 +45,9 @@ def top(scores: Tensor, k: int) -> Tensor:
 
 def _expert_load(router_logits: Tensor, experts: Tensor) -> Tensor:
     if router_logits.ndim != 2 or experts.ndim != 2 or router_logits.shape[0] != experts.shape[0]:
-        raise ShapeError(f"expected router_logits (B, E) and experts (B, k), got {tuple(router_logits.shape)} and {tuple(experts.shape)}")
+        raise ShapeError(
+            f"expected router_logits (B, E) and experts (B, k), got {tuple(router_logits.shape)} and {tuple(experts.shape)}"
+        )
     counts = torch.zeros(router_logits.shape[1], dtype=router_logits.dtype, device=router_logits.device)
     flat = experts.flatten()
     return counts.index_add(0, flat, torch.ones_like(flat, dtype=counts.dtype)) / max(flat.numel(), 1)
@@ -54,7 +56,8 @@ def _expert_load(router_logits: Tensor, experts: Tensor) -> Tensor:
 def load_balancing_loss(router_logits: Tensor, experts: Tensor) -> Tensor:
     """The auxiliary loss that is smallest, 1, when all experts are used alike.
 
-    Equation: ``E · Σ_e f_e P_e`` with f_e the share of choices that fell on expert e (no gradient) and P_e its mean probability.
+    Equation: ``E · Σ_e f_e P_e`` with f_e the share of choices that fell on expert e (no gradient) and P_e its mean
+    probability.
 
     Args:
         router_logits: (B, E), floating point.

@@ -16,7 +16,8 @@ class Stack(nn.Module):
     Equation: ``y_k, h'_k = cell_k(y_{k−1}, h_k)``, y_0 = x; the state is ``[h_1, …, h_K]`` and the output y_K.
 
     Args:
-        layers: cells whose states agree in all dimensions but the batch and dimension 1, and whose y (the last one's excepted) is a tensor.
+        layers: cells whose states agree in all dimensions but the batch and dimension 1, and whose y (the last one's
+            excepted) is a tensor.
 
     Raises:
         ConfigError: no layers, or one without ``init_state``. ShapeError: states that do not fit together.
@@ -63,7 +64,9 @@ class Stack(nn.Module):
         def rows(index: Tensor | None) -> Tensor | None:
             if index is None or not index.shape[0]:
                 return index
-            places = [i for i, row in enumerate(index[0].tolist()) if low <= row < high]  # in the same places for every sample
+            places = [
+                i for i, row in enumerate(index[0].tolist()) if low <= row < high
+            ]  # in the same places for every sample
             return index[:, places] - low
 
         prefix = f"layers.{k}."
@@ -71,11 +74,16 @@ class Stack(nn.Module):
         return Sparsity(rows(replay.reads), rows(replay.writes), active)
 
     def _joined(self, found: list[Sparsity], h: Tensor) -> Sparsity:
-        active = {f"layers.{k}.{name}": index for k, sparsity in enumerate(found) for name, index in sparsity.active.items()}
+        active = {
+            f"layers.{k}.{name}": index for k, sparsity in enumerate(found) for name, index in sparsity.active.items()
+        }
         return Sparsity(self._rows([s.reads for s in found], h), self._rows([s.writes for s in found], h), active)
 
     def _rows(self, parts: list[Tensor | None], h: Tensor) -> Tensor | None:
         if all(part is None for part in parts):
             return None
         every = [torch.arange(low, high, device=h.device).expand(h.shape[0], -1) for low, high in pairwise(self._edges)]
-        return torch.cat([all_rows if part is None else part + all_rows[:, :1] for part, all_rows in zip(parts, every, strict=True)], dim=1)
+        return torch.cat(
+            [all_rows if part is None else part + all_rows[:, :1] for part, all_rows in zip(parts, every, strict=True)],
+            dim=1,
+        )

@@ -33,7 +33,8 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Something was compared, nothing was wrong with the reference, and the error is within the tolerance (NaN never is)."""
+        """Something was compared, nothing was wrong with the reference, and the error is within the tolerance (NaN
+        never is)."""
         return self.problem is None and self.compared > 0 and self.error <= self.tolerance
 
 
@@ -42,11 +43,15 @@ def void(problem: str, tolerance: float) -> Comparison:
     return Comparison(math.nan, tolerance, 0, problem=problem)
 
 
-def compare_gradients(found: Mapping[str, Tensor | None], reference: Mapping[str, Tensor], sliced: Collection[str], tolerance: float) -> Comparison:
+def compare_gradients(
+    found: Mapping[str, Tensor | None], reference: Mapping[str, Tensor], sliced: Collection[str], tolerance: float
+) -> Comparison:
     """The largest error of a gradient: ``max |found − reference| / scale``.
 
-    The scale of an entry is the largest ``|reference|`` of its parameter; of its slice (row of the first dimension), where the parameter
-    is kept slice by slice, but no less than ``FLOOR`` times the parameter's. So an expert that is seldom used is not hidden by the others.
+    The scale of an entry is the largest ``|reference|`` of its parameter; of its slice (row of the first dimension),
+    where the parameter
+    is kept slice by slice, but no less than ``FLOOR`` times the parameter's. So an expert that is seldom used is not
+    hidden by the others.
 
     Args:
         found, reference: parameter name → gradient; the same names and shapes.
@@ -66,11 +71,15 @@ def compare_gradients(found: Mapping[str, Tensor | None], reference: Mapping[str
     return _worst(parts, tolerance)
 
 
-def compare_influences(found: Mapping[str, Tensor | None], reference: Mapping[str, Tensor], inert: Collection[str], tolerance: float) -> Comparison:
+def compare_influences(
+    found: Mapping[str, Tensor | None], reference: Mapping[str, Tensor], inert: Collection[str], tolerance: float
+) -> Comparison:
     """The largest error of an influence, column by column: ``max_i |found − reference|[b, i, p] / scale[b, p]``.
 
-    The scale of a column, one sample and one entry of a parameter, is its own largest ``|reference|``, but no less than ``FLOOR``
-    times that of the parameter's largest column. A parameter in ``inert`` must have an influence of exactly zero on both sides; any
+    The scale of a column, one sample and one entry of a parameter, is its own largest ``|reference|``, but no less
+    than ``FLOOR``
+    times that of the parameter's largest column. A parameter in ``inert`` must have an influence of exactly zero on
+    both sides; any
     other must not.
 
     Args:
@@ -95,7 +104,9 @@ def compare_influences(found: Mapping[str, Tensor | None], reference: Mapping[st
     return _worst(parts, tolerance)
 
 
-def _pairs(what: str, found: Mapping[str, Tensor | None], reference: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]] | str:
+def _pairs(
+    what: str, found: Mapping[str, Tensor | None], reference: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]] | str:
     """Both sides by name, in float64; or, in words, why they cannot be compared."""
     if found.keys() != reference.keys():
         return f"only one side has the {what} of {', '.join(sorted(found.keys() ^ reference.keys()))}"

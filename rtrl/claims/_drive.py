@@ -57,8 +57,10 @@ class Sleep:
 
     Attributes:
         window: how many blocks the learner under watch remembers.
-        woken: wake-ups after at least one whole block asleep. expired: those of them after at least ``window`` whole blocks.
-        asleep: (sample, expert) pairs used before that slept through at least the last block, at the moment of the comparison.
+        woken: wake-ups after at least one whole block asleep. expired: those of them after at least ``window`` whole
+            blocks.
+        asleep: (sample, expert) pairs used before that slept through at least the last block, at the moment of the
+            comparison.
         longest: steps of the longest sleep that ``woken`` or ``asleep`` counts.
     """
 
@@ -93,7 +95,8 @@ class Sleep:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a learner gives after so many steps: its whole gradient, the influence if it was asked for, and who slept until then."""
+    """What a learner gives after so many steps: its whole gradient, the influence if it was asked for, and who slept
+    until then."""
 
     steps: int
     gradient: dict[str, Tensor | None]
@@ -103,7 +106,8 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Drive:
-    """One run of a learner: snapshots by number of steps, the last with the whole run; the parameters' offsets at every step."""
+    """One run of a learner: snapshots by number of steps, the last with the whole run; the parameters' offsets at
+    every step."""
 
     snapshots: dict[int, Snapshot]
     offsets: list[dict[str, Tensor]]
@@ -123,7 +127,8 @@ def drive(
     Args:
         cell: where to start from; it is copied, not changed.
         learner_type: the learner. block, window: as it takes them.
-        moments: numbers of steps after which a copy of the learner, made from its ``state_dict``, is asked for its influences and gradient;
+        moments: numbers of steps after which a copy of the learner, made from its ``state_dict``, is asked for its
+            influences and gradient;
             the learner itself is not disturbed and its sleepers sleep on.
         interventions: what happens in mid-stream.
 
@@ -197,7 +202,10 @@ class _Watch:
 def _optimizer(cell: nn.Module, plan: Interventions) -> torch.optim.Optimizer | None:
     if plan.optimizer is None:
         return None
-    kinds: dict[str, type[torch.optim.SGD] | type[torch.optim.Adam]] = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}
+    kinds: dict[str, type[torch.optim.SGD] | type[torch.optim.Adam]] = {
+        "SGD": torch.optim.SGD,
+        "Adam": torch.optim.Adam,
+    }
     return kinds[plan.optimizer](cell.parameters(), lr=plan.rate)
 
 
@@ -209,7 +217,9 @@ def _collect(total: dict[str, Tensor | None], cell: nn.Module) -> None:
             total[name] = p.grad.detach().clone() if before is None else before + p.grad
 
 
-def _ask(learner: BlockRTRL, fresh: RecurrentMoE, cell: RecurrentMoE, delivered: dict[str, Tensor | None], sleep: Sleep) -> Snapshot:
+def _ask(
+    learner: BlockRTRL, fresh: RecurrentMoE, cell: RecurrentMoE, delivered: dict[str, Tensor | None], sleep: Sleep
+) -> Snapshot:
     """Influences and the gradient up to now, from a copy of the learner with a copy of its cell."""
     twin = copy.deepcopy(fresh)
     twin.load_state_dict(cell.state_dict())

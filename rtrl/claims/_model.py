@@ -13,7 +13,8 @@ INERT = ("out_query.weight", "out_key.weight", "out_value.weight", "out_mix.weig
 def byte_model(seed: int, device: torch.device) -> RecurrentMoE:
     """A small mixture of experts that reads and predicts bytes, in float64.
 
-    Its candidate map is halved: at full size the products of dynamics Jacobians grow without bound over hundreds of steps for some
+    Its candidate map is halved: at full size the products of dynamics Jacobians grow without bound over hundreds of
+    steps for some
     seeds, and beside the last of them an error in all others could not be seen.
     """
     cell = RecurrentMoE(

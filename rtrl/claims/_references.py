@@ -29,16 +29,23 @@ class Slope:
 def differences(cell: RecurrentMoE, stretch: Stretch, sliced: Collection[str], seed: int) -> list[Slope]:
     """Slopes along random directions: all parameters, the sliced ones alone, all again.
 
-    A direction on which the choices flip within every difference gives no sharp value; then another is drawn and smaller steps are taken,
+    A direction on which the choices flip within every difference gives no sharp value; then another is drawn and
+    smaller steps are taken,
     whatever the learner says.
     """
     generator = torch.Generator().manual_seed(seed)
     slopes: list[Slope] = []
     for attempt in range(4 * _DIRECTIONS):
         names = sliced if len(slopes) % 2 else tuple(name for name, _ in cell.named_parameters())
-        direction = {n: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for n, p in cell.named_parameters() if n in names}
+        direction = {
+            n: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+            for n, p in cell.named_parameters()
+            if n in names
+        }
         step = 1e-2 / 4 ** (attempt - len(slopes))
-        slope = Slope(direction, *oracles.directional_difference(cell, stretch.inputs, stretch.loss, direction, step=step))
+        slope = Slope(
+            direction, *oracles.directional_difference(cell, stretch.inputs, stretch.loss, direction, step=step)
+        )
         if slope.value != 0 and slope.estimate <= SHARPNESS * abs(slope.value):
             slopes.append(slope)
         if len(slopes) == _DIRECTIONS:
@@ -47,7 +54,8 @@ def differences(cell: RecurrentMoE, stretch: Stretch, sliced: Collection[str], s
 
 
 def along(snapshot: Snapshot, slopes: list[Slope], rounding: float) -> Comparison:
-    """A gradient against slopes: the error relative to each slope, which its own estimate bounds (plus ``rounding``)."""
+    """A gradient against slopes: the error relative to each slope, which its own estimate bounds (plus
+    ``rounding``)."""
     if len(slopes) < _DIRECTIONS:
         return void(f"only {len(slopes)} of {_DIRECTIONS} directions have a sharp finite difference", SHARPNESS)
     worst: list[tuple[float, Comparison]] = []
@@ -68,5 +76,7 @@ def dense(
     offsets: list[dict[str, Tensor]] | None = None,
 ) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:  # fmt: skip
     """The gradient after the last step and the influences at some moments, by the textbook recursion."""
-    gradient, influences = oracles.dense_rtrl(cell, stretch.inputs, stretch.loss, resets=resets, offsets=offsets, return_influence=True)
+    gradient, influences = oracles.dense_rtrl(
+        cell, stretch.inputs, stretch.loss, resets=resets, offsets=offsets, return_influence=True
+    )
     return gradient, {t: influences[t] for t in moments}

@@ -103,7 +103,9 @@ class _KeepsInfluenceOverResets(BlockRTRL):
     def reset(self, rows: Tensor | None = None, *, state: Tensor | None = None) -> None:
         self._close()
         first = self._first_state() if state is None else state
-        self._state = first if rows is None else torch.where(rows.reshape(-1, *[1] * (first.ndim - 1)), first, self._state)
+        self._state = (
+            first if rows is None else torch.where(rows.reshape(-1, *[1] * (first.ndim - 1)), first, self._state)
+        )
 
 
 class _PaysTwice(BlockRTRL):

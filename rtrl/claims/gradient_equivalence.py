@@ -1,4 +1,5 @@
-"""Claim: for every block and window, ``BlockRTRL`` gives the gradients and influences of BPTT, textbook RTRL and finite differences.
+"""Claim: for every block and window, ``BlockRTRL`` gives the gradients and influences of BPTT, textbook RTRL and
+finite differences.
 
 Measured on a real text with natural routing: a byte model whose experts fall asleep and wake as the text has it.
 """
@@ -34,13 +35,17 @@ class Settings:
     """What is measured.
 
     Attributes:
-        file: the text; None for the standard library's sources. seed: of the weights and directions. device: where all is computed.
-        steps: T for BPTT. prefix: T for the dense and difference oracles. side_prefix: T for the dense oracle of runs with interventions.
-        blocks, windows: every pair of them is a run; a block is compared with oracles of more steps than it has, and with no others.
+        file: the text; None for the standard library's sources. seed: of the weights and directions. device: where all
+            is computed.
+        steps: T for BPTT. prefix: T for the dense and difference oracles. side_prefix: T for the dense oracle of runs
+            with interventions.
+        blocks, windows: every pair of them is a run; a block is compared with oracles of more steps than it has, and
+            with no others.
         broken: the name of a deliberately broken learner to put on trial, None for the real one.
 
     Raises:
-        ConfigError: the largest block does not fit into ``steps``, the smallest not into the prefixes, or no break has that name.
+        ConfigError: the largest block does not fit into ``steps``, the smallest not into the prefixes, or no break has
+        that name.
     """
 
     file: Path | None = None
@@ -57,9 +62,13 @@ class Settings:
     def __post_init__(self) -> None:
         least = max(*self.blocks, self.prefix, self.side_prefix)
         if self.steps <= least:
-            raise ConfigError(f"steps must be more than {least} (the longest block and the prefixes must fit in), got {self.steps}")
+            raise ConfigError(
+                f"steps must be more than {least} (the longest block and the prefixes must fit in), got {self.steps}"
+            )
         if min(self.blocks) < 1 or min(self.windows) < 1 or min(self.prefix, self.side_prefix) <= min(self.blocks):
-            raise ConfigError(f"blocks and windows must be positive, the prefixes longer than the smallest block, got {self}")
+            raise ConfigError(
+                f"blocks and windows must be positive, the prefixes longer than the smallest block, got {self}"
+            )
         learner_type(self.broken)
 
     @classmethod
@@ -73,7 +82,8 @@ class Row:
     """One oracle against one run.
 
     Attributes:
-        oracle: the reference. learning: what happens to the parameters and samples in mid-stream. block, window, steps: of the run.
+        oracle: the reference. learning: what happens to the parameters and samples in mid-stream. block, window,
+            steps: of the run.
         gradient, influence: the comparisons; None where the oracle gives no influence.
         sleep: how the experts slept in these steps.
     """
@@ -100,7 +110,10 @@ class Row:
     def record(self) -> dict[str, Any]:
         """The row as plain numbers and strings; numbers that are not finite become None."""
         sleep = {name: getattr(self.sleep, name) for name in ("woken", "expired", "asleep", "longest")}
-        compared = {what: None if c is None else _plain(asdict(c)) for what, c in (("gradient", self.gradient), ("influence", self.influence))}
+        compared = {
+            what: None if c is None else _plain(asdict(c))
+            for what, c in (("gradient", self.gradient), ("influence", self.influence))
+        }
         kind = {name: getattr(self, name) for name in ("oracle", "learning", "block", "window", "steps")}
         return {**kind, **compared, "sleep": sleep, "passed": self.passed}
 
@@ -163,7 +176,8 @@ def measure(settings: Settings, progress: Report | None = None) -> Result:
     """Run every block and window over the text and compare each with every oracle.
 
     Raises:
-        ConfigError: the text or the device cannot be used. What a learner raises in a run is a failure of its rows, not an error.
+        ConfigError: the text or the device cannot be used. What a learner raises in a run is a failure of its rows,
+        not an error.
 
     Cost: by default about a minute on one core; the dense oracle holds about 200 megabytes.
     """
@@ -215,7 +229,9 @@ class _Trial:
                     yield self._judge("dense RTRL", *at, settings.prefix, run, gradient, influences)
                     yield self._differ(*at, run, slopes)
         yield from self._side("SGD in mid-stream", Interventions("SGD", every=8, rate=0.005))
-        yield from self._side("Adam in mid-stream, sleepers unpaid", Interventions("Adam", every=11, rate=1e-3, dormant=False), False)
+        yield from self._side(
+            "Adam in mid-stream, sleepers unpaid", Interventions("Adam", every=11, rate=1e-3, dormant=False), False
+        )
         yield from self._side("resets in mid-stream", Interventions(resets=_resets(stretch)))
 
     def _side(self, learning: str, plan: Interventions, with_dense: bool = True) -> Iterator[Row]:
@@ -228,7 +244,13 @@ class _Trial:
         offsets = None if plan.optimizer is None or isinstance(run, RTRLError) else run.offsets
         self._piece(f"BPTT, {learning}")
         inputs, loss = self._stretch.inputs, self._stretch.loss
-        yield self._judge("BPTT", *at, settings.steps, run, oracles.bptt(self._cell, inputs, loss, resets=plan.resets, offsets=offsets))
+        yield self._judge(
+            "BPTT",
+            *at,
+            settings.steps,
+            run,
+            oracles.bptt(self._cell, inputs, loss, resets=plan.resets, offsets=offsets),
+        )
         if with_dense:
             self._piece(f"dense RTRL, {learning}")
             resets = None if plan.resets is None else plan.resets[:n]
@@ -236,7 +258,9 @@ class _Trial:
             gradient, influences = dense(self._cell, self._stretch.first(n), (n,), resets, until)
             yield self._judge("dense RTRL", *at, n, run, gradient, influences)
 
-    def _drive(self, block: int, window: int, stretch: Stretch, moments: tuple[int, ...], plan: Interventions | None = None) -> Drive | RTRLError:
+    def _drive(
+        self, block: int, window: int, stretch: Stretch, moments: tuple[int, ...], plan: Interventions | None = None
+    ) -> Drive | RTRLError:
         try:
             return drive(self._cell, stretch, self._learner, block, window, moments, plan)
         except RTRLError as error:
@@ -252,7 +276,9 @@ class _Trial:
         compared = compare_gradients(snapshot.gradient, gradient, SLICED, TOLERANCE)
         worst = None
         if influences is not None:
-            parts = [compare_influences(run.snapshots[t].influence, at, INERT, TOLERANCE) for t, at in influences.items()]
+            parts = [
+                compare_influences(run.snapshots[t].influence, at, INERT, TOLERANCE) for t, at in influences.items()
+            ]
             worst = _together(parts, TOLERANCE)
         return Row(oracle, learning, block, window, steps, compared, worst, snapshot.sleep)
 
@@ -261,7 +287,16 @@ class _Trial:
         if isinstance(run, RTRLError):
             return Row("finite differences", learning, block, window, steps, _raised(run), None, Sleep(window))
         snapshot = run.snapshots[steps]
-        return Row("finite differences", learning, block, window, steps, along(snapshot, slopes, TOLERANCE), None, snapshot.sleep)
+        return Row(
+            "finite differences",
+            learning,
+            block,
+            window,
+            steps,
+            along(snapshot, slopes, TOLERANCE),
+            None,
+            snapshot.sleep,
+        )
 
     def _piece(self, name: str) -> None:
         if self._progress is not None:
@@ -291,4 +326,6 @@ def _raised(error: RTRLError) -> Comparison:
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()}
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }

@@ -17,10 +17,13 @@ _NOT_STANDARD = {"site-packages", "dist-packages", "__pycache__"}
 
 
 class ByteStream:
-    """The bytes of a text as a stream of (input, target) pairs, each sample of the batch reading from a place of its own.
+    """The bytes of a text as a stream of (input, target) pairs, each sample of the batch reading from a place of its
+    own.
 
-    The text is cut into ``batch_size`` sections of equal length L; step t gives byte ``offset + t`` of every section as the input and the
-    byte after it as the target. The default text is the sources of Python's own standard library, in the order of their paths, up to one
+    The text is cut into ``batch_size`` sections of equal length L; step t gives byte ``offset + t`` of every section
+    as the input and the
+    byte after it as the target. The default text is the sources of Python's own standard library, in the order of
+    their paths, up to one
     mebibyte: there on every machine, without a network.
 
     Args:
@@ -34,7 +37,8 @@ class ByteStream:
         source: what was read, in words. digest: SHA-256 of the bytes that were read.
 
     Raises:
-        ConfigError: a number is out of range; the file is missing, unreadable, empty or too short; or no standard library is found.
+        ConfigError: a number is out of range; the file is missing, unreadable, empty or too short; or no standard
+        library is found.
 
     Cost: one byte a byte of text; a step makes B·256 numbers.
 
@@ -77,7 +81,8 @@ class ByteStream:
         return self._length
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Input (B, 256), one-hot, and target (B,) of a step, counted from 0 (or, if negative, from the end); IndexError outside."""
+        """Input (B, 256), one-hot, and target (B,) of a step, counted from 0 (or, if negative, from the end);
+        IndexError outside."""
         t = step + self._length if step < 0 else step
         if not 0 <= t < self._length:
             raise IndexError(f"step {step} of a stream of {self._length} steps")
@@ -89,7 +94,8 @@ class ByteStream:
         return (self[t] for t in range(self._length))
 
     def first(self, steps: int) -> tuple[Tensor, Tensor]:
-        """The first steps at once: inputs (steps, B, 256) and targets (steps, B); IndexError if there are not that many."""
+        """The first steps at once: inputs (steps, B, 256) and targets (steps, B); IndexError if there are not that
+        many."""
         inputs, targets = zip(*(self[t] for t in range(steps)), strict=True)
         return torch.stack(inputs), torch.stack(targets)
 

@@ -1,8 +1,12 @@
-"""What laziness saves: counted multiply-adds of ``lazy=True`` against ``lazy=False``, on the same steps with the same routing.
+"""What laziness saves: counted multiply-adds of ``lazy=True`` against ``lazy=False``, on the same steps with the same
+routing.
 
-The routing is laid down through ``replay``: two experts a sample are awake for eight steps, then the next two, round and round, so that
-with E experts each sleeps ``8·(E/2 − 1)`` steps in between. Counts are exact and the same on every machine, so they are what is gated;
-times are reported beside them. No count is looked at before the gradients of both sides agree with each other and with backpropagation
+The routing is laid down through ``replay``: two experts a sample are awake for eight steps, then the next two, round
+and round, so that
+with E experts each sleeps ``8·(E/2 − 1)`` steps in between. Counts are exact and the same on every machine, so they
+are what is gated;
+times are reported beside them. No count is looked at before the gradients of both sides agree with each other and with
+backpropagation
 through time.
 """
 
@@ -26,7 +30,8 @@ SIZES = (8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Setup:
-    """One side of a comparison. ``awake`` is how many experts of a sample are active at a step, None for all of them."""
+    """One side of a comparison. ``awake`` is how many experts of a sample are active at a step, None for all of
+    them."""
 
     n_experts: int
     lazy: bool
@@ -65,7 +70,8 @@ class Setup:
 
 
 class Run:
-    """A learner that has taken its steps, with what the last ``measured`` of them cost, delivery of all gradients included."""
+    """A learner that has taken its steps, with what the last ``measured`` of them cost, delivery of all gradients
+    included."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.cell = setup, setup.cell()
@@ -129,9 +135,12 @@ def ratio(lazy: Run, eager: Run) -> float:
     return eager.counter.macs / lazy.counter.macs
 
 
-# Eager moves all 32 experts of a sample at every block. Lazy moves two by one transition at every other block, and in between the two that
-# wake, by the five nodes of the tree that lead through the 30 blocks of their sleep: 6 moves a block instead of 32. With what both pay
-# alike, the dense parameters (as much as 0.8 experts), the births and the linearisation, a ratio of 4.1 is left. Counts do not scatter;
+# Eager moves all 32 experts of a sample at every block. Lazy moves two by one transition at every other block, and in
+# between the two that
+# wake, by the five nodes of the tree that lead through the 30 blocks of their sleep: 6 moves a block instead of 32.
+# With what both pay
+# alike, the dense parameters (as much as 0.8 experts), the births and the linearisation, a ratio of 4.1 is left.
+# Counts do not scatter;
 # a tenth is allowed for versions of PyTorch that compute the same otherwise.
 SAVED = 3.6
 
@@ -165,9 +174,11 @@ def test_without_sleep_nothing_is_saved(benchmark: Any) -> None:
 
 
 def test_the_cost_of_a_lazy_step_does_not_grow_with_the_sleeping_experts(benchmark: Any) -> None:
-    """Exponents over eight times as many experts: lazy pays the logarithm of a longer sleep, eager is linear above the dense parameters.
+    """Exponents over eight times as many experts: lazy pays the logarithm of a longer sleep, eager is linear above the
+    dense parameters.
 
-    Measured 0.21 and 0.92, without scatter. Linear lazy work would reach 0.9, too: the dense parameters weigh as much in both.
+    Measured 0.21 and 0.92, without scatter. Linear lazy work would reach 0.9, too: the dense parameters weigh as much
+    in both.
     """
     runs = [compare(size) for size in SIZES]
     lazy, eager = ([pair[side].macs for pair in runs] for side in (0, 1))
@@ -177,6 +188,10 @@ def test_the_cost_of_a_lazy_step_does_not_grow_with_the_sleeping_experts(benchma
     assert eager[-1] - eager[-2] == pytest.approx(2 * (eager[-2] - eager[-3]), rel=0.05)
     assert lazy[-1] - lazy[-2] == pytest.approx(lazy[-2] - lazy[-3], rel=0.2)  # as much for each doubling: a logarithm
     benchmark.extra_info.update(
-        setup=asdict(runs[-1][0].setup), experts=SIZES, lazy_macs_per_step=lazy, eager_macs_per_step=eager, exponents=exponents
+        setup=asdict(runs[-1][0].setup),
+        experts=SIZES,
+        lazy_macs_per_step=lazy,
+        eager_macs_per_step=eager,
+        exponents=exponents,
     )
     benchmark.pedantic(runs[-1][0].advance, args=(runs[-1][0].setup.hold,), rounds=3)

@@ -158,7 +158,10 @@ def make_case(
         "first": [t == 0 for t in range(steps)],
         "last": [t == steps - 1 for t in range(steps)],
     }[losses]
-    moved = [{n: 0.1 * torch.randn(p.shape, generator=g, dtype=F64) for n, p in cell.named_parameters() if p.requires_grad} for _ in range(steps)]
+    moved = [
+        {n: 0.1 * torch.randn(p.shape, generator=g, dtype=F64) for n, p in cell.named_parameters() if p.requires_grad}
+        for _ in range(steps)
+    ]
     for t in range(1, steps, 2):  # a name that is missing is a parameter that did not move
         moved[t].pop(next(iter(moved[t])))
     return Case(

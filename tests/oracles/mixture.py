@@ -10,7 +10,9 @@ from torch.nn.functional import silu
 SQUARE = ["read_query", "query", "key", "value", "mix", "out_query", "out_key", "out_value", "out_mix"]
 
 
-def draw_mixture(d_in: int, d: int, slots: int, experts: int, f: int, g: int, d_out: int, generator: torch.Generator) -> dict[str, Tensor]:
+def draw_mixture(
+    d_in: int, d: int, slots: int, experts: int, f: int, g: int, d_out: int, generator: torch.Generator
+) -> dict[str, Tensor]:
     """Random parameters by name, large enough that every term of every equation matters."""
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (d, d) for name in SQUARE}
     for name, (rows, columns) in {
@@ -63,7 +65,9 @@ class Mixture(nn.Module):
         reads = s.topk(self.read, 1).indices
         z = self.read * torch.softmax(s.gather(1, reads), 1)[..., None] * rows(named, reads)
         context = torch.cat([rms(z), rms(u)], 1)
-        looked = attend(self.linear("query", rms(z)), self.linear("key", context), self.linear("value", context), self.heads)
+        looked = attend(
+            self.linear("query", rms(z)), self.linear("key", context), self.linear("value", context), self.heads
+        )
         z = z + self.linear("mix", looked)
         z = z + self.linear("down", silu(self.linear("up", rms(z))))
         logits = self.linear("router", rms(z.mean(1)))
@@ -82,7 +86,9 @@ class Mixture(nn.Module):
         h_next = h.scatter(1, writes[..., None].expand_as(new), new)
         m = rms(rows(h_next + self.p["slot_embedding"], reads))
         middle = z.mean(1, keepdim=True)
-        seen = attend(self.linear("out_query", rms(middle)), self.linear("out_key", m), self.linear("out_value", m), self.heads)
+        seen = attend(
+            self.linear("out_query", rms(middle)), self.linear("out_key", m), self.linear("out_value", m), self.heads
+        )
         y = self.linear("head", rms(middle + self.linear("out_mix", seen)))[:, 0]
         self.chosen = (reads, writes, best.indices)
         return (y, logits), h_next

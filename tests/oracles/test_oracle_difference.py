@@ -41,7 +41,9 @@ def test_random_directions(case: Case, seed: int) -> None:
     scale = max(map(abs, exact))
     methods: list[tuple[Literal["central", "complex"], float]] = [("complex", 1e-12), ("central", 1e-6)]
     for method, tolerance in methods:
-        value, error = oracles.directional_difference(case.cell, case.xs, case.loss_fn, direction, case.h0, method=method, **case.schedule)
+        value, error = oracles.directional_difference(
+            case.cell, case.xs, case.loss_fn, direction, case.h0, method=method, **case.schedule
+        )
         assert abs(value - sum(exact)) <= max(tolerance * scale, error)
         assert math.isfinite(value) and (scale > 0) is any(case.loss_at)
         # Where a selection flips close by, the estimate must own up to it; elsewhere it must be small.

@@ -76,7 +76,9 @@ def test_scalar_linear_cell_with_parameters_that_move() -> None:
     c0, c1 = 0.25, -1.5
     offsets = [{"w": torch.tensor(c0, dtype=F64)}, {"w": torch.tensor(c1, dtype=F64)}]
     for oracle in (oracles.bptt, oracles.dense_rtrl):
-        gradients = oracle(Linear(), torch.zeros(2, 1, 1, dtype=F64), lambda t, y: y.sum() if t == 1 else None, offsets=offsets)
+        gradients = oracle(
+            Linear(), torch.zeros(2, 1, 1, dtype=F64), lambda t, y: y.sum() if t == 1 else None, offsets=offsets
+        )
         assert gradients["w"].item() == (0.5 + c0) + (0.5 + c1) + 1.0  # dh_2/dw + dh_1/dw
         assert gradients["u"].item() == 0.0
 
@@ -180,7 +182,11 @@ def test_reset_of_one_sample_leaves_the_others_alone(seed: int, step: int, row: 
 @given(case=cases(losses=("all",)))
 def test_one_offset_for_all_steps_is_a_cell_that_moved(case: Case) -> None:
     generator = torch.Generator().manual_seed(1)
-    shift = {n: 0.1 * torch.randn(p.shape, generator=generator, dtype=F64) for n, p in case.cell.named_parameters() if p.requires_grad}
+    shift = {
+        n: 0.1 * torch.randn(p.shape, generator=generator, dtype=F64)
+        for n, p in case.cell.named_parameters()
+        if p.requires_grad
+    }
     got = reference(replace(case, offsets=[shift] * len(case.xs)))
     with torch.no_grad():
         for name, c in shift.items():
@@ -207,7 +213,9 @@ class Exposed(nn.Module):
 @given(case=cases(), data=st.data())
 def test_influence_is_the_derivative_of_the_state(case: Case, data: st.DataObject) -> None:
     steps, batch = case.xs.shape[:2]
-    _, influences = oracles.dense_rtrl(case.cell, case.xs, case.loss_fn, case.h0, **case.schedule, return_influence=True)
+    _, influences = oracles.dense_rtrl(
+        case.cell, case.xs, case.loss_fn, case.h0, **case.schedule, return_influence=True
+    )
     assert len(influences) == steps + 1
     t, b = data.draw(st.integers(0, steps)), data.draw(st.integers(0, batch - 1))
     size = next(iter(influences[0].values())).shape[1]
@@ -224,7 +232,9 @@ def test_influence_is_the_derivative_of_the_state(case: Case, data: st.DataObjec
     constant = t == 0 or (t < steps and case.resets is not None and bool(case.resets[t, b]))
     assert not (constant and any(bool(s[b].any()) for s in influences[t].values()))
     direction = {name: torch.randn_like(g) for name, g in unrolled.items()}
-    value, _ = oracles.directional_difference(Exposed(case.cell), case.xs, entry, direction, case.h0, method="complex", **prefixed(case))
+    value, _ = oracles.directional_difference(
+        Exposed(case.cell), case.xs, entry, direction, case.h0, method="complex", **prefixed(case)
+    )
     terms = [float((row[name] * direction[name]).sum()) for name in row]
     assert abs(value - sum(terms)) <= 1e-12 * max(1.0, *map(abs, terms))
 

@@ -82,7 +82,9 @@ def test_properties_of_the_choices(case: Drawn) -> None:
         read_slots=1, write_slots=0, topk=1,
     )  # fmt: skip
     for field in ("y", "h_next", "router_logits"):
-        assert_close(getattr(forced, field), getattr(step, field), 1e-13)  # in another order, and whatever the settings say
+        assert_close(
+            getattr(forced, field), getattr(step, field), 1e-13
+        )  # in another order, and whatever the settings say
     for b in range(len(case.h)):
         assert set(step.writes[b]) <= set(step.reads[b]) and len(set(step.reads[b])) == case.settings["read_slots"]
         kept = [j for j in range(case.h.shape[1]) if j not in step.writes[b]]

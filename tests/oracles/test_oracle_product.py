@@ -17,7 +17,10 @@ Element = tuple[Tensor, Tensor]
 
 def draw(count: int, size: int, batch: tuple[int, ...], seed: int) -> list[Element]:
     g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(*batch, size, size, generator=g, dtype=F64), torch.randn(*batch, size, generator=g, dtype=F64)) for _ in range(count)]
+    return [
+        (torch.randn(*batch, size, size, generator=g, dtype=F64), torch.randn(*batch, size, generator=g, dtype=F64))
+        for _ in range(count)
+    ]
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> bool:

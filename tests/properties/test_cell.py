@@ -47,8 +47,16 @@ def moes(draw: Callable[..., Any]) -> Drawn:
     experts = [draw(st.permutations(range(n_experts))) for _ in range(batch)]
     r, k = draw(st.integers(1, n_slots)), draw(st.integers(1, n_experts))
     w = draw(st.integers(0, r))
-    index = [torch.tensor([own[:size] for own in sets], dtype=torch.int64) for sets, size in ((forced, r), (forced, w), (experts, k))]
-    return seeded(cell, seed), normal(seed, *shape), normal(seed + 1, batch, n_slots, cell.d_model), cell.choices(*index)
+    index = [
+        torch.tensor([own[:size] for own in sets], dtype=torch.int64)
+        for sets, size in ((forced, r), (forced, w), (experts, k))
+    ]
+    return (
+        seeded(cell, seed),
+        normal(seed, *shape),
+        normal(seed + 1, batch, n_slots, cell.d_model),
+        cell.choices(*index),
+    )
 
 
 def loops(cell: rtrl.RecurrentMoE, x: Tensor, h: Tensor, forced: rtrl.Sparsity | None) -> Any:
@@ -57,7 +65,11 @@ def loops(cell: rtrl.RecurrentMoE, x: Tensor, h: Tensor, forced: rtrl.Sparsity |
     if forced is not None:
         assert forced.reads is not None
         assert forced.writes is not None
-        sizes |= {"reads": forced.reads.numpy(), "writes": forced.writes.numpy(), "experts": forced.active["expert_up"].numpy()}
+        sizes |= {
+            "reads": forced.reads.numpy(),
+            "writes": forced.writes.numpy(),
+            "experts": forced.active["expert_up"].numpy(),
+        }
     return oracles.moe.forward(parameters, x.numpy(), h.numpy(), **sizes)
 
 
@@ -67,7 +79,9 @@ def sets(index: Any) -> list[set[int]]:
 
 def assert_near(actual: Tensor, expected: np.ndarray[Any, Any]) -> None:
     assert np.isfinite(expected).all()
-    np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=1e-11, atol=1e-12 * max(1.0, float(np.abs(expected).max(initial=0))))
+    np.testing.assert_allclose(
+        actual.detach().numpy(), expected, rtol=1e-11, atol=1e-12 * max(1.0, float(np.abs(expected).max(initial=0)))
+    )
 
 
 @given(moes(), st.booleans())
@@ -116,7 +130,9 @@ def test_only_active_slices_have_a_gradient(drawn: Drawn) -> None:
     """And not by luck: at least one slice of each declared parameter outside the router has one."""
     cell, x, h, choices = drawn
     for b in range(h.shape[0]):
-        one = rtrl.Sparsity(choices.reads[b : b + 1], choices.writes[b : b + 1], {n: i[b : b + 1] for n, i in choices.active.items()})
+        one = rtrl.Sparsity(
+            choices.reads[b : b + 1], choices.writes[b : b + 1], {n: i[b : b + 1] for n, i in choices.active.items()}
+        )
         y, h_next, used = cell(x[b : b + 1], h[b : b + 1], replay=one)
         leaves = [*torch.utils._pytree.tree_leaves(y), h_next]
         total = sum((leaf * normal(7, *leaf.shape)).sum() for leaf in leaves if leaf.is_floating_point())
@@ -134,7 +150,11 @@ def test_replaying_ones_own_choices_changes_no_bit(drawn: Drawn) -> None:
     cell, x, h, _ = drawn
     y, h_next, used = cell(x, h)
     y_again, h_again, used_again = cell(x, h, replay=used)
-    for a, b in zip(torch.utils._pytree.tree_leaves((y, h_next, used)), torch.utils._pytree.tree_leaves((y_again, h_again, used_again)), strict=True):
+    for a, b in zip(
+        torch.utils._pytree.tree_leaves((y, h_next, used)),
+        torch.utils._pytree.tree_leaves((y_again, h_again, used_again)),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
@@ -143,7 +163,9 @@ def test_samples_do_not_meet(drawn: Drawn) -> None:
     cell, x, h, choices = drawn
     _, together, _ = cell(x, h, replay=choices)
     for b in range(h.shape[0]):
-        one = rtrl.Sparsity(choices.reads[b : b + 1], choices.writes[b : b + 1], {n: i[b : b + 1] for n, i in choices.active.items()})
+        one = rtrl.Sparsity(
+            choices.reads[b : b + 1], choices.writes[b : b + 1], {n: i[b : b + 1] for n, i in choices.active.items()}
+        )
         _, alone, _ = cell(x[b : b + 1], h[b : b + 1], replay=one)
         np.testing.assert_allclose(alone[0].detach(), together[b].detach(), rtol=1e-12, atol=1e-13)
 
@@ -168,7 +190,9 @@ def test_relabelled_experts_compute_the_same(drawn: Drawn, random: Any) -> None:
 
 def test_initialisation_is_deterministic_under_a_generator() -> None:
     def make(seed: int) -> rtrl.RecurrentMoE:
-        return rtrl.RecurrentMoE(3, 2, d_model=4, n_slots=3, n_experts=4, topk=2, generator=torch.Generator().manual_seed(seed))
+        return rtrl.RecurrentMoE(
+            3, 2, d_model=4, n_slots=3, n_experts=4, topk=2, generator=torch.Generator().manual_seed(seed)
+        )
 
     torch.manual_seed(1)
     first = make(0)

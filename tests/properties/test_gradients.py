@@ -1,4 +1,5 @@
-"""Gradients and influence of ``BlockRTRL`` against every oracle, over drawn cells, sparsity, dormancy, losses, blocks and windows."""
+"""Gradients and influence of ``BlockRTRL`` against every oracle, over drawn cells, sparsity, dormancy, losses, blocks
+and windows."""
 
 import pytest
 import torch
@@ -21,13 +22,17 @@ def check_against_rtrl(case: Case, **extra: object) -> None:
 @given(scheduled())
 def test_scheduled_cell_equals_bptt_and_full_rtrl(case: Case) -> None:
     check_against_rtrl(case)
-    assert_gradients_equal(run(case.cell, case.xs, case.loss, **case.options).gradients, oracles.bptt(case.cell, case.xs, case.loss))
+    assert_gradients_equal(
+        run(case.cell, case.xs, case.loss, **case.options).gradients, oracles.bptt(case.cell, case.xs, case.loss)
+    )
 
 
 @given(forced_moe())
 def test_forced_mixture_equals_bptt_and_full_rtrl(case: Case) -> None:
     check_against_rtrl(case)
-    assert_gradients_equal(run(case.cell, case.xs, case.loss, **case.options).gradients, oracles.bptt(case.cell, case.xs, case.loss))
+    assert_gradients_equal(
+        run(case.cell, case.xs, case.loss, **case.options).gradients, oracles.bptt(case.cell, case.xs, case.loss)
+    )
 
 
 @given(routed_moe())
@@ -44,13 +49,18 @@ def test_routed_mixture_and_layers_have_the_full_influence(case: Case) -> None:
 @given(dense())
 def test_dense_cells_equal_bptt_and_full_rtrl(case: Case) -> None:
     check_against_rtrl(case)
-    assert_gradients_equal(run(case.cell, case.xs, case.loss, **case.options).gradients, oracles.bptt(case.cell, case.xs, case.loss))
+    assert_gradients_equal(
+        run(case.cell, case.xs, case.loss, **case.options).gradients, oracles.bptt(case.cell, case.xs, case.loss)
+    )
 
 
 @given(dense(max_steps=6))
 def test_dense_cells_equal_finite_differences(case: Case) -> None:
     """The only oracle that takes no derivative. Its own error estimate is the tolerance, and must be small to count."""
-    direction = {name: torch.cos(torch.arange(p.numel(), dtype=p.dtype)).reshape(p.shape) for name, p in trainable(case.cell).items()}
+    direction = {
+        name: torch.cos(torch.arange(p.numel(), dtype=p.dtype)).reshape(p.shape)
+        for name, p in trainable(case.cell).items()
+    }
     value, error = oracles.directional_difference(case.cell, case.xs, case.loss, direction)
     found = run(case.cell, case.xs, case.loss, **case.options, influences=False).gradients
     along = float(sum((found[name] * d).sum() for name, d in direction.items()))
@@ -77,7 +87,10 @@ def test_parameters_changed_in_mid_stream(data: st.DataObject) -> None:
     steps = case.xs.shape[0]
     cuts = data.draw(st.lists(st.integers(0, steps - 1), max_size=3))
     moves = [
-        {name: 0.05 * k * torch.sin(1 + torch.arange(p.numel(), dtype=p.dtype)).reshape(p.shape) for name, p in trainable(case.cell).items()}
+        {
+            name: 0.05 * k * torch.sin(1 + torch.arange(p.numel(), dtype=p.dtype)).reshape(p.shape)
+            for name, p in trainable(case.cell).items()
+        }
         for k in range(len(cuts) + 1)
     ]
     offsets = [moves[sum(cut <= t for cut in cuts)] for t in range(steps)]
@@ -88,7 +101,9 @@ def test_parameters_changed_in_mid_stream(data: st.DataObject) -> None:
 
 @given(scheduled(max_steps=8), st.integers(0, 999))
 def test_a_first_state_of_ones_own(case: Case, seed: int) -> None:
-    h0 = torch.randn(case.cell.init_state(case.xs.shape[1]).shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    h0 = torch.randn(
+        case.cell.init_state(case.xs.shape[1]).shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     expected, influences = oracles.dense_rtrl(case.cell, case.xs, case.loss, h0, return_influence=True)
     found = run(case.cell, case.xs, case.loss, h0=h0, **case.options)
     assert_gradients_equal(found.gradients, expected, may_be_zero=True)
@@ -97,7 +112,8 @@ def test_a_first_state_of_ones_own(case: Case, seed: int) -> None:
 
 @given(cases())
 def test_a_block_border_matters(case: Case) -> None:
-    """The control: where the past matters at all, cutting it at block borders must be seen. A check that cannot tell proves nothing."""
+    """The control: where the past matters at all, cutting it at block borders must be seen. A check that cannot tell
+    proves nothing."""
     steps, block = case.xs.shape[0], case.options["block"]
     assume(block < steps)
     expected = oracles.bptt(case.cell, case.xs, case.loss)
@@ -115,7 +131,9 @@ def test_a_block_border_matters(case: Case) -> None:
             continue
         for name, g in oracles.bptt(case.cell, chunk, lambda t, y, start=start: case.loss(start + t, y), first).items():
             cut[name] += g
-    differs = max(float((cut[n] - expected[n]).abs().max()) for n in expected) > 1e-6 * max(float(g.abs().max()) for g in expected.values())
+    differs = max(float((cut[n] - expected[n]).abs().max()) for n in expected) > 1e-6 * max(
+        float(g.abs().max()) for g in expected.values()
+    )
     assume(differs)  # some drawn cells forget within a block; for them there is nothing to tell
     found = run(case.cell, case.xs, case.loss, **case.options, influences=False).gradients
     assert_gradients_equal(found, expected)

@@ -1,4 +1,5 @@
-"""What must not matter: block, window, laziness, when one syncs, the order of samples, the names of experts, cuts, saves; and what must be linear."""
+"""What must not matter: block, window, laziness, when one syncs, the order of samples, the names of experts, cuts,
+saves; and what must be linear."""
 
 import copy
 from typing import Any
@@ -21,7 +22,10 @@ def same(actual: Result, expected: Result) -> None:
 
 @given(cases(), st.integers(1, 6), st.integers(1, 6), st.booleans())
 def test_block_window_and_laziness(case: Case, block: int, window: int, lazy: bool) -> None:
-    same(run(case.cell, case.xs, case.loss, block=block, window=window, lazy=lazy), run(case.cell, case.xs, case.loss, **case.options))
+    same(
+        run(case.cell, case.xs, case.loss, block=block, window=window, lazy=lazy),
+        run(case.cell, case.xs, case.loss, **case.options),
+    )
 
 
 @given(cases(), st.data())
@@ -29,7 +33,10 @@ def test_when_one_syncs(case: Case, data: st.DataObject) -> None:
     """Deliveries add up, whether sleeping slices are paid at once or later."""
     steps = st.integers(0, case.xs.shape[0] - 1)
     syncs = data.draw(st.dictionaries(steps, st.booleans(), max_size=6))
-    same(run(case.cell, case.xs, case.loss, syncs=syncs, **case.options), run(case.cell, case.xs, case.loss, **case.options))
+    same(
+        run(case.cell, case.xs, case.loss, syncs=syncs, **case.options),
+        run(case.cell, case.xs, case.loss, **case.options),
+    )
 
 
 @given(cases(), st.data())
@@ -61,7 +68,9 @@ def test_relabelled_experts(case: Case, random: Any) -> None:
     place = torch.tensor(order).argsort()
     xs, k = case.xs.clone(), cell.widths[2]
     xs[..., -k:] = place[xs[..., -k:].long()].to(xs.dtype)
-    names = [f"cell.{name}" for name in ("router.weight", "expert_up", "expert_up_bias", "expert_down", "expert_down_bias")]
+    names = [
+        f"cell.{name}" for name in ("router.weight", "expert_up", "expert_up_bias", "expert_down", "expert_down_bias")
+    ]
     with torch.no_grad():
         for name in names:
             cell.get_parameter(name).copy_(cell.get_parameter(name)[order].clone())

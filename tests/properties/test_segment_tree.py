@@ -1,4 +1,5 @@
-"""The circular segment tree on the free monoid, where any error of order, range or memory fails exactly, and on row-sparse matrices."""
+"""The circular segment tree on the free monoid, where any error of order, range or memory fails exactly, and on
+row-sparse matrices."""
 
 import math
 
@@ -41,7 +42,10 @@ def test_every_range_in_order_across_the_wrap_around(capacity: int, appended: in
     assert len(tree) == min(capacity, appended)
 
 
-@given(capacity=st.integers(1, 12), script=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 12), st.integers(0, 12)), max_size=20))
+@given(
+    capacity=st.integers(1, 12),
+    script=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 12), st.integers(0, 12)), max_size=20),
+)
 def test_queries_between_bursts_of_appends(capacity: int, script: list[tuple[int, int, int]]) -> None:
     """Only some ranges are ever asked for, so that some remembered nodes go stale and others were never made."""
     tree, everything = CircularSegmentTree(capacity, Counting(), ""), []
@@ -54,8 +58,15 @@ def test_queries_between_bursts_of_appends(capacity: int, script: list[tuple[int
         assert tree.query(start, stop) == "".join(everything[start:stop])
 
 
-@given(capacity=st.integers(1, 12), appended=st.integers(1, 30), prices=st.lists(st.integers(0, 9), min_size=13, max_size=13), data=st.data())
-def test_a_cover_by_cost_has_the_same_product_and_the_least_price(capacity: int, appended: int, prices: list[int], data: st.DataObject) -> None:
+@given(
+    capacity=st.integers(1, 12),
+    appended=st.integers(1, 30),
+    prices=st.lists(st.integers(0, 9), min_size=13, max_size=13),
+    data=st.data(),
+)
+def test_a_cover_by_cost_has_the_same_product_and_the_least_price(
+    capacity: int, appended: int, prices: list[int], data: st.DataObject
+) -> None:
     tree = CircularSegmentTree(capacity, Counting(), "")
     for step in range(appended):
         tree.append(letter(step))
@@ -107,7 +118,9 @@ def test_inner_nodes_are_computed_once_and_amortised() -> None:
 
 
 @given(elements(), st.integers(1, 4), st.data())
-def test_row_sparse_matrices_equal_ordered_products(items: list[Transition], capacity: int, data: st.DataObject) -> None:
+def test_row_sparse_matrices_equal_ordered_products(
+    items: list[Transition], capacity: int, data: st.DataObject
+) -> None:
     """With the memory of fixed size that the learner's history uses, over every range, again and again."""
     first = items[0]
     state = first.jacobian.new_zeros(first.jacobian.shape[0], first.n, first.width)
@@ -129,7 +142,9 @@ def test_row_sparse_matrices_equal_ordered_products(items: list[Transition], cap
 def test_what_is_owed_after_a_payment(items: list[Transition], data: st.DataObject) -> None:
     """``v`` from the payment on, pulled back through the blocks before it: with what was paid, it makes the whole."""
     first = items[0]
-    history = History(len(items), first.n, first.n, first.jacobian.new_zeros(first.jacobian.shape[0], first.n, first.width))
+    history = History(
+        len(items), first.n, first.n, first.jacobian.new_zeros(first.jacobian.shape[0], first.n, first.width)
+    )
     cut = data.draw(st.integers(0, len(items)))
     paid = None
     for step, item in enumerate(items):

@@ -1,6 +1,8 @@
-"""A machine that does to a learner whatever a user may do, in any order, beside a naive model that keeps the whole history.
+"""A machine that does to a learner whatever a user may do, in any order, beside a naive model that keeps the whole
+history.
 
-The model is a list of everything that happened; when asked, it runs the oracles over that list. It knows nothing of blocks or windows.
+The model is a list of everything that happened; when asked, it runs the oracles over that list. It knows nothing of
+blocks or windows.
 """
 
 from typing import Any
@@ -52,14 +54,20 @@ class LearnerMachine(RuleBasedStateMachine):
 
     def model(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         def loss(t: int, y: Any) -> Tensor | None:
-            return sum(((y * w).sum() + y.square().sum() for w in self.losses[t]), torch.zeros(())) if self.losses[t] else None
+            return (
+                sum(((y * w).sum() + y.square().sum() for w in self.losses[t]), torch.zeros(()))
+                if self.losses[t]
+                else None
+            )
 
         with torch.no_grad():
             held = {name: p.clone() for name, p in self.cell.named_parameters()}
             for name, p in self.cell.named_parameters():
                 p.copy_(self.base[name])
         stream = torch.stack(self.xs)
-        found, influences = oracles.dense_rtrl(self.cell, stream, loss, resets=torch.stack(self.resets), offsets=self.offsets, return_influence=True)
+        found, influences = oracles.dense_rtrl(
+            self.cell, stream, loss, resets=torch.stack(self.resets), offsets=self.offsets, return_influence=True
+        )
         unrolled = oracles.bptt(self.cell, stream, loss, resets=torch.stack(self.resets), offsets=self.offsets)
         assert_gradients_equal(found, unrolled, may_be_zero=True)
         last = influences[-1]
@@ -75,7 +83,10 @@ class LearnerMachine(RuleBasedStateMachine):
     @rule(bits=st.lists(masks, min_size=2, max_size=2), times=st.integers(1, 3))
     def step(self, bits: list[tuple[int, int, int]], times: int) -> None:
         for _ in range(times):
-            own = [[[m >> i & 1 for i in range(size)] for m, size in zip(b, (ROWS, ROWS, EXPERTS), strict=True)] for b in bits[: self.batch]]
+            own = [
+                [[m >> i & 1 for i in range(size)] for m, size in zip(b, (ROWS, ROWS, EXPERTS), strict=True)]
+                for b in bits[: self.batch]
+            ]
             mask = torch.tensor([[bit for part in sample for bit in part] for sample in own], dtype=torch.float64)
             x = torch.cat([normal(self.seed + len(self.xs), self.batch, FEATURES), mask], dim=1)
             self.y = self.learner.step(x)
@@ -128,7 +139,8 @@ class LearnerMachine(RuleBasedStateMachine):
         self.learner.sync(dormant=dormant)
         self.y = None
         self.now = {
-            name: value + size * torch.cos(torch.arange(value.numel(), dtype=value.dtype)).reshape(value.shape) for name, value in self.now.items()
+            name: value + size * torch.cos(torch.arange(value.numel(), dtype=value.dtype)).reshape(value.shape)
+            for name, value in self.now.items()
         }
         with torch.no_grad():
             for name, p in self.cell.named_parameters():

@@ -18,7 +18,9 @@ from rtrl.transition import Transition, compose, identity
 @st.composite
 def index_sets(draw: Callable[..., Any], batch: int, n: int, k: int) -> Tensor:
     """LongTensor (batch, k), no repeats within a sample."""
-    return torch.tensor([draw(st.permutations(range(n)))[:k] for _ in range(batch)], dtype=torch.int64).reshape(batch, k)
+    return torch.tensor([draw(st.permutations(range(n)))[:k] for _ in range(batch)], dtype=torch.int64).reshape(
+        batch, k
+    )
 
 
 @st.composite
@@ -59,7 +61,9 @@ def written_out(item: Transition) -> tuple[Tensor, Tensor]:
         for j, col in enumerate(cols):
             v[b, col * d : (col + 1) * d] = item.adjoint[b, j * d : (j + 1) * d]
             for i, row in enumerate(rows):
-                phi[b, row * d : (row + 1) * d, col * d : (col + 1) * d] = item.jacobian[b, i * d : (i + 1) * d, j * d : (j + 1) * d]
+                phi[b, row * d : (row + 1) * d, col * d : (col + 1) * d] = item.jacobian[
+                    b, i * d : (i + 1) * d, j * d : (j + 1) * d
+                ]
     return phi, v
 
 
@@ -116,7 +120,9 @@ def test_composition_stays_row_sparse(items: list[Transition]) -> None:
 
 
 @given(elements(count=1), seeds, st.data())
-def test_apply_and_pull_are_products_with_the_full_matrices(items: list[Transition], seed: int, data: st.DataObject) -> None:
+def test_apply_and_pull_are_products_with_the_full_matrices(
+    items: list[Transition], seed: int, data: st.DataObject
+) -> None:
     (item,) = items
     phi, v = written_out(item)
     batch = phi.shape[0]
