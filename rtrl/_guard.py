@@ -1,7 +1,6 @@
 """Checks that the learner makes of a cell, a step and a loss, each before any state changes."""
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,32 +20,76 @@ class _NoRandomness(TorchDispatchMode):
         return False  # else PyTorch imports its compiler, seconds of it, to keep it away from this mode
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        # Attention without dropout carries the tag too: what counts is whether a generator moves.
+        before = _generator_states(kwargs.get("generator"))
+        out = func(*args, **kwargs)
+        if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(kwargs.get("generator")), strict=True)):
             raise CellError(
-                f"the cell draws random numbers in its forward ({func}); a step could not be run again as it was. Draw them outside and "
-                "pass them in x, or call cell.eval() if they come from dropout"
+                f"the cell draws random numbers in its forward ({func}); a step could not be run again as it was. Draw "
+                "them outside and pass them in x, or call cell.eval() if they come from dropout"
             )
-        return func(*args, **(kwargs or {}))
+        return out
+
+
+def _generator_states(own: torch.Generator | None) -> list[Tensor]:
+    if own is not None:
+        return [own.get_state()]
+    states = [torch.get_rng_state()]
+    return [*states, *torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else states
 
 
 def check_purity(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) -> None:
-    """Run the cell once on copies; refuse it if it draws random numbers or changes its input, state or buffers.
+    """Run the cell once on copies; refuse it if it draws random numbers or changes its input, state, buffers or parameters.
 
     Raises:
-        CellError: naming what it did.
+        CellError: naming what it did. Buffers and parameters are as they were before.
     """
     x, h = _tree.map_tensors(torch.clone, x), h.clone()
-    watched = {"x": _tree.tensors(x), "the state h": [h], "a buffer of its own": list(cell.buffers())}
-    watched["a parameter of its own"] = list(cell.parameters())
+    own = [*cell.parameters(), *cell.buffers()]
+    saved = [value.detach().clone() for value in own]
+    rng = _generator_states(None)
+    watched = {"x": _tree.tensors(x), "the state h": [h], "a parameter or buffer of its own": own}
     before = {what: [t._version for t in tensors] for what, tensors in watched.items()}
-    saved = [(b, b.clone()) for b in cell.buffers()]
-    with _NoRandomness():  # type: ignore[no-untyped-call]
-        call_cell(cell, x, h, replay)
-    for what, tensors in watched.items():
-        if [t._version for t in tensors] != before[what]:
-            for buffer, value in saved:
-                buffer.copy_(value)
-            raise CellError(f"the cell changes {what} in place; a cell must be a pure function of (x, h, parameters)")
+    try:
+        with _NoRandomness():  # type: ignore[no-untyped-call]
+            call_cell(cell, x, h, replay)
+        for what, tensors in watched.items():
+            if [t._version for t in tensors] != before[what]:
+                raise CellError(
+                    f"the cell changes {what} in place; a cell must be a pure function of (x, h, parameters)"
+                )
+        if [id(t) for t in own] != [id(t) for t in (*cell.parameters(), *cell.buffers())]:
+            raise CellError(
+                "the cell replaces a parameter or buffer of its own; a cell must be a pure function of (x, h, parameters)"
+            )
+    except CellError:
+        for value, kept in zip(own, saved, strict=True):
+            if not torch.equal(value, kept):
+                value.copy_(kept)
+        places = dict(cell.named_buffers())
+        for name, buffer in zip(places, own[len(own) - len(places) :], strict=False):
+            owner, _, leaf = name.rpartition(".")
+            cell.get_submodule(owner)._buffers[leaf] = buffer
+        torch.set_rng_state(rng[0])
+        raise
+
+
+def nearly_equal(one: Tensor, two: Tensor) -> bool:
+    """Whether two runs of the same computation agree as far as rounding in another order lets them; NaN equals NaN.
+
+    The slack is ``√eps · (1 + |entry|)``, plus ``1000·eps`` of the sample's largest entry for what cancels.
+    """
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    if not two.numel() or not two.is_floating_point():
+        return torch.equal(one, two)
+    eps = torch.finfo(two.dtype).eps
+    largest = two.abs().flatten(1).amax(dim=1).reshape(-1, *[1] * (two.ndim - 1))
+    slack = eps**0.5 * (1 + two.abs()) + 1000 * eps * largest
+    return bool((((one - two).abs() <= slack) | (one.isnan() & two.isnan()) | (one == two)).all())
 
 
 def check_finite(what: str, value: Tensor, step: int) -> None:
@@ -97,11 +140,12 @@ def check_copied(h: Tensor, h_next: Tensor, writes: Tensor | None, step: int) ->
         )
 
 
-def reached_leaves(loss: Tensor) -> set[int]:
-    """The ids of all leaves that a backward pass from ``loss`` would reach."""
+def reached_leaves(loss: Tensor) -> dict[int, Tensor]:
+    """All leaves that a backward pass from ``loss`` would reach, by id."""
     if loss.grad_fn is None:
-        return {id(loss)}
-    found, seen, stack = set(), set(), [loss.grad_fn]
+        return {id(loss): loss}
+    found: dict[int, Tensor] = {}
+    seen, stack = set(), [loss.grad_fn]
     while stack:
         node = stack.pop()
         if node in seen:
@@ -109,13 +153,13 @@ def reached_leaves(loss: Tensor) -> set[int]:
         seen.add(node)
         variable = getattr(node, "variable", None)
         if variable is not None:
-            found.add(id(variable))
+            found[id(variable)] = variable
         stack.extend(parent for parent, _ in node.next_functions if parent is not None)
     return found
 
 
-def check_loss(loss: Any, outputs: list[Tensor], given: list["weakref.ref[Tensor]"], step: int) -> None:
-    """Refuse what is no loss of the newest step.
+def check_loss(loss: Any, outputs: list[Tensor], given: list["weakref.ref[Tensor]"], step: int) -> list[Tensor]:
+    """The leaves that a loss of the newest step reaches; refuse what is no loss of it.
 
     Raises:
         LossError: not a scalar tensor with a graph, not dependent on this step's y, or given before. NonFiniteError.
@@ -132,19 +176,28 @@ def check_loss(loss: Any, outputs: list[Tensor], given: list["weakref.ref[Tensor
         raise LossError(f"the loss is on {loss.device}, y on {outputs[0].device}")
     if any(ref() is loss for ref in given):
         raise LossError(f"this loss was already given at step {step}; compute it anew if it is to count twice")
-    if not loss.requires_grad or not reached_leaves(loss) & {id(leaf) for leaf in outputs}:
+    if not loss.requires_grad or not (reached := reached_leaves(loss)).keys() & {id(leaf) for leaf in outputs}:
         raise LossError(
             f"the loss does not depend on the y of step {step}; compute it from what the last step() returned, without detaching it"
         )
     check_finite("the loss", loss.detach(), step)
+    return list(reached.values())
 
 
-def refuse_when_closed(leaf: Tensor, step: int, closed: Callable[[int], bool]) -> None:
-    """Make a backward pass into ``leaf`` fail once the block of its step has closed, where it would be lost in
-    silence."""
+class Open:
+    """Whether a step still takes losses. Shared by the step and the hooks on its outputs, and nothing else."""
+
+    __slots__ = ("now",)
+
+    def __init__(self) -> None:
+        self.now = True
+
+
+def refuse_when_closed(leaf: Tensor, step: int, open_: Open) -> None:
+    """Make a backward pass into ``leaf`` fail once its step takes no more losses, where it would be lost in silence."""
 
     def hook(gradient: Tensor) -> None:
-        if closed(step):
+        if not open_.now:
             raise LossError(
                 f"a loss reaches the y of step {step}, whose block has closed; give losses before the block closes"
             )

@@ -9,8 +9,17 @@ from torch import Tensor, nn
 
 from rtrl import _guard, _tree
 from rtrl.block import BlockResult, close_block
-from rtrl.cells.protocol import Sparsity, call_cell, check_input, check_sparsity, first_state, takes_replay
-from rtrl.errors import ConfigError, LossError, NonFiniteError, ParameterChangedError, ShapeError
+from rtrl.cells.protocol import Cell, Sparsity, call_cell, check_input, check_sparsity, first_state, takes_replay
+from rtrl.errors import (
+    CellError,
+    ConfigError,
+    LossError,
+    NonFiniteError,
+    ParameterChangedError,
+    RTRLError,
+    ShapeError,
+    SparsityError,
+)
 from rtrl.history import History
 from rtrl.influence import ParameterInfluence
 from rtrl.linearize import Linearizer, Step
@@ -78,7 +87,10 @@ class BlockRTRL:
             raise ConfigError("the cell has no parameter that requires a gradient")
         self._linearizer = Linearizer(cell, self._parameters)
         self._replays = takes_replay(cell)
-        self._state = self._first_state() if state is None else self._checked_state(state, None)
+        first = first_state(cell, batch_size) if state is None or isinstance(cell, Cell) else None
+        if first is not None:
+            first = self._checked_state(first, None)
+        self._state = self._checked_state(first if state is None else state, first)
         self._steps: list[Step] = []
         self._taken = 0  # steps since the beginning
         self._given: list[weakref.ref[Tensor]] = []  # the losses given at the newest step
@@ -136,42 +148,66 @@ class BlockRTRL:
             _guard.check_finite("x", leaf, number)
         names = dict(self.cell.named_parameters())
         if replay is not None:
+            if not isinstance(replay, Sparsity):
+                raise SparsityError(f"replay must be rtrl.Sparsity, got {type(replay).__name__}")
             if not self._replays:
                 raise ConfigError("replay was given, but the cell's forward takes no replay argument")
             check_sparsity(replay, self._state, names)
 
-        x = _tree.map_tensors(lambda leaf: leaf.detach().clone(), x)
-        with torch.no_grad():
-            if not self._influences:
-                _guard.check_purity(self.cell, x, self._state, replay)
-            y, h_next, sparsity = call_cell(self.cell, x, self._state, replay)
-        h_next = h_next.detach()
-        _guard.check_output(y, self._state, h_next, number)
-        check_sparsity(sparsity, self._state, names)
-        _guard.check_copied(self._state, h_next, sparsity.writes, number)
+        with torch.inference_mode(False), torch.no_grad():
+            x = _tree.map_tensors(lambda leaf: leaf.detach().clone(), x)
+            y, h_next, sparsity = self._forward(x, replay, number)
+            _guard.check_output(y, self._state, h_next, number)
+            check_sparsity(sparsity, self._state, names)
+            if replay is not None and not _same_choices(replay, sparsity):
+                raise CellError(
+                    f"step {number}: the cell was given a replay and made other choices; it must return exactly those"
+                )
+            _guard.check_copied(self._state, h_next, sparsity.writes, number)
         if not self._influences:
             self._prepare(sparsity)
         if self.at_block_end:
             self._close()
 
         outputs: list[Tensor] = []
+        open_ = _guard.Open()
 
         def leaf_of(value: Tensor) -> Tensor:
             value = value.detach().clone()
             if value.is_floating_point():
                 value.requires_grad_()
-                _guard.refuse_when_closed(value, number, self._is_closed)
+                _guard.refuse_when_closed(value, number, open_)
                 outputs.append(value)
             return value
 
-        y = _tree.map_tensors(leaf_of, y)
+        with torch.inference_mode(False):
+            y = _tree.map_tensors(leaf_of, y)
+            sparsity = _own_copy(sparsity)
         if not self._steps:
             self._versions = self._parameter_versions()
-        self._steps.append(Step(x, self._state, sparsity, outputs, number))
+        self._steps.append(Step(x, self._state, sparsity, outputs, open_, number))
         self._state = h_next
         self._taken += 1
         self._given = []
         return y
+
+    def _forward(self, x: Any, replay: Sparsity | None, number: int) -> tuple[Any, Tensor, Sparsity]:
+        """Run the cell on a copy of the state, so that nothing it does can reach the learner's own."""
+        h = self._state.clone()
+        try:
+            if not self._influences:
+                _guard.check_purity(self.cell, x, h, replay)
+            y, h_next, sparsity = call_cell(self.cell, x, h, replay)
+        except RTRLError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            shapes = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in _tree.tensors(x))
+            raise ShapeError(
+                f"step {number}: the cell does not take this x ({shapes}) with a state {tuple(h.shape)} {h.dtype}: {error}"
+            ) from error
+        if h._version:
+            raise CellError(f"step {number}: the cell changes the state h in place; it must return a new one")
+        return y, h_next.detach(), sparsity
 
     def backward(self, loss: Tensor) -> None:
         """Give a loss of the newest step; several are summed.
@@ -190,21 +226,22 @@ class BlockRTRL:
         Cost: the loss's own backward pass.
         """
         outputs = self._steps[-1].outputs if self._steps else []
-        _guard.check_loss(loss, outputs, self._given, self._taken - 1)
-        before = [None if leaf.grad is None else leaf.grad.clone() for leaf in outputs]
+        number = self._taken - 1
+        leaves = _guard.check_loss(loss, outputs, self._given, number)
         try:
-            loss.backward()
-            for leaf in outputs:
-                if leaf.grad is not None:
-                    _guard.check_finite("the gradient of the loss at y", leaf.grad, self._taken - 1)
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
         except RuntimeError as error:
-            for leaf, grad in zip(outputs, before, strict=True):
-                leaf.grad = grad
-            raise LossError(f"the loss of step {self._taken - 1} could not be pulled back: {error}") from error
-        except NonFiniteError:
-            for leaf, grad in zip(outputs, before, strict=True):
-                leaf.grad = grad
-            raise
+            raise LossError(f"the loss of step {number} could not be pulled back: {error}") from error
+        mine = {id(leaf) for leaf in outputs}
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None:
+                what = (
+                    "the gradient of the loss at y" if id(leaf) in mine else "the gradient of the loss at a parameter"
+                )
+                _guard.check_finite(what, gradient, number)
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None:
+                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
         self._given.append(weakref.ref(loss))
 
     # ------------------------------------------------------------------ looking back
@@ -266,18 +303,25 @@ class BlockRTRL:
             return self._state.new_zeros(self.batch_size, self._state[0].numel(), self._parameters[name].numel())
         influence = self._influences[name]
         self._advance(name, influence.held())
-        return influence.dense()
+        value = influence.dense()
+        if not _tree.finite(value):
+            raise NonFiniteError(
+                f"NaN or infinity in the influence of parameter {name!r} on the state after step {self._taken - 1}"
+            )
+        return value
 
-    def reset(self, rows: Tensor | None = None, *, state: Tensor | None = None) -> None:
+    def reset(self, rows: Tensor | None = None, *, state: Tensor | None = None, discard: bool = False) -> None:
         """Start samples anew in mid-stream: their state, and no influence of what was before. What their losses earned
         so far is kept.
 
         Args:
             rows: Boolean (B,), the samples to start anew; None for all.
             state: (B, n, ...), where to take their first states from; ``cell.init_state(batch_size)`` by default.
+            discard: give up the open block and every gradient not yet delivered: the way out of a block that cannot be
+                closed, because its Jacobian is infinite, say. For all samples only.
 
         Raises:
-            ShapeError: ``rows`` or ``state`` has the wrong shape, dtype or device. And whatever closing the block
+            ConfigError: ``discard`` together with ``rows``. ShapeError: ``rows`` or ``state`` has the wrong shape, dtype or device. And whatever closing the block
             raises.
 
         Cost: closes the open block early; pays the sleeping slices of these samples, as ``sync`` does.
@@ -289,7 +333,14 @@ class BlockRTRL:
             raise ShapeError(f"rows must be a Boolean tensor of shape ({self.batch_size},), got {kind}")
         if rows.device != self._state.device:
             raise ShapeError(f"rows is on {rows.device}, the state on {self._state.device}; move one of them")
-        first = self._first_state() if state is None else self._checked_state(state, self._state)
+        if discard and not bool(rows.all()):
+            raise ConfigError("discard gives up the block of all samples; it takes no rows")
+        if state is None:
+            state = first_state(self.cell, self.batch_size)
+        first = self._checked_state(state, self._state)
+        if discard:
+            self._give_up_block()
+            self._earned = {}
         self._close()
         samples = rows.cpu()
         for name, influence in self._influences.items():
@@ -326,10 +377,7 @@ class BlockRTRL:
         """
         return {
             "format": 1,
-            "batch_size": self.batch_size,
-            "block": self.block,
-            "window": self.window,
-            "lazy": self.lazy,
+            "layout": self._layout(),
             "state": self._state.clone(),
             "taken": self._taken,
             "paid": self._paid,
@@ -345,30 +393,59 @@ class BlockRTRL:
         Raises:
             ConfigError: it was taken of a learner with other arguments or another cell. Nothing has changed then.
         """
-        if saved.get("format") != 1:
-            raise ConfigError(f"unknown format of a saved learner: {saved.get('format')!r}")
-        for name in ("batch_size", "block", "window", "lazy"):
-            if saved[name] != getattr(self, name):
-                raise ConfigError(f"the saved learner has {name}={saved[name]!r}, this one {getattr(self, name)!r}")
-        if tuple(saved["state"].shape) != tuple(self._state.shape):
-            raise ConfigError(
-                f"the saved state has shape {tuple(saved['state'].shape)}, this one {tuple(self._state.shape)}"
-            )
-        unknown = (saved["influences"].keys() | saved["earned"].keys()) ^ self._parameters.keys()
-        if saved["influences"] and unknown:
-            raise ConfigError(f"the saved learner and this one differ in the parameters {sorted(unknown)}")
+        try:
+            loaded = self._loaded(saved)
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"this is no saved learner, or a damaged one: {type(error).__name__}: {error}") from error
+        self._give_up_block()
+        self._state, self._taken, self._paid, self._influences, self._history, self._steps, self._earned = loaded
+        self._versions = self._parameter_versions()
+
+    def _loaded(self, saved: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What ``state_dict`` gave, checked against this learner, without touching it."""
+        if not isinstance(saved, Mapping) or saved.get("format") != 1:
+            raise ConfigError("this is no saved learner of a format that is known; pass what state_dict() returned")
+        here = self._layout()
+        for name, value in saved["layout"].items():
+            if value != here[name]:
+                raise ConfigError(f"the saved learner has {name} {value!r}, this one {here[name]!r}")
+        for name in ("taken", "paid"):
+            if type(saved[name]) is not int or saved[name] < 0:
+                raise ConfigError(f"{name!r} of the saved learner must be a count, got {saved[name]!r}")
+        if saved["influences"] and saved["influences"].keys() != self._parameters.keys():
+            raise ConfigError("the saved influences are not those of this learner's parameters")
         influences = {}
         for name, held in saved["influences"].items():
             influences[name] = self._empty_influence(name, held["sliced"])
             influences[name].load_state_dict(held)
         history = None if saved["history"] is None else History.from_state_dict(saved["history"], self._state)
+        if saved["paid"] > (0 if history is None else history.now) or bool(influences) != (history is not None):
+            raise ConfigError("the parts of the saved learner do not fit together")
         steps = [_step_from_state(held, self._state) for held in saved["steps"]]
+        if saved["taken"] < len(steps) or any(s.number != saved["taken"] - len(steps) + i for i, s in enumerate(steps)):
+            raise ConfigError("the steps of the saved learner do not fit its count")
+        earned = {name: saved["earned"][name].to(self._state, copy=True) for name in saved["earned"]}
+        if any(earned[name].shape != self._parameters[name].shape for name in earned):
+            raise ConfigError("the saved gradients do not have the parameters' shapes")
+        state = saved["state"]
+        if state.shape != self._state.shape or state.dtype != self._state.dtype:
+            raise ConfigError(
+                f"the saved state is {tuple(state.shape)} {state.dtype}, this one {self._layout()['state']}"
+            )
+        return state.to(self._state, copy=True), saved["taken"], saved["paid"], influences, history, steps, earned
 
-        self._state = saved["state"].to(self._state, copy=True)
-        self._taken, self._paid, self._given = saved["taken"], saved["paid"], []
-        self._influences, self._history, self._steps = influences, history, steps
-        self._earned = {name: gradient.to(self._state, copy=True) for name, gradient in saved["earned"].items()}
-        self._versions = self._parameter_versions()
+    def _layout(self) -> dict[str, Any]:
+        """What a saved learner and the one that loads it must have in common."""
+        return {
+            "batch_size": self.batch_size,
+            "block": self.block,
+            "window": self.window,
+            "lazy": self.lazy,
+            "state": f"{tuple(self._state.shape)} {self._state.dtype}",
+            "parameters": {name: f"{tuple(p.shape)} {p.dtype}" for name, p in self._parameters.items()},
+        }
 
     # ------------------------------------------------------------------ the machinery
 
@@ -387,8 +464,17 @@ class BlockRTRL:
         shape = self._parameters[name].shape
         return ParameterInfluence(shape, sliced, self.batch_size, self._state[0].numel(), self._state)
 
+    def _give_up_block(self) -> None:
+        for step in self._steps:
+            step.open_.now = False
+        self._steps, self._given = [], []
+
     def _close(self) -> None:
         """Work off the open block. Everything that can fail comes before the first change."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._close_block()
+
+    def _close_block(self) -> None:
         self._check_parameters()
         if not self._steps or self._history is None:
             return
@@ -396,11 +482,16 @@ class BlockRTRL:
             for leaf in step.outputs:
                 if leaf.grad is not None:
                     _guard.check_finite("the gradient of the loss at y", leaf.grad, step.number)
-        groups = self._linearizer(self._steps, self._state)
+        span = f"steps {self._steps[0].number} … {self._steps[-1].number}"
+        with torch.enable_grad():
+            groups = self._linearizer(self._steps, self._state)
         sliced = [name for name, influence in self._influences.items() if influence.sliced]
-        result = close_block(groups, self._state, self._parameters, sliced)
+        try:
+            result = close_block(groups, self._state, self._parameters, sliced)
+        except SparsityError as error:
+            raise SparsityError(f"{span}: {error}") from error
         del groups  # and with it the graph
-        self._check_result(result)
+        self._check_result(result, span)
 
         expiring, now = self._history.expiring, self._history.now
         if expiring is not None:
@@ -416,8 +507,7 @@ class BlockRTRL:
         self._history.forget()
         for name, gradient in result.gradient.items():
             self._gradient(name).add_(gradient)
-        self._steps = []
-        self._given = []
+        self._give_up_block()
 
     def _advance(self, name: str, rows: Tensor) -> None:
         """Bring rows of an influence up to date, and pay them what they are owed."""
@@ -445,13 +535,7 @@ class BlockRTRL:
             self._earned[name] = torch.zeros_like(self._parameters[name])
         return self._earned[name]
 
-    def _is_closed(self, step: int) -> bool:
-        return step < self._taken - len(self._steps)
-
-    def _first_state(self) -> Tensor:
-        return self._checked_state(first_state(self.cell, self.batch_size), None)
-
-    def _checked_state(self, state: Tensor, like: Tensor | None) -> Tensor:
+    def _checked_state(self, state: Any, like: Tensor | None) -> Tensor:
         if (
             not isinstance(state, Tensor)
             or state.ndim < 2
@@ -464,6 +548,11 @@ class BlockRTRL:
             raise ShapeError(
                 f"the state must stay {tuple(like.shape)} {like.dtype} {like.device}, got {tuple(state.shape)} {state.dtype} {state.device}"
             )
+        parameter = next(iter(self._parameters.values()))
+        if state.device != parameter.device:
+            raise ShapeError(f"the state is on {state.device}, the parameters on {parameter.device}; move one of them")
+        if state[0].numel() == 0:
+            raise ShapeError(f"a state must have at least one entry a sample, got shape {tuple(state.shape)}")
         _guard.check_finite("the first state", state, getattr(self, "_taken", 0))
         return state.detach().clone()
 
@@ -472,6 +561,12 @@ class BlockRTRL:
         return tuple((t.data_ptr(), t._version) for t in held)
 
     def _check_parameters(self) -> None:
+        current = {name: p for name, p in self.cell.named_parameters() if p.requires_grad}
+        if current.keys() != self._parameters.keys() or any(current[n] is not p for n, p in self._parameters.items()):
+            raise ParameterChangedError(
+                "the cell's trainable parameters are no longer those that the learner was made for: one was replaced, added, "
+                "frozen or unfrozen; make a new learner"
+            )
         if not self._steps or self._versions == self._parameter_versions():
             return
         names = [name for name, _ in [*self.cell.named_parameters(), *self.cell.named_buffers()]]
@@ -479,14 +574,17 @@ class BlockRTRL:
         changed = [name for name, a, b in zip(names, self._versions, now, strict=False) if a != b]
         raise ParameterChangedError(
             f"{', '.join(map(repr, changed[:3])) or 'a parameter'} changed inside the open block of steps {self._steps[0].number} … "
-            f"{self._steps[-1].number}, which must be linearised at the old value; call sync() before changing parameters"
+            f"{self._steps[-1].number}, which must be linearised at the old value; call sync() before changing parameters. Put the old value back, or "
+            "give the block up by reset(discard=True)"
         )
 
-    def _check_result(self, result: BlockResult) -> None:
-        span = f"steps {self._steps[0].number} … {self._steps[-1].number}"
+    def _check_result(self, result: BlockResult, span: str) -> None:
         for what, value in (("Jacobian product", result.transition.jacobian), ("adjoint", result.transition.adjoint)):
             if not _tree.finite(value):
                 raise NonFiniteError(f"NaN or infinity in the {what} of {span}: the state's dynamics overflow")
+        for name, gradient in result.gradient.items():
+            if not _tree.finite(gradient):
+                raise NonFiniteError(f"NaN or infinity in the gradient of parameter {name!r} earned in {span}")
         for name, birth in result.births.items():
             if not _tree.finite(birth.values):
                 raise NonFiniteError(f"NaN or infinity in the influence of parameter {name!r} born in {span}")
@@ -496,9 +594,7 @@ def _step_state(step: Step) -> dict[str, Any]:
     return {
         "x": _tree.map_tensors(torch.clone, step.x),
         "h": step.h.clone(),
-        "reads": step.sparsity.reads,
-        "writes": step.sparsity.writes,
-        "active": dict(step.sparsity.active),
+        **_tree.map_tensors(torch.clone, step.sparsity._asdict()),
         "outputs": [leaf.detach().clone() for leaf in step.outputs],
         "grads": [None if leaf.grad is None else leaf.grad.clone() for leaf in step.outputs],
         "number": step.number,
@@ -514,4 +610,30 @@ def _step_from_state(saved: Mapping[str, Any], like: Tensor) -> Step:
         leaf.grad = None if grad is None else move(grad)
     reads, writes = (None if saved[k] is None else move(saved[k]) for k in ("reads", "writes"))
     sparsity = Sparsity(reads, writes, {name: move(index) for name, index in saved["active"].items()})
-    return Step(_tree.map_tensors(move, saved["x"]), move(saved["h"]), sparsity, outputs, saved["number"])
+    return Step(
+        _tree.map_tensors(move, saved["x"]), move(saved["h"]), sparsity, outputs, _guard.Open(), saved["number"]
+    )
+
+
+def _own_copy(sparsity: Sparsity) -> Sparsity:
+    """A copy that nobody else can change; tensors that were shared stay shared."""
+    copies: dict[int, Tensor] = {}
+
+    def copy(index: Tensor) -> Tensor:
+        if id(index) not in copies:
+            copies[id(index)] = index.clone()
+        return copies[id(index)]
+
+    return _tree.map_tensors(copy, Sparsity(sparsity.reads, sparsity.writes, dict(sparsity.active)))  # type: ignore[no-any-return]
+
+
+def _same_choices(one: Sparsity, two: Sparsity) -> bool:
+    def same(a: Tensor | None, b: Tensor | None) -> bool:
+        return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+    return (
+        same(one.reads, two.reads)
+        and same(one.writes, two.writes)
+        and one.active.keys() == two.active.keys()
+        and all(same(index, two.active[name]) for name, index in one.active.items())
+    )

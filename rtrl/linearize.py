@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtrl import _rows, _tree
+from rtrl import _guard, _rows, _tree
 from rtrl.cells.protocol import Sparsity, call_cell, takes_replay
 from rtrl.errors import CellError, NonFiniteError, PerformanceWarning, SparsityError
+from rtrl._contract import taps_that_mix
 from rtrl.taps import Tap, TapRecorder
 
 
@@ -28,6 +29,7 @@ class Step:
         h: (B, n, ...), the state that the step received.
         sparsity: what the cell declared, or was made to do.
         outputs: the floating-point tensors of y, as leaves whose ``.grad`` collects the gradient of the losses.
+        open_: whether it still takes losses.
         number: the absolute number of the step, for messages.
     """
 
@@ -35,6 +37,7 @@ class Step:
     h: Tensor
     sparsity: Sparsity
     outputs: list[Tensor]
+    open_: _guard.Open
     number: int
 
 
@@ -132,16 +135,15 @@ class Linearizer:
         replay = sparsity if self._replays else None
         n, width = h.shape[1], h[0, 0].numel()
 
-        y, h_next, recorder = self._run(x, h, replay, sparsity, batch, steps)
-        self._same_states(h_next, torch.cat(after), steps)
-        written = _rows.take(h_next.reshape(batch, n, width), sparsity.writes).flatten(1)
-        outputs = [leaf for leaf in _tree.tensors(y) if leaf.is_floating_point()]
-        if batch > 1 and (*key, m) not in self._verified:
-            if self._mixing(written, outputs, h, recorder.taps, batch):
-                return self._group(
-                    key, times, steps, after
-                )  # once more, with the offending parameters on the general path
+        if (*key, m) not in self._verified:
+            self._general |= taps_that_mix(
+                self._cell, self._parameters, x, h, replay, sparsity, self._general, steps[0].number
+            )
             self._verified.add((*key, m))
+        y, h_next, recorder = self._run(x, h, replay, sparsity, batch, steps)
+        outputs = [leaf for leaf in _tree.tensors(y) if leaf.is_floating_point()]
+        self._same(h_next, outputs, after, steps)
+        written = _rows.take(h_next.reshape(batch, n, width), sparsity.writes).flatten(1)
         general = self._remaining([written, *outputs])
 
         inputs = [h, *(tap.output for tap in recorder.taps)]
@@ -220,44 +222,17 @@ class Linearizer:
             )
         return y, h_next, recorder
 
-    def _same_states(self, h_next: Tensor, expected: Tensor, steps: list[Step]) -> None:
-        value = h_next.detach()
-        slack = torch.finfo(value.dtype).eps ** 0.5 * (1 + float(expected.abs().max())) if value.numel() else 0.0
-        if value.shape != expected.shape or bool(((value - expected).abs() > slack).any()):
-            raise CellError(
-                f"{self._steps(steps)}: run once more as one batch, the cell does not reach the state it reached step by step. Either it is "
-                "no pure function of (x, h, parameters), its samples are not independent, or its parameters were changed behind "
-                "autograd's back inside an open block (call sync() first)"
-            )
-
-    def _mixing(self, written: Tensor, outputs: list[Tensor], h: Tensor, taps: list[Tap], batch: int) -> bool:
-        """Pull back from sample 0 alone: whatever arrives at another sample shows that samples mix, or that a tap's
-        dimension 0 is none.
-
-        Returns whether some parameter had to be moved to the general path. Raises CellError if the state's samples mix.
-        """
-        heads = [t for t in (written, *outputs) if t.requires_grad and t.numel()]
-        if not heads:
-            return False
-        weights = []
-        for head in heads:
-            weight = torch.zeros_like(head)
-            weight[0] = torch.linspace(1.0, 2.0, head[0].numel(), dtype=head.dtype, device=head.device).reshape(
-                head[0].shape
-            )
-            weights.append(weight)
-        grads = torch.autograd.grad(
-            heads, [h, *(t.output for t in taps)], weights, retain_graph=True, allow_unused=True
-        )
-        if grads[0] is not None and bool(grads[0][1:].count_nonzero()):
-            raise CellError("the cell mixes samples: the next state or output of one depends on the state of another")
-        found = {
-            tap.name
-            for tap, grad in zip(taps, grads[1:], strict=True)
-            if grad is not None and grad.numel() and bool(grad.reshape(batch, -1)[1:].count_nonzero())
-        }
-        self._general |= found
-        return bool(found)
+    def _same(self, h_next: Tensor, outputs: list[Tensor], after: list[Tensor], steps: list[Step]) -> None:
+        expected = [torch.cat(after), *(torch.cat(own) for own in zip(*(s.outputs for s in steps), strict=True))]
+        for what, value, wanted in zip(
+            ("state", *["output"] * len(outputs)), (h_next, *outputs), expected, strict=True
+        ):
+            if not _guard.nearly_equal(value.detach(), wanted.detach()):
+                raise CellError(
+                    f"{self._steps(steps)}: run once more as one batch, the cell does not reach the {what} it reached step "
+                    "by step. Either it is no pure function of (x, h, parameters), its samples are not independent, or its "
+                    "parameters were changed behind autograd's back inside an open block (call sync() first)"
+                )
 
     def _remaining(self, heads: list[Tensor]) -> list[str]:
         """The parameters that autograd's graph still leads to: those with a use that is no tap."""
@@ -355,36 +330,46 @@ class Linearizer:
         places = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
         tensors = [flat[i].detach().reshape(m, size, *flat[i].shape[1:]).transpose(0, 1) for i in places]
 
-        def one(cotangents: Tensor, *mine: Tensor) -> dict[str, Tensor]:
+        def written(values: dict[str, Tensor], mine: Sequence[Tensor]) -> Tensor:
+            """h_next[writes] of one sample's steps, (m, w·width), with these values of the general parameters."""
             refilled = list(flat)
             for i, leaf in zip(places, mine, strict=True):
                 refilled[i] = leaf
             own_x, own_h, own_replay, writes = refill(refilled)
 
-            def written(values: dict[str, Tensor]) -> Tensor:
-                def substituted(*args: Any, **kwargs: Any) -> Any:
-                    return torch.func.functional_call(self._cell, {**rest, **values}, args, kwargs)
+            def substituted(*args: Any, **kwargs: Any) -> Any:
+                return torch.func.functional_call(self._cell, {**rest, **values}, args, kwargs)
 
-                _, h_next, _ = call_cell(substituted, own_x, own_h, own_replay)
-                return _rows.take(h_next.reshape(m, h_next.shape[1], own_h[0, 0].numel()), writes).flatten(1)
+            _, h_next, _ = call_cell(substituted, own_x, own_h, own_replay)
+            return _rows.take(h_next.reshape(m, h_next.shape[1], own_h[0, 0].numel()), writes).flatten(1)
 
-            vjp = torch.func.vjp(written, theta)[1]
+        def one(cotangents: Tensor, *mine: Tensor) -> dict[str, Tensor]:
+            vjp = torch.func.vjp(lambda values: written(values, mine), theta)[1]
             jacobians: dict[str, Tensor] = torch.func.vmap(lambda cotangent: vjp(cotangent)[0])(cotangents)
             return jacobians
 
-        if size > 1:
-            try:
+        try:
+            with warnings.catch_warnings():  # an operation without a batching rule is slow, not wrong
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                if size == 1:
+                    lone = one(weights[0], *(t[0] for t in tensors))
+                    return {name: value.unsqueeze(0) for name, value in lone.items()}
                 together: dict[str, Tensor] = torch.func.vmap(one)(weights, *tensors)
                 return together
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                warnings.warn(
-                    f"the cell does not run under torch.func.vmap ({reason}); parameters {general} are linearised sample by sample",
-                    PerformanceWarning,
-                    stacklevel=2,
-                )
-        lone = [one(weights[b], *(t[b] for t in tensors)) for b in range(size)]
-        return {name: torch.stack([values[name] for values in lone]) for name in general}
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            warnings.warn(
+                f"the cell does not run under torch.func ({reason}); parameters {general} are linearised sample by sample",
+                PerformanceWarning,
+                stacklevel=2,
+            )
+        found: list[list[Tensor]] = []
+        for b in range(size):
+            leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
+            with torch.enable_grad():
+                head = written(leaves, [t[b] for t in tensors])
+            found.append(_pull_rows(head, list(leaves.values()), weights[b]))
+        return {name: torch.stack([values[i] for values in found]) for i, name in enumerate(theta)}
 
     @staticmethod
     def _steps(steps: list[Step]) -> str:
@@ -398,8 +383,32 @@ def _choices(sparsity: Sparsity) -> list[Any]:
 def _batched_rows(head: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     """``∂head[n, i]/∂input[n]`` for every column i of head (N, I) at once: (I, *input.shape) for each input."""
     rows = head.shape[1]
-    if rows == 0 or not head.requires_grad:
-        return [t.new_zeros(rows, *t.shape) for t in inputs]
     eye = torch.eye(rows, dtype=head.dtype, device=head.device).unsqueeze(1).expand(rows, *head.shape)
-    grads = torch.autograd.grad(head, inputs, eye, is_grads_batched=True, retain_graph=True, allow_unused=True)
-    return [t.new_zeros(rows, *t.shape) if grad is None else grad for t, grad in zip(inputs, grads, strict=True)]
+    return _pull_rows(head, inputs, eye)
+
+
+def _pull_rows(head: Tensor, inputs: list[Tensor], weights: Tensor) -> list[Tensor]:
+    """Pull each of ``weights`` (I, *head.shape) back to the inputs: (I, *input.shape) for each input, zero where nothing arrives."""
+    if not head.requires_grad or not weights.shape[0]:
+        return [t.new_zeros(weights.shape[0], *t.shape) for t in inputs]
+    try:
+        with warnings.catch_warnings():  # an operation without a batching rule is slow, not wrong
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            grads = torch.autograd.grad(
+                head, inputs, weights, is_grads_batched=True, retain_graph=True, allow_unused=True
+            )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        warnings.warn(
+            f"the cell's backward pass cannot be batched ({reason}); it is taken row by row",
+            PerformanceWarning,
+            stacklevel=2,
+        )
+        rows = [torch.autograd.grad(head, inputs, weight, retain_graph=True, allow_unused=True) for weight in weights]
+        return [
+            t.new_zeros(weights.shape[0], *t.shape) if column[0] is None else torch.stack(column)
+            for t, column in zip(inputs, zip(*rows, strict=True), strict=True)
+        ]
+    return [
+        t.new_zeros(weights.shape[0], *t.shape) if grad is None else grad for t, grad in zip(inputs, grads, strict=True)
+    ]

@@ -51,6 +51,8 @@ class CircularSegmentTree(Generic[T]):
     ) -> None:
         if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
             raise ConfigError(f"capacity must be a positive integer, got {capacity!r}")
+        if not isinstance(start, int) or isinstance(start, bool):
+            raise ConfigError(f"start must be an integer, got {start!r}")
         self.capacity = capacity
         self._combine, self._identity, self._keep = combine, identity, keep
         self._first, self._stop = start, start
@@ -110,6 +112,9 @@ class CircularSegmentTree(Generic[T]):
         Raises:
             WindowError: as for ``query``.
         """
+        for bound in (start, stop):
+            if not isinstance(bound, int) or isinstance(bound, bool):
+                raise WindowError(f"a range of steps has integer ends, got {bound!r}")
         if start > stop:
             raise WindowError(f"the range {start} … {stop} is reversed")
         if start == stop:

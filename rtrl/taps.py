@@ -110,9 +110,13 @@ class TapRecorder(TorchFunctionMode):
 def _linear(recorder: TapRecorder, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     name, bias_name = recorder.name(weight), recorder.name(bias)
     tokens = recorder.tokens(input.shape[:-1])
-    if name is None or tokens is None:
+    if name is None or tokens is None or weight.ndim != 2:
         return NotImplemented
-    out = F.linear(input, weight.detach(), None if bias is None else bias.detach() if bias_name else bias)
+    if bias is not None and bias_name is not None:
+        if bias.shape != weight.shape[:1]:  # it broadcasts: no slice of it belongs to a row of z
+            return NotImplemented
+        bias = bias.detach()
+    out = F.linear(input, weight.detach(), bias)
     inputs = input.detach().reshape(recorder.batch, 1, tokens, input.shape[-1])
     uses: list[tuple[str, Tensor | None]] = [(name, inputs)]
     if bias_name is not None:

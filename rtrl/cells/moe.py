@@ -136,18 +136,20 @@ class RecurrentMoE(nn.Module):
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw all weights anew: normal with variance 1 / fan-in, slots with standard deviation 1/2, biases zero."""
+        """Draw all weights anew: normal with variance 1 / fan-in (the candidate's a quarter of it), slots with standard deviation 1/2, biases zero."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name.endswith("bias"):
                     parameter.zero_()
                 else:
                     std = 0.5 if name == "slot_embedding" else 1 / math.sqrt(parameter.shape[-1])
+                    if name == "candidate.weight":
+                        std /= 2  # keeps products of Jacobians from growing over hundreds of steps
                     parameter.normal_(0.0, std, generator=generator)
 
     def init_state(self, batch_size: int) -> Tensor:
         """The first state: zeros of shape (batch_size, n_slots, d_model)."""
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ConfigError(f"batch_size must be a positive integer, got {batch_size!r}")
         return self.slot_embedding.new_zeros(batch_size, self.n_slots, self.d_model)
 
@@ -222,6 +224,9 @@ class RecurrentMoE(nn.Module):
         return heads.transpose(1, 2).flatten(-2)
 
     def _tokens(self, x: Tensor, h: Tensor) -> Tensor:
+        for what, tensor in (("x", x), ("h", h)):
+            if not isinstance(tensor, Tensor):
+                raise ShapeError(f"{what} must be a tensor, got {type(tensor).__name__}")
         if x.ndim not in (2, 3) or x.shape[-1] != self.d_in or 0 in x.shape:
             raise ShapeError(
                 f"x must have shape (B, {self.d_in}) or (B, n, {self.d_in}) with n ≥ 1, got {tuple(x.shape)}"
@@ -243,8 +248,6 @@ class RecurrentMoE(nn.Module):
             raise SparsityError(
                 "replay must give reads, writes and active['expert_up']; build it with cell.choices(...)"
             )
-        if reads.shape[-1] == 0 or experts.shape[-1] == 0:
-            raise SparsityError("replay must read at least one slot and use at least one expert")
         if under_vmap(reads):
             return (
                 reads,
@@ -257,6 +260,8 @@ class RecurrentMoE(nn.Module):
             ("experts", experts, self.n_experts),
         ):
             check_indices(f"replay: {what}", index, h.shape[0], size, h.device)
+        if reads.shape[-1] == 0 or experts.shape[-1] == 0:
+            raise SparsityError("replay must read at least one slot and use at least one expert")
         if not bool((writes.unsqueeze(2) == reads.unsqueeze(1)).any(dim=2).all()):
             raise SparsityError("replay writes a slot that it does not read; only slots read are written")
         return reads, writes, experts

@@ -123,16 +123,20 @@ def check_sparsity(sparsity: Sparsity, h: Tensor, parameters: Mapping[str, Tenso
     Raises:
         SparsityError: wrong kind, shape, device or range, repeated indices, or an unknown parameter name.
     """
+    if not isinstance(sparsity.active, Mapping):
+        raise SparsityError(
+            f"Sparsity.active must map parameter names to LongTensors, got {type(sparsity.active).__name__}"
+        )
     for name, rows in (("reads", sparsity.reads), ("writes", sparsity.writes)):
         if rows is not None:
             check_indices(f"Sparsity.{name}", rows, h.shape[0], h.shape[1], h.device)
-    checked: set[int] = set()  # many parameters of one expert share one index tensor
+    checked: set[tuple[int, int]] = set()  # many parameters of one expert share one index tensor
     for name, slices in sparsity.active.items():
         if name not in parameters:
             raise SparsityError(f"Sparsity.active names {name!r}, which is no parameter of the cell")
         if parameters[name].ndim == 0:
             raise SparsityError(f"Sparsity.active[{name!r}]: a scalar parameter has no slices")
-        key = id(slices) ^ hash(parameters[name].shape[0])
+        key = (id(slices), parameters[name].shape[0])
         if key not in checked:
             check_indices(f"Sparsity.active[{name!r}]", slices, h.shape[0], parameters[name].shape[0], h.device)
             checked.add(key)

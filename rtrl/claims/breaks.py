@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtrl.cells.protocol import Sparsity
+from rtrl.cells.protocol import Sparsity, first_state
 from rtrl.errors import ConfigError
 from rtrl.learner import BlockRTRL
 from rtrl.transition import Transition, compose
@@ -100,9 +100,9 @@ class _ReversesProducts(BlockRTRL):
 class _KeepsInfluenceOverResets(BlockRTRL):
     """A reset starts the state anew, but not the influence."""
 
-    def reset(self, rows: Tensor | None = None, *, state: Tensor | None = None) -> None:
+    def reset(self, rows: Tensor | None = None, *, state: Tensor | None = None, discard: bool = False) -> None:
         self._close()
-        first = self._first_state() if state is None else state
+        first = first_state(self.cell, self.batch_size) if state is None else state
         self._state = (
             first if rows is None else torch.where(rows.reshape(-1, *[1] * (first.ndim - 1)), first, self._state)
         )
