@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rtrl import _guard, _rows, _tree
-from rtrl.cells.protocol import Sparsity, call_cell
+from rtrl.cells.protocol import OTHER_CHOICES, Sparsity, call_cell, same_choices
 from rtrl.errors import CellError, RTRLError
 from rtrl.taps import TapRecorder
 
@@ -47,13 +47,13 @@ def taps_that_mix(
     theta = {name: disturbed(p).requires_grad_(name in parameters) for name, p in cell.named_parameters()}
     point = disturbed(h).requires_grad_()
     try:
-        taps, heads, h_next = _run(cell, parameters, theta, x, point, replay, sparsity, general)
+        taps, heads, h_next = _run(cell, parameters, theta, x, point, replay, sparsity, general, step)
     except RTRLError:
         raise
     except RuntimeError:  # the disturbed point may lie outside the cell's domain
         theta = {name: p.detach().clone().requires_grad_(name in parameters) for name, p in cell.named_parameters()}
         point = h.detach().clone().requires_grad_()
-        taps, heads, h_next = _run(cell, parameters, theta, x, point, replay, sparsity, general)
+        taps, heads, h_next = _run(cell, parameters, theta, x, point, replay, sparsity, general, step)
     _guard.check_copied(point.detach(), h_next.detach(), sparsity.writes, step)
     if batch == 1:
         return set()
@@ -92,11 +92,14 @@ def _run(
     replay: Sparsity | None,
     sparsity: Sparsity,
     general: Iterable[str],
+    step: int,
 ) -> tuple[list[Any], list[Tensor], Tensor]:
     batch, n = h.shape[:2]
     recorder = TapRecorder({name: theta[name] for name in parameters}, batch, general, copy=True)
     with recorder:
-        y, h_next, _ = _call(cell, theta, x, h, replay)
+        y, h_next, again = _call(cell, theta, x, h, replay)
+    if not same_choices(again, sparsity):
+        raise CellError(f"step {step}: {OTHER_CHOICES}")
     written = _rows.take(h_next.reshape(batch, n, h[0, 0].numel()), sparsity.writes).flatten(1)
     return recorder.taps, [written, *(leaf for leaf in _tree.tensors(y) if leaf.is_floating_point())], h_next
 

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from rtrl import _guard, _tree
 from rtrl.block import BlockResult, close_block
-from rtrl.cells.protocol import Cell, Sparsity, call_cell, check_input, check_sparsity, first_state, takes_replay
+from rtrl.cells.protocol import (
+    Cell,
+    Sparsity,
+    call_cell,
+    check_input,
+    check_sparsity,
+    first_state,
+    same_choices,
+    takes_replay,
+)
 from rtrl.errors import (
     CellError,
     ConfigError,
@@ -159,7 +168,7 @@ class BlockRTRL:
             y, h_next, sparsity = self._forward(x, replay, number)
             _guard.check_output(y, self._state, h_next, number)
             check_sparsity(sparsity, self._state, names)
-            if replay is not None and not _same_choices(replay, sparsity):
+            if replay is not None and not same_choices(replay, sparsity):
                 raise CellError(
                     f"step {number}: the cell was given a replay and made other choices; it must return exactly those"
                 )
@@ -409,8 +418,13 @@ class BlockRTRL:
             raise ConfigError("this is no saved learner of a format that is known; pass what state_dict() returned")
         here = self._layout()
         for name, value in saved["layout"].items():
-            if value != here[name]:
-                raise ConfigError(f"the saved learner has {name} {value!r}, this one {here[name]!r}")
+            mine = here[name]
+            if isinstance(value, Mapping):  # say only which parameters differ
+                value, mine = (
+                    {k: v for k, v in one.items() if two.get(k) != v} for one, two in ((value, mine), (mine, value))
+                )
+            if value != mine:
+                raise ConfigError(f"the saved learner has {name}={value!r}, this one {mine!r}")
         for name in ("taken", "paid"):
             if type(saved[name]) is not int or saved[name] < 0:
                 raise ConfigError(f"{name!r} of the saved learner must be a count, got {saved[name]!r}")
@@ -625,15 +639,3 @@ def _own_copy(sparsity: Sparsity) -> Sparsity:
         return copies[id(index)]
 
     return _tree.map_tensors(copy, Sparsity(sparsity.reads, sparsity.writes, dict(sparsity.active)))  # type: ignore[no-any-return]
-
-
-def _same_choices(one: Sparsity, two: Sparsity) -> bool:
-    def same(a: Tensor | None, b: Tensor | None) -> bool:
-        return a is b or (a is not None and b is not None and torch.equal(a, b))
-
-    return (
-        same(one.reads, two.reads)
-        and same(one.writes, two.writes)
-        and one.active.keys() == two.active.keys()
-        and all(same(index, two.active[name]) for name, index in one.active.items())
-    )

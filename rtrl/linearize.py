@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rtrl import _guard, _rows, _tree
-from rtrl.cells.protocol import Sparsity, call_cell, takes_replay
+from rtrl.cells.protocol import OTHER_CHOICES, Sparsity, call_cell, same_choices, takes_replay
 from rtrl.errors import CellError, NonFiniteError, PerformanceWarning, SparsityError
 from rtrl._contract import taps_that_mix
 from rtrl.taps import Tap, TapRecorder
@@ -215,11 +215,8 @@ class Linearizer:
                 y, h_next, again = call_cell(self._cell, x, h, replay)
             if not recorder.changed_in_place:
                 break
-        if _choices(again) != _choices(sparsity):
-            raise CellError(
-                f"{self._steps(steps)}: run as one batch, the cell makes other choices than it did step by step; "
-                "a cell that routes must take forward(x, h, replay=None) and make exactly the choices of a given Sparsity"
-            )
+        if not same_choices(again, sparsity):
+            raise CellError(f"{self._steps(steps)}: {OTHER_CHOICES}")
         return y, h_next, recorder
 
     def _same(self, h_next: Tensor, outputs: list[Tensor], after: list[Tensor], steps: list[Step]) -> None:
@@ -374,10 +371,6 @@ class Linearizer:
     @staticmethod
     def _steps(steps: list[Step]) -> str:
         return f"step {steps[0].number}" if len(steps) == 1 else f"steps {steps[0].number} … {steps[-1].number}"
-
-
-def _choices(sparsity: Sparsity) -> list[Any]:
-    return [leaf.tolist() if isinstance(leaf, Tensor) else leaf for leaf in _tree.leaves(sparsity)]
 
 
 def _batched_rows(head: Tensor, inputs: list[Tensor]) -> list[Tensor]:

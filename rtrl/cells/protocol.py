@@ -86,6 +86,26 @@ def call_cell(cell: Callable[..., Any], x: Any, h: Tensor, replay: Sparsity | No
     return y, h_next, sparsity
 
 
+OTHER_CHOICES = (
+    "run again, the cell makes other choices than it did; a cell that routes must take forward(x, h, replay=None) and make "
+    "exactly the choices of a given Sparsity"
+)
+
+
+def same_choices(one: Sparsity, two: Sparsity) -> bool:
+    """Whether two steps touched the same rows and slices, in the same order."""
+
+    def same(a: Tensor | None, b: Tensor | None) -> bool:
+        return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+    return (
+        same(one.reads, two.reads)
+        and same(one.writes, two.writes)
+        and one.active.keys() == two.active.keys()
+        and all(same(index, two.active[name]) for name, index in one.active.items())
+    )
+
+
 def under_vmap(tensor: Tensor) -> bool:
     """Whether a tensor stands for one of many under ``torch.func.vmap``, so that its values cannot steer Python
     code."""
