@@ -250,7 +250,9 @@ class BlockRTRL:
                 _guard.check_finite(what, gradient, number)
         for leaf, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None:
-                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+                # A tensor of its own: what autograd.grad returns may be a view, or an expanded scalar.
+                kept = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+                leaf.grad = (kept + gradient).detach()
         self._given.append(weakref.ref(loss))
 
     # ------------------------------------------------------------------ looking back

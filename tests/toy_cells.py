@@ -46,7 +46,8 @@ class OddCell(nn.Module):
         self.inward = nn.Linear(d_in, hidden, bias=False)
 
     def init_state(self, batch_size: int) -> Tensor:
-        return torch.full((batch_size, 2, self.scale.shape[0]), 0.1, dtype=self.scale.dtype, device=self.scale.device)
+        rows = torch.linspace(-0.3, 0.9, 2 * self.scale.shape[0], dtype=self.scale.dtype, device=self.scale.device)
+        return rows.square().reshape(1, 2, -1).repeat(batch_size, 1, 1)
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[DictOutput, Tensor]:
         fast, slow = h.unbind(dim=1)
