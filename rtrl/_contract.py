@@ -1,7 +1,7 @@
 """Whether a cell keeps the contract at a generic point, once for each kind of step.
 
-A first state of zeros or a gate that starts at zero hides what a cell does: derivatives that are zero by chance say nothing.
-So the cell is run on a disturbed copy of its state and parameters, where what can differ from zero does.
+A first state of zeros or a gate that starts at zero hides what a cell does: derivatives that are zero by chance say
+nothing. So the cell is run on a disturbed copy of its state and parameters, where what can differ from zero does.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,7 +29,8 @@ def taps_that_mix(
     """The parameters with a tap whose dimension 0 does not run over the samples, found at a generic point.
 
     Args:
-        x, h, replay, sparsity: a batch of N samples of one kind. general: parameters that have no taps anyway. step: for messages.
+        x, h, replay, sparsity: a batch of N samples of one kind. general: parameters that have no taps anyway. step:
+            for messages.
 
     Raises:
         CellError: a sample computes something else alone than in the batch, or depends on another one.
@@ -77,7 +78,8 @@ def taps_that_mix(
             if bool((torch.isfinite(stray) & (stray != 0)).any()):
                 if i == 0:
                     raise CellError(
-                        f"step {step}: the cell mixes samples: the next state or y of one depends on the state of another"
+                        f"step {step}: the cell mixes samples: the next state or y of one depends on the state of "
+                        "another"
                     )
                 mixing.add(taps[i - 1].name)
     return mixing

@@ -42,7 +42,8 @@ def _generator_states(own: torch.Generator | None) -> list[Tensor]:
 
 
 def check_purity(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) -> None:
-    """Run the cell once on copies; refuse it if it draws random numbers or changes its input, state, buffers or parameters.
+    """Run the cell once on copies; refuse it if it draws random numbers or changes its input, state, buffers or
+    parameters.
 
     Raises:
         CellError: naming what it did. Buffers and parameters are as they were before.
@@ -63,7 +64,8 @@ def check_purity(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) ->
                 )
         if [id(t) for t in own] != [id(t) for t in (*cell.parameters(), *cell.buffers())]:
             raise CellError(
-                "the cell replaces a parameter or buffer of its own; a cell must be a pure function of (x, h, parameters)"
+                "the cell replaces a parameter or buffer of its own; a cell must be a pure function of (x, h, "
+                "parameters)"
             )
     except CellError:
         for value, kept in zip(own, saved, strict=True):
@@ -117,7 +119,8 @@ def check_output(y: Any, h: Tensor, h_next: Tensor, step: int) -> None:
     for leaf in _tree.tensors(y):
         if leaf.ndim == 0 or leaf.shape[0] != h.shape[0]:
             raise CellError(
-                f"step {step}: each tensor of y must have the batch of {h.shape[0]} as dimension 0, got shape {tuple(leaf.shape)}; "
+                f"step {step}: each tensor of y must have the batch of {h.shape[0]} as dimension 0, got shape "
+                f"{tuple(leaf.shape)}; "
                 "return per-sample values and reduce them in the loss"
             )
         check_finite("y", leaf, step)
@@ -136,7 +139,8 @@ def check_copied(h: Tensor, h_next: Tensor, writes: Tensor | None, step: int) ->
     if bool(changed.any()):
         sample, row = (int(i) for i in changed.nonzero()[0])
         raise SparsityError(
-            f"step {step}: row {row} of the state of sample {sample} changed, but is not declared as written (a row that decays is written, too)"
+            f"step {step}: row {row} of the state of sample {sample} changed, but is not declared as written (a row "
+            "that decays is written, too)"
         )
 
 
@@ -170,7 +174,8 @@ def check_loss(loss: Any, outputs: list[Tensor], given: list["weakref.ref[Tensor
         raise LossError(f"a loss must be a scalar, got shape {tuple(loss.shape)}; reduce it with .sum() or .mean()")
     if not outputs:
         raise LossError(
-            "there is no step that can take a loss: call step() first, and give its losses before sync(), reset() or influence()"
+            "there is no step that can take a loss: call step() first, and give its losses before sync(), reset() "
+            "or influence()"
         )
     if loss.device != outputs[0].device:
         raise LossError(f"the loss is on {loss.device}, y on {outputs[0].device}")
@@ -178,7 +183,8 @@ def check_loss(loss: Any, outputs: list[Tensor], given: list["weakref.ref[Tensor
         raise LossError(f"this loss was already given at step {step}; compute it anew if it is to count twice")
     if not loss.requires_grad or not (reached := reached_leaves(loss)).keys() & {id(leaf) for leaf in outputs}:
         raise LossError(
-            f"the loss does not depend on the y of step {step}; compute it from what the last step() returned, without detaching it"
+            f"the loss does not depend on the y of step {step}; compute it from what the last step() returned, "
+            "without detaching it"
         )
     check_finite("the loss", loss.detach(), step)
     return list(reached.values())

@@ -65,8 +65,7 @@ def close_block(
         SparsityError: a slice was used that was not declared active.
 
     Cost: a step and sample, ``u·w·c·width³`` for the suffix products and ``u·w·width²`` times the size of each tap's
-    output; then, a block,
-    one product of the size of the active parameters times ``u·width``.
+        output; then, a block, one product of the size of the active parameters times ``u·width``.
     """
     size, n = state.shape[:2]
     sweep = _sweep(groups, state, n, state[0, 0].numel())

@@ -73,9 +73,8 @@ def verify(
 ) -> None:
     """Prove on real text that gradients and influences are exact, against BPTT, textbook RTRL and finite differences.
 
-    A small mixture of experts reads bytes; its experts fall asleep and wake as the text has it. Exit code 0: all
-    agree; 1: something does
-    not; 2: the command cannot be carried out.
+    A small mixture of experts reads bytes; its experts fall asleep and wake as the text has it. Exit code 0: all agree;
+    1: something does not; 2: the command cannot be carried out.
     """
     from rtrl.claims import _table, breaks, gradient_equivalence  # the oracles are needed here and nowhere else
 

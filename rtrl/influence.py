@@ -154,7 +154,8 @@ class ParameterInfluence:
         """
         if state["values"].shape[1:] != self.values.shape[1:] or state["row"].shape != self._row.shape:
             raise ConfigError(
-                f"the saved influence has rows of shape {tuple(state['values'].shape[1:])} for {state['row'].numel()} slices, "
+                f"the saved influence has rows of shape {tuple(state['values'].shape[1:])} for "
+                f"{state['row'].numel()} slices, "
                 f"this learner needs {tuple(self.values.shape[1:])} for {self._row.numel()}"
             )
         device, dtype = self.values.device, self.values.dtype

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtrl import _guard, _tree
+from rtrl import _guard, _tree, checkpoint
 from rtrl.block import BlockResult, close_block
 from rtrl.cells.protocol import (
     Cell,
@@ -38,9 +38,8 @@ class BlockRTRL:
     """Exact gradients of a recurrent cell, carried forward in memory that does not grow with the number of steps.
 
     Equation, over blocks of steps: ``S ← Φ S + Σ_τ C_τ B_τ`` and
-    ``dL/dθ = Σ_blocks ( v S + what the block earns inside )``, where S is the influence
-    ``∂h/∂θ`` at the block's start, ``Φ`` the product of its dynamics Jacobians, ``C_τ`` its suffix products and v its
-    adjoint. ``block=1`` is textbook
+    ``dL/dθ = Σ_blocks ( v S + what the block earns inside )``, where S is the influence ``∂h/∂θ`` at the block's start,
+    ``Φ`` the product of its dynamics Jacobians, ``C_τ`` its suffix products and v its adjoint. ``block=1`` is textbook
     RTRL, ``block ≥ T`` is BPTT, everything between is exact too. A slice of a parameter that sleeps is left alone; the
     ``(Φ, v)`` of the blocks it sleeps through are kept in a segment tree until it wakes, a gradient is asked for, or
     the window passes.
@@ -58,8 +57,7 @@ class BlockRTRL:
         ConfigError: a size is not a positive integer, or the cell has no trainable parameter or no first state.
 
     Cost: a block of m steps, for a dense cell, ``H·P·(H + m)`` multiply-adds for the influence and ``m·H³`` for the
-    products; bytes held: see
-    ``retained_bytes``, in the main ``B·H·P_active`` numbers of influence.
+        products; bytes held: see ``retained_bytes``, in the main ``B·H·P_active`` numbers of influence.
 
     Source: Williams and Zipser (1989), Neural Computation 1(2), for RTRL; Schmidhuber (1992), Neural Computation 4(2),
     for blocks.
@@ -142,9 +140,8 @@ class BlockRTRL:
             ShapeError: x has the wrong batch, dtype or device. CellError: the cell breaks its contract. SparsityError:
             what it
             declares is malformed. NonFiniteError: NaN or infinity in x, y or the next state. ParameterChangedError: a
-            parameter
-            changed inside the open block; call ``sync()`` before changing parameters. Nothing has changed when one is
-            raised.
+                parameter changed inside the open block; call ``sync()`` before changing parameters. Nothing has changed
+                when one is raised.
 
         Cost: one forward pass without a graph; at the first step of a new block, the closing of the last one.
         """
@@ -212,7 +209,8 @@ class BlockRTRL:
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             shapes = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in _tree.tensors(x))
             raise ShapeError(
-                f"step {number}: the cell does not take this x ({shapes}) with a state {tuple(h.shape)} {h.dtype}: {error}"
+                f"step {number}: the cell does not take this x ({shapes}) with a state {tuple(h.shape)} {h.dtype}: "
+                f"{error}"
             ) from error
         if h._version:
             raise CellError(f"step {number}: the cell changes the state h in place; it must return a new one")
@@ -222,8 +220,7 @@ class BlockRTRL:
         """Give a loss of the newest step; several are summed.
 
         Equation: adds ∂loss/∂y to what step t will carry back through time; whatever else the loss depends on gets its
-        gradient at once, as by
-        ``loss.backward()``.
+        gradient at once, as by ``loss.backward()``.
 
         Args:
             loss: a scalar tensor computed from what the last ``step`` returned.
@@ -272,8 +269,7 @@ class BlockRTRL:
             nothing has changed.
 
         Cost: the closing of a block; for each group of slices that fell asleep together, O(log window) row-vector
-        products and one product
-        (1 × H) @ (H × p) a slice. Sleeping influences are not moved.
+            products and one product (1 × H) @ (H × p) a slice. Sleeping influences are not moved.
         """
         self._close()
         if self._history is None:
@@ -332,8 +328,8 @@ class BlockRTRL:
                 closed, because its Jacobian is infinite, say. For all samples only.
 
         Raises:
-            ConfigError: ``discard`` together with ``rows``. ShapeError: ``rows`` or ``state`` has the wrong shape, dtype or device. And whatever closing the block
-            raises.
+            ConfigError: ``discard`` together with ``rows``. ShapeError: ``rows`` or ``state`` has the wrong shape,
+                dtype or device. And whatever closing the block raises.
 
         Cost: closes the open block early; pays the sleeping slices of these samples, as ``sync`` does.
         """
@@ -386,17 +382,7 @@ class BlockRTRL:
         Losses of a step must be given before it is saved: the ``y`` of steps taken before the save takes no more
         losses after a load.
         """
-        return {
-            "format": 1,
-            "layout": self._layout(),
-            "state": self._state.clone(),
-            "taken": self._taken,
-            "paid": self._paid,
-            "steps": [_step_state(step) for step in self._steps],
-            "influences": {name: influence.state_dict() for name, influence in self._influences.items()},
-            "history": None if self._history is None else self._history.state_dict(),
-            "earned": {name: gradient.clone() for name, gradient in self._earned.items()},
-        }
+        return checkpoint.save(self)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from where ``state_dict`` was taken, with the same cell, parameters and arguments.
@@ -404,64 +390,11 @@ class BlockRTRL:
         Raises:
             ConfigError: it was taken of a learner with other arguments or another cell. Nothing has changed then.
         """
-        try:
-            loaded = self._loaded(saved)
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"this is no saved learner, or a damaged one: {type(error).__name__}: {error}") from error
+        loaded = checkpoint.load(self, saved)
         self._give_up_block()
-        self._state, self._taken, self._paid, self._influences, self._history, self._steps, self._earned = loaded
+        self._state, self._taken, self._paid, self._steps = loaded.state, loaded.taken, loaded.paid, loaded.steps
+        self._influences, self._history, self._earned = loaded.influences, loaded.history, loaded.earned
         self._versions = self._parameter_versions()
-
-    def _loaded(self, saved: Mapping[str, Any]) -> tuple[Any, ...]:
-        """What ``state_dict`` gave, checked against this learner, without touching it."""
-        if not isinstance(saved, Mapping) or saved.get("format") != 1:
-            raise ConfigError("this is no saved learner of a format that is known; pass what state_dict() returned")
-        here = self._layout()
-        for name, value in saved["layout"].items():
-            mine = here[name]
-            if isinstance(value, Mapping):  # say only which parameters differ
-                value, mine = (
-                    {k: v for k, v in one.items() if two.get(k) != v} for one, two in ((value, mine), (mine, value))
-                )
-            if value != mine:
-                raise ConfigError(f"the saved learner has {name}={value!r}, this one {mine!r}")
-        for name in ("taken", "paid"):
-            if type(saved[name]) is not int or saved[name] < 0:
-                raise ConfigError(f"{name!r} of the saved learner must be a count, got {saved[name]!r}")
-        if saved["influences"] and saved["influences"].keys() != self._parameters.keys():
-            raise ConfigError("the saved influences are not those of this learner's parameters")
-        influences = {}
-        for name, held in saved["influences"].items():
-            influences[name] = self._empty_influence(name, held["sliced"])
-            influences[name].load_state_dict(held)
-        history = None if saved["history"] is None else History.from_state_dict(saved["history"], self._state)
-        if saved["paid"] > (0 if history is None else history.now) or bool(influences) != (history is not None):
-            raise ConfigError("the parts of the saved learner do not fit together")
-        steps = [_step_from_state(held, self._state) for held in saved["steps"]]
-        if saved["taken"] < len(steps) or any(s.number != saved["taken"] - len(steps) + i for i, s in enumerate(steps)):
-            raise ConfigError("the steps of the saved learner do not fit its count")
-        earned = {name: saved["earned"][name].to(self._state, copy=True) for name in saved["earned"]}
-        if any(earned[name].shape != self._parameters[name].shape for name in earned):
-            raise ConfigError("the saved gradients do not have the parameters' shapes")
-        state = saved["state"]
-        if state.shape != self._state.shape or state.dtype != self._state.dtype:
-            raise ConfigError(
-                f"the saved state is {tuple(state.shape)} {state.dtype}, this one {self._layout()['state']}"
-            )
-        return state.to(self._state, copy=True), saved["taken"], saved["paid"], influences, history, steps, earned
-
-    def _layout(self) -> dict[str, Any]:
-        """What a saved learner and the one that loads it must have in common."""
-        return {
-            "batch_size": self.batch_size,
-            "block": self.block,
-            "window": self.window,
-            "lazy": self.lazy,
-            "state": f"{tuple(self._state.shape)} {self._state.dtype}",
-            "parameters": {name: f"{tuple(p.shape)} {p.dtype}" for name, p in self._parameters.items()},
-        }
 
     # ------------------------------------------------------------------ the machinery
 
@@ -562,7 +495,8 @@ class BlockRTRL:
             raise ShapeError(f"a state must be a floating-point tensor ({self.batch_size}, n, ...), got {kind}")
         if like is not None and (state.shape != like.shape or state.dtype != like.dtype or state.device != like.device):
             raise ShapeError(
-                f"the state must stay {tuple(like.shape)} {like.dtype} {like.device}, got {tuple(state.shape)} {state.dtype} {state.device}"
+                f"the state must stay {tuple(like.shape)} {like.dtype} {like.device}, got {tuple(state.shape)} "
+                f"{state.dtype} {state.device}"
             )
         parameter = next(iter(self._parameters.values()))
         if state.device != parameter.device:
@@ -580,7 +514,8 @@ class BlockRTRL:
         current = {name: p for name, p in self.cell.named_parameters() if p.requires_grad}
         if current.keys() != self._parameters.keys() or any(current[n] is not p for n, p in self._parameters.items()):
             raise ParameterChangedError(
-                "the cell's trainable parameters are no longer those that the learner was made for: one was replaced, added, "
+                "the cell's trainable parameters are no longer those that the learner was made for: one was "
+                "replaced, added, "
                 "frozen or unfrozen; make a new learner"
             )
         if not self._steps or self._versions == self._parameter_versions():
@@ -589,8 +524,10 @@ class BlockRTRL:
         now = self._parameter_versions()
         changed = [name for name, a, b in zip(names, self._versions, now, strict=False) if a != b]
         raise ParameterChangedError(
-            f"{', '.join(map(repr, changed[:3])) or 'a parameter'} changed inside the open block of steps {self._steps[0].number} … "
-            f"{self._steps[-1].number}, which must be linearised at the old value; call sync() before changing parameters. Put the old value back, or "
+            f"{', '.join(map(repr, changed[:3])) or 'a parameter'} changed inside the open block of steps "
+            f"{self._steps[0].number} … "
+            f"{self._steps[-1].number}, which must be linearised at the old value; call sync() before changing "
+            "parameters. Put the old value back, or "
             "give the block up by reset(discard=True)"
         )
 
@@ -604,31 +541,6 @@ class BlockRTRL:
         for name, birth in result.births.items():
             if not _tree.finite(birth.values):
                 raise NonFiniteError(f"NaN or infinity in the influence of parameter {name!r} born in {span}")
-
-
-def _step_state(step: Step) -> dict[str, Any]:
-    return {
-        "x": _tree.map_tensors(torch.clone, step.x),
-        "h": step.h.clone(),
-        **_tree.map_tensors(torch.clone, step.sparsity._asdict()),
-        "outputs": [leaf.detach().clone() for leaf in step.outputs],
-        "grads": [None if leaf.grad is None else leaf.grad.clone() for leaf in step.outputs],
-        "number": step.number,
-    }
-
-
-def _step_from_state(saved: Mapping[str, Any], like: Tensor) -> Step:
-    def move(value: Tensor) -> Tensor:
-        return value.to(like.device, copy=True)
-
-    outputs = [move(value).requires_grad_() for value in saved["outputs"]]
-    for leaf, grad in zip(outputs, saved["grads"], strict=True):
-        leaf.grad = None if grad is None else move(grad)
-    reads, writes = (None if saved[k] is None else move(saved[k]) for k in ("reads", "writes"))
-    sparsity = Sparsity(reads, writes, {name: move(index) for name, index in saved["active"].items()})
-    return Step(
-        _tree.map_tensors(move, saved["x"]), move(saved["h"]), sparsity, outputs, _guard.Open(), saved["number"]
-    )
 
 
 def _own_copy(sparsity: Sparsity) -> Sparsity:

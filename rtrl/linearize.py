@@ -1,11 +1,9 @@
 """A run of recorded steps → their row-sparse dynamics Jacobians, adjoints and taps, all in one batch.
 
 Going forward needs no graph. Afterwards the cell is run once more on all the steps of a block as one batch of
-``steps · B`` samples,
-with its choices replayed, and every derivative is taken in one batched backward pass.
+``steps · B`` samples, with its choices replayed, and every derivative is taken in one batched backward pass.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from rtrl import _guard, _rows, _tree
-from rtrl.cells.protocol import OTHER_CHOICES, Sparsity, call_cell, same_choices, takes_replay
-from rtrl.errors import CellError, NonFiniteError, PerformanceWarning, SparsityError
 from rtrl._contract import taps_that_mix
+from rtrl.cells.protocol import OTHER_CHOICES, Sparsity, call_cell, same_choices, takes_replay
+from rtrl.errors import CellError, NonFiniteError, SparsityError
+from rtrl.general import jacobian_rows, weighted_jacobians
 from rtrl.taps import Tap, TapRecorder
 
 
@@ -147,7 +146,7 @@ class Linearizer:
         general = self._remaining([written, *outputs])
 
         inputs = [h, *(tap.output for tap in recorder.taps)]
-        grads = _batched_rows(written, inputs)
+        grads = jacobian_rows(written, inputs)
         jacobian = grads[0].reshape(written.shape[1], batch, n, width)
         cols = None
         if sparsity.reads is not None and sparsity.writes is not None:
@@ -201,8 +200,8 @@ class Linearizer:
             lossless=all(leaf.grad is None for step in steps for leaf in step.outputs),
             direct=direct,
             pull=pull if general and written.requires_grad else lambda weights: {},
-            jacobians=lambda weights: self._general_jacobians(
-                weights, general, x, h.detach(), replay, sparsity, m, size
+            jacobians=lambda weights: weighted_jacobians(
+                self._cell, general, weights, x, h.detach(), replay, sparsity.writes
             ),
         )
 
@@ -226,8 +225,10 @@ class Linearizer:
         ):
             if not _guard.nearly_equal(value.detach(), wanted.detach()):
                 raise CellError(
-                    f"{self._steps(steps)}: run once more as one batch, the cell does not reach the {what} it reached step "
-                    "by step. Either it is no pure function of (x, h, parameters), its samples are not independent, or its "
+                    f"{self._steps(steps)}: run once more as one batch, the cell does not reach the {what} it "
+                    "reached step "
+                    "by step. Either it is no pure function of (x, h, parameters), its samples are not independent, "
+                    "or its "
                     "parameters were changed behind autograd's back inside an open block (call sync() first)"
                 )
 
@@ -257,7 +258,8 @@ class Linearizer:
             sample, row = (int(i) for i in stray.nonzero()[0])
             step, size = steps[sample // steps[0].h.shape[0]].number, steps[0].h.shape[0]
             raise SparsityError(
-                f"step {step}: the written rows of sample {sample % size} depend on row {row} of the state, which it declares "
+                f"step {step}: the written rows of sample {sample % size} depend on row {row} of the state, which it "
+                "declares "
                 "neither as read nor as written"
             )
 
@@ -308,100 +310,6 @@ class Linearizer:
                     f"NaN or infinity in {what}, step {steps[sample // size].number}, sample {sample % size}"
                 )
 
-    def _general_jacobians(
-        self,
-        weights: Tensor,
-        general: list[str],
-        x: Any,
-        h: Tensor,
-        replay: Sparsity | None,
-        sparsity: Sparsity,
-        m: int,
-        size: int,
-    ) -> dict[str, Tensor]:
-        """Weighted immediate Jacobians of parameters that no tap covers, one sample apart from another under
-        ``vmap``."""
-        rest = {name: p.detach() for name, p in self._cell.named_parameters() if name not in general}
-        theta = {name: self._parameters[name].detach() for name in general}
-        flat, refill = _tree.flatten((x, h, replay, sparsity.writes))
-        places = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
-        tensors = [flat[i].detach().reshape(m, size, *flat[i].shape[1:]).transpose(0, 1) for i in places]
-
-        def written(values: dict[str, Tensor], mine: Sequence[Tensor]) -> Tensor:
-            """h_next[writes] of one sample's steps, (m, w·width), with these values of the general parameters."""
-            refilled = list(flat)
-            for i, leaf in zip(places, mine, strict=True):
-                refilled[i] = leaf
-            own_x, own_h, own_replay, writes = refill(refilled)
-
-            def substituted(*args: Any, **kwargs: Any) -> Any:
-                return torch.func.functional_call(self._cell, {**rest, **values}, args, kwargs)
-
-            _, h_next, _ = call_cell(substituted, own_x, own_h, own_replay)
-            return _rows.take(h_next.reshape(m, h_next.shape[1], own_h[0, 0].numel()), writes).flatten(1)
-
-        def one(cotangents: Tensor, *mine: Tensor) -> dict[str, Tensor]:
-            vjp = torch.func.vjp(lambda values: written(values, mine), theta)[1]
-            jacobians: dict[str, Tensor] = torch.func.vmap(lambda cotangent: vjp(cotangent)[0])(cotangents)
-            return jacobians
-
-        try:
-            with warnings.catch_warnings():  # an operation without a batching rule is slow, not wrong
-                warnings.filterwarnings("ignore", message="There is a performance drop")
-                if size == 1:
-                    lone = one(weights[0], *(t[0] for t in tensors))
-                    return {name: value.unsqueeze(0) for name, value in lone.items()}
-                together: dict[str, Tensor] = torch.func.vmap(one)(weights, *tensors)
-                return together
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            warnings.warn(
-                f"the cell does not run under torch.func ({reason}); parameters {general} are linearised sample by sample",
-                PerformanceWarning,
-                stacklevel=2,
-            )
-        found: list[list[Tensor]] = []
-        for b in range(size):
-            leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
-            with torch.enable_grad():
-                head = written(leaves, [t[b] for t in tensors])
-            found.append(_pull_rows(head, list(leaves.values()), weights[b]))
-        return {name: torch.stack([values[i] for values in found]) for i, name in enumerate(theta)}
-
     @staticmethod
     def _steps(steps: list[Step]) -> str:
         return f"step {steps[0].number}" if len(steps) == 1 else f"steps {steps[0].number} … {steps[-1].number}"
-
-
-def _batched_rows(head: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    """``∂head[n, i]/∂input[n]`` for every column i of head (N, I) at once: (I, *input.shape) for each input."""
-    rows = head.shape[1]
-    eye = torch.eye(rows, dtype=head.dtype, device=head.device).unsqueeze(1).expand(rows, *head.shape)
-    return _pull_rows(head, inputs, eye)
-
-
-def _pull_rows(head: Tensor, inputs: list[Tensor], weights: Tensor) -> list[Tensor]:
-    """Pull each of ``weights`` (I, *head.shape) back to the inputs: (I, *input.shape) for each input, zero where nothing arrives."""
-    if not head.requires_grad or not weights.shape[0]:
-        return [t.new_zeros(weights.shape[0], *t.shape) for t in inputs]
-    try:
-        with warnings.catch_warnings():  # an operation without a batching rule is slow, not wrong
-            warnings.filterwarnings("ignore", message="There is a performance drop")
-            grads = torch.autograd.grad(
-                head, inputs, weights, is_grads_batched=True, retain_graph=True, allow_unused=True
-            )
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        warnings.warn(
-            f"the cell's backward pass cannot be batched ({reason}); it is taken row by row",
-            PerformanceWarning,
-            stacklevel=2,
-        )
-        rows = [torch.autograd.grad(head, inputs, weight, retain_graph=True, allow_unused=True) for weight in weights]
-        return [
-            t.new_zeros(weights.shape[0], *t.shape) if column[0] is None else torch.stack(column)
-            for t, column in zip(inputs, zip(*rows, strict=True), strict=True)
-        ]
-    return [
-        t.new_zeros(weights.shape[0], *t.shape) if grad is None else grad for t, grad in zip(inputs, grads, strict=True)
-    ]

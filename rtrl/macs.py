@@ -1,9 +1,8 @@
 """Counted multiply-adds: what a claim about cost is checked against, the same on every machine and at every load.
 
 ``torch.utils.flop_counter`` counts nothing for matrix-vector, outer, elementwise and sparse products, and passes over
-what it does not
-know, so that a cost moved into one of those would look like a saving. Here every operation is in one of three classes,
-or is refused.
+what it does not know, so that a cost moved into one of those would look like a saving. Here every operation is in one
+of three classes, or is refused.
 """
 
 from collections import Counter
@@ -41,8 +40,8 @@ class MacCounter(TorchDispatchMode):
     * anything else, a convolution for one, is refused.
 
     Counts follow from shapes and indices, so they do not depend on the device or the number of threads. Complex and
-    integer elements count
-    like real ones. A counter entered twice counts once; two nested counters both count everything.
+    integer elements count like real ones. A counter entered twice counts once; two nested counters both count
+    everything.
 
     Args:
         rules: ``"namespace.name"`` → ``rule(args, kwargs, out)``, as ``register`` takes them.
@@ -98,7 +97,8 @@ class MacCounter(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # newer versions of PyTorch would wrap every dispatch in ``torch._dynamo``, whose import alone takes seconds
+        # newer versions of PyTorch would wrap every dispatch in ``torch._dynamo``, whose import alone takes seconds
+        return False
 
     def __enter__(self) -> "MacCounter":
         fresh = self not in _get_current_dispatch_mode_stack()
@@ -152,7 +152,8 @@ def _contraction(first: int) -> Rule:
         if a.layout is torch.strided:
             return int(a.shape[-2]) * _stored(b)
         raise UnknownOperationError(
-            "the multiply-adds of a sparse times a sparse matrix depend on which entries meet; register a rule of your own"
+            "the multiply-adds of a sparse times a sparse matrix depend on which entries meet; register a rule of "
+            "your own"
         )
 
     return count
@@ -201,18 +202,15 @@ _ELEMENTS = {
     **_aten(
         _results,
         """_softmax _softmax_backward_data _log_softmax _log_softmax_backward_data floor_divide native_dropout
-        native_dropout_backward
-        native_layer_norm native_layer_norm_backward _fused_rms_norm _fused_rms_norm_backward softplus_backward
-        hardtanh_backward
-        elu_backward glu glu_backward log_sigmoid_forward log_sigmoid_backward leaky_relu_backward mse_loss_backward
-        smooth_l1_loss_backward
-        huber_loss_backward nll_loss_backward binary_cross_entropy_backward""",
+        native_dropout_backward native_layer_norm native_layer_norm_backward _fused_rms_norm _fused_rms_norm_backward
+        softplus_backward hardtanh_backward elu_backward glu glu_backward log_sigmoid_forward log_sigmoid_backward
+        leaky_relu_backward mse_loss_backward smooth_l1_loss_backward huber_loss_backward nll_loss_backward
+        binary_cross_entropy_backward""",
     ),
     **_aten(
         _taken_in(0),
         """sum nansum mean prod cumsum cumprod var std var_mean std_mean logsumexp logcumsumexp norm linalg_vector_norm
-        trace
-        embedding_dense_backward mse_loss smooth_l1_loss huber_loss nll_loss_forward binary_cross_entropy
+        trace embedding_dense_backward mse_loss smooth_l1_loss huber_loss nll_loss_forward binary_cross_entropy
         binary_cross_entropy_with_logits""",
     ),
     **_aten(_taken_in(3), "index_add scatter_add index_reduce"),
@@ -223,26 +221,20 @@ _MOVES = _aten(
     _nothing,
     # copies, changes of shape
     """clone copy _to_copy _unsafe_view _reshape_copy cat stack repeat roll flip tril triu constant_pad_nd
-    unfold_backward resize set
-    unsafe_split unsafe_split_with_sizes unsafe_chunk select_backward slice_backward diagonal_backward select_scatter
-    slice_scatter
-    diagonal_scatter diag_embed _conj_physical is_pinned _pin_memory """
+    unfold_backward resize set unsafe_split unsafe_split_with_sizes unsafe_chunk select_backward slice_backward
+    diagonal_backward select_scatter slice_scatter diagonal_scatter diag_embed _conj_physical is_pinned _pin_memory """
     # look-ups, writes that do not add
     """gather index index_select take embedding scatter index_copy index_fill masked_fill masked_select masked_scatter
-    where
-    _local_scalar_dense repeat_interleave """
+    where _local_scalar_dense repeat_interleave """
     # new tensors, drawn or not
     """empty empty_like empty_strided new_empty new_empty_strided zeros zeros_like new_zeros ones ones_like new_ones
-    full full_like
-    new_full zero fill eye arange linspace scalar_tensor tril_indices triu_indices rand rand_like randn randn_like
-    randint randint_like
-    randperm normal uniform random bernoulli exponential geometric log_normal cauchy multinomial poisson """
+    full full_like new_full zero fill eye arange linspace scalar_tensor tril_indices triu_indices rand rand_like randn
+    randn_like randint randint_like randperm normal uniform random bernoulli exponential geometric log_normal cauchy
+    multinomial poisson """
     # comparing, choosing, sorting, counting
     """eq ne lt le gt ge equal isnan isinf isposinf isneginf logical_and logical_or logical_xor logical_not bitwise_and
-    bitwise_or
-    bitwise_xor bitwise_not all any max min amax amin aminmax argmax argmin sort topk searchsorted bucketize unique_dim
-    _unique2
-    unique_consecutive count_nonzero nonzero nonzero_static bincount is_same_size """
+    bitwise_or bitwise_xor bitwise_not all any max min amax amin aminmax argmax argmin sort topk searchsorted bucketize
+    unique_dim _unique2 unique_consecutive count_nonzero nonzero nonzero_static bincount is_same_size """
     # between layouts
     """_to_sparse _to_sparse_csr _to_sparse_csc _to_dense _coalesce _nnz is_coalesced _sparse_coo_tensor_unsafe
     _sparse_coo_tensor_with_dims _sparse_coo_tensor_with_dims_and_tensors _sparse_compressed_tensor_unsafe""",

@@ -11,27 +11,23 @@ T = TypeVar("T")
 class CircularSegmentTree(Generic[T]):
     """The last ``capacity`` elements over any monoid; any range of them is composed in order with O(log n) combines.
 
-    Equation: ``query(a, b) = x_a ∘ x_{a+1} ∘ … ∘ x_{b−1}``, where ``combine(earlier, later)`` is ∘, associative and
-    not necessarily
-    commutative. Steps are counted from 0 for the first element ever appended (or from ``start``).
+    Equation: ``query(a, b) = x_a ∘ x_{a+1} ∘ … ∘ x_{b−1}``, where ``combine(earlier, later)`` is ∘, associative and not
+    necessarily commutative. Steps are counted from 0 for the first element ever appended (or from ``start``).
 
     Args:
         capacity: how many elements are held, any number ≥ 1.
         combine: ``(earlier, later) -> T``; must not change its arguments.
         identity: the value of an empty range.
         start: the step number of the first element.
-        keep: ``keep(node, span, value) -> value`` is asked where an element is to be kept: ``node`` in 0 … 2·capacity
-            − 2 names the place,
-            ``span`` how many steps it covers at most. By default the value itself is kept.
+        keep: ``keep(node, span, value) -> value`` is asked where an element is to be kept: ``node`` in 0 … 2·capacity −
+            2 names the place, ``span`` how many steps it covers at most. By default the value itself is kept.
 
     Raises:
         ConfigError: ``capacity`` is not a positive integer.
 
     Cost: appending is O(1) without a combine. A query takes at most ``2·log2(capacity) + 2`` combines to join its
-    parts, besides the
-    inner nodes under it that nobody has needed since their leaves changed: those are computed once and remembered.
-        Memory: at most
-    ``2·capacity − 1`` elements.
+        parts, besides the inner nodes under it that nobody has needed since their leaves changed: those are computed
+        once and remembered. Memory: at most ``2·capacity − 1`` elements.
 
     >>> tree = CircularSegmentTree(3, lambda a, b: a + b, "")
     >>> for letter in "abcde":
@@ -57,8 +53,8 @@ class CircularSegmentTree(Generic[T]):
         self._combine, self._identity, self._keep = combine, identity, keep
         self._first, self._stop = start, start
         # Node 0 spans all places of the ring. A node is current while the step that its first place held when it was
-        # computed
-        # is still there: places are overwritten in order, so none of the others can have changed before that one.
+        # computed is still there: places are overwritten in order, so none of the others can have changed before that
+        # one.
         self._nodes: list[T | None] = [None] * (2 * capacity - 1)
         self._stamps = [start - 1] * (2 * capacity - 1)
 
@@ -106,8 +102,7 @@ class CircularSegmentTree(Generic[T]):
 
         Args:
             cost: the price of using one element. Given, a node is split into the nodes under it wherever that is
-                cheaper
-                (the list may then be longer; its product is the same).
+                cheaper (the list may then be longer; its product is the same).
 
         Raises:
             WindowError: as for ``query``.

@@ -2,10 +2,9 @@
 two factors.
 
 For ``z = W u`` the derivative of anything with respect to W is ``∂/∂z ⊗ u``. While a cell runs under ``TapRecorder``,
-every such use of a
-watched parameter is cut out of autograd's graph and its two ends are kept, so that no (state × parameters) matrix is
-ever
-written a step. Uses that no rule knows stay in the graph; ``general`` names the parameters that still have some.
+every such use of a watched parameter is cut out of autograd's graph and its two ends are kept, so that no (state ×
+parameters) matrix is ever written a step. Uses that no rule knows stay in the graph; ``general`` names the parameters
+that still have some.
 """
 
 from collections.abc import Callable, Iterable, Mapping

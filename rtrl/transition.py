@@ -1,10 +1,8 @@
 """The affine monoid of steps: what a run of steps does to a sleeping influence, and what it is owed for it.
 
 One element maps the influence S at its start to ``Φ S`` at its end and to the gradient ``v S`` earned on the way;
-``(Φ₁, v₁)`` then
-``(Φ₂, v₂)`` is ``(Φ₂ Φ₁, v₁ + v₂ Φ₁)``. Elements are row-sparse, per sample: Φ is the identity outside ``rows``, and
-the rows it
-changes depend on ``cols`` alone.
+``(Φ₁, v₁)`` then ``(Φ₂, v₂)`` is ``(Φ₂ Φ₁, v₁ + v₂ Φ₁)``. Elements are row-sparse, per sample: Φ is the identity
+outside ``rows``, and the rows it changes depend on ``cols`` alone.
 """
 
 from dataclasses import dataclass, replace

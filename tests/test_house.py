@@ -52,7 +52,10 @@ def test_a_fresh_process_that_uses_rtrl_has_not_loaded_oracles() -> None:
 
 
 def test_a_fresh_process_that_uses_oracles_has_not_loaded_rtrl() -> None:
-    code = "import pkgutil, importlib, oracles\nfor m in pkgutil.walk_packages(oracles.__path__, 'oracles.'):\n    importlib.import_module(m.name)"
+    code = (
+        "import pkgutil, importlib, oracles\n"
+        "for m in pkgutil.walk_packages(oracles.__path__, 'oracles.'):\n    importlib.import_module(m.name)"
+    )
     assert loaded_after(code, "rtrl") == []
     assert loaded_after(code + "\nimport rtrl", "rtrl") != []
 

@@ -1,9 +1,8 @@
 """What "equal" means in this suite: element by element, at rounding error, against a reference that is known to say
 something.
 
-The tolerance is 1e-10 of the scale of an element's own group (a slice of a parameter, a column of an influence
-matrix), plus 1e-14 of
-the largest entry for groups that cancel to almost nothing. It is never loosened to make a test pass.
+The tolerance is 1e-10 of the scale of an element's own group (a slice of a parameter, a column of an influence matrix),
+plus 1e-14 of the largest entry for groups that cancel to almost nothing. It is never loosened to make a test pass.
 """
 
 from collections.abc import Mapping

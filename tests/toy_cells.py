@@ -64,8 +64,8 @@ class ScheduledCell(nn.Module):
     """Reads, writes and experts wherever the input says: x = [features | read mask | write mask | expert mask].
 
     Reads and writes may be any sets, empty ones included, and need not meet. In a batch the declared sets are as wide
-    as the largest, so
-    some samples declare more than they use. ``row_scale`` is sliced by the rows written and met by no linear map.
+    as the largest, so some samples declare more than they use. ``row_scale`` is sliced by the rows written and met by
+    no linear map.
     """
 
     def __init__(self, features: int, n_rows: int, width: int, n_experts: int) -> None:

@@ -31,8 +31,7 @@ class RecurrentMoE(nn.Module):
         read_slots, write_slots: how many slots a sample reads, and how many of those it writes.
         expert_hidden, ffn_hidden: hidden widths; ``2 · d_model`` by default.
         router_output: return ``MoEOutput(output, router_logits, experts)`` as y, so that a loss may balance the
-            experts. Every row of
-            the router is then active at every step.
+            experts. Every row of the router is then active at every step.
         generator: source of the initial weights; the same generator state gives the same weights on the same device.
         device, dtype: of the parameters.
 
@@ -99,7 +98,8 @@ class RecurrentMoE(nn.Module):
             raise ConfigError(f"topk ({topk}) cannot exceed n_experts ({n_experts})")
         if not write_slots <= read_slots <= n_slots:
             raise ConfigError(
-                f"need write_slots ≤ read_slots ≤ n_slots, got {write_slots}, {read_slots}, {n_slots}: only slots read are written"
+                f"need write_slots ≤ read_slots ≤ n_slots, got {write_slots}, {read_slots}, {n_slots}: only slots "
+                "read are written"
             )
         if d_model % n_heads:
             raise ConfigError(f"d_model ({d_model}) must be divisible by n_heads ({n_heads})")
@@ -136,7 +136,8 @@ class RecurrentMoE(nn.Module):
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw all weights anew: normal with variance 1 / fan-in (the candidate's a quarter of it), slots with standard deviation 1/2, biases zero."""
+        """Draw all weights anew: normal with variance 1 / fan-in (the candidate's a quarter of it), slots with "
+        "standard deviation 1/2, biases zero."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name.endswith("bias"):
@@ -268,7 +269,8 @@ class RecurrentMoE(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"d_in={self.d_in}, d_out={self.d_out}, d_model={self.d_model}, n_slots={self.n_slots}, n_experts={self.n_experts}, "
+            f"d_in={self.d_in}, d_out={self.d_out}, d_model={self.d_model}, n_slots={self.n_slots}, "
+            f"n_experts={self.n_experts}, "
             f"topk={self.topk}, n_heads={self.n_heads}, read_slots={self.read_slots}, write_slots={self.write_slots}"
         )
 

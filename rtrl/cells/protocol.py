@@ -19,16 +19,14 @@ class Sparsity(NamedTuple):
     """What one step of a cell touches, sample by sample.
 
     Equation: ``h_next[i] == h[i]`` bit for bit for every row i outside ``writes``; ``h_next[writes]`` and ``y`` depend
-    on
-    ``h`` through the rows ``reads`` and ``writes`` alone; ``∂h_next/∂θ_g = ∂ℓ/∂θ_g = 0`` for every slice g outside
+    on ``h`` through the rows ``reads`` and ``writes`` alone; ``∂h_next/∂θ_g = ∂ℓ/∂θ_g = 0`` for every slice g outside
     ``active``.
 
     Args:
         reads: LongTensor (B, r) of rows of the state (its dimension 1), or None for all rows.
         writes: LongTensor (B, w) of rows of the state, or None for all rows.
         active: parameter name → LongTensor (B, k) of slices of that parameter's first dimension. A parameter that is
-            not
-            named is always active.
+            not named is always active.
 
     Within one sample no index may occur twice. Declaring too much is slow and right; declaring too little is wrong.
     """
@@ -87,7 +85,8 @@ def call_cell(cell: Callable[..., Any], x: Any, h: Tensor, replay: Sparsity | No
 
 
 OTHER_CHOICES = (
-    "run again, the cell makes other choices than it did; a cell that routes must take forward(x, h, replay=None) and make "
+    "run again, the cell makes other choices than it did; a cell that routes must take forward(x, h, replay=None) "
+    "and make "
     "exactly the choices of a given Sparsity"
 )
 

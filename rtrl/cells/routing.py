@@ -46,7 +46,8 @@ def top(scores: Tensor, k: int) -> Tensor:
 def _expert_load(router_logits: Tensor, experts: Tensor) -> Tensor:
     if router_logits.ndim != 2 or experts.ndim != 2 or router_logits.shape[0] != experts.shape[0]:
         raise ShapeError(
-            f"expected router_logits (B, E) and experts (B, k), got {tuple(router_logits.shape)} and {tuple(experts.shape)}"
+            f"expected router_logits (B, E) and experts (B, k), got {tuple(router_logits.shape)} and "
+            f"{tuple(experts.shape)}"
         )
     counts = torch.zeros(router_logits.shape[1], dtype=router_logits.dtype, device=router_logits.device)
     flat = experts.flatten()

@@ -25,8 +25,9 @@ class Stack(nn.Module):
     Cost: the sum of the layers'. The Jacobian of a step has a block for every pair of layers on and below the diagonal.
 
     >>> import torch, rtrl
-    >>> cells = [rtrl.RecurrentMoE(3, 8, d_model=4, n_slots=3, n_experts=4, topk=1), rtrl.RecurrentMoE(8, 2, d_model=4, n_slots=2, n_experts=4, topk=1)]
-    >>> stack = Stack(cells)
+    >>> below = rtrl.RecurrentMoE(3, 8, d_model=4, n_slots=3, n_experts=4, topk=1)
+    >>> above = rtrl.RecurrentMoE(8, 2, d_model=4, n_slots=2, n_experts=4, topk=1)
+    >>> stack = Stack([below, above])
     >>> y, h, sparsity = stack(torch.ones(5, 3), stack.init_state(5))
     >>> y.shape, h.shape, sparsity.writes.shape
     (torch.Size([5, 2]), torch.Size([5, 5, 4]), torch.Size([5, 4]))

@@ -49,9 +49,8 @@ def compare_gradients(
     """The largest error of a gradient: ``max |found − reference| / scale``.
 
     The scale of an entry is the largest ``|reference|`` of its parameter; of its slice (row of the first dimension),
-    where the parameter
-    is kept slice by slice, but no less than ``FLOOR`` times the parameter's. So an expert that is seldom used is not
-    hidden by the others.
+    where the parameter is kept slice by slice, but no less than ``FLOOR`` times the parameter's. So an expert that is
+    seldom used is not hidden by the others.
 
     Args:
         found, reference: parameter name → gradient; the same names and shapes.
@@ -76,11 +75,9 @@ def compare_influences(
 ) -> Comparison:
     """The largest error of an influence, column by column: ``max_i |found − reference|[b, i, p] / scale[b, p]``.
 
-    The scale of a column, one sample and one entry of a parameter, is its own largest ``|reference|``, but no less
-    than ``FLOOR``
-    times that of the parameter's largest column. A parameter in ``inert`` must have an influence of exactly zero on
-    both sides; any
-    other must not.
+    The scale of a column, one sample and one entry of a parameter, is its own largest ``|reference|``, but no less than
+    ``FLOOR`` times that of the parameter's largest column. A parameter in ``inert`` must have an influence of exactly
+    zero on both sides; any other must not.
 
     Args:
         found, reference: parameter name → influence (B, H, P); the same names and shapes.

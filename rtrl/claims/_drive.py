@@ -128,8 +128,7 @@ def drive(
         cell: where to start from; it is copied, not changed.
         learner_type: the learner. block, window: as it takes them.
         moments: numbers of steps after which a copy of the learner, made from its ``state_dict``, is asked for its
-            influences and gradient;
-            the learner itself is not disturbed and its sleepers sleep on.
+            influences and gradient; the learner itself is not disturbed and its sleepers sleep on.
         interventions: what happens in mid-stream.
 
     Raises:

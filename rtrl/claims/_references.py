@@ -30,8 +30,7 @@ def differences(cell: RecurrentMoE, stretch: Stretch, sliced: Collection[str], s
     """Slopes along random directions: all parameters, the sliced ones alone, all again.
 
     A direction on which the choices flip within every difference gives no sharp value; then another is drawn and
-    smaller steps are taken,
-    whatever the learner says.
+    smaller steps are taken, whatever the learner says.
     """
     generator = torch.Generator().manual_seed(seed)
     slopes: list[Slope] = []

@@ -47,7 +47,10 @@ def verdict(result: Result) -> str:
     failed = sum(not row.passed for row in result.rows)
     if result.passed:
         worst = max(row.gradient.error for row in result.rows if row.oracle != "finite differences")
-        return f"PASS: all {len(result.rows)} rows agree; the largest error of an algebraic oracle is {worst:.1e} ({result.duration_s:.0f} s)"
+        return (
+            f"PASS: all {len(result.rows)} rows agree; "
+            f"the largest error of an algebraic oracle is {worst:.1e} ({result.duration_s:.0f} s)"
+        )
     first = f"; first: {result.failures[0]}"
     return f"FAIL: {failed} of {len(result.rows)} rows disagree{first} ({result.duration_s:.0f} s)"
 
@@ -71,7 +74,9 @@ def _last_of_its_kind(rows: list[Row], row: Row) -> bool:
 def _caption(result: Result) -> str:
     broken = "" if result.settings.broken is None else f"\nThe learner is broken on purpose: {result.settings.broken}."
     return (
-        f"Text: {result.stream['source']}, {result.settings.batch_size} samples, seed {result.settings.seed}. Errors are relative, "
-        "in float64; finite differences are held to their own error estimate. Dormant slices caught up: (sample, expert) pairs woken "
+        f"Text: {result.stream['source']}, {result.settings.batch_size} samples, seed {result.settings.seed}. Errors "
+        "are relative, "
+        "in float64; finite differences are held to their own error estimate. Dormant slices caught up: (sample, "
+        "expert) pairs woken "
         f"after a whole block asleep + those asleep at the moment of the comparison; sleep in steps.{broken}"
     )

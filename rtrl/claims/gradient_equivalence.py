@@ -132,7 +132,8 @@ class Result:
     def failures(self) -> list[str]:
         """Why the gate is shut, a line each; empty if the claim holds."""
         found = [
-            f"{row.oracle}, {row.learning}, block {row.block}, window {row.window}: {row.problem or 'outside the tolerance'}"
+            f"{row.oracle}, {row.learning}, block {row.block}, window {row.window}: "
+            f"{row.problem or 'outside the tolerance'}"
             for row in self.rows
             if not row.passed
         ]

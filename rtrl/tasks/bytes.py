@@ -20,11 +20,9 @@ class ByteStream:
     """The bytes of a text as a stream of (input, target) pairs, each sample of the batch reading from a place of its
     own.
 
-    The text is cut into ``batch_size`` sections of equal length L; step t gives byte ``offset + t`` of every section
-    as the input and the
-    byte after it as the target. The default text is the sources of Python's own standard library, in the order of
-    their paths, up to one
-    mebibyte: there on every machine, without a network.
+    The text is cut into ``batch_size`` sections of equal length L; step t gives byte ``offset + t`` of every section as
+    the input and the byte after it as the target. The default text is the sources of Python's own standard library, in
+    the order of their paths, up to one mebibyte: there on every machine, without a network.
 
     Args:
         path: the file to read; None for the standard library's sources.
@@ -69,7 +67,8 @@ class ByteStream:
         self._length = section - offset
         if self._length < steps:
             raise ConfigError(
-                f"{self.source} is too short: {len(text)} bytes give {max(self._length, 0)} steps to each of {batch_size} samples "
+                f"{self.source} is too short: {len(text)} bytes give {max(self._length, 0)} steps to each of "
+                f"{batch_size} samples "
                 f"that begin at offset {offset}, but at least {steps} are needed"
             )
         self.dtype = torch.get_default_dtype() if dtype is None else dtype

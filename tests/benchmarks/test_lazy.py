@@ -2,12 +2,9 @@
 routing.
 
 The routing is laid down through ``replay``: two experts a sample are awake for eight steps, then the next two, round
-and round, so that
-with E experts each sleeps ``8·(E/2 − 1)`` steps in between. Counts are exact and the same on every machine, so they
-are what is gated;
-times are reported beside them. No count is looked at before the gradients of both sides agree with each other and with
-backpropagation
-through time.
+and round, so that with E experts each sleeps ``8·(E/2 − 1)`` steps in between. Counts are exact and the same on every
+machine, so they are what is gated; times are reported beside them. No count is looked at before the gradients of both
+sides agree with each other and with backpropagation through time.
 """
 
 import statistics
@@ -136,12 +133,10 @@ def ratio(lazy: Run, eager: Run) -> float:
 
 
 # Eager moves all 32 experts of a sample at every block. Lazy moves two by one transition at every other block, and in
-# between the two that
-# wake, by the five nodes of the tree that lead through the 30 blocks of their sleep: 6 moves a block instead of 32.
-# With what both pay
-# alike, the dense parameters (as much as 0.8 experts), the births and the linearisation, a ratio of 4.1 is left.
-# Counts do not scatter;
-# a tenth is allowed for versions of PyTorch that compute the same otherwise.
+# between the two that wake, by the five nodes of the tree that lead through the 30 blocks of their sleep: 6 moves a
+# block instead of 32. With what both pay alike, the dense parameters (as much as 0.8 experts), the births and the
+# linearisation, a ratio of 4.1 is left. Counts do not scatter; a tenth is allowed for versions of PyTorch that compute
+# the same otherwise.
 SAVED = 3.6
 
 
