@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rtrl import _rows, _tree
 from rtrl.cells.protocol import Sparsity, call_cell
-from rtrl.errors import CellError, LossError, NonFiniteError, SparsityError
+from rtrl.errors import CellError, LossError, NonFiniteError, ShapeError, SparsityError
 
 
 class _NoRandomness(TorchDispatchMode):
@@ -103,6 +103,31 @@ def check_finite(what: str, value: Tensor, step: int) -> None:
     if not _tree.finite(value):
         where = tuple((~torch.isfinite(value)).nonzero()[0].tolist())
         raise NonFiniteError(f"NaN or infinity in {what} at step {step}, first at index {where}")
+
+
+def checked_state(state: Any, batch_size: int, beside: Tensor, like: Tensor | None = None) -> Tensor:
+    """A copy of a first state, if it is one: (batch_size, n, ...), on the device of ``beside``, of the form of ``like``.
+
+    Raises:
+        ShapeError: naming what was wrong and what was expected. NonFiniteError.
+    """
+    tensor = isinstance(state, Tensor)
+    if not tensor or state.ndim < 2 or state.shape[0] != batch_size or not state.is_floating_point():
+        kind = f"{state.dtype} {tuple(state.shape)}" if tensor else type(state).__name__
+        raise ShapeError(f"a state must be a floating-point tensor ({batch_size}, n, ...), got {kind}")
+    if like is not None and (state.shape != like.shape or state.dtype != like.dtype or state.device != like.device):
+        raise ShapeError(
+            f"the state must stay {tuple(like.shape)} {like.dtype} {like.device}, got {tuple(state.shape)} "
+            f"{state.dtype} {state.device}"
+        )
+    if state.device != beside.device:
+        raise ShapeError(f"the state is on {state.device}, the parameters on {beside.device}; move one of them")
+    if state[0].numel() == 0:
+        raise ShapeError(f"a state must have at least one entry a sample, got shape {tuple(state.shape)}")
+    if not _tree.finite(state):
+        raise NonFiniteError("NaN or infinity in the first state")
+    own: Tensor = state.detach().clone()
+    return own
 
 
 def check_output(y: Any, h: Tensor, h_next: Tensor, step: int) -> None:

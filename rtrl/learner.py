@@ -16,6 +16,7 @@ from rtrl.cells.protocol import (
     check_input,
     check_sparsity,
     first_state,
+    own_copy,
     same_choices,
     takes_replay,
 )
@@ -94,10 +95,11 @@ class BlockRTRL:
             raise ConfigError("the cell has no parameter that requires a gradient")
         self._linearizer = Linearizer(cell, self._parameters)
         self._replays = takes_replay(cell)
+        parameter = next(iter(self._parameters.values()))
         first = first_state(cell, batch_size) if state is None or isinstance(cell, Cell) else None
         if first is not None:
-            first = self._checked_state(first, None)
-        self._state = self._checked_state(first if state is None else state, first)
+            first = _guard.checked_state(first, batch_size, parameter)
+        self._state = _guard.checked_state(first if state is None else state, batch_size, parameter, first)
         self._steps: list[Step] = []
         self._taken = 0  # steps since the beginning
         self._given: list[weakref.ref[Tensor]] = []  # the losses given at the newest step
@@ -188,7 +190,7 @@ class BlockRTRL:
 
         with torch.inference_mode(False):
             y = _tree.map_tensors(leaf_of, y)
-            sparsity = _own_copy(sparsity)
+            sparsity = own_copy(sparsity)
         if not self._steps:
             self._versions = self._parameter_versions()
         self._steps.append(Step(x, self._state, sparsity, outputs, open_, number))
@@ -344,7 +346,7 @@ class BlockRTRL:
             raise ConfigError("discard gives up the block of all samples; it takes no rows")
         if state is None:
             state = first_state(self.cell, self.batch_size)
-        first = self._checked_state(state, self._state)
+        first = _guard.checked_state(state, self.batch_size, self._state, self._state)
         if discard:
             self._give_up_block()
             self._earned = {}
@@ -484,28 +486,6 @@ class BlockRTRL:
             self._earned[name] = torch.zeros_like(self._parameters[name])
         return self._earned[name]
 
-    def _checked_state(self, state: Any, like: Tensor | None) -> Tensor:
-        if (
-            not isinstance(state, Tensor)
-            or state.ndim < 2
-            or state.shape[0] != self.batch_size
-            or not state.is_floating_point()
-        ):
-            kind = f"{state.dtype} {tuple(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
-            raise ShapeError(f"a state must be a floating-point tensor ({self.batch_size}, n, ...), got {kind}")
-        if like is not None and (state.shape != like.shape or state.dtype != like.dtype or state.device != like.device):
-            raise ShapeError(
-                f"the state must stay {tuple(like.shape)} {like.dtype} {like.device}, got {tuple(state.shape)} "
-                f"{state.dtype} {state.device}"
-            )
-        parameter = next(iter(self._parameters.values()))
-        if state.device != parameter.device:
-            raise ShapeError(f"the state is on {state.device}, the parameters on {parameter.device}; move one of them")
-        if state[0].numel() == 0:
-            raise ShapeError(f"a state must have at least one entry a sample, got shape {tuple(state.shape)}")
-        _guard.check_finite("the first state", state, getattr(self, "_taken", 0))
-        return state.detach().clone()
-
     def _parameter_versions(self) -> tuple[tuple[int, int], ...]:
         held = [*self.cell.parameters(), *self.cell.buffers()]
         return tuple((t.data_ptr(), t._version) for t in held)
@@ -541,15 +521,3 @@ class BlockRTRL:
         for name, birth in result.births.items():
             if not _tree.finite(birth.values):
                 raise NonFiniteError(f"NaN or infinity in the influence of parameter {name!r} born in {span}")
-
-
-def _own_copy(sparsity: Sparsity) -> Sparsity:
-    """A copy that nobody else can change; tensors that were shared stay shared."""
-    copies: dict[int, Tensor] = {}
-
-    def copy(index: Tensor) -> Tensor:
-        if id(index) not in copies:
-            copies[id(index)] = index.clone()
-        return copies[id(index)]
-
-    return _tree.map_tensors(copy, Sparsity(sparsity.reads, sparsity.writes, dict(sparsity.active)))  # type: ignore[no-any-return]

@@ -158,7 +158,7 @@ class Factor(nn.Module):
 
 
 KEYS = ["layout", "state", "taken", "paid", "steps", "influences", "history", "earned"]
-DAMAGED = "no saved learner, or a damaged one: "
+DAMAGED = "damaged: "
 SAVED = [
     pytest.param(lambda own: {}, "no saved learner of a format that is known", id="empty"),
     pytest.param(lambda own: {**own, "format": 2}, "no saved learner of a format that is known", id="format"),

@@ -84,6 +84,17 @@ def call_cell(cell: Callable[..., Any], x: Any, h: Tensor, replay: Sparsity | No
     return y, h_next, sparsity
 
 
+def own_copy(sparsity: Sparsity) -> Sparsity:
+    """A copy that nobody else can change; tensors that were shared stay shared."""
+    copies: dict[int, Tensor] = {}
+
+    def copy(index: Tensor | None) -> Tensor | None:
+        return None if index is None else copies.setdefault(id(index), index.clone())
+
+    active = {name: copies.setdefault(id(index), index.clone()) for name, index in sparsity.active.items()}
+    return Sparsity(copy(sparsity.reads), copy(sparsity.writes), active)
+
+
 OTHER_CHOICES = (
     "run again, the cell makes other choices than it did; a cell that routes must take forward(x, h, replay=None) "
     "and make "
