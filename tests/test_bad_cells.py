@@ -303,6 +303,16 @@ def test_a_broken_step_is_found_when_its_block_closes(bad, error, match, block):
     check(bad, error, match, block=block, closing=True)
 
 
+@pytest.mark.parametrize("block", [1, 3])
+def test_a_zero_parameter_that_moves_an_undeclared_row_is_found_at_the_first_block(block):
+    check(_writes_more, SparsityError, "step 0: row 2 of the state of sample 0", at=0, block=block, closing=True)
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_a_sample_that_depends_on_the_one_before_it_is_found_at_the_first_block(block):
+    check(_whole(lambda c, x, h: h.cumsum(0)), CellError, "mixes samples", at=0, block=block, closing=True)
+
+
 def test_a_step_that_branches_is_found_beside_a_large_entry():
     def step(cell: Breakable, x: Tensor, h: Tensor) -> Any:
         small = torch.tanh(h[:, 1:] if x.shape[0] == B else -h[:, 1:])

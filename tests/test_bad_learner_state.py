@@ -1,14 +1,16 @@
 """Parameters that change under a learner, learners that were saved elsewhere, and the way out of a stuck block."""
 
+import copy
+import functools
 from typing import Any
 
 import pytest
 import torch
-from attacking import AT, F64, B, Plain, assert_same, attacked, finish, plain, refused, stream
+from attacking import AT, F64, B, Breakable, Plain, assert_same, attacked, finish, make, mixture, plain, refused, stream
 from torch import Tensor, nn
 
 import rtrl
-from rtrl.errors import CellError, ConfigError, LossError, ParameterChangedError
+from rtrl.errors import CellError, ConfigError, LossError, NonFiniteError, ParameterChangedError, ShapeError
 
 # ---------------------------------------------------------------------- parameters that change inside an open block
 
@@ -157,8 +159,24 @@ class Factor(nn.Module):
         return h, h
 
 
+def _without(saved: dict[str, Any], *path: Any) -> dict[str, Any]:
+    """A deep copy that lacks one entry."""
+    edited = copy.deepcopy(saved)
+    functools.reduce(lambda held, key: held[key], path[:-1], edited).pop(path[-1])
+    return edited
+
+
 KEYS = ["layout", "state", "taken", "paid", "steps", "influences", "history", "earned"]
 DAMAGED = "damaged: "
+INSIDE = [
+    ("layout", "batch_size"),
+    ("layout", "parameters", "enter.weight"),
+    ("steps", 0, "h"),
+    ("steps", 0, "number"),
+    ("steps", 0),
+    ("influences", "enter.weight"),
+    ("history", "now"),
+]
 SAVED = [
     pytest.param(lambda own: {}, "no saved learner of a format that is known", id="empty"),
     pytest.param(lambda own: {**own, "format": 2}, "no saved learner of a format that is known", id="format"),
@@ -195,6 +213,10 @@ SAVED = [
         )
         for k in KEYS
     ],
+    *[
+        pytest.param(lambda own, path=path: _without(own, *path), ".", id=f"no {'.'.join(map(str, path))}")
+        for path in INSIDE
+    ],
     pytest.param(lambda own: None, "no saved learner of a format that is known", id="none"),
 ]
 
@@ -221,3 +243,85 @@ def test_a_loss_of_a_y_from_before_a_load_is_refused():
         learner.backward(y.sum())
     with refused(learner, LossError, "step 0"):
         y.sum().backward()
+
+
+# ---------------------------------------------------------------------- the way out of a block that cannot close
+
+
+def _infinite_jacobian(learner: rtrl.BlockRTRL, x: Tensor) -> Tensor:
+    learner.cell.broken = True
+    y = learner.step(x)
+    learner.cell.broken = False
+    return y
+
+
+def _changed(learner: rtrl.BlockRTRL, x: Tensor) -> Tensor:
+    y = learner.step(x)
+    with torch.no_grad():
+        next(learner.cell.parameters()).mul_(1.5)
+    return y
+
+
+def _infinite_loss(learner: rtrl.BlockRTRL, x: Tensor) -> Tensor:
+    y = learner.step(x)
+    ((y * 0.0).sum().sqrt()).backward()
+    return y
+
+
+def _rooted(cell: Breakable, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    return cell.head(h[:, :2].flatten(1)), torch.tanh(h + cell.zero.sqrt() * h)
+
+
+STUCK = [
+    pytest.param(lambda block: make(_rooted, block), _infinite_jacobian, NonFiniteError, id="infinite Jacobian"),
+    pytest.param(lambda block: make(block=block), _changed, ParameterChangedError, id="parameter changed"),
+    pytest.param(lambda block: mixture(block=block), _changed, ParameterChangedError, id="parameter of a mixture"),
+    pytest.param(lambda block: make(block=block), _infinite_loss, NonFiniteError, id="infinite loss gradient"),
+]
+
+
+def _all_of(learner: rtrl.BlockRTRL) -> dict[str, Tensor | None]:
+    parameters = {name: p for name, p in learner.cell.named_parameters() if p.requires_grad}
+    influences = {f"influence of {name}": learner.influence(name) for name in parameters}
+    return {"state": learner.state, **influences, **{name: p.grad for name, p in parameters.items()}}
+
+
+@pytest.mark.parametrize("rows", [None, torch.ones(B, dtype=torch.bool)], ids=["no rows", "all rows"])
+@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize(("build", "stick", "error"), STUCK)
+def test_a_block_that_cannot_close_may_be_given_up(build, stick, error, block, rows):
+    learner, xs = build(block), stream()
+    for x in xs[:AT]:
+        learner.backward(learner.step(x).square().sum())
+    y = stick(learner, xs[AT])
+    for close in (learner.sync, learner.reset, lambda: learner.reset(torch.tensor([True, False]))):
+        with refused(learner, error, "."):
+            close()
+    learner.reset(rows, discard=True)
+
+    fresh = rtrl.BlockRTRL(copy.deepcopy(learner.cell), B, block=block, window=learner.window)
+    assert torch.equal(learner.state, fresh.state)
+    assert learner.steps_taken == AT + 1
+    assert learner.retained_bytes()["block"] == learner.retained_bytes()["gradient"] == 0
+    with refused(learner, LossError, "step 4"):
+        y.sum().backward()
+    learner.sync()
+    assert all(p.grad is None or not p.grad.any() for p in learner.cell.parameters())
+    for one in (learner, fresh):
+        for x in xs[:AT]:
+            one.backward(one.step(x).square().sum())
+        one.sync()
+    wanted = _all_of(fresh)
+    for name, value in _all_of(learner).items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-12, atol=1e-12)
+    assert all(wanted[name] is not None and wanted[name].any() for name in ("state", "enter.weight") if name in wanted)
+
+
+def test_a_block_is_given_up_for_all_samples_or_none():
+    some = torch.tensor([True, False])
+    attacked(plain, lambda learner, ys, losses: learner.reset(some, discard=True), ConfigError, "it takes no rows")
+
+
+def test_a_refused_first_state_gives_nothing_up():
+    wrong = torch.zeros(B, 5, dtype=F64)
+    attacked(plain, lambda learner, ys, losses: learner.reset(state=wrong, discard=True), ShapeError, "must stay")

@@ -3,16 +3,19 @@
 import random
 from collections import namedtuple
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from attacking import D_IN, F64, STEPS, B, Step, assert_same, finish, make, rows, stream
+from attacking import D_IN, F64, STEPS, B, Step, assert_same, finish, make, mixture, rows, stream
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import rtrl
 from rtrl import Sparsity
+from rtrl.errors import PerformanceWarning
 
 
 class Cell(nn.Module):
@@ -66,11 +69,11 @@ def check_exact(
     torch.testing.assert_close(learner.state, h.detach(), **close)
     flat = h.reshape(size, -1)
     wanted = grads_of(total, parameters)
+    entries = [grads_of(entry, parameters) for entry in flat.flatten()]
     for name, parameter in parameters.items():
-        rows_of = [grads_of(entry, {name: parameter})[name].flatten() for entry in flat.flatten()]
         torch.testing.assert_close(
             learner.influence(name),
-            torch.stack(rows_of).reshape(*flat.shape, -1),
+            torch.stack([entry[name].flatten() for entry in entries]).reshape(*flat.shape, -1),
             **close,
             msg=lambda m, n=name: f"{n}: {m}",
         )
@@ -159,6 +162,23 @@ def _learned_tokens(c: Any, x: Tensor, h: Tensor) -> Tensor:
     return torch.tanh(c.enter(x) + h @ c.recur(c.tokens).T @ c.back)
 
 
+def _checkpointed(c: Any, x: Tensor, h: Tensor) -> Tensor:
+    return checkpoint(lambda x, h: torch.tanh(c.enter(x) + c.gain * c.recur(h)), x, h, use_reentrant=False)
+
+
+class OldSquare(torch.autograd.Function):
+    """A square in the old style, that neither runs under torch.func nor can be pulled back in batches."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.save_for_backward(value)
+        return value * value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2.0 * ctx.saved_tensors[0] * grad
+
+
 LEGAL: dict[str, tuple[Callable[[], Cell], Callable[[int], Any]]] = {
     "in place after a linear": (lambda: Cell(lambda c, x, h: c.enter(x).relu_() + c.recur(h).tanh_()), floats),
     "x @ W and x @ W.T": (
@@ -245,6 +265,7 @@ LEGAL: dict[str, tuple[Callable[[], Cell], Callable[[int], Any]]] = {
         lambda: Cell(tanh_of(lambda c, h: c.r(h)), r=nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
         floats,
     ),
+    "checkpointed": (lambda: Cell(_checkpointed, gain=theta(4)), floats),
     "attention without weights": (lambda: _attending(False), floats),
     "one bias for all": (lambda: Cell(tanh_of(lambda c, h: F.linear(h, c.u, c.b)), u=theta(4, 4), b=theta(1)), floats),
     "a vector as weight": (lambda: Cell(tanh_of(lambda c, h: F.linear(h, c.u)[:, None]), u=theta(4)), floats),
@@ -264,6 +285,21 @@ def test_an_unusual_cell_is_exact(build, draw, block, size):
     torch.manual_seed(1)
     random.seed(3)
     check_exact(build(), [draw(size) for _ in range(STEPS - 1)], first_square, block=block)
+
+
+OLD_STYLE = {
+    "state": lambda: Cell(tanh_of(lambda c, h: c.recur(OldSquare.apply(h)))),
+    "linear": lambda: Cell(tanh_of(lambda c, h: OldSquare.apply(c.recur(h)))),
+    "parameter": lambda: Cell(tanh_of(lambda c, h: OldSquare.apply(c.gain) * c.recur(h)), gain=theta(4)),
+}
+
+
+@pytest.mark.parametrize(("block", "size"), [(1, 2), (3, 2), (3, 1)])
+@pytest.mark.parametrize("build", OLD_STYLE.values(), ids=OLD_STYLE)
+def test_an_old_style_function_is_exact_and_said_to_be_slow(build, block, size):
+    torch.manual_seed(1)
+    with pytest.warns(PerformanceWarning, match="row by row|sample by sample"):
+        check_exact(build(), [floats(size) for _ in range(STEPS - 1)], first_square, block=block)
 
 
 @pytest.mark.parametrize("block", [1, 3])
@@ -307,6 +343,39 @@ def test_learned_tokens_behind_a_gate_that_opens_later_are_exact(block):
     wanted = grads_of(total, dict(cell.named_parameters()))
     for name, parameter in cell.named_parameters():
         torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("build", [make, mixture])
+@pytest.mark.parametrize("block", [1, 2])
+def test_steps_taken_without_gradients_are_exact(block, build, mode):
+    def run(mode: Callable[[], Any]) -> list[Any]:
+        learner, xs = build(block=block), stream()
+        for x in xs[:5]:
+            with mode():
+                y = learner.step(x.clone())
+            learner.backward(y.square().sum())
+        with mode():
+            learner.sync()
+        return finish(learner, xs[5:])
+
+    assert_same(run(nullcontext), run(mode))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda learner: learner.reset(torch.tensor([True, False])), lambda learner: learner.influence("enter.weight")],
+)
+def test_what_is_called_under_inference_mode_changes_nothing(call):
+    def run(mode: Callable[[], Any]) -> list[Any]:
+        learner, xs = make(), stream()
+        for x in xs[:5]:
+            learner.backward(learner.step(x).square().sum())
+        with mode():
+            call(learner)
+        return finish(learner, xs[5:])
+
+    assert_same(run(nullcontext), run(torch.inference_mode))
 
 
 @pytest.mark.parametrize("block", [1, 2])
