@@ -106,7 +106,7 @@ def check_finite(what: str, value: Tensor, step: int) -> None:
 
 
 def checked_state(state: Any, batch_size: int, beside: Tensor, like: Tensor | None = None) -> Tensor:
-    """A copy of a first state (batch_size, n, ...), if it is one, on the device of ``beside`` and of the form of ``like``.
+    """A copy of a first state (batch_size, n, ...) on the device of ``beside`` and of the form of ``like``.
 
     Raises:
         ShapeError: naming what was wrong and what was expected. NonFiniteError.

@@ -139,11 +139,11 @@ class BlockRTRL:
             until the block closes.
 
         Raises:
-            ShapeError: x has the wrong batch, dtype or device. CellError: the cell breaks its contract. SparsityError:
-            what it
-            declares is malformed. NonFiniteError: NaN or infinity in x, y or the next state. ParameterChangedError: a
-                parameter changed inside the open block; call ``sync()`` before changing parameters. Nothing has changed
-                when one is raised.
+            ShapeError: x has the wrong batch, dtype or device, or the cell does not take it.
+            CellError: the cell breaks its contract. SparsityError: what it declares is malformed, or it writes more.
+            NonFiniteError: NaN or infinity in x, y or the next state.
+            ParameterChangedError: a parameter changed inside the open block; ``sync()`` before changing any.
+            Nothing has changed when one of them is raised.
 
         Cost: one forward pass without a graph; at the first step of a new block, the closing of the last one.
         """

@@ -163,11 +163,15 @@ def _learned_tokens(c: Any, x: Tensor, h: Tensor) -> Tensor:
 
 
 def _checkpointed(c: Any, x: Tensor, h: Tensor) -> Tensor:
-    return checkpoint(lambda x, h: torch.tanh(c.enter(x) + c.gain * c.recur(h)), x, h, use_reentrant=False)
+    return checkpoint(lambda a: torch.tanh(a) * torch.sigmoid(a), c.enter(x) + c.recur(h), use_reentrant=False)
+
+
+def _checkpointed_with_parameters(c: Any, x: Tensor, h: Tensor) -> Tensor:
+    return checkpoint(lambda x, h: torch.tanh(c.enter(x) + c.recur(h)), x, h, use_reentrant=False)
 
 
 class OldSquare(torch.autograd.Function):
-    """A square in the old style, that neither runs under torch.func nor can be pulled back in batches."""
+    """A square in the old style, which does not run under torch.func."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -177,6 +181,14 @@ class OldSquare(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return 2.0 * ctx.saved_tensors[0] * grad
+
+
+class LoneSquare(OldSquare):
+    """Its backward pass looks at values, and so cannot be batched."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return OldSquare.backward(ctx, grad) if grad.abs().sum() > 0 else torch.zeros_like(grad)
 
 
 LEGAL: dict[str, tuple[Callable[[], Cell], Callable[[int], Any]]] = {
@@ -265,7 +277,9 @@ LEGAL: dict[str, tuple[Callable[[], Cell], Callable[[int], Any]]] = {
         lambda: Cell(tanh_of(lambda c, h: c.r(h)), r=nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
         floats,
     ),
-    "checkpointed": (lambda: Cell(_checkpointed, gain=theta(4)), floats),
+    "old-style function of the state": (lambda: Cell(tanh_of(lambda c, h: c.recur(OldSquare.apply(h)))), floats),
+    "old-style function of a linear": (lambda: Cell(tanh_of(lambda c, h: OldSquare.apply(c.recur(h)))), floats),
+    "checkpointed": (lambda: Cell(_checkpointed), floats),
     "attention without weights": (lambda: _attending(False), floats),
     "one bias for all": (lambda: Cell(tanh_of(lambda c, h: F.linear(h, c.u, c.b)), u=theta(4, 4), b=theta(1)), floats),
     "a vector as weight": (lambda: Cell(tanh_of(lambda c, h: F.linear(h, c.u)[:, None]), u=theta(4)), floats),
@@ -288,10 +302,20 @@ def test_an_unusual_cell_is_exact(build, draw, block, size):
 
 
 OLD_STYLE = {
-    "state": lambda: Cell(tanh_of(lambda c, h: c.recur(OldSquare.apply(h)))),
-    "linear": lambda: Cell(tanh_of(lambda c, h: OldSquare.apply(c.recur(h)))),
-    "parameter": lambda: Cell(tanh_of(lambda c, h: OldSquare.apply(c.gain) * c.recur(h)), gain=theta(4)),
+    "of a parameter": lambda: Cell(tanh_of(lambda c, h: OldSquare.apply(c.gain) * c.recur(h)), gain=theta(4)),
+    "beside a parameter": lambda: Cell(tanh_of(lambda c, h: OldSquare.apply(h) * c.gain), gain=theta(4)),
+    "that cannot be batched": lambda: Cell(tanh_of(lambda c, h: LoneSquare.apply(c.recur(h)))),
 }
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="a foreign CheckpointError: what a checkpoint computes again is not what was recorded",
+)
+@pytest.mark.parametrize("block", [1, 3])
+def test_parameters_inside_a_checkpoint_are_exact(block):
+    torch.manual_seed(1)
+    check_exact(Cell(_checkpointed_with_parameters), [floats(B) for _ in range(4)], first_square, block=block)
 
 
 @pytest.mark.parametrize(("block", "size"), [(1, 2), (3, 2), (3, 1)])
@@ -351,20 +375,48 @@ def test_learned_tokens_behind_a_gate_that_opens_later_are_exact(block):
 def test_steps_taken_without_gradients_are_exact(block, build, mode):
     def run(mode: Callable[[], Any]) -> list[Any]:
         learner, xs = build(block=block), stream()
-        for x in xs[:5]:
+        learner.backward(learner.step(xs[0]).square().sum())
+        for x in xs[1:5]:
             with mode():
                 y = learner.step(x.clone())
             learner.backward(y.square().sum())
-        with mode():
-            learner.sync()
         return finish(learner, xs[5:])
 
     assert_same(run(nullcontext), run(mode))
 
 
+INFERENCE = "what the learner makes outside the run of a step and the closing of a block is then an inference tensor"
+
+
+@pytest.mark.xfail(strict=True, reason=INFERENCE)
+@pytest.mark.parametrize("block", [1, 2])
+def test_a_first_step_under_inference_mode_is_exact(block):
+    def run(mode: Callable[[], Any]) -> list[Any]:
+        learner, xs = make(block=block), stream()
+        with mode():
+            y = learner.step(xs[0].clone())
+        learner.backward(y.square().sum())
+        return finish(learner, xs[1:])
+
+    assert_same(run(nullcontext), run(torch.inference_mode))
+
+
+CALLS = {
+    "influence": lambda learner: learner.influence("enter.weight"),
+    "sync": lambda learner: learner.sync(),
+    "reset": lambda learner: learner.reset(torch.tensor([True, False])),
+    "load": lambda learner: learner.load_state_dict(learner.state_dict()),
+}
+
+
 @pytest.mark.parametrize(
     "call",
-    [lambda learner: learner.reset(torch.tensor([True, False])), lambda learner: learner.influence("enter.weight")],
+    [
+        pytest.param(
+            call, marks=[pytest.mark.xfail(strict=True, reason=INFERENCE)] if name in ("reset", "load") else [], id=name
+        )
+        for name, call in CALLS.items()
+    ],
 )
 def test_what_is_called_under_inference_mode_changes_nothing(call):
     def run(mode: Callable[[], Any]) -> list[Any]:
