@@ -1,8 +1,7 @@
-"""Cells that break their contract are refused before anything has changed; unusual cells that keep it are exact.
+"""Cells that break their contract are refused before anything has changed.
 
 A broken cell is good until its ``broken`` is set. What it breaks must be refused at the step itself or when the block
-closes, as the
-table says, and once it is whole again the learner goes on as if nothing had been.
+closes, as the table says, and once it is whole again the learner goes on as if nothing had been.
 """
 
 import random
