@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rtrl import _guard, _tree
-from rtrl.cells.protocol import Sparsity
-from rtrl.errors import ConfigError
+from rtrl.cells.protocol import Sparsity, check_sparsity
+from rtrl.errors import ConfigError, RTRLError
 from rtrl.history import History
 from rtrl.influence import ParameterInfluence
 from rtrl.linearize import Step
@@ -61,7 +61,7 @@ def load(learner: "BlockRTRL", saved: Any) -> Loaded:
         return _load(learner, saved)
     except ConfigError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+    except (RTRLError, KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
         raise ConfigError(f"the saved learner is damaged: {type(error).__name__}: {error}") from error
 
 
@@ -87,16 +87,40 @@ def _load(learner: "BlockRTRL", saved: Mapping[str, Any]) -> Loaded:
     history = None if saved["history"] is None else History.from_state_dict(saved["history"], like)
     if saved["paid"] > (0 if history is None else history.now) or bool(influences) != (history is not None):
         raise ConfigError("the parts of the saved learner do not fit together")
+    if history is not None:
+        _check_clocks(influences, history, learner.window if any(i.sliced for i in influences.values()) else 1)
     steps = [_step_from_state(held, like) for held in saved["steps"]]
+    for step in steps:
+        batched = [*_tree.tensors(step.x), *step.outputs]
+        if (
+            step.h.shape != like.shape
+            or step.h.dtype != like.dtype
+            or any(len(t) != learner.batch_size for t in batched)
+        ):
+            raise ConfigError(f"the saved step {step.number} does not fit the state and batch of this learner")
+        check_sparsity(step.sparsity, step.h, dict(learner.cell.named_parameters()))
     if [step.number for step in steps] != list(range(saved["taken"] - len(steps), saved["taken"])):
         raise ConfigError("the open steps of the saved learner do not fit its count")
     earned = {name: gradient.to(like, copy=True) for name, gradient in saved["earned"].items()}
-    if any(gradient.shape != parameters[name].shape for name, gradient in earned.items()):
-        raise ConfigError("the saved gradients do not have the parameters' shapes")
+    for name, gradient in saved["earned"].items():
+        if gradient.shape != parameters[name].shape or gradient.dtype != parameters[name].dtype:
+            raise ConfigError(f"the saved gradient of {name!r} does not have the parameter's shape and dtype")
+    if not _tree.finite(saved["state"]):
+        raise ConfigError("NaN or infinity in the saved state")
     if saved["state"].shape != like.shape or saved["state"].dtype != like.dtype:
         raise ConfigError(f"the saved state is {tuple(saved['state'].shape)} {saved['state'].dtype}")
     state = saved["state"].to(like, copy=True)
     return Loaded(state, saved["taken"], saved["paid"], steps, influences, history, earned)
+
+
+def _check_clocks(influences: Mapping[str, ParameterInfluence], history: History, window: int) -> None:
+    """Every influence must lie within what the history can lead on from."""
+    if history.capacity not in (1, window):
+        raise ConfigError(f"the saved history holds {history.capacity} blocks, this learner's {window}")
+    for name, influence in influences.items():
+        clocks = influence.clock[influence.held()]
+        if clocks.numel() and (int(clocks.max()) > history.now or int(clocks.min()) < history.oldest):
+            raise ConfigError(f"the saved influence of {name!r} is of a time that the saved history does not reach")
 
 
 def _layout(learner: "BlockRTRL") -> dict[str, Any]:

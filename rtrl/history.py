@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtrl.errors import ConfigError
 from rtrl.segment_tree import CircularSegmentTree
 from rtrl.transition import Transition, compose, identity
 
@@ -80,6 +81,11 @@ class History:
         return self._tree.stop
 
     @property
+    def oldest(self) -> int:
+        """The earliest time that an influence can be led on from."""
+        return self._tree.oldest
+
+    @property
     def expiring(self) -> int | None:
         """The time whose block the next ``append`` overwrites; influences with that clock must be caught up first."""
         return self._tree.oldest if len(self._tree) == self.capacity else None
@@ -132,11 +138,20 @@ class History:
 
     @classmethod
     def from_state_dict(cls, saved: dict[str, Any], state: Tensor) -> "History":
-        """The history that ``state_dict`` described, for a state of the same shape."""
+        """The history that ``state_dict`` described, for a state of the same shape.
+
+        Raises:
+            ConfigError: it is damaged, or was taken for another state.
+        """
         rows_bound, cols_bound = saved["bounds"]
         history = cls(saved["capacity"], rows_bound, cols_bound, state, start=saved["start"])
         n, width = state.shape[1], state[0, 0].numel()
+        size = state.shape[0]
         for rows, cols, jacobian, adjoint in saved["blocks"]:
+            u, c = (n if index is None else index.shape[1] for index in (rows, cols))
+            fits = tuple(jacobian.shape) == (size, u * width, c * width) and tuple(adjoint.shape) == (size, c * width)
+            if not fits or jacobian.dtype != state.dtype or adjoint.dtype != state.dtype:
+                raise ConfigError("a saved block does not fit the state")
             rows, cols = (None if t is None else t.to(state.device) for t in (rows, cols))
             history.append(Transition(rows, cols, jacobian.to(state), adjoint.to(state), n, width))
         return history

@@ -152,6 +152,17 @@ class ParameterInfluence:
         Raises:
             ConfigError: it was taken of another parameter shape, state or batch.
         """
+        count = state["values"].shape[0]
+        if any(
+            tuple(state[k].shape) != (count,) or state[k].dtype != torch.int64 for k in ("sample", "slice", "clock")
+        ):
+            raise ConfigError(
+                "the saved influence is damaged: its rows and their samples, slices and clocks do not fit"
+            )
+        if state["row"].dtype != torch.int64 or (state["row"].numel() and int(state["row"].max()) >= count):
+            raise ConfigError("the saved influence is damaged: a slice is said to be in a row that is not there")
+        if state["values"].dtype != self.values.dtype:
+            raise ConfigError(f"the saved influence is {state['values'].dtype}, this learner needs {self.values.dtype}")
         if state["values"].shape[1:] != self.values.shape[1:] or state["row"].shape != self._row.shape:
             raise ConfigError(
                 f"the saved influence has rows of shape {tuple(state['values'].shape[1:])} for "

@@ -126,6 +126,7 @@ class BlockRTRL:
         """Whether the open block is full: the natural moment to ``sync``."""
         return len(self._steps) >= self.block
 
+    @torch.inference_mode(False)
     def step(self, x: Any, *, replay: Sparsity | None = None) -> Any:
         """Take one step and return ``y``, cut off from any graph: its floating-point tensors are leaves that require
         grad.
@@ -162,7 +163,7 @@ class BlockRTRL:
                 raise ConfigError("replay was given, but the cell's forward takes no replay argument")
             check_sparsity(replay, self._state, names)
 
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             x = _tree.map_tensors(lambda leaf: leaf.detach().clone(), x)
             y, h_next, sparsity = self._forward(x, replay, number)
             _guard.check_output(y, self._state, h_next, number)
@@ -188,9 +189,8 @@ class BlockRTRL:
                 outputs.append(value)
             return value
 
-        with torch.inference_mode(False):
-            y = _tree.map_tensors(leaf_of, y)
-            sparsity = own_copy(sparsity)
+        y = _tree.map_tensors(leaf_of, y)
+        sparsity = own_copy(sparsity)
         if not self._steps:
             self._versions = self._parameter_versions()
         self._steps.append(Step(x, self._state, sparsity, outputs, open_, number))
@@ -256,6 +256,7 @@ class BlockRTRL:
 
     # ------------------------------------------------------------------ looking back
 
+    @torch.inference_mode(False)
     def sync(self, dormant: bool = True) -> None:
         """Close the open block, early if need be, and add to every ``.grad`` what all losses not yet delivered have
         earned.
@@ -294,6 +295,7 @@ class BlockRTRL:
                 parameter.grad += gradient
         self._earned = {}
 
+    @torch.inference_mode(False)
     def influence(self, name: str) -> Tensor:
         """The influence ``∂h/∂θ`` on the present state of one parameter, brought up to date: (B, H, P), P in the
         parameter's own order.
@@ -319,6 +321,7 @@ class BlockRTRL:
             )
         return value
 
+    @torch.inference_mode(False)
     def reset(self, rows: Tensor | None = None, *, state: Tensor | None = None, discard: bool = False) -> None:
         """Start samples anew in mid-stream: their state, and no influence of what was before. What their losses earned
         so far is kept.
@@ -349,13 +352,15 @@ class BlockRTRL:
         first = _guard.checked_state(state, self.batch_size, self._state, self._state)
         if discard:
             self._give_up_block()
-            self._earned = {}
         self._close()
         samples = rows.cpu()
         for name, influence in self._influences.items():
             held = influence.held()
-            self._pay(name, held[samples[influence.sample[held.to(self._state.device)].cpu()]])
+            if not discard:
+                self._pay(name, held[samples[influence.sample[held.to(self._state.device)].cpu()]])
             influence.drop(samples)
+        if discard:
+            self._earned = {}
         if self._history is not None:
             self._history.forget()
         shape = (-1, *[1] * (self._state.ndim - 1))
@@ -386,6 +391,7 @@ class BlockRTRL:
         """
         return checkpoint.save(self)
 
+    @torch.inference_mode(False)
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from where ``state_dict`` was taken, with the same cell, parameters and arguments.
 
@@ -422,7 +428,7 @@ class BlockRTRL:
 
     def _close(self) -> None:
         """Work off the open block. Everything that can fail comes before the first change."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             self._close_block()
 
     def _close_block(self) -> None:

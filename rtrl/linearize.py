@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from rtrl import _guard, _rows, _tree
 from rtrl._contract import taps_that_mix
@@ -120,10 +121,16 @@ class Linearizer:
         for time, step in enumerate(steps):
             groups.setdefault(_tree.signature((step.x, step.h, tuple(step.sparsity))), []).append(time)
         after = [step.h for step in steps[1:]] + [last]
-        return [
-            self._group(key, times, [steps[t] for t in times], [after[t] for t in times])
-            for key, times in groups.items()
-        ]
+        try:
+            return [
+                self._group(key, times, [steps[t] for t in times], [after[t] for t in times])
+                for key, times in groups.items()
+            ]
+        except CheckpointError as error:
+            raise CellError(
+                "the cell checkpoints activations (torch.utils.checkpoint) around a parameter, and what it computes"
+                " again there cannot be told apart; remove the checkpoint: no graph outlives a block anyway"
+            ) from error
 
     def _group(self, key: tuple[Any, ...], times: list[int], steps: list[Step], after: list[Tensor]) -> Linearization:
         m, size = len(steps), steps[0].h.shape[0]
@@ -144,6 +151,7 @@ class Linearizer:
         self._same(h_next, outputs, after, steps)
         written = _rows.take(h_next.reshape(batch, n, width), sparsity.writes).flatten(1)
         general = self._remaining([written, *outputs])
+        self._only_written(h, h_next, sparsity.writes, [h, *(tap.output for tap in recorder.taps)], steps)
 
         inputs = [h, *(tap.output for tap in recorder.taps)]
         grads = jacobian_rows(written, inputs)
@@ -247,6 +255,35 @@ class Linearizer:
                 found.add(names[id(variable)])
             stack.extend(parent for parent, _ in node.next_functions if parent is not None)
         return [name for name in self._parameters if name in found]
+
+    def _only_written(
+        self, h: Tensor, h_next: Tensor, writes: Tensor | None, inputs: list[Tensor], steps: list[Step]
+    ) -> None:
+        """Refuse a row that is copied by value only: its derivative must be that of a copy, too."""
+        if writes is None:
+            return
+        outside = ~_rows.mask(writes, h.shape[1]).reshape(*h.shape[:2], *[1] * (h.ndim - 2))
+        change = torch.where(outside, h_next - h, 0.0)
+        if not change.requires_grad or not change.numel():
+            return
+        targets = [*inputs, *self._parameters.values()]
+
+        def moves(weights: Tensor) -> bool:
+            grads = torch.autograd.grad(change, targets, weights, retain_graph=True, allow_unused=True)
+            return any(grad is not None and bool(grad.count_nonzero()) for grad in grads)
+
+        weights = torch.linspace(1.0, 2.0, change.numel(), dtype=h.dtype, device=h.device).reshape(change.shape)
+        if not moves(weights):
+            return
+        for sample, row in outside.reshape(*h.shape[:2]).nonzero().tolist():  # which one? only on the way to an error
+            alone = torch.zeros_like(weights)
+            alone[sample, row] = weights[sample, row]
+            if moves(alone):
+                size = steps[0].h.shape[0]
+                raise SparsityError(
+                    f"step {steps[sample // size].number}: row {row} of the state of sample {sample % size} is not "
+                    "declared as written, yet it depends on more than its own last value (which did not change)"
+                )
 
     def _only_declared(self, jacobian: Tensor, sparsity: Sparsity, steps: list[Step]) -> None:
         """Refuse a Jacobian (rows, N, n, width) with an entry in a column that is neither read nor written."""

@@ -214,10 +214,6 @@ def _writes_more(cell: Breakable, x: Tensor, h: Tensor) -> Any:
     return y, torch.cat([h[:, :2], h[:, 2:] + cell.zero * x[:, None, :2]], dim=1), sparsity
 
 
-VERIFIED_ONCE = (
-    "a row that moves with a parameter that is still zero shows at a generic point alone, where each kind of step is "
-    "looked at once; a cell that was good there and leaks later is found only when the row moves"
-)
 ANEW = "run once more as one batch, the cell does not reach the state"
 CLOSING = [  # name, step, error, message, block sizes
     (
@@ -288,13 +284,11 @@ CLOSING = [  # name, step, error, message, block sizes
 
 
 def _closing_cases() -> list[Any]:
-    cases = []
-    for name, bad, error, match, blocks in CLOSING:
-        for block in blocks:
-            late = name == "writes" and block == 1
-            marks = pytest.mark.xfail(strict=True, reason=VERIFIED_ONCE) if late else ()
-            cases.append(pytest.param(bad, error, match, block, id=f"{name}, block {block}", marks=marks))
-    return cases
+    return [
+        pytest.param(bad, error, match, block, id=f"{name}, block {block}")
+        for name, bad, error, match, blocks in CLOSING
+        for block in blocks
+    ]
 
 
 @pytest.mark.parametrize(("bad", "error", "match", "block"), _closing_cases())

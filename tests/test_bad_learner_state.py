@@ -250,7 +250,6 @@ TORN: dict[tuple[Any, ...], Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="most tensors inside are taken at their word; foreign errors come later")
 @pytest.mark.parametrize(("path", "tear"), TORN.items(), ids=[".".join(map(str, path)) for path in TORN])
 def test_a_torn_tensor_of_a_saved_learner_is_refused(path, tear):
     def load(learner: rtrl.BlockRTRL, ys: list[Tensor], losses: list[Tensor]) -> None:
@@ -341,9 +340,7 @@ def test_a_block_that_cannot_close_may_be_given_up(build, stick, error, block, r
     with refused(learner, LossError, "step 4"):
         y.sum().backward()
     learner.sync()
-    earned = {name for name, p in learner.cell.named_parameters() if p.grad is not None and p.grad.any()}
-    assert all("expert" in name or "slot" in name for name in earned)
-    learner.cell.zero_grad()  # what is owed to sleeping slices is the next test's matter
+    assert all(p.grad is None for p in learner.cell.parameters())
     for one in (learner, fresh):
         for x in xs[:AT]:
             one.backward(one.step(x).square().sum())
@@ -354,7 +351,6 @@ def test_a_block_that_cannot_close_may_be_given_up(build, stick, error, block, r
         torch.testing.assert_close(value, wanted[name], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="slices that sleep are paid what they are owed for earlier blocks")
 def test_giving_up_a_block_gives_up_what_sleeping_slices_are_owed():
     learner = make(block=1)
     for x in stream():

@@ -93,7 +93,6 @@ def test_the_mixture_refuses_arguments_of_another_kind(arguments):
         MIXTURE(*arguments)
 
 
-@pytest.mark.xfail(strict=True, reason="called by hand, the mixture takes a replay of another kind at its word")
 @pytest.mark.parametrize("replay", [PAIR, Sparsity([0], PAIR, {"expert_up": PAIR})], ids=["tensor", "list of reads"])
 def test_the_mixture_refuses_a_replay_of_another_kind(replay):
     with pytest.raises(SparsityError):

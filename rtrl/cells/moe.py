@@ -244,12 +244,14 @@ class RecurrentMoE(nn.Module):
 
     def _replayed(self, replay: Sparsity, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The choices laid down by ``replay``: reads, writes, experts."""
+        if not isinstance(replay, Sparsity):
+            raise SparsityError(f"replay must be rtrl.Sparsity, got {type(replay).__name__}")
         reads, writes, experts = replay.reads, replay.writes, replay.active.get("expert_up")
         if reads is None or writes is None or experts is None:
             raise SparsityError(
                 "replay must give reads, writes and active['expert_up']; build it with cell.choices(...)"
             )
-        if under_vmap(reads):
+        if isinstance(reads, Tensor) and under_vmap(reads):
             return (
                 reads,
                 writes,
