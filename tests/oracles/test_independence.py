@@ -25,7 +25,9 @@ def checked_code_loaded_by(package: str, home: Path) -> str:
     submodules = len(list((home / package).glob("*.py"))) - 1
     paths = os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", PROBE, package, str(submodules)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths})
+    # In ``home``, so that what lies there comes before whatever is installed.
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
