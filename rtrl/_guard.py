@@ -169,12 +169,10 @@ def check_copied(h: Tensor, h_next: Tensor, writes: Tensor | None, step: int) ->
         )
 
 
-def reached_leaves(loss: Tensor) -> dict[int, Tensor]:
-    """All leaves that a backward pass from ``loss`` would reach, by id."""
-    if loss.grad_fn is None:
-        return {id(loss): loss}
-    found: dict[int, Tensor] = {}
-    seen, stack = set(), [loss.grad_fn]
+def reached_leaves(*heads: Tensor) -> dict[int, Tensor]:
+    """All leaves that a backward pass from these tensors would reach, by id."""
+    found = {id(head): head for head in heads if head.grad_fn is None}
+    seen, stack = set(), [head.grad_fn for head in heads if head.grad_fn is not None]
     while stack:
         node = stack.pop()
         if node in seen:

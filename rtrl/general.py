@@ -2,7 +2,8 @@
 "where it cannot."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,20 +62,14 @@ def weighted_jacobians(
         return jacobians
 
     try:
-        with warnings.catch_warnings():  # an operation without a batching rule is slow, not wrong
-            warnings.filterwarnings("ignore", message="There is a performance drop")
+        with _patiently():
             if size == 1:
                 lone = one(weights[0], *(t[0] for t in tensors))
                 return {name: value.unsqueeze(0) for name, value in lone.items()}
             together: dict[str, Tensor] = torch.func.vmap(one)(weights, *tensors)
             return together
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        warnings.warn(
-            f"the cell does not run under torch.func ({reason}); parameters {general} are linearised sample by sample",
-            PerformanceWarning,
-            stacklevel=2,
-        )
+        _slow(f"the cell does not run under torch.func; {general} are linearised sample by sample", error)
     found: list[list[Tensor]] = []
     for b in range(size):
         leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
@@ -97,18 +92,12 @@ def pull_rows(head: Tensor, inputs: list[Tensor], weights: Tensor) -> list[Tenso
     if not head.requires_grad or not weights.shape[0]:
         return [t.new_zeros(weights.shape[0], *t.shape) for t in inputs]
     try:
-        with warnings.catch_warnings():  # an operation without a batching rule is slow, not wrong
-            warnings.filterwarnings("ignore", message="There is a performance drop")
+        with _patiently():
             grads = torch.autograd.grad(
                 head, inputs, weights, is_grads_batched=True, retain_graph=True, allow_unused=True
             )
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        warnings.warn(
-            f"the cell's backward pass cannot be batched ({reason}); it is taken row by row",
-            PerformanceWarning,
-            stacklevel=2,
-        )
+        _slow("the cell's backward pass cannot be batched; it is taken row by row", error)
         rows = [torch.autograd.grad(head, inputs, weight, retain_graph=True, allow_unused=True) for weight in weights]
         return [
             t.new_zeros(weights.shape[0], *t.shape) if column[0] is None else torch.stack(column)
@@ -117,3 +106,15 @@ def pull_rows(head: Tensor, inputs: list[Tensor], weights: Tensor) -> list[Tenso
     return [
         t.new_zeros(weights.shape[0], *t.shape) if grad is None else grad for t, grad in zip(inputs, grads, strict=True)
     ]
+
+
+@contextmanager
+def _patiently() -> Iterator[None]:
+    """Let PyTorch go through operations without a batching rule one by one, in silence: that is slow, not wrong."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield
+
+
+def _slow(what: str, error: RuntimeError) -> None:
+    warnings.warn(f"{what} ({str(error).splitlines()[0]})", PerformanceWarning, stacklevel=3)

@@ -25,7 +25,6 @@ from rtrl.errors import (
     ConfigError,
     LossError,
     NonFiniteError,
-    ParameterChangedError,
     RTRLError,
     ShapeError,
     SparsityError,
@@ -33,6 +32,7 @@ from rtrl.errors import (
 from rtrl.history import History
 from rtrl.influence import ParameterInfluence
 from rtrl.linearize import Linearizer, Step
+from rtrl.watch import ParameterWatch
 
 
 class BlockRTRL:
@@ -90,9 +90,8 @@ class BlockRTRL:
         if not isinstance(cell, nn.Module):
             raise ConfigError(f"cell must be a torch.nn.Module, got {type(cell).__name__}")
         self.cell, self.batch_size, self.block, self.window, self.lazy = cell, batch_size, block, window, bool(lazy)
-        self._parameters = {name: p for name, p in cell.named_parameters() if p.requires_grad}
-        if not self._parameters:
-            raise ConfigError("the cell has no parameter that requires a gradient")
+        self._watch = ParameterWatch(cell)
+        self._parameters = self._watch.parameters
         self._linearizer = Linearizer(cell, self._parameters)
         self._replays = takes_replay(cell)
         parameter = next(iter(self._parameters.values()))
@@ -104,7 +103,6 @@ class BlockRTRL:
         self._taken = 0  # steps since the beginning
         self._given: list[weakref.ref[Tensor]] = []  # the losses given at the newest step
         self._paid = 0  # sleeping slices have been paid for the blocks before this one
-        self._versions: tuple[tuple[int, int], ...] = ()
         self._influences: dict[str, ParameterInfluence] = {}  # filled at the first step, when the sparsity is known
         self._history: History | None = None
         self._earned: dict[str, Tensor] = {}  # not yet delivered to .grad
@@ -149,7 +147,7 @@ class BlockRTRL:
         Cost: one forward pass without a graph; at the first step of a new block, the closing of the last one.
         """
         number = self._taken
-        self._check_parameters()
+        self._watch.check([step.number for step in self._steps])
         if not _tree.tensors(x):
             raise ShapeError("x holds no tensor")
         for leaf in _tree.tensors(x):
@@ -192,7 +190,7 @@ class BlockRTRL:
         y = _tree.map_tensors(leaf_of, y)
         sparsity = own_copy(sparsity)
         if not self._steps:
-            self._versions = self._parameter_versions()
+            self._watch.begin()
         self._steps.append(Step(x, self._state, sparsity, outputs, open_, number))
         self._state = h_next
         self._taken += 1
@@ -402,7 +400,7 @@ class BlockRTRL:
         self._give_up_block()
         self._state, self._taken, self._paid, self._steps = loaded.state, loaded.taken, loaded.paid, loaded.steps
         self._influences, self._history, self._earned = loaded.influences, loaded.history, loaded.earned
-        self._versions = self._parameter_versions()
+        self._watch.begin()
 
     # ------------------------------------------------------------------ the machinery
 
@@ -432,7 +430,7 @@ class BlockRTRL:
             self._close_block()
 
     def _close_block(self) -> None:
-        self._check_parameters()
+        self._watch.check([step.number for step in self._steps])
         if not self._steps or self._history is None:
             return
         for step in self._steps:
@@ -491,31 +489,6 @@ class BlockRTRL:
         if name not in self._earned:
             self._earned[name] = torch.zeros_like(self._parameters[name])
         return self._earned[name]
-
-    def _parameter_versions(self) -> tuple[tuple[int, int], ...]:
-        held = [*self.cell.parameters(), *self.cell.buffers()]
-        return tuple((t.data_ptr(), t._version) for t in held)
-
-    def _check_parameters(self) -> None:
-        current = {name: p for name, p in self.cell.named_parameters() if p.requires_grad}
-        if current.keys() != self._parameters.keys() or any(current[n] is not p for n, p in self._parameters.items()):
-            raise ParameterChangedError(
-                "the cell's trainable parameters are no longer those that the learner was made for: one was "
-                "replaced, added, "
-                "frozen or unfrozen; make a new learner"
-            )
-        if not self._steps or self._versions == self._parameter_versions():
-            return
-        names = [name for name, _ in [*self.cell.named_parameters(), *self.cell.named_buffers()]]
-        now = self._parameter_versions()
-        changed = [name for name, a, b in zip(names, self._versions, now, strict=False) if a != b]
-        raise ParameterChangedError(
-            f"{', '.join(map(repr, changed[:3])) or 'a parameter'} changed inside the open block of steps "
-            f"{self._steps[0].number} … "
-            f"{self._steps[-1].number}, which must be linearised at the old value; call sync() before changing "
-            "parameters. Put the old value back, or "
-            "give the block up by reset(discard=True)"
-        )
 
     def _check_result(self, result: BlockResult, span: str) -> None:
         for what, value in (("Jacobian product", result.transition.jacobian), ("adjoint", result.transition.adjoint)):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from rtrl import _guard, _rows, _tree
-from rtrl._contract import taps_that_mix
+from rtrl._contract import StepKind, taps_that_mix
 from rtrl.cells.protocol import OTHER_CHOICES, Sparsity, call_cell, same_choices, takes_replay
 from rtrl.errors import CellError, NonFiniteError, SparsityError
 from rtrl.general import jacobian_rows, weighted_jacobians
@@ -142,15 +142,16 @@ class Linearizer:
         n, width = h.shape[1], h[0, 0].numel()
 
         if (*key, m) not in self._verified:
-            self._general |= taps_that_mix(
-                self._cell, self._parameters, x, h, replay, sparsity, self._general, steps[0].number
-            )
+            kind = StepKind(x, h.detach(), replay, sparsity, steps[0].number)
+            self._general |= taps_that_mix(self._cell, self._parameters, kind, self._general)
             self._verified.add((*key, m))
         y, h_next, recorder = self._run(x, h, replay, sparsity, batch, steps)
         outputs = [leaf for leaf in _tree.tensors(y) if leaf.is_floating_point()]
         self._same(h_next, outputs, after, steps)
         written = _rows.take(h_next.reshape(batch, n, width), sparsity.writes).flatten(1)
-        general = self._remaining([written, *outputs])
+        # What autograd's graph still leads to has a use that is no tap.
+        reached = _guard.reached_leaves(written, *outputs)
+        general = [name for name, p in self._parameters.items() if id(p) in reached]
         self._only_written(h, h_next, sparsity.writes, [h, *(tap.output for tap in recorder.taps)], steps)
 
         inputs = [h, *(tap.output for tap in recorder.taps)]
@@ -239,22 +240,6 @@ class Linearizer:
                     "or its "
                     "parameters were changed behind autograd's back inside an open block (call sync() first)"
                 )
-
-    def _remaining(self, heads: list[Tensor]) -> list[str]:
-        """The parameters that autograd's graph still leads to: those with a use that is no tap."""
-        names = {id(p): name for name, p in self._parameters.items()}
-        found, seen = set(), set()
-        stack = [head.grad_fn for head in heads if head.grad_fn is not None]
-        while stack:
-            node = stack.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            variable = getattr(node, "variable", None)
-            if variable is not None and id(variable) in names:
-                found.add(names[id(variable)])
-            stack.extend(parent for parent, _ in node.next_functions if parent is not None)
-        return [name for name in self._parameters if name in found]
 
     def _only_written(
         self, h: Tensor, h_next: Tensor, writes: Tensor | None, inputs: list[Tensor], steps: list[Step]

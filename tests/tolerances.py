@@ -5,7 +5,7 @@ The tolerance is 1e-10 of the scale of an element's own group (a slice of a para
 plus 1e-14 of the largest entry for groups that cancel to almost nothing. It is never loosened to make a test pass.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -31,29 +31,32 @@ def _slices(value: Tensor) -> Tensor:
     return value.reshape(value.shape[0], -1) if value.ndim else value.reshape(1, 1)
 
 
+def _assert_equal(
+    what: str,
+    actual: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    group: Callable[[Tensor], Tensor],
+    zero: bool,
+) -> None:
+    assert actual.keys() == expected.keys()
+    if not zero:
+        assert any(bool(v.count_nonzero()) for v in expected.values()), (
+            "the reference is zero everywhere: it proves nothing"
+        )
+    errors = {name: worst(group(actual[name]), group(expected[name]), dim=1) for name in expected}
+    bad = {name: error for name, error in errors.items() if not error <= 1}
+    assert not bad, f"{what} differ, in units of the tolerance: {bad}"
+
+
 def assert_gradients_equal(
     actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, may_be_zero: bool = False
 ) -> None:
     """Each parameter's gradient, slice by slice of its first dimension; the reference as a whole must not be zero."""
-    assert actual.keys() == expected.keys()
-    if not may_be_zero:
-        assert any(bool(value.count_nonzero()) for value in expected.values()), (
-            "the reference is zero everywhere: it proves nothing"
-        )
-    errors = {name: worst(_slices(actual[name]), _slices(expected[name]), dim=1) for name in expected}
-    bad = {name: error for name, error in errors.items() if not error <= 1}
-    assert not bad, f"gradients differ, in units of the tolerance: {bad}"
+    _assert_equal("gradients", actual, expected, _slices, may_be_zero)
 
 
 def assert_influences_equal(
     actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, may_be_zero: bool = False
 ) -> None:
     """Each influence matrix (B, H, P), column by column; the reference as a whole must not be zero."""
-    assert actual.keys() == expected.keys()
-    if not may_be_zero:
-        assert any(bool(value.count_nonzero()) for value in expected.values()), (
-            "the reference is zero everywhere: it proves nothing"
-        )
-    errors = {name: worst(actual[name], expected[name], dim=1) for name in expected}
-    bad = {name: error for name, error in errors.items() if not error <= 1}
-    assert not bad, f"influences differ, in units of the tolerance: {bad}"
+    _assert_equal("influences", actual, expected, lambda value: value, may_be_zero)
