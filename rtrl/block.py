@@ -87,13 +87,9 @@ def close_block(
             if losses:
                 gradient[name] += _earned(tap, pulled, parameters[name].shape)
             if name not in group.general:
-                _bear(
-                    births[name],
-                    tap,
-                    suffix,
-                    parameters[name].shape,
-                    group.active.get(name) if name in sliced else None,
-                )
+                shape = parameters[name].shape
+                active = _active(group, name, shape[0], size, state.device) if name in sliced else None
+                _bear(births[name], tap, suffix, shape, active)
         if group.general:
             for name, jacobian in group.jacobians(suffix.permute(1, 2, 0, 3)).items():
                 _bear_general(births[name], name, jacobian, parameters[name].shape[0] if name in sliced else 1)
@@ -163,16 +159,18 @@ def _by_sample(index: Tensor | None) -> Tensor | None:
 def _active_keys(groups: Sequence[Linearization], name: str, slices: int, size: int, device: torch.device) -> Tensor:
     """``sample · slices + slice`` of all slices of a parameter that were active in the block, ascending, without
     repeats."""
-    first = torch.arange(size, device=device) * slices
-    found = []
-    for group in groups:
-        active = group.active.get(name)
-        if slices == 1 or active is None:
-            found.append((first[:, None] + torch.arange(slices, device=device)).flatten())
-        else:
-            found.append((first[None, :, None] + active).flatten())
+    first = torch.arange(size, device=device)[None, :, None] * slices
+    found = [(first + _active(group, name, slices, size, device)).flatten() for group in groups]
     keys: Tensor = torch.cat(found).unique()
     return keys
+
+
+def _active(group: Linearization, name: str, slices: int, size: int, device: torch.device) -> Tensor:
+    """The slices of a parameter that were active, (m, B, k): all of them at steps that do not name it."""
+    declared = group.active.get(name) if slices > 1 else None
+    if declared is not None:
+        return declared
+    return torch.arange(slices, device=device).expand(len(group.times), size, -1)
 
 
 def _earned(tap: LinearTap, pulled: Tensor, shape: torch.Size) -> Tensor:

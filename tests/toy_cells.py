@@ -92,20 +92,25 @@ class ScheduledCell(nn.Module):
                 for mask in (read, write, use)
             ]
             replay = self.declare(*chosen)
-        reads, writes, experts = replay.reads, replay.writes, replay.active["expert"]
-        assert reads is not None
-        assert writes is not None
+            if float(features[0, 0]) > 0.8:  # now and then it declares everything but the experts: slow and right
+                replay = Sparsity(active={name: replay.active[name] for name in ("expert", "expert_bias")})
+        every = torch.arange(self.n_rows, device=h.device).expand(h.shape[0], -1)
+        reads = every if replay.reads is None else replay.reads
+        writes = every if replay.writes is None else replay.writes
+        experts = replay.active["expert"]
+        reading, writing = read.gather(1, reads).unsqueeze(-1), write.gather(1, writes).unsqueeze(-1)
         seen = rows(h, reads) + F.embedding(reads, self.label)
-        pooled = (read.gather(1, reads).unsqueeze(-1) * torch.tanh(self.look(seen))).sum(dim=1) + self.inward(features)
+        pooled = (reading * torch.tanh(self.look(seen))).sum(dim=1) + self.inward(features)
         mixture = rtrl.cells.grouped_linear(
             torch.tanh(pooled)[:, None, None], self.expert, self.expert_bias, experts
         ).squeeze(2)
         pooled = pooled + (use.gather(1, experts).unsqueeze(-1) * mixture).sum(dim=1)
         before = rows(h, writes)
         new = torch.tanh(before * self.row_scale[writes] + pooled.unsqueeze(1) + self.mix(before))
-        h_next = h.scatter(1, wide(writes, h), torch.where(write.gather(1, writes).unsqueeze(-1) > 0, new, before))
-        y = self.head(pooled) + (rows(h_next, writes).sum(dim=1) * rows(h, reads).sum(dim=1)).sum(dim=-1, keepdim=True)
-        return y, h_next, replay
+        after = torch.where(writing > 0, new, before)
+        h_next = h.scatter(1, wide(writes, h), after)
+        product = (writing * after).sum(dim=1) * (reading * rows(h, reads)).sum(dim=1)
+        return self.head(pooled) + product.sum(dim=-1, keepdim=True), h_next, replay
 
     def declare(self, reads: Tensor, writes: Tensor, experts: Tensor) -> Sparsity:
         active = {"expert": experts, "expert_bias": experts, "label": reads, "row_scale": writes}
