@@ -18,7 +18,7 @@ from rtrl import _rows
 from rtrl.errors import SparsityError
 from rtrl.linearize import Linearization, LinearTap
 from rtrl.taps import segment_products
-from rtrl.transition import Transition
+from rtrl.transition import Transition, flushed
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ def _sweep(groups: Sequence[Linearization], state: Tensor, n: int, width: int) -
         weight = _rows.take(adjoint, writes).flatten(1)
         suffix[i].append(reach)
         pulled[i].append(weight)
-        onward = torch.bmm(reach, jacobian).unflatten(2, (-1, width)).transpose(1, 2)
+        onward = flushed(torch.bmm(reach, jacobian)).unflatten(2, (-1, width)).transpose(1, 2)
         back = torch.bmm(weight.unsqueeze(1), jacobian).squeeze(1) + group.adjoint[j]
         product = _rows.add(_rows.zero(product, writes), read, onward) if writes is not None else onward
         adjoint = _rows.add(_rows.zero(adjoint, writes), read, back.unflatten(1, (-1, width)))

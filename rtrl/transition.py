@@ -91,6 +91,16 @@ class Transition:
         return replace(self, rows=rows, cols=own, n=cols.shape[1])
 
 
+def flushed(product: Tensor) -> Tensor:
+    """A product of Jacobians without entries that are on their way to subnormal numbers: below tiny / eps they are zero.
+
+    Products of contracting Jacobians end there, and a CPU multiplies subnormal numbers many times slower than others.
+    What is cut is 1e-31 (float32) or 1e-292 (float64) of the identity that the product began with.
+    """
+    kind = torch.finfo(product.dtype)
+    return torch.nn.functional.hardshrink(product, kind.tiny / kind.eps)
+
+
 def identity(batch_size: int, n: int, width: int, like: Tensor) -> Transition:
     """The element of no steps, ``(I, 0)``: no rows, no columns."""
     none = torch.empty(batch_size, 0, dtype=torch.int64, device=like.device)
@@ -106,7 +116,7 @@ def compose(first: Transition, then: Transition) -> Transition:
     rows = _rows.members(_rows.union(first.rows, then.rows, n))
     cols = None if rows is None else _rows.members(_rows.union(_rows.union(first.cols, then.cols, n), rows, n))
     one, two = first.within(cols), then.within(cols)
-    jacobian = two.apply(one.square(), None)
+    jacobian = flushed(two.apply(one.square(), None))
     adjoint = one.pull(two.pull(None))
     if rows is not None:
         inside = rows if cols is None else _rows.locate(cols, n).gather(1, rows)

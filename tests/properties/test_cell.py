@@ -202,6 +202,14 @@ def test_initialisation_is_deterministic_under_a_generator() -> None:
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
 
 
+def test_a_choice_of_one_teaches_nothing_about_the_choice() -> None:
+    """A softmax over one entry is constant: with topk=1 or read_slots=1 the router or the read query earns exactly zero."""
+    for k, r, silent in ((1, 2, "router.weight"), (2, 1, "read_query.weight")):
+        cell = seeded(rtrl.RecurrentMoE(2, 2, 4, 3, 4, topk=k, read_slots=r, write_slots=1), 1)
+        found = oracles.bptt(cell, normal(1, 6, 2, 2), lambda t, y: y.square().sum())
+        assert {name for name, g in found.items() if not g.count_nonzero()} == {silent}
+
+
 def test_balancing_loss_and_router_statistics() -> None:
     logits = normal(0, 6, 4)
     experts = torch.tensor([[0, 1], [0, 1], [0, 2], [1, 0], [2, 0], [0, 1]])

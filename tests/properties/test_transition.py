@@ -1,5 +1,6 @@
 """The affine monoid of steps: its laws, and equality with step-by-step products of full matrices."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from tolerances import worst
 from torch import Tensor
 
 import oracles
-from rtrl.transition import Transition, compose, identity
+from rtrl.transition import Transition, compose, flushed, identity
 
 
 @st.composite
@@ -150,3 +151,26 @@ def test_arguments_are_left_alone(items: list[Transition], seed: int) -> None:
     for item, old in zip(items, before, strict=True):
         for now, then in zip((item.rows, item.cols, item.jacobian, item.adjoint), old, strict=True):
             assert then is None or torch.equal(now, then)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_of_contracting_jacobians_never_become_subnormal(dtype: torch.dtype) -> None:
+    """They sink to zero instead, for a CPU is many times slower on them. What is larger stays to the last bit."""
+    tiny = torch.finfo(dtype).tiny
+    item = Transition(None, None, 0.01 * normal(0, 1, 8, 8).to(dtype), normal(1, 1, 8).to(dtype), 8, 1)
+    product, plain, subnormal = item, item.jacobian, False
+    for _ in range(400):
+        product, plain = compose(product, item), item.jacobian @ plain
+        subnormal |= bool(((plain != 0) & (plain.abs() < tiny)).any())
+        assert not bool(((product.jacobian != 0) & (product.jacobian.abs() < tiny)).any())
+        if float(product.jacobian.abs().min()) > 0:
+            assert torch.equal(product.jacobian, plain)
+    assert subnormal, "the control: without care they do"
+    assert not product.jacobian.count_nonzero()
+
+
+def test_flushing_hides_neither_nan_nor_infinity() -> None:
+    values = torch.tensor([math.nan, math.inf, -math.inf, 1.0, 1e-40, -1e-38, 0.0])
+    out = flushed(values)
+    assert out[0].isnan()
+    assert out[1:].tolist() == [math.inf, -math.inf, 1.0, 0.0, 0.0, 0.0]
