@@ -92,7 +92,7 @@ class Transition:
 
 
 def flushed(product: Tensor) -> Tensor:
-    """A product of Jacobians without entries that are on their way to subnormal numbers: below tiny / eps they are zero.
+    """A product of Jacobians without entries on their way to subnormal numbers: those below tiny / eps become zero.
 
     Products of contracting Jacobians end there, and a CPU multiplies subnormal numbers many times slower than others.
     What is cut is 1e-31 (float32) or 1e-292 (float64) of the identity that the product began with.
