@@ -8,7 +8,7 @@ import torch
 
 hypothesis.settings.register_profile("dev", max_examples=10, deadline=None)
 hypothesis.settings.register_profile(
-    "ci", max_examples=30, derandomize=True, deadline=None, print_blob=True, database=None
+    "ci", max_examples=40, derandomize=True, deadline=None, print_blob=True, database=None
 )
 hypothesis.settings.register_profile("nightly", max_examples=500, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")

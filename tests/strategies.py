@@ -146,9 +146,9 @@ def forced_moe(draw: Draw, max_steps: int = 10) -> Case:
 
 @st.composite
 def routed_moe(draw: Draw, max_steps: int = 10) -> Case:
-    """The mixture of experts left to its own choices, with several tokens a step, or two layers of it."""
+    """The mixture of experts left to its own choices: alone with some tokens a step, in two layers, or below an LSTM."""
     steps, batch, tokens = draw(st.integers(1, max_steps)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    seed, stacked = draw(seeds), draw(st.booleans())
+    seed, kind = draw(seeds), draw(st.sampled_from(["alone", "two layers", "below an LSTM"]))
 
     def moe(d_in: int, d_out: int, router_output: bool) -> rtrl.RecurrentMoE:
         return rtrl.RecurrentMoE(
@@ -165,13 +165,14 @@ def routed_moe(draw: Draw, max_steps: int = 10) -> Case:
         )
 
     router_output = draw(st.booleans())
-    if stacked:
-        cell: nn.Module = rtrl.cells.Stack([moe(2, 3, False), moe(3, 2, router_output)])
-        tokens = 1
-    else:
-        cell = moe(2, 2, router_output)
+    cell: nn.Module = moe(2, 2, router_output)
+    if kind == "two layers":
+        cell = rtrl.cells.Stack([moe(2, 3, False), moe(3, 2, router_output)])
+    elif kind == "below an LSTM":  # a layer that declares its rows below one that declares nothing
+        cell = rtrl.cells.Stack([moe(2, 3, False), rtrl.cells.from_torch(nn.LSTMCell(3, 4))])
+    tokens = tokens if kind == "alone" else 1
     xs = normal(seed, steps, batch, tokens, 2) if tokens > 1 else normal(seed, steps, batch, 2)
-    label = f"routed moe stacked={stacked} tokens={tokens} router_output={router_output} seed={seed}"
+    label = f"routed moe {kind} tokens={tokens} router_output={router_output} seed={seed}"
     return Case(seeded(cell, seed), xs, draw(losses(steps, seed)), draw(options), label)
 
 

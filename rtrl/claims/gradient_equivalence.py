@@ -190,7 +190,7 @@ def measure(settings: Settings, progress: Report | None = None) -> Result:
     result = Result(
         settings,
         {"source": text.source, "sha256": text.digest},
-        f"{type(cell).__name__}({cell.extra_repr()}), seeded normal weights, candidate.weight halved",
+        f"{type(cell).__name__}({cell.extra_repr()}), normal weights from the seed",
     )
     trial = _Trial(settings, cell, stretch, progress)
     threads = torch.get_num_threads()
