@@ -146,7 +146,7 @@ def forced_moe(draw: Draw, max_steps: int = 10) -> Case:
 
 @st.composite
 def routed_moe(draw: Draw, max_steps: int = 10) -> Case:
-    """The mixture of experts left to its own choices: alone with some tokens a step, in two layers, or below an LSTM."""
+    """The mixture of experts left to its own choices: alone (any tokens a step), in two layers, or below an LSTM."""
     steps, batch, tokens = draw(st.integers(1, max_steps)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
     seed, kind = draw(seeds), draw(st.sampled_from(["alone", "two layers", "below an LSTM"]))
 
