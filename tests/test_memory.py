@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 from strategies import normal
-from torch import Tensor
+from torch import Tensor, nn
 from toy_cells import ForcedMoE, PlainRNN, seeded
 
 import rtrl
@@ -16,7 +16,7 @@ def live_tensor_bytes() -> int:
     gc.collect()
     seen: dict[int, int] = {}
     for item in gc.get_objects():
-        if issubclass(type(item), Tensor):  # isinstance would wake lazy modules
+        if type(item) in (Tensor, nn.Parameter):  # isinstance would wake lazy modules; a lazy parameter has no storage
             storage = item.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
     return sum(seen.values())

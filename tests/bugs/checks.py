@@ -237,7 +237,7 @@ def bytes_held() -> None:
 
     def live() -> int:
         gc.collect()
-        found = {id(o): o for o in gc.get_objects() if issubclass(type(o), Tensor)}
+        found = {id(o): o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)}
         return len(found)
 
     seen = []
