@@ -53,6 +53,16 @@ def check_schedule(xs: Tensor, theta: Mapping[str, Tensor], resets: Tensor | Non
                     raise ValueError(f"offsets[{t}][{name!r}] has shape {tuple(value.shape)}, not the parameter's")
 
 
+def check_mask(mask: Mapping[str, Tensor] | None, theta: Mapping[str, Tensor], h: Tensor) -> None:
+    """ValueError unless `mask` maps trainable parameters to Boolean (H, P) tensors."""
+    for name, kept in ({} if mask is None else mask).items():
+        if name not in theta:
+            raise ValueError(f"mask names {name!r}, which is no trainable parameter of the cell")
+        wanted = (h[0].numel(), theta[name].numel())
+        if kept.dtype != torch.bool or tuple(kept.shape) != wanted:
+            raise ValueError(f"mask[{name!r}] must be Boolean {wanted}, got {kept.dtype} {tuple(kept.shape)}")
+
+
 def shifted(theta: Mapping[str, Tensor], offsets: Offsets | None, t: int) -> dict[str, Tensor]:
     """The parameters of step t: θ + offsets[t], a name without an offset being left alone."""
     constant: Mapping[str, Tensor] = {} if offsets is None else offsets[t]

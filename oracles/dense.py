@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from oracles._common import LossFn, Offsets, call, check_schedule, initial, restarted, scalar_loss, shifted, trainable
+from oracles._common import (
+    LossFn,
+    Offsets,
+    call,
+    check_mask,
+    check_schedule,
+    initial,
+    restarted,
+    scalar_loss,
+    shifted,
+    trainable,
+)
 
 Gradients = dict[str, Tensor]
 Influences = list[dict[str, Tensor]]
@@ -42,12 +53,12 @@ def _jacobians(h_next: Tensor, h: Tensor, theta: dict[str, Tensor]) -> tuple[Ten
 @overload
 def dense_rtrl(
     cell: nn.Module, xs: Tensor, loss_fn: LossFn, h0: Tensor | None = None, *, resets: Tensor | None = None,
-    offsets: Offsets | None = None, return_influence: Literal[False] = False,
+    offsets: Offsets | None = None, mask: Mapping[str, Tensor] | None = None, return_influence: Literal[False] = False,
 ) -> Gradients: ...  # fmt: skip
 @overload
 def dense_rtrl(
     cell: nn.Module, xs: Tensor, loss_fn: LossFn, h0: Tensor | None = None, *, resets: Tensor | None = None,
-    offsets: Offsets | None = None, return_influence: Literal[True],
+    offsets: Offsets | None = None, mask: Mapping[str, Tensor] | None = None, return_influence: Literal[True],
 ) -> tuple[Gradients, Influences]: ...  # fmt: skip
 def dense_rtrl(
     cell: nn.Module,
@@ -57,11 +68,13 @@ def dense_rtrl(
     *,
     resets: Tensor | None = None,
     offsets: Offsets | None = None,
+    mask: Mapping[str, Tensor] | None = None,
     return_influence: bool = False,
 ) -> Gradients | tuple[Gradients, Influences]:
     """Gradient of the summed loss by the dense forward recursion of the influence.
 
     S_{t+1} = J_t S_t + B_t, S_0 = 0;  dL/dθ = Σ_t (∂ℓ_t/∂θ with h_t held fixed + δ_t S_t), δ_t = ∂ℓ_t/∂h_t.
+    With a mask M, entry by entry, S_{t+1} = M ∘ (J_t S_t + B_t): not the gradient, but what a masked rule must give.
 
     Args:
         cell: module with `cell(x, h) -> (y, h_next)` or `(y, h_next, sparsity)`, and `init_state(B)`; the samples
@@ -71,6 +84,7 @@ def dense_rtrl(
         h0: constant first state (B, ...); None means `cell.init_state(B)`.
         resets: Boolean (T, B); before step t the marked samples start again from `cell.init_state(B)`, a constant.
         offsets: T dicts name -> constant tensor shaped like the parameter; a missing name means zero.
+        mask: Boolean (H, P_name) by parameter name; a missing name means that all is kept.
         return_influence: also hand out the influences.
 
     Returns:
@@ -88,6 +102,7 @@ def dense_rtrl(
     values = trainable(cell)
     h = initial(cell, xs, h0)
     check_schedule(xs, values, resets, offsets)
+    check_mask(mask, values, h)
     batch, size = h.flatten(1).shape
     influence = {name: p.new_zeros(batch, size, p.numel()) for name, p in values.items()}
     gradients = {name: torch.zeros_like(p) for name, p in values.items()}
@@ -111,6 +126,8 @@ def dense_rtrl(
                 gradients[name] = gradients[name] + g + through_state.reshape(g.shape)
         dynamics, immediate = _jacobians(h_next, h, theta)
         influence = {name: dynamics @ s + immediate[name] for name, s in influence.items()}
+        for name, kept in ({} if mask is None else mask).items():
+            influence[name] = influence[name].masked_fill(~kept, 0.0)
         h = h_next.detach()
     influences.append(influence)
     return (gradients, influences) if return_influence else gradients

@@ -1,26 +1,15 @@
 """Comparing what a cell computed with what it must compute, and naming the first place where the two differ."""
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rtrl import _guard
 from rtrl.testing._probe import Point
+from rtrl.testing.report import Found
 
 STATE = "the state"  # beside names of parameters, none of which has a space
-
-
-class Found(NamedTuple):
-    """What a check yields; the fields of ``Failure`` without the check's name."""
-
-    message: str
-    step: int | None = None
-    sample: int | None = None
-    where: str = ""
-    found: str = ""
-    expected: str = ""
 
 
 def first_line(error: Exception) -> str:

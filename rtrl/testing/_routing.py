@@ -11,8 +11,9 @@ from torch import Tensor
 
 from rtrl import _rows, _tree
 from rtrl.cells.protocol import Sparsity, call_cell, own_copy, same_choices
-from rtrl.testing._compare import STATE, Found, differs, first_line, gradients, only, stray
+from rtrl.testing._compare import STATE, differs, first_line, gradients, only, stray
 from rtrl.testing._probe import Heads, Point, Subject, leaves
+from rtrl.testing.report import Found
 
 _TRIES = 4  # generic points a step at which a cell that routes by values has its chance to choose otherwise
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from rtrl import _guard, _rows, _tree
 from rtrl.cells.protocol import same_choices
 from rtrl.errors import CellError
-from rtrl.testing._compare import STATE, Found, differs, first_line, gradients, not_finite, only, same_bits, stray
+from rtrl.testing._compare import STATE, differs, first_line, gradients, not_finite, only, same_bits, stray
 from rtrl.testing._probe import Point, Subject, cast, lay_out, leaves
 from rtrl.testing._routing import replay_failures, sample_failures, torch_func_failures
-from rtrl.testing.report import Failure, Report
+from rtrl.testing.report import Failure, Found, Report
 
 Check = Callable[[Subject], Iterator[Found]]
 _NEEDS_NOTHING, _NEEDS_A_STEP, _NEEDS_POINTS = 0, 1, 2
@@ -46,13 +46,12 @@ def cell_checks() -> list[str]:
     return list(_CHECKS)
 
 
-def run_checks(subject: Subject, seed: int, own_state: bool) -> Report:
+def run_checks(subject: Subject, report: Report) -> Report:
     """Run every check that can be judged; a cell that raises fails the check it raised in."""
-    report = Report(seed=seed, own_state=own_state)
     stage = _NEEDS_NOTHING
     for name, registered in _CHECKS.items():
         if registered.needs > stage:
-            report.skipped.append(name)
+            report.skipped[name] = "because what it rests on failed"
             continue
         report.checks.append(name)
         said: set[str] = set()  # one failure a kind: the first step and sample that shows it

@@ -1,13 +1,15 @@
 """What a run of checks found, and how it is said."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from rtrl.errors import RTRLError
+from rtrl.errors import ConfigError, RTRLError
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One way in which a cell breaks its contract, at the first place where it was seen.
+    """One way in which a cell or a learner does not do what it promises, at the first place where it was seen.
 
     Attributes:
         check: the name of the check. message: what is wrong and what to do.
@@ -23,29 +25,43 @@ class Failure:
     found: str = ""
     expected: str = ""
 
+    @property
+    def place(self) -> str:
+        """Step, sample and element, in words."""
+        numbered = (("step", self.step), ("sample", self.sample))
+        parts = [f"{what} {number}" for what, number in numbered if number is not None]
+        return ", ".join([*parts, *([self.where] if self.where else [])])
+
     def __str__(self) -> str:
         """Two lines: what is wrong, and where with both values."""
-        place = [
-            f"{what} {number}" for what, number in (("step", self.step), ("sample", self.sample)) if number is not None
-        ]
         values = f"found {self.found}, expected {self.expected}" if self.found or self.expected else ""
-        detail = ": ".join(
-            part for part in (", ".join([*place, *([self.where] if self.where else [])]), values) if part
-        )
+        detail = ": ".join(part for part in (self.place, values) if part)
         return f"FAIL {self.check}: {self.message}" + (f"\n     {detail}" if detail else "")
+
+
+class Found(NamedTuple):
+    """What a check yields; the fields of ``Failure`` without the check's name."""
+
+    message: str
+    step: int | None = None
+    sample: int | None = None
+    where: str = ""
+    found: str = ""
+    expected: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The outcome of ``check_cell``.
+    """The outcome of ``check_cell`` or ``check_learner``.
 
     Attributes:
         failures: all of them, in the order of the checks. checks: names of the checks that were run.
-        skipped: names of those that could not be judged, because what they rest on failed.
+        skipped: name → reason of those that could not be judged.
         notes: what is allowed, but slow or worth knowing.
-        seed: of the generic points. own_state: whether the first state was given as ``state=``.
+        seed: of all that was drawn. name: of what was checked. script: what to run to see it again.
+        expected: failures that were declared beforehand, with a reason; they do not count.
 
-    >>> report = Report([Failure("finite", "NaN in y", step=3)], ["finite"], seed=7)
+    >>> report = Report([Failure("finite", "NaN in y", step=3)], ["finite"], seed=7, script="check_cell(cell, xs)")
     >>> report.passed
     False
     >>> print(report)
@@ -53,40 +69,43 @@ class Report:
     FAIL finite: NaN in y
          step 3
     To see it again:
-        from rtrl.testing import check_cell
-        check_cell(make_cell(), inputs, seed=7)
+        check_cell(cell, xs)
     """
 
     failures: list[Failure] = field(default_factory=list)
     checks: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seed: int = 0
-    own_state: bool = False
+    name: str = ""
+    script: str = ""
+    expected: list[Failure] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed."""
+        """Whether nothing failed that was not expected to."""
         return not self.failures
-
-    @property
-    def script(self) -> str:
-        """What to run to see it again; ``make_cell`` and ``inputs`` are the caller's own."""
-        state = "state=state, " if self.own_state else ""
-        return f"from rtrl.testing import check_cell\ncheck_cell(make_cell(), inputs, {state}seed={self.seed})"
 
     def __str__(self) -> str:
         """Readable lines: the count, every failure, what was skipped, notes, and how to see it again."""
         failed = {failure.check for failure in self.failures}
-        lines = [f"{len(failed)} of {len(self.checks)} checks failed (seed {self.seed})"]
+        lines = [
+            f"{self.name}{': ' if self.name else ''}{len(failed)} of {len(self.checks)} checks failed "
+            f"(seed {self.seed})"
+        ]
         lines += [str(failure) for failure in self.failures]
         if self.skipped:
-            lines.append(f"not judged, because what they rest on failed: {', '.join(self.skipped)}")
+            reasons: dict[str, list[str]] = {}
+            for name, reason in self.skipped.items():
+                reasons.setdefault(reason, []).append(name)
+            lines += [f"not judged, {reason}: {', '.join(names)}" for reason, names in reasons.items()]
+        lines += [f"failed as expected: {failure.check}: {failure.message}" for failure in self.expected]
         lines += [f"note: {note}" for note in self.notes]
         if failed:
             lines += ["To see it again:", *(f"    {line}" for line in self.script.splitlines())]
         else:
-            lines.append(f"passed: {', '.join(self.checks)}")
+            judged = [name for name in self.checks if name not in {failure.check for failure in self.expected}]
+            lines.append(f"passed: {', '.join(judged)}")
         return "\n".join(lines)
 
     def raise_for_failures(self) -> None:
@@ -98,9 +117,46 @@ class Report:
         if self.failures:
             raise CheckFailed(self)
 
+    def with_expected(self, reasons: Mapping[str, str]) -> "Report":
+        """The same report with the failures of some checks declared as expected; a check that was run or skipped and
+        did not fail as declared is a failure of its own, so that no declaration outlives its reason."""
+        unexpected = [failure for failure in self.failures if failure.check not in reasons]
+        known = [
+            replace(failure, message=f"{reasons[failure.check]} ({failure.message})")
+            for failure in self.failures
+            if failure.check in reasons
+        ]
+        failed = {failure.check for failure in self.failures}
+        for check, reason in reasons.items():
+            if check in self.checks and check not in failed:
+                unexpected.append(Failure(check, stale(reason, "it passes")))
+            elif check in self.skipped:
+                unexpected.append(Failure(check, stale(reason, "it is not judged")))
+        return replace(self, failures=unexpected, expected=known)
+
+
+def stale(reason: str, instead: str) -> str:
+    """What is said of an expected failure that did not come."""
+    return f"was expected to fail ({reason}), but {instead}; take it out of expected_failures"
+
+
+def check_expected(reasons: object, known: list[str]) -> None:
+    """Refuse expected failures that name no check or give no reason.
+
+    Raises:
+        ConfigError: they do.
+    """
+    if not isinstance(reasons, Mapping):
+        raise ConfigError(f"expected_failures must map names of checks to reasons, got {type(reasons).__name__}")
+    for name, reason in reasons.items():
+        if name not in known:
+            raise ConfigError(f"expected_failures names {name!r}, which is no check; there are: {', '.join(known)}")
+        if not isinstance(reason, str) or not reason.strip():
+            raise ConfigError(f"expected_failures[{name!r}] must be a reason in words, got {reason!r}")
+
 
 class CheckFailed(RTRLError, AssertionError):
-    """A cell failed checks; ``report`` holds them all."""
+    """A cell or a learner failed checks; ``report`` holds them all."""
 
     def __init__(self, report: Report) -> None:
         super().__init__(str(report))

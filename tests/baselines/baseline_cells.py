@@ -1,52 +1,17 @@
-"""Cells whose dynamics Jacobian has a form that can be read off, and a walk of any learner along a stream."""
+"""A walk of any learner along a stream, and cells whose dynamics Jacobian has a form that can be read off."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from running import gradients, trainable
-from torch import Tensor, nn
+from torch import Tensor
+from toy_cells import Leaky, Ring
+
+__all__ = ["F64", "Leaky", "Loss", "Ring", "differ", "earned", "normal", "squares"]
 
 F64 = torch.float64
 Loss = Callable[[int, Any], Tensor | None]
-
-
-class Ring(nn.Module):
-    """``tanh(W x + (U ∘ ring) h)``: entry i of the state sees itself and entry i − 1. What is masked is no weight."""
-
-    ring: Tensor
-
-    def __init__(self, d_in: int, hidden: int) -> None:
-        super().__init__()
-        self.inward = nn.Parameter(torch.empty(hidden, d_in))
-        self.recurrent = nn.Parameter(torch.empty(hidden, hidden))
-        self.register_buffer("ring", torch.eye(hidden) + torch.eye(hidden).roll(1, 0))
-
-    def init_state(self, batch_size: int) -> Tensor:
-        return self.inward.new_full((batch_size, self.inward.shape[0]), 0.3)
-
-    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        h_next = torch.tanh(x @ self.inward.T + h @ (self.recurrent * self.ring).T)
-        return torch.cat([h, h_next], dim=-1), h_next
-
-
-class Leaky(nn.Module):
-    """``a ∘ h + (1 − a) tanh(W x)``: the dynamics Jacobian is diag(a), and a is a parameter or the same constant for
-    all."""
-
-    def __init__(self, d_in: int, hidden: int, leak: float | None) -> None:
-        super().__init__()
-        self.inward = nn.Linear(d_in, hidden)
-        self.rate = nn.Parameter(torch.empty(hidden)) if leak is None else None
-        self.leak = leak
-
-    def init_state(self, batch_size: int) -> Tensor:
-        return self.inward.weight.new_zeros(batch_size, self.inward.out_features)
-
-    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        keep = 1 - self.leak if self.rate is None else torch.sigmoid(self.rate)
-        h_next = keep * h + (1 - keep) * torch.tanh(self.inward(x))
-        return h + h_next, h_next
 
 
 def normal(seed: int, *shape: int) -> Tensor:

@@ -1,0 +1,185 @@
+"""Checks of what a learner delivers: gradients and influences along streams that have bitten others."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtrl.testing import streams
+from rtrl.testing._judge import compare, influence_failures
+from rtrl.testing._registry import NotJudged, Subject, check
+from rtrl.testing._walk import deliver, start, take_step, walk
+from rtrl.testing.laws import Unbiased
+from rtrl.testing.report import Found
+from rtrl.testing.streams import Loss, Stream
+
+
+def _at(loss: Loss, wanted: Callable[[int], bool]) -> Loss:
+    """The same loss at some steps alone."""
+
+    def chosen(t: int, y: Any) -> Tensor | None:
+        return loss(t, y) if wanted(t) else None
+
+    return chosen
+
+
+@check("dense cell")
+def _dense(subject: Subject) -> Iterator[Found]:
+    yield from subject.wrong(subject.standard(streams.dense_stream(subject.seed)))
+
+
+@check("long stream")
+def _long(subject: Subject) -> Iterator[Found]:
+    if subject.spec.law.steps is not None:
+        raise NotJudged("because the law covers short streams alone")
+    yield from subject.wrong(subject.standard(streams.slow_stream(subject.seed)))
+
+
+@check("unusual parameters")
+def _unusual(subject: Subject) -> Iterator[Found]:
+    yield from subject.wrong(subject.standard(streams.unusual_stream(subject.seed)))
+
+
+@check("layers")
+def _layers(subject: Subject) -> Iterator[Found]:
+    yield from subject.wrong(subject.standard(streams.layered_stream(subject.seed)))
+
+
+@check("sparse rows")
+def _sparse(subject: Subject) -> Iterator[Found]:
+    yield from subject.wrong(subject.standard(streams.scheduled_stream(subject.seed), sparse=True))
+
+
+@check("everything declared now and then")
+def _declared(subject: Subject) -> Iterator[Found]:
+    yield from subject.wrong(subject.standard(streams.scheduled_stream(subject.seed, largest=9.0), sparse=True))
+
+
+@check("sleeping slices")
+def _sleeping(subject: Subject) -> Iterator[Found]:
+    yield from subject.wrong(subject.standard(streams.sleeping_stream(subject.seed), sparse=True))
+
+
+@check("own streams")
+def _own(subject: Subject) -> Iterator[Found]:
+    if not subject.spec.streams:
+        raise NotJudged("because the spec brings no streams of its own")
+    for stream in subject.streams():
+        yield from subject.wrong(stream)
+
+
+@check("losses now and then")
+def _now_and_then(subject: Subject) -> Iterator[Found]:
+    subject.needs_steps()
+    for stream in subject.streams():
+        yield from subject.wrong(replace(stream, loss=_at(stream.loss, lambda t: t % 3 == 2)))
+
+
+@check("one loss at the end")
+def _at_the_end(subject: Subject) -> Iterator[Found]:
+    for stream in subject.streams():
+        yield from subject.wrong(replace(stream, loss=_at(stream.loss, (stream.steps - 1).__eq__)))
+
+
+@check("several losses a step")
+def _several(subject: Subject) -> Iterator[Found]:
+    subject.needs_learner()
+    for stream in subject.streams():
+        yield from subject.wrong(replace(stream, pieces=3), "losses of one step are not summed")
+
+
+@check("no loss at all")
+def _no_loss(subject: Subject) -> Iterator[Found]:
+    for stream in subject.streams():
+        outcome = walk(subject.spec, replace(stream, loss=lambda t, y: None))
+        for name, gradient in outcome.gradients.items():
+            if bool((gradient != 0).any()):
+                worst = f"{float(gradient.abs().max()):.6g}"
+                yield Found(f"{stream.name}: a gradient without a loss", None, None, f"parameter {name}", worst, "0")
+
+
+@check("early deliveries")
+def _deliveries(subject: Subject) -> Iterator[Found]:
+    """sync() at any step; what is delivered adds up, each loss once."""
+    subject.needs_learner()
+    subject.needs_steps()
+    for stream in subject.streams():
+        often = replace(stream, syncs=frozenset({0, 1, 4, 5, 11, 12}) & frozenset(range(stream.steps - 1)))
+        failures = list(subject.wrong(often, "delivered by sync() at steps of its own, it does not add up"))
+        yield from failures
+        if not failures and not isinstance(subject.spec.law, Unbiased):
+            yield from _accumulated(subject, often)
+
+
+def _accumulated(subject: Subject, stream: Stream) -> Iterator[Found]:
+    """``.grad`` is added to, and set to zero in between by whom it may; a second sync delivers nothing."""
+    outcome = walk(subject.spec, stream)
+    again = deliver(outcome.learner, outcome.cell, stream.steps - 1)
+    difference = compare(again, outcome.gradients)
+    if difference is not None:
+        message = f"{stream.name}: a second sync() with no step in between delivers something again"
+        yield Found(message, stream.steps - 1, None, difference.where, difference.found, difference.expected)
+        return
+    learner, cell = start(subject.spec, stream)
+    for p in cell.parameters():
+        p.grad = torch.ones_like(p)
+    total: dict[str, Tensor] = {}
+    for t in range(stream.steps):
+        take_step(learner, cell, stream, t)
+        if t in stream.syncs or t == stream.steps - 1:
+            part = deliver(learner, cell, t)
+            total = {name: total.get(name, 0.0) + value for name, value in part.items()}
+            for p in cell.parameters():
+                p.grad = None
+    wanted = {name: value + 1 for name, value in outcome.gradients.items()}
+    difference = compare(total, wanted)
+    if difference is not None:
+        message = f"{stream.name}: .grad is not added to, or what is delivered depends on what was in it"
+        yield Found(message, stream.steps - 1, None, difference.where, difference.found, difference.expected)
+
+
+@check("changed parameters")
+def _changed(subject: Subject) -> Iterator[Found]:
+    """Parameters change after a sync, as an optimizer changes them: each step counts with those it was taken with."""
+    subject.needs_learner()
+    subject.needs_steps()
+    for stream in subject.streams():
+        third = max(1, stream.steps // 3)
+        generator = torch.Generator().manual_seed(subject.seed)
+        moved = [
+            {
+                name: 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
+                for name, p in stream.cell.named_parameters()
+            }
+            for _ in range(2)
+        ]
+        offsets = [[{}, *moved][min(t // third, 2)] for t in range(stream.steps)]
+        message = f"after parameters changed before steps {third} and {2 * third}, it is wrong"
+        yield from subject.wrong(replace(stream, offsets=offsets), message)
+
+
+@check("resets")
+def _resets(subject: Subject) -> Iterator[Found]:
+    """Samples start anew in mid-stream, one by one and together; what was earned before is kept."""
+    subject.needs_learner("reset")
+    subject.needs_steps()
+    for stream in subject.streams():
+        flags = torch.zeros(stream.steps, stream.batch_size, dtype=torch.bool, device=stream.xs.device)
+        at = [max(1, stream.steps // 3), max(2, 2 * stream.steps // 3)]
+        flags[at[0], 0] = True
+        flags[at[1], -1] = True
+        yield from subject.wrong(
+            replace(stream, resets=flags), f"after resets of one sample before steps {at[0]} and {at[1]}, it is wrong"
+        )
+
+
+@check("influence")
+def _influence(subject: Subject) -> Iterator[Found]:
+    """The influence that is handed out is that of the law, column by column."""
+    if not subject.spec.law.covers_influence:
+        raise NotJudged("because the law says nothing of the influence")
+    subject.needs_learner("influence")
+    for stream in subject.streams():
+        yield from influence_failures(subject.spec, stream)

@@ -1,0 +1,207 @@
+"""Judging what a learner delivered by its law, element by element, and finding the first step at which it is wrong."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rtrl.testing._diagnosis import diagnose
+from rtrl.testing._walk import Stopped, walk
+from rtrl.testing.laws import Exact, Law, Unbiased, shortened
+from rtrl.testing.report import Found
+from rtrl.testing.spec import LearnerSpec
+from rtrl.testing.streams import Stream
+
+RELATIVE = 1e-10
+"""Of the largest entry of an element's own slice; more is no rounding."""
+FLOOR, ABSOLUTE = 1e-14, 1e-16
+"""Of the largest entry of the parameter, and of all: where a slice cancels to almost nothing."""
+_LINEAR = 40  # streams up to this long are searched step by step, longer ones by halving
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A value that is not what the law says: where, both values, and how it is said."""
+
+    where: str
+    found: str
+    expected: str
+    step: int | None = None
+    message: str = ""
+
+
+def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Mismatch | None:
+    """The worst element, if any is wrong; slices run along the first dimension."""
+    top = max((float(value.abs().max()) for value in expected.values() if value.numel()), default=0.0)
+    worst, place = 1.0, None
+    for name, wanted in expected.items():
+        if not wanted.numel():
+            continue
+        rows = wanted.abs().reshape(wanted.shape[0] if wanted.ndim else 1, -1)
+        allowed = RELATIVE * rows.amax(dim=1, keepdim=True) + FLOOR * rows.max() + ABSOLUTE * top
+        gap = (found[name] - wanted).abs().reshape(rows.shape)
+        error = torch.where(gap == 0, 0.0, gap / allowed).nan_to_num(nan=torch.inf)
+        if float(error.max()) > worst:
+            worst, place = float(error.max()), (name, int(error.argmax()))
+    if place is None:
+        return None
+    name, flat = place
+    index = [int(i) for i in torch.unravel_index(torch.tensor(flat), expected[name].shape)]
+    return Mismatch(
+        f"parameter {name}{index if index else ''}",
+        f"{float(found[name].flatten()[flat]):.17g}",
+        f"{float(expected[name].flatten()[flat]):.17g}",
+    )
+
+
+def judge(law: Law, spec: LearnerSpec, stream: Stream, seed: int) -> Mismatch | None:
+    """What is wrong with the gradient of one stream; None if nothing is."""
+    try:
+        if isinstance(law, Unbiased):
+            return _judge_mean(law, spec, stream, seed)
+        outcome = walk(spec, stream)
+        return compare(outcome.gradients, law.reference(stream, outcome.learner))
+    except Stopped as stopped:
+        return Mismatch("", "", "", stopped.step, str(stopped))
+
+
+def _judge_mean(law: Unbiased, spec: LearnerSpec, stream: Stream, seed: int) -> Mismatch | None:
+    exact = law.reference(stream, None)
+    names = list(exact)
+    flat = torch.cat([exact[name].flatten() for name in names])
+    size = float(flat.norm())
+    own = flat / size if size else flat
+    draws = []
+    for draw in range(law.draws):
+        torch.manual_seed((seed << 20) + draw)
+        gradients = walk(spec, stream).gradients
+        value = torch.cat([gradients[name].flatten() for name in names])
+        draws.append(torch.cat([value, (value @ own).reshape(1)]))
+    values = torch.stack(draws)
+    wanted = torch.cat([flat, torch.tensor([size], dtype=flat.dtype, device=flat.device)])
+    error = values.std(dim=0) / law.draws**0.5
+    allowed = law.quantile(len(wanted)) * error + RELATIVE * size  # the second, for what no chance enters
+    gap = (values.mean(dim=0) - wanted).abs().nan_to_num(nan=torch.inf)
+    if bool((gap > allowed).any()):
+        worst = int((gap / allowed).argmax())
+        where = _element(exact, worst) if worst < len(flat) else "the component along the exact gradient"
+        beyond = float(gap[worst] / error[worst]) if float(error[worst]) else float("inf")
+        return Mismatch(
+            f"{where}, mean of {law.draws} draws",
+            f"{float(values.mean(dim=0)[worst]):.6g} ({beyond:.3g} standard errors off)",
+            f"{float(wanted[worst]):.6g}",
+        )
+    if size and float(allowed[-1]) >= size:
+        return Mismatch(
+            "the component along the exact gradient",
+            f"{float(values.mean(dim=0)[-1]):.3g} ± {float(allowed[-1]):.3g}",
+            f"{size:.3g}",
+            message="the draws scatter so much that no gradient at all would pass as well; ask for more draws",
+        )
+    return None
+
+
+def _element(exact: dict[str, Tensor], flat: int) -> str:
+    for name, value in exact.items():
+        if flat < value.numel():
+            index = [int(i) for i in torch.unravel_index(torch.tensor(flat), value.shape)]
+            return f"parameter {name}{index if index else ''}"
+        flat -= value.numel()
+    raise IndexError(flat)
+
+
+def gradient_failures(spec: LearnerSpec, stream: Stream, seed: int, message: str = "") -> Iterator[Found]:
+    """What is wrong with the gradient after a stream, at the first step after which it is."""
+    law = spec.law
+    stream = shortened(law, stream)
+    reference = (law if isinstance(law, Exact) else Exact()).reference(stream, None)
+    if not any(bool(value.any()) for value in reference.values()):
+        yield Found(f"{stream.name}: the exact gradient is zero everywhere, so this stream proves nothing")
+        return
+    if not all(bool(torch.isfinite(value).all()) for value in reference.values()):
+        yield Found(f"{stream.name}: the exact gradient is not finite, so this stream proves nothing")
+        return
+    whole = judge(law, spec, stream, seed)
+    if whole is None:
+        return
+    if whole.message:
+        yield Found(f"{stream.name}: {whole.message}", whole.step, None, whole.where, whole.found, whole.expected)
+        return
+    steps, first = _first_bad(lambda n: judge(law, spec, stream.prefix(n), seed), stream.steps, whole)
+    bad = stream.prefix(steps)
+    sample, lone = None, ""
+    if bad.batch_size > 1:
+        alone = [judge(law, spec, bad.alone(b), seed) for b in range(bad.batch_size)]
+        sample = next((b for b, wrong in enumerate(alone) if wrong is not None), None)
+        if sample is None:
+            lone = "; each sample alone is right, so samples meet, or are not summed"
+        else:
+            first = alone[sample] or first
+            bad = bad.alone(sample)
+    suspect = diagnose(spec, stream.prefix(steps)) if isinstance(law, Exact) and not isinstance(law, Unbiased) else ""
+    said = message or f"the gradient is not what {_law_name(law)} asks for"
+    yield Found(
+        f"{stream.name}: {said}{lone}{suspect}",
+        first.step if first.step is not None else steps - 1,
+        sample,
+        first.where,
+        first.found,
+        first.expected,
+    )
+
+
+def _law_name(law: Law) -> str:
+    return "BPTT gives" if type(law) is Exact else f"the law {law} asks for"
+
+
+def _first_bad(wrong: Callable[[int], Mismatch | None], steps: int, whole: Mismatch) -> tuple[int, Mismatch]:
+    """The least number of steps after which the gradient is wrong, and how; of long streams, one at which it becomes
+    wrong."""
+    if steps <= _LINEAR:
+        for n in range(1, steps):
+            mismatch = wrong(n)
+            if mismatch is not None:
+                return n, mismatch
+        return steps, whole
+    right, bad, mismatch = 0, steps, whole
+    while bad - right > 1:
+        middle = (right + bad) // 2
+        found = wrong(middle)
+        if found is None:
+            right = middle
+        else:
+            bad, mismatch = middle, found
+    return bad, mismatch
+
+
+def influence_failures(spec: LearnerSpec, stream: Stream) -> Iterator[Found]:
+    """What is wrong with the influence that a learner says it holds: (B, H, P), column by column."""
+    stream = shortened(spec.law, stream)
+    outcome = walk(spec, stream)
+    expected = spec.law.reference_influence(stream, outcome.learner)
+    for name, wanted in expected.items():
+        try:
+            found = outcome.learner.influence(name)
+        except Exception as error:
+            raise Stopped(f"influence({name!r}) raised {type(error).__name__}: {error}", stream.steps - 1) from error
+        if not isinstance(found, Tensor) or found.shape != wanted.shape:
+            form = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            message = f"{stream.name}: the influence of {name!r} has the wrong form"
+            yield Found(message, found=str(form), expected=str(tuple(wanted.shape)))
+            return
+        columns = wanted.abs().amax(dim=1, keepdim=True)
+        allowed = RELATIVE * columns + FLOOR * wanted.abs().max()
+        gap = (found - wanted).abs()
+        error_ = torch.where(gap == 0, 0.0, gap / allowed).nan_to_num(nan=torch.inf)
+        if float(error_.max()) > 1:
+            b, i, p = (int(k) for k in torch.unravel_index(error_.argmax(), wanted.shape))
+            yield Found(
+                f"{stream.name}: the influence after the stream is not S_T",
+                stream.steps - 1,
+                b,
+                f"parameter {name}, entry {i} of the state, entry {p} of the parameter",
+                f"{float(found[b, i, p]):.17g}",
+                f"{float(wanted[b, i, p]):.17g}",
+            )
+            return

@@ -1,0 +1,26 @@
+"""Leaving the caller's process as it is."""
+
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def undisturbed(seed: int) -> Iterator[None]:
+    """Keep the global random states as they are, whatever a cell draws, and let its warnings be."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (a cell may draw from the old one)
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of probing: a number taken of a tensor with a gradient, for example
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

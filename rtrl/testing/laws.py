@@ -1,0 +1,240 @@
+"""Laws: what the gradient of a learner has to do with the exact one. A biased learner declares the law that it does
+obey; it never gets a looser tolerance."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import oracles
+from rtrl.errors import ConfigError
+from rtrl.testing.streams import Loss, Stream
+
+Gradients = dict[str, Tensor]
+
+
+def _count(name: str, value: Any, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+class Law(ABC):
+    """What a learner's gradient must be, on any stream."""
+
+    steps: int | None = None
+    """The longest stream that it says anything about; None for any length."""
+    covers_influence: bool = False
+    """Whether it says what the influence must be."""
+
+    @abstractmethod
+    def reference(self, stream: Stream, learner: Any) -> Gradients:
+        """What the learner must have delivered after this stream, by parameter name."""
+
+    def reference_influence(self, stream: Stream, learner: Any) -> Gradients:
+        """The influences ``(B, H, P)`` that it must hold then.
+
+        Raises:
+            ConfigError: the law says nothing of them.
+        """
+        raise ConfigError(f"{self} says nothing of the influence")
+
+
+@dataclass(frozen=True)
+class Exact(Law):
+    """The gradient is that of backpropagation through the whole stream: ``dL/dθ``.
+
+    Args:
+        scope: for which cells, in words, if not for all; the spec then brings streams of such cells.
+    """
+
+    scope: str = field(default="", kw_only=True)
+    covers_influence = True
+
+    def reference(self, stream: Stream, learner: Any) -> Gradients:
+        """BPTT, unrolled."""
+        return oracles.bptt(stream.cell, stream.xs, stream.loss, resets=stream.resets, offsets=stream.offsets)
+
+    def reference_influence(self, stream: Stream, learner: Any) -> Gradients:
+        """Full RTRL's."""
+        return oracles.dense_rtrl(
+            stream.cell, stream.xs, stream.loss, resets=stream.resets, offsets=stream.offsets, return_influence=True
+        )[1][-1]
+
+
+@dataclass(frozen=True)
+class ExactWithin(Exact):
+    """Exact on every stream of at most ``horizon`` steps; nothing is said of longer ones.
+
+    Such a law is weak: every rule that ever looks back obeys it. Where a rule can be defined, declare ``Truncated``.
+
+    Args:
+        horizon: how many steps.
+    """
+
+    horizon: int
+
+    def __post_init__(self) -> None:
+        _count("horizon", self.horizon)
+        object.__setattr__(self, "steps", self.horizon)
+
+
+@dataclass(frozen=True)
+class Truncated(Law):
+    """Each loss is pulled back through ``horizon`` steps, its own included: the state before them is a constant.
+
+    Equation: ``Σ_t dℓ_t/dθ`` with ``h_{a(t)}`` a constant, where ``a(t) = t − horizon + 1``; in chunks
+    ``a(t) = t − t mod horizon``.
+
+    Args:
+        horizon: k. sliding: False cuts the stream into chunks of k steps; then streams must not be reset.
+    """
+
+    horizon: int
+    sliding: bool = True
+
+    def __post_init__(self) -> None:
+        _count("horizon", self.horizon)
+
+    def reference(self, stream: Stream, learner: Any) -> Gradients:
+        """One BPTT a loss, over its own last steps."""
+        total = {name: torch.zeros_like(p) for name, p in stream.cell.named_parameters() if p.requires_grad}
+        states = _states(stream)
+        for t in range(stream.steps):
+            first = max(0, t - self.horizon + 1) if self.sliding else t - t % self.horizon
+            part = oracles.bptt(
+                stream.cell,
+                stream.xs[first : t + 1],
+                _only(stream.loss, t, first),
+                h0=states[first],
+                resets=None if stream.resets is None else stream.resets[first : t + 1],
+                offsets=None if stream.offsets is None else stream.offsets[first : t + 1],
+            )
+            total = {name: value + part[name] for name, value in total.items()}
+        return total
+
+
+def _only(loss: Loss, t: int, first: int) -> Loss:
+    """The loss of step t alone, for a stream that begins with step ``first``."""
+    return lambda i, y: loss(t, y) if first + i == t else None
+
+
+def _states(stream: Stream) -> list[Tensor]:
+    """The state that each step receives, before its resets; by forward passes alone."""
+    states: list[Tensor] = []
+    h: Tensor = stream.cell.init_state(stream.batch_size)  # type: ignore[operator]
+    with torch.no_grad():
+        for t in range(stream.steps):
+            states.append(h)
+            if stream.resets is not None:
+                fresh: Tensor = stream.cell.init_state(stream.batch_size)  # type: ignore[operator]
+                h = torch.where(stream.resets[t].reshape(-1, *[1] * (h.ndim - 1)), fresh, h)
+            theta = {name: p.detach() for name, p in stream.cell.named_parameters()}
+            for name, offset in ({} if stream.offsets is None else stream.offsets[t]).items():
+                theta[name] = theta[name] + offset
+            h = torch.func.functional_call(stream.cell, theta, (stream.xs[t], h))[1]
+    return states
+
+
+def _own_mask(learner: Any, name: str) -> Tensor:
+    mask: Tensor = learner.mask(name)
+    return mask
+
+
+@dataclass(frozen=True)
+class Masked(Law):
+    """The influence is zero outside a mask, and inside it follows the masked recursion ``S ← M ∘ (J S + B)``.
+
+    Args:
+        mask: ``mask(learner, name)`` gives M, Boolean (H, P) in the order of the flattened state and parameter, after
+            the stream; ``learner.mask(name)`` by default. It must not change on the way, or only by entries that were
+            zero before.
+    """
+
+    mask: Callable[[Any, str], Tensor] = _own_mask
+    covers_influence = True
+
+    def reference(self, stream: Stream, learner: Any) -> Gradients:
+        """Full RTRL with the influence masked after every step."""
+        return self._run(stream, learner)[0]
+
+    def reference_influence(self, stream: Stream, learner: Any) -> Gradients:
+        """The masked influences."""
+        return self._run(stream, learner)[1][-1]
+
+    def _run(self, stream: Stream, learner: Any) -> tuple[Gradients, list[Gradients]]:
+        names = [name for name, p in stream.cell.named_parameters() if p.requires_grad]
+        return oracles.dense_rtrl(
+            stream.cell,
+            stream.xs,
+            stream.loss,
+            resets=stream.resets,
+            offsets=stream.offsets,
+            mask={name: self.mask(learner, name) for name in names},
+            return_influence=True,
+        )
+
+
+@dataclass(frozen=True)
+class Unbiased(Exact):
+    """The mean of the gradient over independent draws is the exact one.
+
+    The draws are made from PyTorch's global generator, seeded anew for every draw. Of every element, and of the
+    component along the exact gradient, the mean over the draws must lie within z standard errors of the exact value;
+    z is such that an unbiased learner with normal means is refused with a chance of at most ``false_alarm`` a stream
+    (Student's t with ``draws − 1`` degrees of freedom, Bonferroni over elements). With a fixed seed the verdict never
+    changes. A learner whose draws scatter so much that no gradient at all would pass as well is refused too: it has
+    not been tested.
+
+    Args:
+        draws: how many, at least 30. false_alarm: the chance of a wrong refusal, over the choice of the seed.
+        horizon: the longest stream to test on; the variance grows with it.
+    """
+
+    draws: int = 200
+    false_alarm: float = 1e-6
+    horizon: int = 3
+    covers_influence = False  # a single draw is no mean
+
+    def __post_init__(self) -> None:
+        _count("draws", self.draws, 30)
+        _count("horizon", self.horizon)
+        if not isinstance(self.false_alarm, float) or not 0 < self.false_alarm < 1:
+            raise ConfigError(f"false_alarm must be a number between 0 and 1, got {self.false_alarm!r}")
+        object.__setattr__(self, "steps", self.horizon)
+
+    def quantile(self, tests: int) -> float:
+        """How many standard errors are allowed, if so many values are tested at once.
+
+        >>> round(Unbiased(draws=100_000, false_alarm=0.05).quantile(1), 2)
+        1.96
+        """
+        z = NormalDist().inv_cdf(1 - self.false_alarm / (2 * tests))
+        return student(z, self.draws - 1)
+
+
+def student(z: float, freedom: int) -> float:
+    """The quantile of Student's t that belongs to the normal quantile z.
+
+    Source: Abramowitz and Stegun (1964), 26.7.5; off by less than 0.05 % for z ≤ 6.5 and 29 or more degrees of
+    freedom.
+
+    >>> round(student(1.959964, 30), 3)  # tables say 2.042
+    2.042
+    """
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + math.fsum(term / freedom ** (i + 1) for i, term in enumerate(terms))
+
+
+def shortened(law: Law, stream: Stream) -> Stream:
+    """The stream, no longer than the law says anything about."""
+    return stream if law.steps is None or stream.steps <= law.steps else stream.prefix(law.steps)

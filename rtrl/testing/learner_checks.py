@@ -1,0 +1,33 @@
+"""The list of the checks of a learner, and how one is run."""
+
+from rtrl.testing import _conduct_checks, _gradient_checks  # they enter their checks
+from rtrl.testing._registry import CHECKS, Subject
+from rtrl.testing._walk import Stopped
+from rtrl.testing.report import Failure
+from rtrl.testing.spec import LearnerSpec
+
+_MODULES = [module.__name__ for module in (_gradient_checks, _conduct_checks)]
+
+
+def learner_checks() -> list[str]:
+    """The names of all checks, in the order in which they are run.
+
+    >>> learner_checks()[:3]
+    ['interface', 'dense cell', 'long stream']
+    """
+    return sorted(CHECKS, key=lambda name: (name != "interface", _MODULES.index(CHECKS[name].__module__)))
+
+
+def run_check(name: str, spec: LearnerSpec, seed: int) -> list[Failure]:
+    """Run one check; one failure a kind.
+
+    Raises:
+        NotJudged: it does not apply.
+    """
+    failures: dict[str, Failure] = {}
+    try:
+        for found in CHECKS[name](Subject(spec, seed)):
+            failures.setdefault(found.message, Failure(name, *found))
+    except Stopped as stopped:
+        failures.setdefault(str(stopped), Failure(name, str(stopped), stopped.step))
+    return list(failures.values())

@@ -1,0 +1,115 @@
+"""What the learners of this package promise, as specs: ``pytest --rtrl-spec=rtrl.testing.specs:ALL`` checks it.
+
+They are also examples: a spec says which law a learner obeys, on which cells, and what it refuses.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+import rtrl
+from rtrl import errors
+from rtrl.baselines import BPTT, RFLO, TBPTT, UORO, DenseRTRL, DiagonalRTRL, SnAp
+from rtrl.testing._cells import Leaky, Ring, seeded
+from rtrl.testing.laws import Exact, ExactWithin, Masked, Truncated, Unbiased
+from rtrl.testing.spec import ErrorInput, LearnerSpec
+from rtrl.testing.streams import Stream, normal
+
+
+def _x(learner: Any, fill: float = 0.0, batch: int | None = None) -> torch.Tensor:
+    """An x as wide as the one before."""
+    cell = learner.cell
+    width = cell.inward.weight.shape[1] if isinstance(cell.inward, nn.Linear) else cell.inward.shape[1]
+    return torch.full((learner.batch_size if batch is None else batch, width), fill, dtype=torch.float64)
+
+
+ERRORS = [
+    ErrorInput("another batch", lambda learner: learner.step(_x(learner, batch=7)), errors.ShapeError, "batch of"),
+    ErrorInput("float32 x", lambda learner: learner.step(_x(learner).float()), errors.ShapeError, "float32"),
+    ErrorInput("NaN in x", lambda learner: learner.step(_x(learner, float("nan"))), errors.NonFiniteError, "NaN"),
+    ErrorInput("no tensor", lambda learner: learner.step({}), errors.ShapeError, "no tensor"),
+    ErrorInput("a loss of nothing", lambda learner: learner.backward(torch.ones(())), errors.LossError),
+    ErrorInput("rows of another batch", lambda learner: learner.reset(torch.ones(9).bool()), errors.ShapeError, "rows"),
+]
+
+
+def _leaky(leak: float | None) -> list[Stream]:
+    """Cells whose dynamics Jacobian is diagonal: a constant leak, or one a unit."""
+    return [Stream(seeded(Leaky(3, 4, leak), 0), normal(0, 14, 2, 3), name="leaky units")]
+
+
+def _ring() -> list[Stream]:
+    """A cell in which each unit sees itself and its neighbour alone, so that masks of any order say something."""
+    return [Stream(seeded(Ring(2, 4), 0), normal(0, 14, 2, 2), name="a ring of units")]
+
+
+def _uoro(cell: nn.Module, batch_size: int) -> UORO:
+    return UORO(cell, batch_size)  # drawing from the global generator, which the check seeds anew for each draw
+
+
+def _block(**options: Any) -> LearnerSpec:
+    words = ", ".join(f"{name}={value}" for name, value in options.items())
+    make = functools.partial(rtrl.BlockRTRL, **options)
+    return LearnerSpec(make, name=f"BlockRTRL({words})", errors=ERRORS, constant_memory=True)
+
+
+BLOCK_RTRL = [
+    _block(block=1, window=3),
+    _block(block=4, window=2),
+    _block(block=64),
+    _block(block=3, lazy=False),
+]
+
+BASELINES = [
+    LearnerSpec(BPTT, errors=ERRORS),
+    LearnerSpec(
+        functools.partial(TBPTT, horizon=3),
+        law=Truncated(3),
+        name="TBPTT(3), sliding",
+        errors=ERRORS,
+        constant_memory=True,
+    ),
+    LearnerSpec(
+        functools.partial(TBPTT, horizon=3, sliding=False),
+        law=Truncated(3, sliding=False),
+        name="TBPTT(3), in chunks",
+        errors=ERRORS,
+        constant_memory=True,
+    ),
+    LearnerSpec(
+        functools.partial(TBPTT, horizon=5), law=ExactWithin(5), name="TBPTT(5) within 5 steps", constant_memory=True
+    ),
+    LearnerSpec(DenseRTRL, errors=ERRORS, constant_memory=True),
+    LearnerSpec(
+        functools.partial(SnAp, order=1), law=Masked(), name="SnAp-1", streams=_ring(), errors=ERRORS,
+        constant_memory=True,
+    ),
+    LearnerSpec(
+        functools.partial(SnAp, order=2), law=Masked(), name="SnAp-2", streams=_ring(), errors=ERRORS,
+        constant_memory=True,
+    ),
+    LearnerSpec(functools.partial(SnAp, order=3), law=ExactWithin(3), name="SnAp-3 within 3 steps"),
+    LearnerSpec(
+        functools.partial(SnAp, order=4), law=Exact(scope="order ≥ H"), name="SnAp-4 of 4 units", streams=_ring()
+    ),
+    LearnerSpec(_uoro, law=Unbiased(), name="UORO", sparse=False, constant_memory=True),
+    LearnerSpec(
+        functools.partial(RFLO, leak=0.3),
+        law=Exact(scope="the dynamics Jacobian is (1 − leak) I"),
+        name="RFLO(0.3)",
+        streams=_leaky(0.3),
+        errors=ERRORS,
+        constant_memory=True,
+    ),
+    LearnerSpec(
+        DiagonalRTRL,
+        law=Exact(scope="the dynamics Jacobian is diagonal"),
+        streams=_leaky(None),
+        errors=ERRORS,
+        constant_memory=True,
+    ),
+]  # fmt: skip
+
+ALL = [*BLOCK_RTRL, *BASELINES]

@@ -1,0 +1,153 @@
+"""What a learner is walked along: a cell, its inputs, a loss, and what happens in mid-stream."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rtrl import _tree
+from rtrl.cells import RecurrentMoE
+from rtrl.errors import ConfigError
+from rtrl.testing._cells import ForcedMoE, OddCell, PlainRNN, ScheduledCell, SlowUnits, TwoLayers, seeded
+
+Loss = Callable[[int, Any], Tensor | None]
+
+
+def squares(t: int, y: Any) -> Tensor:
+    """A loss at every step, a sum over samples, that no symmetry makes zero."""
+    leaves = [leaf for leaf in _tree.tensors(y) if leaf.is_floating_point()]
+    return torch.stack([(leaf - 0.1 * (t % 7)).square().sum() + leaf.sum() for leaf in leaves]).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """Sample inputs of a learner.
+
+    Args:
+        cell: in float64, with ``init_state``; it is copied, never changed.
+        xs: (T, B, ...), the input of every step. Long enough that T is more than a block of the learner.
+        loss: ``loss(t, y)`` gives the scalar loss of step t, or None; a sum over samples.
+        name: in reports.
+        syncs: the steps after which ``sync`` is called, besides the end.
+        resets: Boolean (T, B): the samples that start anew before a step. offsets: a dict of constants a step, by which
+            the parameters differ from the cell's. pieces: into how many losses each loss is split.
+
+    Raises:
+        ConfigError: xs is no tensor (T, B, ...), or the cell is not in float64.
+
+    >>> import torch, rtrl
+    >>> cell = rtrl.cells.from_torch(torch.nn.GRUCell(3, 4)).double()
+    >>> stream = Stream(cell, torch.ones(12, 2, 3, dtype=torch.float64))
+    >>> stream.steps, stream.prefix(5).steps
+    (12, 5)
+    """
+
+    cell: nn.Module
+    xs: Tensor
+    loss: Loss = squares
+    name: str = "stream"
+    syncs: frozenset[int] = frozenset()
+    resets: Tensor | None = None
+    offsets: Sequence[Mapping[str, Tensor]] | None = None
+    pieces: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.cell, nn.Module):
+            raise ConfigError(f"a Stream's cell must be a torch.nn.Module, got {type(self.cell).__name__}")
+        if not isinstance(self.xs, Tensor) or self.xs.ndim < 2 or 0 in self.xs.shape[:2]:
+            form = tuple(self.xs.shape) if isinstance(self.xs, Tensor) else type(self.xs).__name__
+            raise ConfigError(f"a Stream's xs must be a tensor (T, B, ...) with T, B ≥ 1, got {form}")
+        for name, p in self.cell.named_parameters():
+            if p.dtype != torch.float64:
+                raise ConfigError(
+                    f"a Stream's cell must be in float64, so that nothing but rounding is forgiven; parameter {name!r} "
+                    f"is {p.dtype}: call .double()"
+                )
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.xs.shape[0]
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.xs.shape[1]
+
+    def prefix(self, steps: int) -> "Stream":
+        """The first steps alone."""
+        return replace(
+            self,
+            xs=self.xs[:steps],
+            resets=None if self.resets is None else self.resets[:steps],
+            offsets=None if self.offsets is None else self.offsets[:steps],
+        )
+
+    def alone(self, sample: int) -> "Stream":
+        """One sample alone, as a batch of one."""
+        mine = slice(sample, sample + 1)
+        return replace(self, xs=self.xs[:, mine], resets=None if self.resets is None else self.resets[:, mine])
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    """Standard normal numbers in float64 that depend on the seed alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def dense_stream(seed: int, steps: int = 14, batch: int = 3) -> Stream:
+    """tanh units; y sees the state before and after the step."""
+    return Stream(seeded(PlainRNN(2, 3, start=0.3), seed), normal(seed, steps, batch, 2), name="dense")
+
+
+def unusual_stream(seed: int, steps: int = 14) -> Stream:
+    """A normalisation, a transposed use, scales and a scalar; a state of two rows; y a tree."""
+    return Stream(seeded(OddCell(2, 3), seed), normal(seed, steps, 2, 2), name="unusual parameters")
+
+
+def layered_stream(seed: int, steps: int = 14) -> Stream:
+    """Two layers in one state."""
+    return Stream(seeded(TwoLayers(2, 3, 2), seed), normal(seed, steps, 2, 2), name="layers")
+
+
+def slow_stream(seed: int, steps: int = 400) -> Stream:
+    """Hundreds of steps of units that hardly forget, with a loss now and then."""
+    return Stream(
+        seeded(SlowUnits(), seed),
+        normal(seed, steps, 1, 1),
+        lambda t, y: squares(t, y) if t % 10 == 9 or t < 3 else None,
+        name="long",
+    )
+
+
+def _sets(t: int, b: int, size: int, period: int) -> list[int]:
+    """Masks that differ between samples and steps, so that some things sleep for a while."""
+    return [int((t // period + 2 * i + b) % (size + 1) < 2) for i in range(size)]
+
+
+def scheduled_stream(seed: int, steps: int = 14, largest: float = 0.7) -> Stream:
+    """Rows read, rows written and slices used change from step to step and differ between samples.
+
+    Args:
+        largest: of the inputs; beyond 0.8 the cell declares all rows as read and written.
+    """
+    rows, experts, batch = 4, 3, 2
+    masks = [
+        [_sets(t, b, rows, 2) + _sets(t + 1, b + 1, rows, 3) + _sets(t, b, experts, 4) for b in range(batch)]
+        for t in range(steps)
+    ]
+    features = normal(seed, steps, batch, 2).clamp(max=largest)
+    xs = torch.cat([features, torch.tensor(masks).double()], dim=-1)
+    return Stream(seeded(ScheduledCell(2, rows, 2, experts), seed), xs, name="sparse rows")
+
+
+def sleeping_stream(seed: int, steps: int = 30) -> Stream:
+    """A mixture of five experts whose turns are far apart, with losses while they sleep."""
+    moe = RecurrentMoE(2, 2, d_model=4, n_slots=3, n_experts=5, topk=2, expert_hidden=2, ffn_hidden=2)
+    chosen = [
+        [[t // 5 % 3, (t // 5 + 1) % 3, t // 5 % 3, (t // 7 + b) % 5, (t // 7 + b + 1) % 5] for b in range(2)]
+        for t in range(steps)
+    ]
+    xs = torch.cat([normal(seed, steps, 2, 2), torch.tensor(chosen).double()], dim=-1)
+    return Stream(seeded(ForcedMoE(moe, (2, 1, 2)), seed + 11), xs, name="sleeping slices")

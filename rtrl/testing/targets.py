@@ -1,0 +1,137 @@
+"""``package.module:name``: finding what a user wants checked, and inputs for a cell that comes without any."""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rtrl.cells.protocol import call_cell, first_state
+from rtrl.errors import ConfigError
+from rtrl.testing.nodes import Spec
+from rtrl.testing.spec import CellSpec, LearnerSpec
+
+_STEPS, _BATCH = 3, 4
+_WIDTHS = ("d_in", "input_size", "in_features")
+
+
+def load(target: str) -> Any:
+    """The object that ``package.module:name`` stands for; the present folder is looked in, too.
+
+    Raises:
+        ConfigError: there is no such thing.
+    """
+    module_name, _, name = target.partition(":")
+    if not module_name or not name:
+        raise ConfigError(f"{target!r} must have the form package.module:name")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"{module_name} cannot be imported: {error}") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ConfigError(f"{module_name} has no {name!r}")
+        found = getattr(found, part)
+    return found
+
+
+def specs_of(found: Any, target: str) -> list[Spec]:
+    """The specs that an object stands for: a spec or a list of them; else a function, told apart by how many arguments
+    it must be given: none makes a cell, two a learner ``(cell, batch_size)``, three are ``(cell, xs, loss_fn)``.
+
+    Raises:
+        ConfigError: it stands for none.
+    """
+    name = target.partition(":")[2]
+    if isinstance(found, LearnerSpec | CellSpec):
+        return [found]
+    if isinstance(found, Sequence) and not isinstance(found, str):
+        if not found:
+            raise ConfigError(f"{target} is empty: there is nothing to check")
+        return [spec for item in found for spec in specs_of(item, target)]
+    if isinstance(found, nn.Module):
+        raise ConfigError(f"{target} is a module; give a function that makes it, so that each check has its own")
+    if not callable(found):
+        raise ConfigError(f"{target} is no spec, no list of specs and no function, but {type(found).__name__}")
+    needed = _needed(found, target)
+    if needed == 0:
+        return [cell_spec(found, name)]
+    if needed == 2:
+        return [LearnerSpec(found, name=name)]
+    if needed == 3:
+        return [LearnerSpec(gradients=found, name=name)]
+    raise ConfigError(
+        f"{target} must be given {needed} arguments; make_cell() takes none, make_learner(cell, batch_size) two, "
+        "gradients(cell, xs, loss_fn) three"
+    )
+
+
+def _needed(function: Callable[..., Any], target: str) -> int:
+    """How many arguments a function must be given."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{target} does not say what arguments it takes; give a LearnerSpec or a CellSpec") from error
+    keyword = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if keyword:
+        raise ConfigError(f"{target} must be given {keyword[0]}=; wrap it in a function that does")
+    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def cell_spec(make_cell: Callable[[], Any], name: str) -> CellSpec:
+    """The spec of a function that gives a cell, or a pair of a cell and the inputs of some steps.
+
+    Raises:
+        ConfigError: it gives something else, or a cell whose inputs cannot be guessed.
+    """
+    made = make_cell()
+    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
+        return CellSpec(lambda: make_cell()[0], made[1], name=name)
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"{name}() must give a cell, or a pair (cell, inputs), got {type(made).__name__}")
+    return CellSpec(make_cell, guessed_inputs(made), name=name)
+
+
+def guessed_inputs(cell: nn.Module) -> Sequence[Tensor]:
+    """Random inputs of a few steps, as wide as the cell or a module in it says that it takes.
+
+    Raises:
+        ConfigError: it says nothing that the cell then takes.
+    """
+    state = first_state(cell, _BATCH)
+    generator = torch.Generator().manual_seed(0)
+    for draw in _candidates(cell, state, generator):
+        try:
+            with torch.no_grad():
+                call_cell(cell, draw(), state.clone(), None)
+        except Exception:
+            continue  # not its input; the next
+        return [draw() for _ in range(_STEPS)]
+    raise ConfigError(
+        f"what {type(cell).__name__} takes cannot be guessed: {', '.join(_WIDTHS)} of the cell and of the modules in "
+        "it were tried; let the function return the pair (cell, inputs), inputs being the x of some steps"
+    )
+
+
+def _candidates(cell: nn.Module, state: Tensor, generator: torch.Generator) -> Iterator[Callable[[], Tensor]]:
+    """Ways to draw an x, the likeliest first."""
+
+    def numbers(width: int) -> Tensor:
+        return torch.randn(_BATCH, width, generator=generator).to(state)
+
+    def symbols(count: int) -> Tensor:
+        return torch.randint(0, count, (_BATCH,), generator=generator).to(state.device)
+
+    for module in cell.modules():
+        widths = [getattr(module, name) for name in _WIDTHS if isinstance(getattr(module, name, None), int)]
+        yield from (partial(numbers, width) for width in widths)
+        if isinstance(module, nn.Embedding):
+            yield partial(symbols, module.num_embeddings)
