@@ -140,7 +140,7 @@ def gradient_failures(spec: LearnerSpec, stream: Stream, seed: int, message: str
             first = alone[sample] or first
             bad = bad.alone(sample)
     suspect = diagnose(spec, stream.prefix(steps)) if isinstance(law, Exact) and not isinstance(law, Unbiased) else ""
-    said = message or f"the gradient is not what {_law_name(law)} asks for"
+    said = message or f"the gradient is not what {'BPTT gives' if type(law) is Exact else f'{law} asks for'}"
     yield Found(
         f"{stream.name}: {said}{lone}{suspect}",
         first.step if first.step is not None else steps - 1,
@@ -149,10 +149,6 @@ def gradient_failures(spec: LearnerSpec, stream: Stream, seed: int, message: str
         first.found,
         first.expected,
     )
-
-
-def _law_name(law: Law) -> str:
-    return "BPTT gives" if type(law) is Exact else f"the law {law} asks for"
 
 
 def _first_bad(wrong: Callable[[int], Mismatch | None], steps: int, whole: Mismatch) -> tuple[int, Mismatch]:

@@ -11,10 +11,13 @@ import torch
 
 @contextmanager
 def undisturbed(seed: int) -> Iterator[None]:
-    """Keep the global random states as they are, whatever a cell draws, and let its warnings be."""
+    """Keep the global random states as they are, whatever a cell draws, and let its warnings be. Inside, one thread: on
+    tensors this small a second one only waits."""
+    threads = torch.get_num_threads()
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (a cell may draw from the old one)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     try:
+        torch.set_num_threads(1)
         with torch.random.fork_rng(devices), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of probing: a number taken of a tensor with a gradient, for example
             torch.manual_seed(seed)
@@ -22,5 +25,6 @@ def undisturbed(seed: int) -> Iterator[None]:
             np.random.seed(seed)  # noqa: NPY002
             yield
     finally:
+        torch.set_num_threads(threads)
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
