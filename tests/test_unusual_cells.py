@@ -203,6 +203,7 @@ LEGAL: dict[str, tuple[Callable[[], Cell], Callable[[int], Any]]] = {
     "frozen": (_frozen, floats),
     "used twice": (lambda: Cell(tanh_of(lambda c, h: c.recur(torch.tanh(c.recur(h))))), floats),
     "used in two ways": (lambda: Cell(tanh_of(lambda c, h: c.recur(h) + c.recur.weight.diagonal() * h)), floats),
+    "one number a sample": (lambda: Cell(lambda c, x, h: (h.sum(dim=1), torch.tanh(c.enter(x) + c.recur(h)))), floats),
     "never used": (lambda: Cell(tanh_of(lambda c, h: c.recur(h)), idle=theta(3, 2)), floats),
     "scalar": (lambda: Cell(tanh_of(lambda c, h: c.gain * c.recur(h)), gain=theta()), floats),
     "bias added by hand": (lambda: Cell(tanh_of(lambda c, h: c.recur(h) + c.shift), shift=theta(4)), floats),

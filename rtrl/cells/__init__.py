@@ -1,7 +1,8 @@
 """Cells: the protocol, the recurrent mixture of experts, and ways to make cells of other modules."""
 
-from rtrl.cells.adapters import TorchCell, from_torch
+from rtrl.cells.adapters import TorchCell, TorchLayers, from_torch
 from rtrl.cells.grouped import grouped_linear
+from rtrl.cells.module_cell import ModuleCell
 from rtrl.cells.moe import RecurrentMoE
 from rtrl.cells.protocol import Cell, Sparsity
 from rtrl.cells.routing import MoEOutput, RouterStatistics, load_balancing_loss, router_statistics
@@ -10,11 +11,13 @@ from rtrl.cells.stack import Stack
 __all__ = [
     "Cell",
     "MoEOutput",
+    "ModuleCell",
     "RecurrentMoE",
     "RouterStatistics",
     "Sparsity",
     "Stack",
     "TorchCell",
+    "TorchLayers",
     "from_torch",
     "grouped_linear",
     "load_balancing_loss",
