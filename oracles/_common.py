@@ -79,7 +79,14 @@ def restarted(cell: nn.Module, h: Tensor, resets: Tensor | None, t: int) -> Tens
 
 def call(cell: nn.Module, theta: Mapping[str, Tensor], x: Tensor, h: Tensor) -> tuple[Any, Tensor]:
     """`(y, h_next)` of one forward of the cell at parameters `theta`; a third item returned by the cell is ignored."""
-    out = functional_call(cell, dict(theta), (x.detach(), h))
+    names = {id(p): name for name, p in cell.named_parameters()}
+    everywhere = {  # a weight may be held by several modules, and a module under several names: each place once
+        full: theta[names[id(p)]]
+        for prefix, module in cell.named_modules()
+        for full, p in module.named_parameters(prefix, recurse=False, remove_duplicate=False)
+        if names[id(p)] in theta
+    }
+    out = functional_call(cell, everywhere, (x.detach(), h), tie_weights=False)
     if not isinstance(out, tuple) or len(out) not in (2, 3):
         raise ValueError("the cell must return (y, h_next) or (y, h_next, sparsity)")
     if not isinstance(out[1], Tensor) or out[1].shape != h.shape:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rtrl import _guard, _rows, _tree
+from rtrl._functional import functional_call
 from rtrl.cells.protocol import OTHER_CHOICES, Sparsity, call_cell, same_choices
 from rtrl.errors import CellError, RTRLError
 from rtrl.taps import Tap, TapRecorder
@@ -48,7 +49,7 @@ class StepKind:
         """Run the cell with other parameters."""
 
         def substituted(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(cell, dict(theta), args, kwargs)
+            return functional_call(cell, dict(theta), args, kwargs)
 
         return call_cell(substituted, self.x, self.h, self.replay)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rtrl import _rows, _tree
+from rtrl._functional import functional_call
 from rtrl.cells.protocol import Sparsity, call_cell
 from rtrl.errors import PerformanceWarning
 
@@ -51,7 +52,7 @@ def weighted_jacobians(
         own_x, own_h, own_replay, writes = refill(refilled)
 
         def substituted(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(cell, {**rest, **values}, args, kwargs)
+            return functional_call(cell, {**rest, **values}, args, kwargs)
 
         _, h_next, _ = call_cell(substituted, own_x, own_h, own_replay)
         return _rows.take(h_next.reshape(m, h_next.shape[1], own_h[0, 0].numel()), writes).flatten(1)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import rtrl
+import oracles
+import rtrl.testing
 from rtrl import Sparsity
+from rtrl.baselines import DenseRTRL
 from rtrl.errors import CellError, PerformanceWarning
 
 
@@ -119,6 +121,12 @@ def _tied() -> Cell:
     return cell
 
 
+def _two_names() -> Cell:
+    cell = Cell(tanh_of(lambda c, h: c.again(c.norm(c.recur(h)))), norm=nn.LayerNorm(4))
+    cell.again, cell.also = cell.recur, cell.norm
+    return cell
+
+
 def _frozen() -> Cell:
     cell = Cell(tanh_of(lambda c, h: c.recur(h)))
     cell.recur.weight.requires_grad_(False)
@@ -200,6 +208,7 @@ LEGAL: dict[str, tuple[Callable[[], Cell], Callable[[int], Any]]] = {
     "W @ h": (lambda: Cell(tanh_of(lambda c, h: (c.u @ h.unsqueeze(2)).squeeze(2)), u=theta(4, 4)), floats),
     "einsum": (lambda: Cell(tanh_of(lambda c, h: torch.einsum("oi,bi->bo", c.u, h)), u=theta(4, 4)), floats),
     "tied": (_tied, floats),
+    "one module, two names": (_two_names, floats),
     "frozen": (_frozen, floats),
     "used twice": (lambda: Cell(tanh_of(lambda c, h: c.recur(torch.tanh(c.recur(h))))), floats),
     "used in two ways": (lambda: Cell(tanh_of(lambda c, h: c.recur(h) + c.recur.weight.diagonal() * h)), floats),
@@ -432,3 +441,22 @@ def test_warming_up_without_gradients_changes_nothing(block):
         return finish(learner, xs[5:])
 
     assert_same(run(False), run(True))
+
+
+@pytest.mark.parametrize("reference", ["learner", "baseline", "oracle", "check"])
+def test_a_module_held_under_two_names_is_left_as_it_was(reference: str) -> None:
+    cell = _two_names()
+    before = {name: (p, p.detach().clone()) for name, p in cell.named_parameters(remove_duplicate=False)}
+    xs = torch.randn(4, B, D_IN, dtype=F64)
+    if reference == "oracle":
+        oracles.dense_rtrl(cell, xs, lambda t, y: y.square().sum())
+    elif reference == "check":
+        rtrl.testing.check_cell(cell, list(xs))
+    else:
+        learner = rtrl.BlockRTRL(cell, B, block=2) if reference == "learner" else DenseRTRL(cell, B)
+        for x in xs:
+            learner.backward(learner.step(x).square().sum())
+        learner.sync()
+    for name, p in cell.named_parameters(remove_duplicate=False):
+        assert p is before[name][0], name
+        assert torch.equal(p, before[name][1]), name

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from rtrl import _guard, _tree
+from rtrl._functional import functional_call
 from rtrl.cells.protocol import Sparsity, call_cell
 from rtrl.errors import CellError
 

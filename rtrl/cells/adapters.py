@@ -182,7 +182,7 @@ def _check_layers(cells: list[Any]) -> None:
                 f"layers must be nn.RNNCell, nn.GRUCell or nn.LSTMCell, but layer {k} is {type(cell).__name__}; other "
                 "cells are layered by rtrl.cells.Stack"
             )
-        if any(cell is other for other in cells[:k]):  # torch.func.functional_call would leave it changed
+        if any(cell is other for other in cells[:k]):
             raise ConfigError(
                 f"layer {k} is the same module as one below it; to share weights, let two modules have the same "
                 "parameters: above.weight_ih = below.weight_ih, and so on"

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
+from rtrl._functional import functional_call
 from rtrl.cells.protocol import call_cell
 from rtrl.testing._walk import Stopped, walk
 from rtrl.testing.spec import LearnerSpec

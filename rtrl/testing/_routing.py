@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rtrl import _rows, _tree
+from rtrl._functional import functional_call
 from rtrl.cells.protocol import Sparsity, call_cell, own_copy, same_choices
 from rtrl.testing._compare import STATE, differs, first_line, gradients, only, stray
 from rtrl.testing._probe import Heads, Point, Subject, leaves
@@ -187,7 +188,7 @@ class _Functional:
         buffers = {name: value.clone() for name, value in self.point.cell.named_buffers()}  # the check of purity's
 
         def substituted(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(self.point.cell, {**buffers, **theta}, args, kwargs)
+            return functional_call(self.point.cell, {**buffers, **theta}, args, kwargs)
 
         x, replay = (self.point.x, self.point.replay) if x is None else (x, replay)
         y, h_next, _ = call_cell(substituted, _tree.map_tensors(torch.clone, x), h.clone(), replay)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import oracles
+from rtrl._functional import functional_call
 from rtrl.errors import ConfigError
 from rtrl.testing.streams import Loss, Stream
 
@@ -136,7 +137,7 @@ def _states(stream: Stream) -> list[Tensor]:
             theta = {name: p.detach() for name, p in stream.cell.named_parameters()}
             for name, offset in ({} if stream.offsets is None else stream.offsets[t]).items():
                 theta[name] = theta[name] + offset
-            h = torch.func.functional_call(stream.cell, theta, (stream.xs[t], h))[1]
+            h = functional_call(stream.cell, theta, (stream.xs[t], h))[1]
     return states
 
 
