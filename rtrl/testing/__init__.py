@@ -15,10 +15,11 @@ from rtrl import _tree
 from rtrl.cells.protocol import first_state
 from rtrl.errors import ConfigError
 from rtrl.testing._probe import copied, probe
+from rtrl.testing.alignment import Alignment, Alignments, alignment
 from rtrl.testing.cell_checks import cell_checks, run_checks
 from rtrl.testing.report import CheckFailed, Failure, Report
 
-__all__ = ["CheckFailed", "Failure", "Report", "cell_checks", "check_cell"]
+__all__ = ["Alignment", "Alignments", "CheckFailed", "Failure", "Report", "alignment", "cell_checks", "check_cell"]
 
 
 def check_cell(
