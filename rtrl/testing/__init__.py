@@ -1,6 +1,7 @@
 """Checks for what users bring: a recurrent cell, which must keep the contract that exact online gradients rest on, and
 a learner, which must deliver the gradients that it promises."""
 
+from rtrl.testing._alignment import Alignment, Alignments, alignment
 from rtrl.testing._check_cell import check_cell
 from rtrl.testing._check_learner import check_learner
 from rtrl.testing.cell_checks import cell_checks
@@ -12,6 +13,8 @@ from rtrl.testing.spec import CellSpec, ErrorInput, LearnerSpec
 from rtrl.testing.streams import Stream
 
 __all__ = [
+    "Alignment",
+    "Alignments",
     "BoundCheck",
     "CellSpec",
     "CheckFailed",
@@ -26,6 +29,7 @@ __all__ = [
     "Stream",
     "Truncated",
     "Unbiased",
+    "alignment",
     "bound_checks",
     "cell_checks",
     "check_cell",
