@@ -74,20 +74,24 @@ def _own(subject: Subject) -> Iterator[Found]:
 def _now_and_then(subject: Subject) -> Iterator[Found]:
     subject.needs_steps()
     for stream in subject.streams():
-        yield from subject.wrong(replace(stream, loss=_at(stream.loss, lambda t: t % 3 == 2)))
+        yield from subject.wrong(
+            replace(stream, loss=_at(stream.loss, lambda t: t % 3 == 2)), "a loss at every third step"
+        )
 
 
 @check("one loss at the end")
 def _at_the_end(subject: Subject) -> Iterator[Found]:
     for stream in subject.streams():
-        yield from subject.wrong(replace(stream, loss=_at(stream.loss, (stream.steps - 1).__eq__)))
+        yield from subject.wrong(
+            replace(stream, loss=_at(stream.loss, (stream.steps - 1).__eq__)), "a loss at the last step alone"
+        )
 
 
 @check("several losses a step")
 def _several(subject: Subject) -> Iterator[Found]:
     subject.needs_learner()
     for stream in subject.streams():
-        yield from subject.wrong(replace(stream, pieces=3), "losses of one step are not summed")
+        yield from subject.wrong(replace(stream, pieces=3), "each loss given in three parts")
 
 
 @check("no loss at all")
@@ -107,7 +111,7 @@ def _deliveries(subject: Subject) -> Iterator[Found]:
     subject.needs_steps()
     for stream in subject.streams():
         often = replace(stream, syncs=frozenset({0, 1, 4, 5, 11, 12}) & frozenset(range(stream.steps - 1)))
-        failures = list(subject.wrong(often, "delivered by sync() at steps of its own, it does not add up"))
+        failures = list(subject.wrong(often, "delivered by sync() at odd steps"))
         yield from failures
         if not failures and not isinstance(subject.spec.law, Unbiased):
             yield from _accumulated(subject, often)
@@ -156,8 +160,8 @@ def _changed(subject: Subject) -> Iterator[Found]:
             for _ in range(2)
         ]
         offsets = [[{}, *moved][min(t // third, 2)] for t in range(stream.steps)]
-        message = f"after parameters changed before steps {third} and {2 * third}, it is wrong"
-        yield from subject.wrong(replace(stream, offsets=offsets), message)
+        treatment = f"parameters changed before steps {third} and {2 * third}"
+        yield from subject.wrong(replace(stream, offsets=offsets), treatment)
 
 
 @check("resets")
@@ -170,9 +174,8 @@ def _resets(subject: Subject) -> Iterator[Found]:
         at = [max(1, stream.steps // 3), max(2, 2 * stream.steps // 3)]
         flags[at[0], 0] = True
         flags[at[1], -1] = True
-        yield from subject.wrong(
-            replace(stream, resets=flags), f"after resets of one sample before steps {at[0]} and {at[1]}, it is wrong"
-        )
+        treatment = f"one sample started anew before step {at[0]}, another before step {at[1]}"
+        yield from subject.wrong(replace(stream, resets=flags), treatment)
 
 
 @check("influence")

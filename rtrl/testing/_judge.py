@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rtrl.cells.protocol import call_cell
 from rtrl.testing._diagnosis import diagnose
 from rtrl.testing._walk import Stopped, walk
 from rtrl.testing.laws import Exact, Law, Unbiased, shortened
@@ -17,7 +18,8 @@ RELATIVE = 1e-10
 """Of the largest entry of an element's own slice; more is no rounding."""
 FLOOR, ABSOLUTE = 1e-14, 1e-16
 """Of the largest entry of the parameter, and of all: where a slice cancels to almost nothing."""
-_LINEAR = 40  # streams up to this long are searched step by step, longer ones by halving
+_LINEAR = 40  # so many steps are searched one by one, more of them by halving
+_WHOLE = 40  # so many steps are looked at for the mistake, unless the first bad one comes later
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,24 +113,29 @@ def _element(exact: dict[str, Tensor], flat: int) -> str:
     raise IndexError(flat)
 
 
-def gradient_failures(spec: LearnerSpec, stream: Stream, seed: int, message: str = "") -> Iterator[Found]:
-    """What is wrong with the gradient after a stream, at the first step after which it is."""
+def gradient_failures(spec: LearnerSpec, stream: Stream, seed: int, treatment: str = "") -> Iterator[Found]:
+    """What is wrong with the gradient after a stream, at the first step after which it is.
+
+    Args:
+        treatment: what is done to the stream, in words.
+    """
     law = spec.law
     stream = shortened(law, stream)
+    name = f"{stream.name}, {treatment}" if treatment else stream.name
     reference = (law if isinstance(law, Exact) else Exact()).reference(stream, None)
     if not any(bool(value.any()) for value in reference.values()):
-        yield Found(f"{stream.name}: the exact gradient is zero everywhere, so this stream proves nothing")
+        yield Found(f"{name}: the exact gradient is zero everywhere, so this stream proves nothing")
         return
     if not all(bool(torch.isfinite(value).all()) for value in reference.values()):
-        yield Found(f"{stream.name}: the exact gradient is not finite, so this stream proves nothing")
+        yield Found(f"{name}: the exact gradient is not finite, so this stream proves nothing")
         return
     whole = judge(law, spec, stream, seed)
     if whole is None:
         return
     if whole.message:
-        yield Found(f"{stream.name}: {whole.message}", whole.step, None, whole.where, whole.found, whole.expected)
+        yield Found(f"{name}: {whole.message}", whole.step, None, whole.where, whole.found, whole.expected)
         return
-    steps, first = _first_bad(lambda n: judge(law, spec, stream.prefix(n), seed), stream.steps, whole)
+    steps, first = _first_bad(lambda n: judge(law, spec, stream.prefix(n), seed), _lossy(stream), whole)
     bad = stream.prefix(steps)
     sample, lone = None, ""
     if bad.batch_size > 1:
@@ -138,11 +145,13 @@ def gradient_failures(spec: LearnerSpec, stream: Stream, seed: int, message: str
             lone = "; each sample alone is right, so samples meet, or are not summed"
         else:
             first = alone[sample] or first
-            bad = bad.alone(sample)
-    suspect = diagnose(spec, stream.prefix(steps)) if isinstance(law, Exact) and not isinstance(law, Unbiased) else ""
-    said = message or f"the gradient is not what {'BPTT gives' if type(law) is Exact else f'{law} asks for'}"
+    suspect = ""
+    if isinstance(law, Exact) and not isinstance(law, Unbiased):
+        # More steps tell more mistakes apart, less of them hide a second one.
+        suspect = diagnose(spec, stream.prefix(max(steps, _WHOLE))) or diagnose(spec, bad)
+    asked = "BPTT gives" if type(law) is Exact else f"{law} asks for"
     yield Found(
-        f"{stream.name}: {said}{lone}{suspect}",
+        f"{name}: the gradient is not what {asked}{lone}{suspect}",
         first.step if first.step is not None else steps - 1,
         sample,
         first.where,
@@ -151,24 +160,35 @@ def gradient_failures(spec: LearnerSpec, stream: Stream, seed: int, message: str
     )
 
 
-def _first_bad(wrong: Callable[[int], Mismatch | None], steps: int, whole: Mismatch) -> tuple[int, Mismatch]:
-    """The least number of steps after which the gradient is wrong, and how; of long streams, one at which it becomes
-    wrong."""
-    if steps <= _LINEAR:
-        for n in range(1, steps):
+def _lossy(stream: Stream) -> list[int]:
+    """The numbers of steps after which a new loss has fallen, the whole stream last."""
+    found = []
+    h: Tensor = stream.cell.init_state(stream.batch_size)  # type: ignore[operator]
+    with torch.no_grad():
+        for t, x in enumerate(stream.xs):
+            y, h, _ = call_cell(stream.cell, x, h, None)
+            if stream.loss(t, y) is not None:
+                found.append(t + 1)
+    return sorted({*found, stream.steps})
+
+
+def _first_bad(wrong: Callable[[int], Mismatch | None], candidates: list[int], whole: Mismatch) -> tuple[int, Mismatch]:
+    """The least number of steps after which the gradient is wrong, and how; of many, one at which it becomes wrong."""
+    if len(candidates) <= _LINEAR:
+        for n in candidates[:-1]:
             mismatch = wrong(n)
             if mismatch is not None:
                 return n, mismatch
-        return steps, whole
-    right, bad, mismatch = 0, steps, whole
+        return candidates[-1], whole
+    right, bad, mismatch = -1, len(candidates) - 1, whole
     while bad - right > 1:
         middle = (right + bad) // 2
-        found = wrong(middle)
+        found = wrong(candidates[middle])
         if found is None:
             right = middle
         else:
             bad, mismatch = middle, found
-    return bad, mismatch
+    return candidates[bad], mismatch
 
 
 def influence_failures(spec: LearnerSpec, stream: Stream) -> Iterator[Found]:

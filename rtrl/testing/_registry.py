@@ -55,9 +55,9 @@ class Subject:
         if missing:
             raise NotJudged(f"because the learner has no {' and no '.join(missing)}")
 
-    def wrong(self, stream: Stream, message: str = "") -> Iterator[Found]:
+    def wrong(self, stream: Stream, treatment: str = "") -> Iterator[Found]:
         """What is wrong with its gradient on a stream."""
-        return gradient_failures(self.spec, stream, self.seed, message)
+        return gradient_failures(self.spec, stream, self.seed, treatment)
 
 
 Check = Callable[[Subject], Iterator[Found]]
