@@ -172,6 +172,32 @@ class TwoLayers(nn.Module):
         return above, torch.cat([below, above], dim=1)
 
 
+class TwiceUsed(PlainRNN):
+    """Meets its recurrent weight in two linear maps of one step."""
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        y, h_next = super().forward(x, h)
+        return y, torch.tanh(h_next + (h * h) @ self.recurrent)
+
+
+class NearTie(nn.Module):
+    """Two units, one of which is written; which one is a near tie that a lone sample and a larger batch decide
+    differently, as another order of rounding does. Honours ``replay``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2, 2))
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return self.weight.new_full((batch_size, 2), 0.5)
+
+    def forward(self, x: Tensor, h: Tensor, replay: Sparsity | None = None) -> tuple[Tensor, Tensor, Sparsity]:
+        chosen = torch.full((len(x), 1), int(len(x) == 1), device=h.device) if replay is None else replay.writes
+        assert chosen is not None
+        new = torch.tanh((h @ self.weight).gather(1, chosen) + x[:, :1])
+        return new, h.scatter(1, chosen, new), Sparsity(None, chosen) if replay is None else replay
+
+
 class SlowUnits(nn.Module):
     """Units that forget at their own slow rates, each feeding the next a little: what is dropped at any border is seen
     hundreds of steps later."""

@@ -42,6 +42,11 @@ def _unusual(subject: Subject) -> Iterator[Found]:
     yield from subject.wrong(subject.standard(streams.unusual_stream(subject.seed)))
 
 
+@check("shared parameters")
+def _shared(subject: Subject) -> Iterator[Found]:
+    yield from subject.wrong(subject.standard(streams.shared_stream(subject.seed)))
+
+
 @check("layers")
 def _layers(subject: Subject) -> Iterator[Found]:
     yield from subject.wrong(subject.standard(streams.layered_stream(subject.seed)))
@@ -60,6 +65,11 @@ def _declared(subject: Subject) -> Iterator[Found]:
 @check("sleeping slices")
 def _sleeping(subject: Subject) -> Iterator[Found]:
     yield from subject.wrong(subject.standard(streams.sleeping_stream(subject.seed), sparse=True))
+
+
+@check("near ties")
+def _near_ties(subject: Subject) -> Iterator[Found]:
+    yield from subject.wrong(subject.standard(streams.near_tie_stream(subject.seed), sparse=True))
 
 
 @check("own streams")

@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from rtrl import _tree
 from rtrl.cells import RecurrentMoE
 from rtrl.errors import ConfigError
-from rtrl.testing._cells import ForcedMoE, OddCell, PlainRNN, ScheduledCell, SlowUnits, TwoLayers, seeded
+from rtrl.testing._cells import (
+    ForcedMoE,
+    NearTie,
+    OddCell,
+    PlainRNN,
+    ScheduledCell,
+    SlowUnits,
+    TwiceUsed,
+    TwoLayers,
+    seeded,
+)
 
 Loss = Callable[[int, Any], Tensor | None]
 
@@ -104,6 +114,17 @@ def dense_stream(seed: int, steps: int = 14, batch: int = 3) -> Stream:
 def unusual_stream(seed: int, steps: int = 14) -> Stream:
     """A normalisation, a transposed use, scales and a scalar; a state of two rows; y a tree."""
     return Stream(seeded(OddCell(2, 3), seed), normal(seed, steps, 2, 2), name="unusual parameters")
+
+
+def shared_stream(seed: int, steps: int = 14) -> Stream:
+    """A weight that is met twice in each step."""
+    cell = seeded(TwiceUsed(2, 3, start=0.3), seed)
+    return Stream(cell, normal(seed, steps, 2, 2), name="a weight met twice")
+
+
+def near_tie_stream(seed: int, steps: int = 8) -> Stream:
+    """A choice that comes out differently when several steps are run as one batch, and is to be replayed."""
+    return Stream(seeded(NearTie(), seed), normal(seed, steps, 1, 1), name="near ties")
 
 
 def layered_stream(seed: int, steps: int = 14) -> Stream:

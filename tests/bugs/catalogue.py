@@ -53,13 +53,13 @@ BUGS = [
                 ("    influence.clock[rows]", "    self._pay(name, rows)\n    influence.clock[rows]"),
             ),
         ),
-        "dense_cells",
+        "learner: dense cell",
     ),
     Bug(
         3,
         "losses that fall while a slice sleeps are dropped",
         ((transition.compose, ("one.pull(two.pull(None))", "one.pull(None)")),),
-        "sleeping_slices",
+        "learner: sleeping slices",
     ),
     Bug(
         4,
@@ -79,19 +79,19 @@ BUGS = [
                 ("_rows.union(sparsity.reads, sparsity.writes, n)", "_rows.union(sparsity.writes, sparsity.writes, n)"),
             ),
         ),
-        "sparse_rows",
+        "learner: sparse rows",
     ),
     Bug(
         6,
         "the batch's mean in place of its sum",
         ((Influence.earn, ("choose @ owed", "choose @ owed / self.batch_size")),),
-        "dense_cells",
+        "learner: own streams",
     ),
     Bug(
         7,
         "a slice older than the window is not caught up",
         ((Learner._close_block, ("if expiring is not None", "if False")),),
-        "sleeping_slices",
+        "learner: sleeping slices",
     ),
     Bug(
         8,
@@ -102,13 +102,13 @@ BUGS = [
                 ("influence.clock[rows] = self._history.now", "influence.clock[rows] = self._history.now - 1"),
             ),
         ),
-        "sparse_rows",
+        "learner: sparse rows",
     ),
     Bug(
         9,
         "rows are overwritten while they are still being read",
         ((_rows.put, ("values.scatter(", "values.scatter_(")),),
-        "sparse_rows",
+        "learner: sparse rows",
     ),
     Bug(
         10,
@@ -123,13 +123,13 @@ BUGS = [
                 ),
             ),
         ),
-        "dense_cells",
+        "learner: dense cell",
     ),
     Bug(
         11,
         "a reset leaves influence and clocks behind",
         ((Influence.drop, ("& (self._row >= 0)", "& (self._row < -1)")),),
-        "resets",
+        "learner: resets",
     ),
     Bug(
         12,
@@ -143,13 +143,13 @@ BUGS = [
                 ),
             ),
         ),
-        "dense_cells",
+        "learner: layers",
     ),
     Bug(
         13,
         "identity rows are lost in composition",
         ((Element.square, ("torch.eye(full, ", "torch.zeros(full, full, ")),),
-        "sleeping_slices",
+        "learner: sleeping slices",
     ),
     Bug(
         14,
@@ -166,7 +166,7 @@ BUGS = [
                 ("_rows.pick(self.rows, sample)", "_rows.pick(self.rows, None if sample is None else sample * 0)"),
             ),
         ),
-        "sparse_rows",
+        "learner: sparse rows",
     ),
     Bug(
         16,
@@ -177,13 +177,13 @@ BUGS = [
                 ("logits.gather(1, experts).softmax(dim=-1)", "logits.softmax(dim=-1).gather(1, experts)"),
             ),
         ),
-        "cell_equals_loops",
+        "cell: active slices are declared",
     ),
     Bug(
         17,
         "the loss's direct path to the parameters is dropped",
         ((block._earned, ("weight = weight + tap.earned", "pass")),),
-        "dense_cells",
+        "learner: dense cell",
     ),
     Bug(
         18,
@@ -197,25 +197,25 @@ BUGS = [
                 ),
             ),
         ),
-        "bytes_held",
+        "learner: memory does not grow",
     ),
     Bug(
         19,
         "the carry between blocks is dropped: truncated BPTT",
         ((Influence.move, ("block.apply(moved, sample)", "moved * 0")),),
-        "dense_cells",
+        "learner: dense cell",
     ),
     Bug(
         20,
         "a reset touches the other samples",
         ((Learner.reset, ("influence.drop(samples)", "influence.drop(samples | True)")),),
-        "resets",
+        "learner: resets",
     ),
     Bug(
         21,
         "layers are cut apart",
         ((stack.Stack.forward, ("call_cell(layer, y, ", "call_cell(layer, y.detach(), ")),),
-        "layers",
+        "layers_by_hand",
     ),
     Bug(
         22,
@@ -229,7 +229,7 @@ BUGS = [
                 ),
             ),
         ),
-        "not_finite",
+        "learner: error inputs",
     ),
     Bug(
         23,
@@ -241,7 +241,7 @@ BUGS = [
         24,
         "a near tie is decided again",
         ((linearize.Linearizer._group, ("replay = sparsity if self._replays else None", "replay = None")),),
-        "choices_are_replayed",
+        "learner: near ties",
     ),
     Bug(
         25,
@@ -266,7 +266,7 @@ BUGS = [
                 ("self._history.cover(clock, ", "self._history.cover(max(clock - 1, self._history.oldest), "),
             ),
         ),
-        "sparse_rows",
+        "learner: sparse rows",
     ),
     Bug(
         27,
@@ -277,7 +277,7 @@ BUGS = [
                 ("_rows.union(sparsity.reads, sparsity.writes, n)", "_rows.union(sparsity.reads, sparsity.reads, n)"),
             ),
         ),
-        "sparse_rows",
+        "learner: sparse rows",
     ),
     Bug(
         28,
@@ -288,13 +288,13 @@ BUGS = [
                 ("return torch.bmm(rows, cols)", "return torch.bmm(rows.float(), cols.float()).to(rows.dtype)"),
             ),
         ),
-        "sleeping_slices",
+        "learner: sleeping slices",
     ),
     Bug(
         29,
         "sleeping slices are paid twice",
         ((Learner._pay, ("paid = max(clock, self._paid)", "paid = clock")),),
-        "early_delivery",
+        "learner: early deliveries",
     ),
     Bug(
         30,
@@ -305,25 +305,25 @@ BUGS = [
                 ("    self._close()\n", "    self._close() if self.at_block_end else self._give_up_block()\n"),
             ),
         ),
-        "early_delivery",
+        "learner: early deliveries",
     ),
     Bug(
         31,
         "parameters outside linear maps are forgotten",
         ((block._bear_general, ("birth.values.add_(mine)", "pass")),),
-        "dense_cells",
+        "learner: unusual parameters",
     ),
     Bug(
         32,
         "of two uses of a parameter the last one wins",
         ((block._bear, ("birth.values.add_(born", "birth.values.copy_(born")),),
-        "dense_cells",
+        "learner: shared parameters",
     ),
     Bug(
         33,
         "the adjoint does not travel inside a block",
         ((block._sweep, ("torch.bmm(weight.unsqueeze(1), jacobian).squeeze(1) + group", "group")),),
-        "dense_cells",
+        "learner: one loss at the end",
     ),
     Bug(
         34,
@@ -337,7 +337,7 @@ BUGS = [
                 ),
             ),
         ),
-        "saved_and_loaded",
+        "learner: saved and loaded",
     ),
     Bug(
         35,
@@ -360,6 +360,242 @@ BUGS = [
                 ("torch.arange(slices, device=device)", "torch.arange(slices if slices == 1 else 0, device=device)"),
             ),
         ),
-        "everything_declared_now_and_then",
+        "learner: everything declared now and then",
+    ),
+    Bug(
+        38,
+        "y goes through half precision",
+        (
+            (
+                Learner.step,
+                (
+                    "        value = value.detach().clone()\n",
+                    "        value = value.detach().to(torch.bfloat16).to(value.dtype)\n",
+                ),
+            ),
+        ),
+        "learner: interface",
+    ),
+    Bug(
+        39,
+        "small products are set to zero too early",
+        ((transition.flushed, ("kind.tiny / kind.eps", "0.05")),),
+        "learner: long stream",
+    ),
+    Bug(
+        40,
+        "a step without a loss is given that of another",
+        (
+            (
+                linearize.Linearizer._earn,
+                (
+                    "torch.zeros_like(step.outputs[place]) if g is None else g",
+                    "next(v for v in given if v is not None) if g is None else g",
+                ),
+            ),
+        ),
+        "learner: losses now and then",
+    ),
+    Bug(
+        41,
+        "the second loss of a step replaces the first",
+        ((Learner.backward, ("leaf.grad = (kept + gradient).detach()", "leaf.grad = gradient.detach().clone()")),),
+        "learner: several losses a step",
+    ),
+    Bug(
+        42,
+        "the buffer of the gradient is not cleared",
+        (
+            (
+                Learner._gradient,
+                ("torch.zeros_like(self._parameters[name])", "torch.full_like(self._parameters[name], 1e-3)"),
+            ),
+        ),
+        "learner: no loss at all",
+    ),
+    Bug(
+        43,
+        "an early sync leaves its open block to the new parameters",
+        (
+            (
+                Learner.sync,
+                ("    self._close()\n", "    self._close() if self.at_block_end or self._watch is None else None\n"),
+            ),
+            (ParameterWatch.check, ("if changed:", "if False:")),
+        ),
+        "learner: changed parameters",
+    ),
+    Bug(
+        44,
+        "an influence is handed out without catching up",
+        ((Learner.influence, ("    self._advance(name, influence.held())\n", "")),),
+        "learner: influence",
+    ),
+    Bug(
+        45,
+        "gradients are float64 whatever the parameters",
+        (
+            (
+                Learner._gradient,
+                (
+                    "torch.zeros_like(self._parameters[name])",
+                    "torch.zeros_like(self._parameters[name], dtype=torch.float64)",
+                ),
+            ),
+        ),
+        "learner: float32",
+    ),
+    Bug(
+        46,
+        "the cell is left in evaluation mode",
+        ((Learner._forward, ("    h = self._state.clone()\n", "    h = self._state.clone()\n    self.cell.eval()\n")),),
+        "learner: the cell is left alone",
+    ),
+    Bug(
+        47,
+        "a choice lies beyond the last slot",
+        (
+            (
+                moe.RecurrentMoE.forward,
+                ("self.choices(reads, writes, experts)", "self.choices(reads, writes + 4, experts)"),
+            ),
+        ),
+        "cell: returns",
+    ),
+    Bug(
+        48,
+        "the state grows a row a step",
+        ((moe.RecurrentMoE.forward, ("return y, h_next,", "return y, torch.cat([h_next, h_next[:, :1]], dim=1),")),),
+        "cell: state keeps its form",
+    ),
+    Bug(
+        49,
+        "y is one number for the batch",
+        ((moe.RecurrentMoE.forward, ("return y, h_next,", "return y.sum(), h_next,")),),
+        "cell: y per sample",
+    ),
+    Bug(
+        50,
+        "a square root has no derivative at zero",
+        (
+            (
+                moe.RecurrentMoE.forward,
+                ("return y, h_next,", "return y + (0 * y).square().sum(dim=1, keepdim=True).sqrt(), h_next,"),
+            ),
+        ),
+        "cell: finite",
+    ),
+    Bug(
+        51,
+        "the router explores by chance",
+        (
+            (
+                moe.RecurrentMoE.forward,
+                (
+                    "logits = self.router(_rms(z.mean(dim=1)))",
+                    "logits = self.router(_rms(z.mean(dim=1)))\n    logits = logits + 0.1 * torch.rand_like(logits)",
+                ),
+            ),
+        ),
+        "cell: pure",
+    ),
+    Bug(
+        52,
+        "what is computed depends on what was computed before",
+        (
+            (
+                moe.RecurrentMoE.forward,
+                (
+                    "return y, h_next,",
+                    "self.__dict__['_calls'] = self.__dict__.get('_calls', 0) + 1\n    return y + 1e-3 * self._calls, h_next,",
+                ),
+            ),
+        ),
+        "cell: deterministic",
+    ),
+    Bug(
+        53,
+        "slots that are not written decay",
+        ((moe.RecurrentMoE.forward, ("h_next = h.scatter(", "h_next = (0.99 * h).scatter(")),),
+        "cell: unwritten rows are copied",
+    ),
+    Bug(
+        54,
+        "slots that are not written are copied without their derivative",
+        ((moe.RecurrentMoE.forward, ("h_next = h.scatter(", "h_next = h.detach().scatter(")),),
+        "cell: unwritten rows are copied in derivative",
+    ),
+    Bug(
+        55,
+        "the read's softmax runs over all slots",
+        (
+            (
+                moe.RecurrentMoE.forward,
+                (
+                    "z = reads.shape[1] * scores.softmax(dim=-1).unsqueeze(-1) * labelled",
+                    "every = torch.einsum('bd,bnd->bn', query, h + self.slot_embedding) / math.sqrt(self.d_model)\n    z = reads.shape[1] * every.softmax(dim=-1).gather(1, reads).unsqueeze(-1) * labelled",
+                ),
+            ),
+        ),
+        "cell: reads are declared",
+    ),
+    Bug(
+        56,
+        "scores are normalised over the batch",
+        (
+            (
+                moe.RecurrentMoE.forward,
+                (
+                    "logits = self.router(_rms(z.mean(dim=1)))",
+                    "logits = self.router(_rms(z.mean(dim=1)))\n    logits = logits - logits.mean(dim=0)",
+                ),
+            ),
+        ),
+        "cell: samples do not meet",
+    ),
+    Bug(
+        57,
+        "a replay of experts is not obeyed",
+        (
+            (
+                moe.RecurrentMoE.forward,
+                (
+                    "    if replay is None:\n        experts = top(logits, self.topk)\n",
+                    "    experts = top(logits, self.topk)\n",
+                ),
+            ),
+        ),
+        "cell: replay",
+    ),
+    Bug(
+        58,
+        "a constant is made in float32",
+        ((moe.RecurrentMoE.forward, ("return y, h_next,", "return y + torch.zeros(1, dtype=torch.float64), h_next,")),),
+        "cell: dtype and device are carried through",
+    ),
+    Bug(
+        59,
+        "a weight is used that was put aside at first sight",
+        (
+            (
+                moe.RecurrentMoE.forward,
+                (
+                    "return y, h_next,",
+                    "kept = self.__dict__.setdefault('_kept', self.head.bias.detach().clone())\n    return y + kept - kept.detach() + 0 * self.head.bias + self.__dict__.setdefault('_aside', self.head.bias), h_next,",
+                ),
+            ),
+        ),
+        "cell: torch.func",
+    ),
+    Bug(
+        60,
+        "the write gate forgets its score",
+        (
+            (
+                moe.RecurrentMoE.forward,
+                ("torch.sigmoid(self.gate(source) + _rows(write_scores, place))", "torch.sigmoid(self.gate(source))"),
+            ),
+        ),
+        "cell_equals_loops",
     ),
 ]
