@@ -180,6 +180,21 @@ class TwiceUsed(PlainRNN):
         return y, torch.tanh(h_next + (h * h) @ self.recurrent)
 
 
+class PartlyTrained(PlainRNN):
+    """One weight is frozen, one is held by two modules, and a scalar scales y alone."""
+
+    def __init__(self, d_in: int, hidden: int) -> None:
+        super().__init__(d_in, hidden, start=0.3)
+        self.again = nn.Linear(d_in, hidden, bias=False)
+        self.again.weight = self.inward.weight
+        self.gain = nn.Parameter(torch.empty(()))
+        self.inward.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        y, h_next = super().forward(x, h)
+        return self.gain * y, torch.tanh(h_next + self.again(x * x))
+
+
 class NearTie(nn.Module):
     """Two units, one of which is written; which one is a near tie that a lone sample and a larger batch decide
     differently, as another order of rounding does. Honours ``replay``."""
@@ -215,7 +230,7 @@ class SlowUnits(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         h_next = h + self.rates * (torch.tanh(self.inward(x) + self.mix(h)) - h)
-        return h, h_next
+        return h + h_next, h_next
 
 
 class ForcedMoE(nn.Module):

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import io
+import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,13 +16,14 @@ from rtrl.testing import streams
 from rtrl.testing._judge import compare
 from rtrl.testing._registry import NotJudged, Subject, check
 from rtrl.testing._walk import Stopped, deliver, said, start, take_step, walk
-from rtrl.testing.laws import Unbiased
+from rtrl.testing.laws import Unbiased, shortened
 from rtrl.testing.report import Found
 from rtrl.testing.spec import LearnerSpec
 from rtrl.testing.streams import Stream
 
 _SINGLE = 1e-3  # float32 against float64, relative: that it is the same gradient, not how well it is rounded
-_MEMORY_STEPS = 200
+_MEMORY_STEPS = 120
+_NOISE = 64  # bytes a step that the interpreter's own caches may grow by, for a while
 
 
 @check("interface")
@@ -28,10 +31,8 @@ def _interface(subject: Subject) -> Iterator[Found]:
     """y is the cell's own, and takes losses; every parameter that is trained and earns something gets a gradient."""
     stream = subject.streams()[0]
     if subject.spec.gradients is not None:
-        found = subject.spec.gradients(copy.deepcopy(stream.cell), stream.xs, stream.loss)
-        if not hasattr(found, "keys"):
-            yield Found(f"gradients(cell, xs, loss_fn) must return a mapping by name, got {type(found).__name__}")
-            return
+        walk(subject.spec, stream)
+        found = subject.spec.gradients(copy.deepcopy(stream.cell), stream.xs.clone(), stream.loss)
         names = {name for name, p in stream.cell.named_parameters() if p.requires_grad}
         if names - found.keys():
             yield Found(f"the gradients of {', '.join(sorted(names - found.keys()))} are missing")
@@ -41,6 +42,10 @@ def _interface(subject: Subject) -> Iterator[Found]:
     if missing:
         yield Found(f"a learner must have step(x), backward(loss) and sync(); {', '.join(missing)} is missing")
         return
+    for name, value in deliver(*start(subject.spec, stream), None).items():
+        if bool((value != 0).any()):
+            yield Found(f"sync() before the first step delivers a gradient of {name!r}")
+            return
     outcome = walk(subject.spec, stream)
     h = stream.cell.init_state(stream.batch_size)  # type: ignore[operator]
     for t, y in enumerate(outcome.outputs):
@@ -60,45 +65,65 @@ def _interface(subject: Subject) -> Iterator[Found]:
 
 @check("saved and loaded")
 def _saved(subject: Subject) -> Iterator[Found]:
-    """A learner that loads ``state_dict()`` goes on bit for bit."""
+    """A learner that loads ``state_dict()`` goes on bit for bit as the one that was saved, which goes on as if it had
+    not been; also one that has been elsewhere, and from a file."""
     subject.needs_learner("state_dict", "load_state_dict")
     subject.needs_steps()
     for stream in subject.streams():
         middle = stream.steps // 2
-        results = []
-        for resumed in (False, True):
-            torch.manual_seed(subject.seed)
-            learner, cell = start(subject.spec, stream)
-            for t in range(stream.steps):
-                if t == middle:
-                    if resumed:
-                        learner, cell = _loaded(subject.spec, stream, learner, cell)
-                    torch.manual_seed(subject.seed + 1)
-                take_step(learner, cell, stream, t)
-            results.append(deliver(learner, cell, stream.steps - 1))
-        for name, value in results[0].items():
-            if not torch.equal(value, results[1][name]):
-                bad = (value != results[1][name]).nonzero()[0].tolist()
-                values = [f"{float(r[name][tuple(bad)]):.17g}" for r in reversed(results)]
-                message = f"{stream.name}: saved after {middle} steps and loaded, it does not go on bit for bit"
-                yield Found(message, None, None, f"parameter {name}{bad}", *values)
-                break
+        torch.manual_seed(subject.seed)
+        learner, cell = start(subject.spec, stream)
+        for t in range(middle):
+            take_step(learner, cell, stream, t)
+        try:
+            saved = learner.state_dict()
+            torch.save(saved, file := io.BytesIO())
+        except Exception as error:
+            raise Stopped(f"state_dict() raised, or cannot be written to a file: {said(error)}", middle - 1) from error
+        held = {name: None if p.grad is None else p.grad.clone() for name, p in cell.named_parameters()}
+        through = _go_on(learner, cell, stream, middle, subject.seed)
+        file.seek(0)
+        for how, state in (("kept", saved), ("from a file", torch.load(file, weights_only=False))):
+            resumed = _go_on(*_loaded(subject.spec, stream, state, held), stream, middle, subject.seed)
+            for name, value in through.items():
+                if not torch.equal(value, resumed[name]):
+                    bad = (value != resumed[name]).nonzero()[0].tolist()
+                    values = [f"{float(r[name][tuple(bad)]):.17g}" for r in (resumed, through)]
+                    message = (
+                        f"{stream.name}: saved after {middle} steps and loaded ({how}), it does not go on bit for bit"
+                    )
+                    yield Found(message, None, None, f"parameter {name}{bad}", *values)
+                    return
+        if not isinstance(subject.spec.law, Unbiased):
+            wrong = compare(through, subject.spec.law.reference(stream, learner))
+            if wrong is not None:
+                message = f"{stream.name}: after state_dict() in mid-stream, the learner itself goes on wrongly"
+                yield Found(message, None, None, wrong.where, wrong.found, wrong.expected)
+                return
 
 
-def _loaded(spec: LearnerSpec, stream: Stream, learner: Any, cell: nn.Module) -> tuple[Any, nn.Module]:
-    """A new learner with a new copy of the cell, gone on from where the old one is."""
+def _go_on(learner: Any, cell: nn.Module, stream: Stream, first: int, seed: int) -> dict[str, Tensor]:
+    """The rest of a stream, its draws being the same each time."""
+    torch.manual_seed(seed + 1)
+    for t in range(first, stream.steps):
+        take_step(learner, cell, stream, t)
+    return deliver(learner, cell, stream.steps - 1)
+
+
+def _loaded(
+    spec: LearnerSpec, stream: Stream, saved: Any, gradients: dict[str, Tensor | None]
+) -> tuple[Any, nn.Module]:
+    """A learner that has walked elsewhere, and then loads."""
+    learner, cell = start(spec, stream)
+    for t in range(2):
+        take_step(learner, cell, stream, t)
+    for name, p in cell.named_parameters():
+        p.grad = None if gradients[name] is None else gradients[name].clone()  # type: ignore[union-attr]
     try:
-        saved = copy.deepcopy(learner.state_dict())
-        new, other = start(spec, stream)
-        with torch.no_grad():
-            for p, q in zip(cell.parameters(), other.parameters(), strict=True):
-                q.grad = None if p.grad is None else p.grad.clone()
-        new.load_state_dict(saved)
-    except Stopped:
-        raise
+        learner.load_state_dict(saved)
     except Exception as error:
-        raise Stopped(f"state_dict() and load_state_dict() raised {said(error)}") from error
-    return new, other
+        raise Stopped(f"load_state_dict(...) raised {said(error)}") from error
+    return learner, cell
 
 
 @check("float32")
@@ -128,34 +153,41 @@ def _single(subject: Subject) -> Iterator[Found]:
 
 @check("the cell is left alone")
 def _left_alone(subject: Subject) -> Iterator[Found]:
-    """No parameter, buffer, flag, mode, hook or attribute of the cell is changed but ``.grad``; nor the input."""
-    for stream in subject.streams():
-        cell = copy.deepcopy(stream.cell)
-        before = _picture(cell)
-        kept = copy.deepcopy({name: value.detach() for name, value in _values(cell).items()})
-        if subject.spec.gradients is not None:
-            xs = stream.xs.clone()
+    """No parameter, buffer, flag, mode, hook or attribute of the cell is changed but ``.grad``; nor the input, nor what
+    all of the process share."""
+    own = [] if subject.spec.streams else [shortened(subject.spec.law, streams.slow_stream(subject.seed, 14))]
+    for stream in [*subject.streams(), *own]:
+        learner, cell = None, copy.deepcopy(stream.cell)
+        if subject.spec.gradients is None:
+            learner, cell = start(subject.spec, stream)
+        before = _picture(stream.cell)
+        xs = stream.xs.clone()
+        shared = torch.get_default_dtype(), torch.is_grad_enabled(), torch.random.get_rng_state()
+        if learner is None:
+            assert subject.spec.gradients is not None
             subject.spec.gradients(cell, xs, stream.loss)
-            if not torch.equal(xs, stream.xs):
-                yield Found(f"{stream.name}: xs is changed in place")
         else:
-            assert subject.spec.make_learner is not None
-            learner = subject.spec.make_learner(cell, stream.batch_size)
             for t in range(stream.steps):
-                x = stream.xs[t].clone()
-                y = learner.step(x)
+                y = learner.step(xs[t])
                 loss = stream.loss(t, y)
                 if loss is not None:
                     learner.backward(loss)
-                if not torch.equal(x, stream.xs[t]):
-                    yield Found(f"{stream.name}: x is changed in place", t)
-                    return
-            learner.sync()
+            deliver(learner, cell, stream.steps - 1)
+        if not torch.equal(xs, stream.xs):
+            yield Found(f"{stream.name}: x is changed in place")
+        kept = _values(stream.cell)
         for name, value in _values(cell).items():
             if name not in kept or not torch.equal(value, kept[name]):
                 yield Found(f"{stream.name}: the learner changes {name!r} of the cell")
         if _picture(cell) != before:
             yield Found(f"{stream.name}: the learner leaves hooks, flags or attributes of the cell changed")
+        if (torch.get_default_dtype(), torch.is_grad_enabled()) != shared[:2]:
+            yield Found(f"{stream.name}: the learner leaves another default dtype or grad mode")
+        drawn = not torch.equal(torch.random.get_rng_state(), shared[2])
+        if drawn and not isinstance(subject.spec.law, Unbiased):
+            yield Found(
+                f"{stream.name}: the learner draws from the global generator, so that it changes what others draw"
+            )
 
 
 def _values(cell: nn.Module) -> dict[str, Tensor]:
@@ -168,7 +200,15 @@ def _picture(cell: nn.Module) -> list[Any]:
     return [
         (name, module.training, sorted(vars(module)), [len(getattr(module, hook)) for hook in hooks])
         for name, module in cell.named_modules()
-    ] + [(name, p.requires_grad, p.dtype, p.device) for name, p in cell.named_parameters()]
+    ] + [
+        (name, p.requires_grad, p.dtype, p.device, len(p._backward_hooks or ()), len(_after(p) or ()))
+        for name, p in cell.named_parameters()
+    ]
+
+
+def _after(p: nn.Parameter) -> Any:
+    """Its hooks after accumulation, which PyTorch has no public name for."""
+    return getattr(p, "_post_accumulate_grad_hooks", None)
 
 
 @check("memory does not grow")
@@ -180,20 +220,40 @@ def _memory(subject: Subject) -> Iterator[Found]:
     stream = subject.streams()[0]
     if subject.spec.sparse and not subject.spec.streams:
         stream = streams.scheduled_stream(subject.seed)
-    learner, cell = start(subject.spec, stream)
-    turns = -(-_MEMORY_STEPS // stream.steps)  # whole turns of the stream, so that both looks find the same input
-    seen = []
-    for turn in range(2 * turns):
-        for t in range(stream.steps):
-            take_step(learner, cell, stream, t)
-        deliver(learner, cell, stream.steps - 1)
-        cell.zero_grad()
-        if (turn + 1) % turns == 0:
-            seen.append(_alive())
-    if seen[1] > seen[0]:
-        steps = turns * stream.steps
-        message = f"{stream.name}: it holds more after {2 * steps} steps than after {steps}"
-        yield Found(message, None, None, "bytes of all tensors", str(seen[1]), str(seen[0]))
+    for often in (True, False):
+        tensors, traced = _held(subject.spec, stream, often)
+        steps = len(tensors) * stream.steps // 2
+        how = f"{stream.name}: {'with deliveries' if often else 'without a delivery'}"
+        if often and tensors[-1] > tensors[len(tensors) // 2 - 1]:
+            values = str(tensors[-1]), str(tensors[len(tensors) // 2 - 1])
+            message = f"{how}, it holds more after {2 * steps} steps than after {steps}"
+            yield Found(message, None, None, "bytes of all tensors", *values)
+        for what, held, least in (("tensors", tensors, 0), ("what is no tensor", traced, _NOISE * steps // 2)):
+            growth = [held[(i + 1) * len(held) // 4 - 1] - held[i * len(held) // 4 - 1] for i in (1, 2, 3)]
+            if min(growth) > least:  # in each of the three quarters after the first
+                message = f"{how}, {what} takes more and more memory"
+                yield Found(message, None, None, f"bytes in {steps // 2} steps", f"+{growth[-1]}", "no growth")
+                break
+
+
+def _held(spec: LearnerSpec, stream: Stream, often: bool) -> tuple[list[int], list[int]]:
+    """The bytes of all tensors, and those that Python allocated, after each whole turn of a stream."""
+    learner, cell = start(spec, stream)
+    tensors, traced = [], []
+    if often:  # once: it takes its time
+        tracemalloc.start()
+    try:
+        for _ in range(2 * -(-_MEMORY_STEPS // stream.steps)):
+            for t in range(stream.steps):
+                take_step(learner, cell, stream, t)
+            if often:
+                deliver(learner, cell, stream.steps - 1)
+                cell.zero_grad()
+            tensors.append(_alive())
+            traced.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    return tensors, traced
 
 
 def _alive() -> int:

@@ -41,39 +41,43 @@ def diagnose(spec: LearnerSpec, stream: Stream) -> str:
     scale = float(exact.abs().max())
     if not scale or not bool(torch.isfinite(found).all()):
         return ""
-    for words, mistaken in _mistakes(steps, exact, found):
+    fitting: dict[str, list[int]] = {}
+    for words, k, mistaken in _mistakes(steps, exact, found):
         differs = float((mistaken - exact).abs().max()) > 1e3 * _ALIKE * scale
         if differs and float((mistaken - found).abs().max()) <= _ALIKE * scale:
-            return f"; it looks as if {words}"
+            fitting.setdefault(words, []).append(k)
+    for words, ks in fitting.items():  # the first kind; of its numbers, any may be meant
+        return f"; it looks as if {words.format(k=' or '.join(map(str, ks)) if len(ks) < 4 else 'so many')}"
     return ""
 
 
-def _mistakes(steps: list[_Linear], exact: Tensor, found: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Words and the gradient that each mistake gives, the most specific first."""
+def _mistakes(steps: list[_Linear], exact: Tensor, found: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+    """Words, a number k in them, and the gradient that each mistake gives, the most specific first."""
     count, batch = len(steps), steps[0].adjoint.shape[0]
-    yield "nothing were delivered", torch.zeros_like(exact)
-    yield "the influence advanced before the adjoint met it: off by one step", _gradient(steps, after=True)
-    yield "the state's past were left out: no influence is carried", _gradient(steps, carry=lambda t: False)
-    yield "the loss's direct path to the parameters were dropped", _gradient(steps, direct=False)
-    yield "losses that fall while a slice sleeps were dropped", _gradient(steps, awake=True)
-    for k in range(count - 1, 1, -1):
-        words = f"the carry were dropped at the borders of blocks of {k} steps: truncated BPTT"
-        yield words, _gradient(steps, carry=lambda t, k=k: (t + 1) % k != 0)  # type: ignore[misc]
-    for k in range(count - 1, 1, -1):
-        yield f"each loss were pulled back through {k} steps only: truncated BPTT", _sliding(steps, k)
-    yield "the dynamics Jacobian were transposed", _gradient(steps, change=lambda j: j.mT)
+    yield "nothing were delivered", 0, torch.zeros_like(exact)
+    yield "the influence advanced before the adjoint met it: off by one step", 0, _gradient(steps, after=True)
+    yield "the state's past were left out: no influence is carried", 0, _gradient(steps, carry=lambda t: False)
+    yield "the loss's direct path to the parameters were dropped", 0, _gradient(steps, direct=False)
+    yield "losses that fall while a slice sleeps were dropped", 0, _gradient(steps, awake=True)
+    for k in range(2, count):
+        words = "the carry were dropped at the borders of blocks of {k} steps: truncated BPTT"
+        yield words, k, _gradient(steps, carry=lambda t, k=k: (t + 1) % k != 0)  # type: ignore[misc]
+    for k in range(2, count):
+        yield "each loss were pulled back through {k} steps only: truncated BPTT", k, _sliding(steps, k)
+    yield "the dynamics Jacobian were transposed", 0, _gradient(steps, change=lambda j: j.mT)
     yield (
         "only the diagonal of the dynamics Jacobian were used",
+        0,
         _gradient(steps, change=lambda j: torch.diag_embed(j.diagonal(dim1=1, dim2=2))),
     )
     if batch > 1:
-        yield "samples were averaged, not summed", exact / batch
+        yield "samples were averaged, not summed", 0, exact / batch
     for t in range(count):
         part = _gradient(steps, only=t)
-        yield f"the loss of step {t} were dropped", exact - part
-        yield f"the loss of step {t} were counted twice", exact + part
+        yield "the loss of step {k} were dropped", t, exact - part
+        yield "the loss of step {k} were counted twice", t, exact + part
     factor = float(found @ exact / (exact @ exact))
-    yield f"the whole gradient were multiplied by {factor:.6g}", factor * exact
+    yield f"the whole gradient were multiplied by {factor:.6g}", 0, factor * exact
 
 
 def _gradient(

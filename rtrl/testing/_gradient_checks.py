@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtrl import _tree
 from rtrl.testing import streams
-from rtrl.testing._judge import compare, influence_failures
+from rtrl.testing._judge import compare, gradient_failures, influence_failures
 from rtrl.testing._registry import NotJudged, Subject, check
 from rtrl.testing._walk import deliver, start, take_step, walk
 from rtrl.testing.laws import Unbiased
 from rtrl.testing.report import Found
 from rtrl.testing.streams import Loss, Stream
+
+_SHORT = 40  # steps that the other checks cover
 
 
 def _at(loss: Loss, wanted: Callable[[int], bool]) -> Loss:
@@ -32,9 +35,20 @@ def _dense(subject: Subject) -> Iterator[Found]:
 
 @check("long stream")
 def _long(subject: Subject) -> Iterator[Found]:
-    if subject.spec.law.steps is not None:
+    """Hundreds of steps; fewer, down to the law's horizon, with a loss at their end."""
+    law = subject.spec.law
+    if isinstance(law, Unbiased):
+        longer = replace(streams.dense_stream(subject.seed, steps=3 * law.horizon, batch=1), name="three horizons")
+        subject.standard(longer)
+        yield from gradient_failures(
+            replace(subject.spec, law=replace(law, horizon=longer.steps)), longer, subject.seed
+        )
+        return
+    if law.steps is not None and law.steps <= _SHORT:
         raise NotJudged("because the law covers short streams alone")
-    yield from subject.wrong(subject.standard(streams.slow_stream(subject.seed)))
+    stream = subject.standard(streams.slow_stream(subject.seed))
+    every = stream.loss
+    yield from subject.wrong(replace(stream, loss=lambda t, y: every(9, y) if t == stream.steps - 1 else every(t, y)))
 
 
 @check("unusual parameters")
@@ -45,6 +59,11 @@ def _unusual(subject: Subject) -> Iterator[Found]:
 @check("shared parameters")
 def _shared(subject: Subject) -> Iterator[Found]:
     yield from subject.wrong(subject.standard(streams.shared_stream(subject.seed)))
+
+
+@check("partly trained")
+def _frozen(subject: Subject) -> Iterator[Found]:
+    yield from subject.wrong(subject.standard(streams.frozen_stream(subject.seed)))
 
 
 @check("layers")
@@ -67,6 +86,13 @@ def _sleeping(subject: Subject) -> Iterator[Found]:
     yield from subject.wrong(subject.standard(streams.sleeping_stream(subject.seed), sparse=True))
 
 
+@check("long sleep")
+def _long_sleep(subject: Subject) -> Iterator[Found]:
+    if subject.spec.law.steps is not None and subject.spec.law.steps <= _SHORT:
+        raise NotJudged("because the law covers short streams alone")
+    yield from subject.wrong(subject.standard(streams.long_sleep_stream(subject.seed), sparse=True))
+
+
 @check("near ties")
 def _near_ties(subject: Subject) -> Iterator[Found]:
     yield from subject.wrong(subject.standard(streams.near_tie_stream(subject.seed), sparse=True))
@@ -84,24 +110,75 @@ def _own(subject: Subject) -> Iterator[Found]:
 def _now_and_then(subject: Subject) -> Iterator[Found]:
     subject.needs_steps()
     for stream in subject.streams():
-        yield from subject.wrong(
-            replace(stream, loss=_at(stream.loss, lambda t: t % 3 == 2)), "a loss at every third step"
-        )
+        third = _at(stream.loss, lambda t: t % 3 == 2)
+        yield from subject.wrong(replace(stream, loss=third), "a loss at every third step", stream)
 
 
 @check("one loss at the end")
 def _at_the_end(subject: Subject) -> Iterator[Found]:
     for stream in subject.streams():
-        yield from subject.wrong(
-            replace(stream, loss=_at(stream.loss, (stream.steps - 1).__eq__)), "a loss at the last step alone"
-        )
+        last = _at(stream.loss, (stream.steps - 1).__eq__)
+        yield from subject.wrong(replace(stream, loss=last), "a loss at the last step alone", stream)
+
+
+@check("losses of one sample at a time")
+def _one_sample(subject: Subject) -> Iterator[Found]:
+    """Of samples whose losses fall at other steps, none takes those of another, or waits for it."""
+    subject.needs_steps()
+    for stream in subject.streams():
+        lone = _of_one_sample(stream.loss)
+        yield from subject.wrong(replace(stream, loss=lone), "a loss of one sample a step", stream)
+
+
+def _of_one_sample(loss: Loss) -> Loss:
+    def chosen(t: int, y: Any) -> Tensor | None:
+        batch = _tree.tensors(y)[0].shape[0]
+        return loss(t, _tree.map_tensors(lambda leaf: leaf[t % batch : t % batch + 1], y))
+
+    return chosen
+
+
+@check("losses of all sizes")
+def _sizes(subject: Subject) -> Iterator[Found]:
+    """Losses a million times larger and smaller: nothing is clipped, nothing counts as zero."""
+    for stream in subject.streams():
+        for factor in (1e6, 1e-6):
+            scaled = _scaled(stream.loss, factor)
+            yield from subject.wrong(replace(stream, loss=scaled), f"losses {factor:g} times as large", stream)
+
+
+def _scaled(loss: Loss, factor: float) -> Loss:
+    def chosen(t: int, y: Any) -> Tensor | None:
+        value = loss(t, y)
+        return None if value is None else factor * value
+
+    return chosen
+
+
+@check("odd inputs")
+def _odd_inputs(subject: Subject) -> Iterator[Found]:
+    """x is a view, and is overwritten when the step's losses are given, as a loop with one buffer does."""
+    subject.needs_learner()
+    for stream in subject.streams():
+        treatment = "x not contiguous, and overwritten after the step"
+        yield from subject.wrong(replace(stream, overwritten=True), treatment, stream)
+
+
+@check("plain backward")
+def _plain(subject: Subject) -> Iterator[Found]:
+    """A loss is given by its own ``backward()``."""
+    if not subject.spec.plain_backward:
+        raise NotJudged("because the spec does not promise it (plain_backward=True)")
+    subject.needs_learner()
+    for stream in subject.streams():
+        yield from subject.wrong(replace(stream, plain=True), "losses given by their own backward()", stream)
 
 
 @check("several losses a step")
 def _several(subject: Subject) -> Iterator[Found]:
     subject.needs_learner()
     for stream in subject.streams():
-        yield from subject.wrong(replace(stream, pieces=3), "each loss given in three parts")
+        yield from subject.wrong(replace(stream, pieces=2), "each loss given in two parts", stream)
 
 
 @check("no loss at all")
@@ -121,7 +198,7 @@ def _deliveries(subject: Subject) -> Iterator[Found]:
     subject.needs_steps()
     for stream in subject.streams():
         often = replace(stream, syncs=frozenset({0, 1, 4, 5, 11, 12}) & frozenset(range(stream.steps - 1)))
-        failures = list(subject.wrong(often, "delivered by sync() at odd steps"))
+        failures = list(subject.wrong(often, "deliveries at odd steps", stream))
         yield from failures
         if not failures and not isinstance(subject.spec.law, Unbiased):
             yield from _accumulated(subject, often)
@@ -161,38 +238,72 @@ def _changed(subject: Subject) -> Iterator[Found]:
     subject.needs_steps()
     for stream in subject.streams():
         third = max(1, stream.steps // 3)
+        trained = {name: p for name, p in stream.cell.named_parameters() if p.requires_grad}
         generator = torch.Generator().manual_seed(subject.seed)
         moved = [
             {
                 name: 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
-                for name, p in stream.cell.named_parameters()
+                for name, p in trained.items()
             }
             for _ in range(2)
         ]
         offsets = [[{}, *moved][min(t // third, 2)] for t in range(stream.steps)]
-        treatment = f"parameters changed before steps {third} and {2 * third}"
-        yield from subject.wrong(replace(stream, offsets=offsets), treatment)
+        treatment = f"changes of parameters before steps {third} and {2 * third}"
+        yield from subject.wrong(replace(stream, offsets=offsets), treatment, stream)
 
 
 @check("resets")
 def _resets(subject: Subject) -> Iterator[Found]:
-    """Samples start anew in mid-stream, one by one and together; what was earned before is kept."""
+    """Samples start anew in mid-stream, one by one; what was earned before is kept."""
+    subject.needs_learner("reset")
+    subject.needs_steps()
+    for stream in subject.streams():
+        flags, at = _one_by_one(stream)
+        treatment = f"new starts of one sample before step {at[0]}, of another before step {at[1]}"
+        yield from subject.wrong(replace(stream, resets=flags), treatment, stream)
+
+
+def _one_by_one(stream: Stream) -> tuple[Tensor, list[int]]:
+    flags = torch.zeros(stream.steps, stream.batch_size, dtype=torch.bool, device=stream.xs.device)
+    at = [max(1, stream.steps // 3), max(2, 2 * stream.steps // 3)]
+    flags[at[0], 0] = True
+    flags[at[1], -1] = True
+    return flags, at
+
+
+@check("resets of many")
+def _many_resets(subject: Subject) -> Iterator[Found]:
+    """Before the first step, of some, of all, of nobody, twice in a row, straight after a delivery, late; with steps
+    that have no loss in between."""
     subject.needs_learner("reset")
     subject.needs_steps()
     for stream in subject.streams():
         flags = torch.zeros(stream.steps, stream.batch_size, dtype=torch.bool, device=stream.xs.device)
-        at = [max(1, stream.steps // 3), max(2, 2 * stream.steps // 3)]
-        flags[at[0], 0] = True
-        flags[at[1], -1] = True
-        treatment = f"one sample started anew before step {at[0]}, another before step {at[1]}"
-        yield from subject.wrong(replace(stream, resets=flags), treatment)
+        flags[0, -1] = True
+        flags[2:4, 1:] = True
+        flags[stream.steps // 2] = True
+        flags[stream.steps - 2, 0] = True
+        bent = replace(
+            stream,
+            resets=flags,
+            syncs=frozenset({1, stream.steps // 2 - 1}),
+            loss=_at(stream.loss, lambda t: t % 4 != 1),
+        )
+        yield from subject.wrong(
+            bent, "new starts of some, of all and of nobody, twice in a row, after deliveries", stream
+        )
 
 
 @check("influence")
 def _influence(subject: Subject) -> Iterator[Found]:
-    """The influence that is handed out is that of the law, column by column."""
+    """The influence that is handed out is that of the law, column by column, and asking for it harms nothing."""
     if not subject.spec.law.covers_influence:
         raise NotJudged("because the law says nothing of the influence")
     subject.needs_learner("influence")
     for stream in subject.streams():
         yield from influence_failures(subject.spec, stream)
+    learner, _ = start(subject.spec, subject.streams()[0])
+    if callable(getattr(learner, "reset", None)) and subject.streams()[0].steps > 2:
+        stream = subject.streams()[0]
+        flags, _ = _one_by_one(stream)
+        yield from influence_failures(subject.spec, replace(stream, resets=flags, syncs=frozenset({1})))

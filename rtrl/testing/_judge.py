@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rtrl.cells.protocol import call_cell
 from rtrl.testing._diagnosis import diagnose
-from rtrl.testing._walk import Stopped, walk
+from rtrl.testing._walk import Stopped, deliver, said, start, take_step, walk
 from rtrl.testing.laws import Exact, Law, Unbiased, shortened
 from rtrl.testing.report import Found
 from rtrl.testing.spec import LearnerSpec
@@ -85,6 +86,8 @@ def _judge_mean(law: Unbiased, spec: LearnerSpec, stream: Stream, seed: int) -> 
     error = values.std(dim=0) / law.draws**0.5
     allowed = law.quantile(len(wanted)) * error + RELATIVE * size  # the second, for what no chance enters
     gap = (values.mean(dim=0) - wanted).abs().nan_to_num(nan=torch.inf)
+    if float(error.max()) == 0 and bool((gap > allowed).any()):
+        return Mismatch("", "", "", None, "all draws are equal; a learner that draws must do so from torch's generator")
     if bool((gap > allowed).any()):
         worst = int((gap / allowed).argmax())
         where = _element(exact, worst) if worst < len(flat) else "the component along the exact gradient"
@@ -113,11 +116,13 @@ def _element(exact: dict[str, Tensor], flat: int) -> str:
     raise IndexError(flat)
 
 
-def gradient_failures(spec: LearnerSpec, stream: Stream, seed: int, treatment: str = "") -> Iterator[Found]:
+def gradient_failures(
+    spec: LearnerSpec, stream: Stream, seed: int, treatment: str = "", plain: Stream | None = None
+) -> Iterator[Found]:
     """What is wrong with the gradient after a stream, at the first step after which it is.
 
     Args:
-        treatment: what is done to the stream, in words.
+        treatment: what is done to the stream, in words. plain: the stream without it.
     """
     law = spec.law
     stream = shortened(law, stream)
@@ -142,14 +147,18 @@ def gradient_failures(spec: LearnerSpec, stream: Stream, seed: int, treatment: s
         alone = [judge(law, spec, bad.alone(b), seed) for b in range(bad.batch_size)]
         sample = next((b for b, wrong in enumerate(alone) if wrong is not None), None)
         if sample is None:
-            lone = "; each sample alone is right, so samples meet, or are not summed"
+            lone = "; each sample alone is right, so it is the batch that goes wrong: samples meet, or are not summed"
         else:
             first = alone[sample] or first
     suspect = ""
     if isinstance(law, Exact) and not isinstance(law, Unbiased):
         # More steps tell more mistakes apart, less of them hide a second one.
-        suspect = diagnose(spec, stream.prefix(max(steps, _WHOLE))) or diagnose(spec, bad)
+        suspect = diagnose(spec, stream.prefix(max(steps, _WHOLE)))
+        if not suspect and (early := diagnose(spec, bad)):
+            suspect = f"{early}, up to step {steps - 1}"
     asked = "BPTT gives" if type(law) is Exact else f"{law} asks for"
+    if plain is not None and judge(law, spec, plain.prefix(steps), seed) is not None:
+        name = f"{stream.name} (as without {treatment})"
     yield Found(
         f"{name}: the gradient is not what {asked}{lone}{suspect}",
         first.step if first.step is not None else steps - 1,
@@ -192,32 +201,53 @@ def _first_bad(wrong: Callable[[int], Mismatch | None], candidates: list[int], w
 
 
 def influence_failures(spec: LearnerSpec, stream: Stream) -> Iterator[Found]:
-    """What is wrong with the influence that a learner says it holds: (B, H, P), column by column."""
+    """What is wrong with the influences that a learner says it holds, (B, H, P), column by column: before the first
+    step, in mid-stream and at the end, asked for without a delivery; and what asking does to the gradient."""
     stream = shortened(spec.law, stream)
-    outcome = walk(spec, stream)
-    expected = spec.law.reference_influence(stream, outcome.learner)
-    for name, wanted in expected.items():
-        try:
-            found = outcome.learner.influence(name)
-        except Exception as error:
-            raise Stopped(f"influence({name!r}) raised {type(error).__name__}: {error}", stream.steps - 1) from error
-        if not isinstance(found, Tensor) or found.shape != wanted.shape:
-            form = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            message = f"{stream.name}: the influence of {name!r} has the wrong form"
-            yield Found(message, found=str(form), expected=str(tuple(wanted.shape)))
+    learner, cell = start(spec, stream)
+    names = [name for name, p in cell.named_parameters() if p.requires_grad]
+    for name in names:
+        if bool((_influence(learner, name, None) != 0).any()):
+            yield Found(f"{stream.name}: before the first step, the influence of {name!r} is not zero")
             return
-        columns = wanted.abs().amax(dim=1, keepdim=True)
-        allowed = RELATIVE * columns + FLOOR * wanted.abs().max()
-        gap = (found - wanted).abs()
-        error_ = torch.where(gap == 0, 0.0, gap / allowed).nan_to_num(nan=torch.inf)
-        if float(error_.max()) > 1:
-            b, i, p = (int(k) for k in torch.unravel_index(error_.argmax(), wanted.shape))
-            yield Found(
-                f"{stream.name}: the influence after the stream is not S_T",
-                stream.steps - 1,
-                b,
-                f"parameter {name}, entry {i} of the state, entry {p} of the parameter",
-                f"{float(found[b, i, p]):.17g}",
-                f"{float(wanted[b, i, p]):.17g}",
-            )
-            return
+    middle = stream.steps // 2
+    for t in range(stream.steps):
+        take_step(learner, cell, stream, t)
+        if t + 1 not in (middle, stream.steps):
+            continue
+        for name, wanted in spec.law.reference_influence(stream.prefix(t + 1), learner).items():
+            wrong = _wrong_influence(_influence(learner, name, t), wanted)
+            if wrong is not None:
+                message = f"{stream.name}: the influence is not that of the law on the state after {t + 1} steps"
+                sample, where, found, expected = wrong
+                yield Found(message, t, sample, f"parameter {name}{where}", found, expected)
+                return
+    wrong_after = compare(deliver(learner, cell, stream.steps - 1), spec.law.reference(stream, learner))
+    if wrong_after is not None:
+        message = f"{stream.name}: after influence() was asked for in mid-stream, the gradient is wrong"
+        yield Found(message, stream.steps - 1, None, wrong_after.where, wrong_after.found, wrong_after.expected)
+
+
+def _influence(learner: Any, name: str, step: int | None) -> Tensor:
+    try:
+        found = learner.influence(name)
+    except Exception as error:
+        raise Stopped(f"influence({name!r}) raised {said(error)}", step) from error
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        raise Stopped(f"influence({name!r}) must be a floating-point tensor (B, H, P), got {found!r:.80}", step)
+    return found.detach().clone()
+
+
+def _wrong_influence(found: Tensor, wanted: Tensor) -> tuple[int | None, str, str, str] | None:
+    """Sample, place, and both values of the worst entry, if one is wrong."""
+    if found.shape != wanted.shape:
+        return None, "", f"shape {tuple(found.shape)}", f"shape {tuple(wanted.shape)}"
+    columns = wanted.abs().amax(dim=1, keepdim=True)
+    allowed = RELATIVE * columns + FLOOR * wanted.abs().max()
+    gap = (found - wanted).abs()
+    error = torch.where(gap == 0, 0.0, gap / allowed).nan_to_num(nan=torch.inf)
+    if float(error.max()) <= 1:
+        return None
+    b, i, p = (int(k) for k in torch.unravel_index(error.argmax(), wanted.shape))
+    values = [f"{float(value[b, i, p]):.17g}" for value in (found, wanted)]
+    return b, f", entry {i} of the state, entry {p} of the parameter", values[0], values[1]

@@ -41,9 +41,11 @@ class Subject:
         return shortened(self.spec.law, stream)
 
     def needs_steps(self, least: int = 3) -> None:
-        """Refuse to judge what happens in mid-stream where the law covers no middle."""
+        """Refuse to judge what happens in mid-stream where there is no middle."""
         if self.spec.law.steps is not None and self.spec.law.steps < least:
             raise NotJudged(f"because the law covers less than {least} steps")
+        if any(stream.steps < least for stream in self.spec.streams):
+            raise NotJudged(f"because a stream of the spec has less than {least} steps")
 
     def needs_learner(self, *methods: str) -> None:
         """Refuse to judge what a function, or a learner without these methods, cannot do."""
@@ -55,9 +57,9 @@ class Subject:
         if missing:
             raise NotJudged(f"because the learner has no {' and no '.join(missing)}")
 
-    def wrong(self, stream: Stream, treatment: str = "") -> Iterator[Found]:
+    def wrong(self, stream: Stream, treatment: str = "", plain: Stream | None = None) -> Iterator[Found]:
         """What is wrong with its gradient on a stream."""
-        return gradient_failures(self.spec, stream, self.seed, treatment)
+        return gradient_failures(self.spec, stream, self.seed, treatment, plain)
 
 
 Check = Callable[[Subject], Iterator[Found]]

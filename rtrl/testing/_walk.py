@@ -80,16 +80,21 @@ def take_step(learner: Any, cell: nn.Module, stream: Stream, t: int, outputs: li
                 for name, p in cell.named_parameters():
                     p.copy_(base[name] + stream.offsets[t].get(name, 0.0))
         doing = "reset"
-        if stream.resets is not None and bool(stream.resets[t].any()):
-            learner.reset(stream.resets[t])
+        if stream.resets is not None and (bool(stream.resets[t].any()) or t % 5 == 4):  # now and then nobody
+            learner.reset(stream.resets[t].clone())
         doing = "step"
-        y = learner.step(stream.xs[t].clone())
-        for _ in range(stream.pieces):
+        x = _scattered(stream.xs[t]) if stream.overwritten else stream.xs[t].clone()
+        y = learner.step(x)
+        for weight in [0.7] * (stream.pieces > 1) + [0.3 if stream.pieces > 1 else 1.0]:
             doing = "the loss of this y"
             loss = stream.loss(t, y)
             doing = "backward"
-            if loss is not None:
-                learner.backward(loss / stream.pieces)
+            if loss is not None and stream.plain:
+                (weight * loss).backward()
+            elif loss is not None:
+                learner.backward(weight * loss)
+        if stream.overwritten and x.is_floating_point():
+            x.fill_(torch.nan)
         doing = "sync"
         if t in stream.syncs:
             learner.sync()
@@ -99,7 +104,14 @@ def take_step(learner: Any, cell: nn.Module, stream: Stream, t: int, outputs: li
         outputs.append(_tree.map_tensors(lambda leaf: leaf.detach().clone(), y))
 
 
-def deliver(learner: Any, cell: nn.Module, step: int) -> dict[str, Tensor]:
+def _scattered(x: Tensor) -> Tensor:
+    """A copy that is not contiguous."""
+    if x.ndim == 1:
+        return torch.stack([x, x], dim=1)[:, 0]
+    return x.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
+
+
+def deliver(learner: Any, cell: nn.Module, step: int | None) -> dict[str, Tensor]:
     """``sync``, and what every ``.grad`` then holds."""
     try:
         learner.sync()
@@ -120,10 +132,10 @@ def _checked(found: dict[str, Tensor | None], cell: nn.Module) -> dict[str, Tens
         if not isinstance(value, Tensor) or value.shape != p.shape or value.dtype != p.dtype:
             form = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise Stopped(f"the gradient of {name!r} must be {tuple(p.shape)} {p.dtype}, got {form}")
-        gradients[name] = value.detach().clone()
-    strangers = sorted(name for name, value in found.items() if name not in parameters and value is not None)
+        gradients[name] = value.detach().to_dense().clone()
+    strangers = sorted(str(name) for name, value in found.items() if name not in parameters and value is not None)
     if strangers:
-        raise Stopped(f"a gradient is given for {', '.join(strangers)}, which the cell does not train")
+        raise Stopped(f"a gradient is given for {', '.join(strangers)}, which the cell does not train, or not any more")
     return gradients
 
 

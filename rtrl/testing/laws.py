@@ -89,10 +89,10 @@ class Truncated(Law):
     """Each loss is pulled back through ``horizon`` steps, its own included: the state before them is a constant.
 
     Equation: ``Σ_t dℓ_t/dθ`` with ``h_{a(t)}`` a constant, where ``a(t) = t − horizon + 1``; in chunks
-    ``a(t) = t − t mod horizon``.
+    ``a(t) = t − t mod horizon``, counted from the last reset of all samples.
 
     Args:
-        horizon: k. sliding: False cuts the stream into chunks of k steps; then streams must not be reset.
+        horizon: k. sliding: False cuts the stream into chunks of k steps.
     """
 
     horizon: int
@@ -105,8 +105,12 @@ class Truncated(Law):
         """One BPTT a loss, over its own last steps."""
         total = {name: torch.zeros_like(p) for name, p in stream.cell.named_parameters() if p.requires_grad}
         states = _states(stream)
+        first = 0
         for t in range(stream.steps):
-            first = max(0, t - self.horizon + 1) if self.sliding else t - t % self.horizon
+            if self.sliding:
+                first = max(0, t - self.horizon + 1)
+            elif t - first == self.horizon or (stream.resets is not None and bool(stream.resets[t].all())):
+                first = t
             part = oracles.bptt(
                 stream.cell,
                 stream.xs[first : t + 1],
@@ -156,8 +160,12 @@ class Masked(Law):
             zero before.
     """
 
-    mask: Callable[[Any, str], Tensor] = _own_mask
+    mask: Callable[[Any, str], Tensor] = field(default=_own_mask, repr=False)
     covers_influence = True
+
+    def __post_init__(self) -> None:
+        if not callable(self.mask):
+            raise ConfigError(f"mask must be a function mask(learner, name), got {self.mask!r}")
 
     def reference(self, stream: Stream, learner: Any) -> Gradients:
         """Full RTRL with the influence masked after every step."""

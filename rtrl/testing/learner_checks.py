@@ -1,8 +1,8 @@
 """The list of the checks of a learner, and how one is run."""
 
 from rtrl.testing import _conduct_checks, _gradient_checks  # they enter their checks
-from rtrl.testing._registry import CHECKS, Subject
-from rtrl.testing._walk import Stopped
+from rtrl.testing._registry import CHECKS, NotJudged, Subject
+from rtrl.testing._walk import Stopped, said
 from rtrl.testing.report import Failure
 from rtrl.testing.spec import LearnerSpec
 
@@ -30,4 +30,8 @@ def run_check(name: str, spec: LearnerSpec, seed: int) -> list[Failure]:
             failures.setdefault(found.message, Failure(name, *found))
     except Stopped as stopped:
         failures.setdefault(str(stopped), Failure(name, str(stopped), stopped.step))
+    except NotJudged:
+        raise
+    except Exception as error:  # whatever a learner, its cell, its mask or its loss does, the other checks go on
+        failures.setdefault("", Failure(name, f"it raised {said(error)}"))
     return list(failures.values())

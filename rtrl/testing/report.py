@@ -90,7 +90,7 @@ class Report:
         """Readable lines: the count, every failure, what was skipped, notes, and how to see it again."""
         failed = {failure.check for failure in self.failures}
         lines = [
-            f"{self.name}{': ' if self.name else ''}{len(failed)} of {len(self.checks)} checks failed "
+            f"{self.name}{': ' if self.name else ''}{len(failed)} of {len(failed.union(self.checks))} checks failed "
             f"(seed {self.seed})"
         ]
         lines += [str(failure) for failure in self.failures]

@@ -47,10 +47,11 @@ class LearnerSpec:
             fail, are errors.
         sparse: False for a learner of cells that return ``(y, h_next)`` alone.
         constant_memory: whether the bytes it holds must not grow with the number of steps.
+        plain_backward: whether a loss may be given by its own ``backward()`` in place of the learner's.
 
     Raises:
-        ConfigError: something is of the wrong kind, both or neither of the two forms is given, or
-            ``expected_failures`` names no check.
+        ConfigError: something is of the wrong kind, or both or neither of the two forms is given. What
+            ``expected_failures`` names is looked at when the checks are run.
 
     >>> import rtrl
     >>> LearnerSpec(rtrl.BlockRTRL, constant_memory=True).name
@@ -66,6 +67,7 @@ class LearnerSpec:
     expected_failures: Mapping[str, str] = field(default_factory=dict)
     sparse: bool = True
     constant_memory: bool = False
+    plain_backward: bool = False
 
     def __post_init__(self) -> None:
         made = self.make_learner if self.gradients is None else self.gradients
@@ -78,9 +80,20 @@ class LearnerSpec:
         if not isinstance(self.law, Law):
             raise ConfigError(f"law must be one of rtrl.testing's laws, such as Exact(), got {self.law!r}")
         for what, items, kind in (("streams", self.streams, Stream), ("errors", self.errors, ErrorInput)):
+            if not isinstance(items, Sequence):
+                raise ConfigError(f"{what} must be a list of {kind.__name__}s, got {type(items).__name__}")
             wrong = [item for item in items if not isinstance(item, kind)]
             if wrong:
                 raise ConfigError(f"{what} must hold {kind.__name__}s, got {type(wrong[0]).__name__}")
+        for what, flag in (
+            ("sparse", self.sparse),
+            ("constant_memory", self.constant_memory),
+            ("plain_backward", self.plain_backward),
+        ):
+            if not isinstance(flag, bool):
+                raise ConfigError(f"{what} must be True or False, got {flag!r}")
+        if not isinstance(self.name, str):
+            raise ConfigError(f"name must be a text, got {type(self.name).__name__}")
         if not self.name:
             inner = getattr(made, "func", made)  # of a partial
             object.__setattr__(self, "name", getattr(inner, "__name__", type(inner).__name__))

@@ -52,7 +52,7 @@ def _uoro(cell: nn.Module, batch_size: int) -> UORO:
 def _block(**options: Any) -> LearnerSpec:
     words = ", ".join(f"{name}={value}" for name, value in options.items())
     make = functools.partial(rtrl.BlockRTRL, **options)
-    return LearnerSpec(make, name=f"BlockRTRL({words})", errors=ERRORS, constant_memory=True)
+    return LearnerSpec(make, name=f"BlockRTRL({words})", errors=ERRORS, constant_memory=True, plain_backward=True)
 
 
 BLOCK_RTRL = [
@@ -63,52 +63,54 @@ BLOCK_RTRL = [
 ]
 
 BASELINES = [
-    LearnerSpec(BPTT, errors=ERRORS),
+    LearnerSpec(BPTT, errors=ERRORS, plain_backward=True),
     LearnerSpec(
         functools.partial(TBPTT, horizon=3),
         law=Truncated(3),
         name="TBPTT(3), sliding",
         errors=ERRORS,
-        constant_memory=True,
+        constant_memory=True, plain_backward=True,
     ),
     LearnerSpec(
         functools.partial(TBPTT, horizon=3, sliding=False),
         law=Truncated(3, sliding=False),
         name="TBPTT(3), in chunks",
         errors=ERRORS,
-        constant_memory=True,
+        constant_memory=True, plain_backward=True,
     ),
     LearnerSpec(
-        functools.partial(TBPTT, horizon=5), law=ExactWithin(5), name="TBPTT(5) within 5 steps", constant_memory=True
+        functools.partial(TBPTT, horizon=5),
+        law=ExactWithin(5),
+        name="TBPTT(5) within 5 steps",
     ),
-    LearnerSpec(DenseRTRL, errors=ERRORS, constant_memory=True),
+    LearnerSpec(DenseRTRL, errors=ERRORS, constant_memory=True, plain_backward=True),
     LearnerSpec(
         functools.partial(SnAp, order=1), law=Masked(), name="SnAp-1", streams=_ring(), errors=ERRORS,
-        constant_memory=True,
+        constant_memory=True, plain_backward=True,
     ),
     LearnerSpec(
         functools.partial(SnAp, order=2), law=Masked(), name="SnAp-2", streams=_ring(), errors=ERRORS,
-        constant_memory=True,
+        constant_memory=True, plain_backward=True,
     ),
     LearnerSpec(functools.partial(SnAp, order=3), law=ExactWithin(3), name="SnAp-3 within 3 steps"),
     LearnerSpec(
         functools.partial(SnAp, order=4), law=Exact(scope="order ≥ H"), name="SnAp-4 of 4 units", streams=_ring()
     ),
-    LearnerSpec(_uoro, law=Unbiased(), name="UORO", sparse=False, constant_memory=True),
+    LearnerSpec(_uoro, law=Unbiased(), name="UORO", sparse=False, constant_memory=True, plain_backward=True),
     LearnerSpec(
         functools.partial(RFLO, leak=0.3),
         law=Exact(scope="the dynamics Jacobian is (1 − leak) I"),
         name="RFLO(0.3)",
         streams=_leaky(0.3),
         errors=ERRORS,
-        constant_memory=True,
+        constant_memory=True, plain_backward=True,
     ),
     LearnerSpec(
         DiagonalRTRL,
         law=Exact(scope="the dynamics Jacobian is diagonal"),
         streams=_leaky(None),
         errors=ERRORS,
-        constant_memory=True,
+        constant_memory=True, plain_backward=True,
     ),
 ]  # fmt: skip
 

@@ -14,6 +14,7 @@ from rtrl.testing._cells import (
     ForcedMoE,
     NearTie,
     OddCell,
+    PartlyTrained,
     PlainRNN,
     ScheduledCell,
     SlowUnits,
@@ -43,9 +44,12 @@ class Stream:
         syncs: the steps after which ``sync`` is called, besides the end.
         resets: Boolean (T, B): the samples that start anew before a step. offsets: a dict of constants a step, by which
             the parameters differ from the cell's. pieces: into how many losses each loss is split.
+        overwritten: whether each x is a view that is not contiguous, and is overwritten once the step's losses are
+            given. plain: whether losses are given by their own ``backward()``.
 
     Raises:
-        ConfigError: xs is no tensor (T, B, ...), or the cell is not in float64.
+        ConfigError: xs is no float64 tensor (T, B, ...), the cell is not in float64 or has no ``init_state``, or resets
+            or offsets do not fit.
 
     >>> import torch, rtrl
     >>> cell = rtrl.cells.from_torch(torch.nn.GRUCell(3, 4)).double()
@@ -62,13 +66,26 @@ class Stream:
     resets: Tensor | None = None
     offsets: Sequence[Mapping[str, Tensor]] | None = None
     pieces: int = 1
+    overwritten: bool = False
+    plain: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.cell, nn.Module):
             raise ConfigError(f"a Stream's cell must be a torch.nn.Module, got {type(self.cell).__name__}")
+        if not callable(getattr(self.cell, "init_state", None)):
+            raise ConfigError(f"a Stream's cell must have init_state(batch_size); {type(self.cell).__name__} has none")
+        if not callable(self.loss):
+            raise ConfigError(f"a Stream's loss must be a function loss(t, y), got {type(self.loss).__name__}")
         if not isinstance(self.xs, Tensor) or self.xs.ndim < 2 or 0 in self.xs.shape[:2]:
             form = tuple(self.xs.shape) if isinstance(self.xs, Tensor) else type(self.xs).__name__
             raise ConfigError(f"a Stream's xs must be a tensor (T, B, ...) with T, B ≥ 1, got {form}")
+        if self.xs.is_floating_point() and self.xs.dtype != torch.float64:
+            raise ConfigError(f"a Stream's xs must be in float64 like its cell, got {self.xs.dtype}: call .double()")
+        flags = self.resets
+        if flags is not None and (flags.dtype != torch.bool or flags.shape != self.xs.shape[:2]):
+            raise ConfigError(f"a Stream's resets must be Boolean (T, B), got {flags.dtype} {tuple(flags.shape)}")
+        if self.offsets is not None and len(self.offsets) != self.steps:
+            raise ConfigError(f"a Stream's offsets must be one dict a step, got {len(self.offsets)}")
         for name, p in self.cell.named_parameters():
             if p.dtype != torch.float64:
                 raise ConfigError(
@@ -134,12 +151,36 @@ def layered_stream(seed: int, steps: int = 14) -> Stream:
 
 def slow_stream(seed: int, steps: int = 400) -> Stream:
     """Hundreds of steps of units that hardly forget, with a loss now and then."""
-    return Stream(
-        seeded(SlowUnits(), seed),
-        normal(seed, steps, 1, 1),
-        lambda t, y: squares(t, y) if t % 10 == 9 or t < 3 else None,
-        name="long",
-    )
+
+    def loss(t: int, y: Any) -> Tensor | None:
+        return squares(t, y) if t % 10 == 9 or t < 3 else None
+
+    syncs = frozenset({steps // 3, steps - steps // 8})
+    return Stream(seeded(SlowUnits(), seed), normal(seed, steps, 2, 1), loss, name="long", syncs=syncs)
+
+
+def frozen_stream(seed: int, steps: int = 14) -> Stream:
+    """One parameter is not trained, one is shared by two modules, and y of a scalar parameter alone counts."""
+    return Stream(seeded(PartlyTrained(2, 3), seed), normal(seed, steps, 2, 2), name="partly trained")
+
+
+def long_sleep_stream(seed: int, steps: int = 160) -> Stream:
+    """A slice is used at both ends of the stream alone, with a loss now and then while it sleeps; the row of the state
+    that remembers it is read, and not written meanwhile."""
+    stream = scheduled_stream(seed, steps)
+    xs = stream.xs.clone()
+    xs[:, :, -3] = 0.0
+    xs[:2, :, -3] = xs[-2:, :, -3] = 1.0
+    xs[:, :, -2] = 1.0
+    read, write = xs[:, :, 2:6], xs[:, :, 6:10]
+    read[:, :, 3] = 1.0
+    write[:, :, 3] = 0.0
+    write[:2, :, 3] = write[-2:, :, 3] = 1.0
+
+    def loss(t: int, y: Any) -> Tensor | None:
+        return squares(t, y) if t % 10 == 9 else None
+
+    return Stream(stream.cell, xs, loss, name="a long sleep")
 
 
 def _sets(t: int, b: int, size: int, period: int) -> list[int]:

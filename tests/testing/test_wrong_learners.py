@@ -1,0 +1,309 @@
+"""Learners that are wrong in one small way each, and the check that refuses them; all were tried by somebody who wanted
+to get past the checks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from third_party import Textbook
+from torch import Tensor
+
+from rtrl.baselines import TBPTT
+from rtrl.testing import ExactWithin, LearnerSpec, check_learner
+
+
+class Whole(Textbook):
+    """Textbook RTRL with all that a learner may have besides: resets, influences, saving. Right."""
+
+    def __init__(self, cell: Any, batch_size: int) -> None:
+        super().__init__(cell, batch_size)
+        self.synced = 0
+
+    def reset(self, rows: Tensor) -> None:
+        fresh = self.cell.init_state(self.batch_size).detach()
+        self.h = torch.where(rows.reshape(-1, *[1] * (fresh.ndim - 1)), fresh, self.h)
+        self.influence = [torch.zeros_like(s) if bool(rows[b]) else s for b, s in enumerate(self.influence)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"h": self.h.clone(), "S": [s.clone() for s in self.influence], "earned": self.earned.clone()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.h, self.earned = saved["h"].clone(), saved["earned"].clone()
+        self.influence = [s.clone() for s in saved["S"]]
+
+    def sync(self) -> None:
+        super().sync()
+        self.synced += 1
+
+
+class FirstRowOnly(Whole):
+    def reset(self, rows: Tensor) -> None:
+        super().reset(torch.arange(len(rows)) == int(rows.int().argmax()) if bool(rows.any()) else rows)
+
+
+class AllRowsKeepInfluence(Whole):
+    def reset(self, rows: Tensor) -> None:
+        kept = self.influence
+        super().reset(rows)
+        if bool(rows.all()):
+            self.influence = kept
+
+
+class NobodyIsAnError(Whole):
+    def reset(self, rows: Tensor) -> None:
+        if not bool(rows.any()):
+            raise ValueError("nobody")
+        super().reset(rows)
+
+
+class LostAfterASync(Whole):
+    """A reset straight after a delivery is lost."""
+
+    just = False
+
+    def step(self, x: Any) -> Any:
+        self.just = False
+        return super().step(x)
+
+    def sync(self) -> None:
+        super().sync()
+        self.just = True
+
+    def reset(self, rows: Tensor) -> None:
+        if not self.just:
+            super().reset(rows)
+
+
+class SavingHarms(Whole):
+    def state_dict(self) -> dict[str, Any]:
+        saved = super().state_dict()
+        self.earned = torch.zeros_like(self.earned)
+        return saved
+
+
+class SavedAliases(Whole):
+    def state_dict(self) -> dict[str, Any]:
+        return {"h": self.h, "S": self.influence, "earned": self.earned}
+
+    def step(self, x: Any) -> Any:
+        before = self.influence
+        y = super().step(x)
+        for old, new in zip(before, self.influence, strict=True):
+            old.copy_(new)
+        self.met = [s.clone() for s in self.met]
+        return y
+
+
+class LoadAdds(Whole):
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        kept = self.earned
+        super().load_state_dict(saved)
+        self.earned = self.earned + kept
+
+
+class Unpicklable(Whole):
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "why": lambda: None}
+
+
+class TrainsTheFrozen(Whole):
+    def sync(self) -> None:
+        super().sync()
+        for p in self.cell.parameters():
+            if not p.requires_grad:
+                p.grad = torch.ones_like(p)
+
+
+class Clips(Whole):
+    def pulled(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        by_state, by_theta = super().pulled(value)
+        return by_state.clamp(-1000, 1000), by_theta.clamp(-1000, 1000)
+
+
+class SmallIsNothing(Whole):
+    def pulled(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        by_state, by_theta = super().pulled(value)
+        return torch.nn.functional.hardshrink(by_state, 1e-7), by_theta
+
+
+class OneForAll(Whole):
+    """A loss of the first sample alone reaches all."""
+
+    def backward(self, loss: Tensor) -> None:
+        adjoint, direct = self.pulled(loss)
+        self.earned = self.earned + direct
+        for b, influence in enumerate(self.met):
+            mine = adjoint[0] if bool((adjoint[1:] == 0).all()) else adjoint[b]
+            self.earned = self.earned + mine @ influence
+
+
+class NoDirectForScalars(Whole):
+    def backward(self, loss: Tensor) -> None:
+        before = self.earned
+        super().backward(loss)
+        parts, olds = (v.split([p.numel() for p in self.theta]) for v in (self.earned, before))
+        pairs = zip(self.theta, parts, olds, strict=True)
+        self.earned = torch.cat([old if p.ndim == 0 else part for p, part, old in pairs])
+
+
+class ForgetsLate(Whole):
+    """Syncs after the twentieth step cut the past off."""
+
+    def sync(self) -> None:
+        super().sync()
+        if self.taken > 20:
+            self.influence = [torch.zeros_like(s) for s in self.influence]
+
+
+class ForgetsLongSleepers(Whole):
+    """What has slept for more than sixty-four steps has lost its past."""
+
+    def step(self, x: Any) -> Any:
+        self.last: Any = getattr(self, "last", [torch.zeros_like(s[0]) for s in self.influence])
+        y = super().step(x)
+        for b, used in enumerate(self.used):
+            asleep = self.taken - self.last[b] > 64
+            self.influence[b] = torch.where(asleep, 0.0, self.influence[b])
+            self.last[b] = torch.where(torch.as_tensor(used).expand_as(self.last[b]) > 0, self.taken, self.last[b])
+        return y
+
+
+class CutAfter128(Whole):
+    def step(self, x: Any) -> Any:
+        if self.taken == 128:
+            self.influence = [torch.zeros_like(s) for s in self.influence]
+        return super().step(x)
+
+
+class HoldsArrays(Whole):
+    kept: list[Any] = []  # noqa: RUF012 (that is the bug)
+
+    def step(self, x: Any) -> Any:
+        y = super().step(x)
+        self.kept.append(np.zeros(64))
+        return y
+
+
+class HoldsTensors(Whole):
+    def step(self, x: Any) -> Any:
+        self.__dict__.setdefault("kept", []).append(x)
+        return super().step(x)
+
+
+class LeavesHooks(Whole):
+    def step(self, x: Any) -> Any:
+        self.theta[0].register_hook(lambda grad: None)
+        return super().step(x)
+
+
+class SetsTheDtype(Whole):
+    def step(self, x: Any) -> Any:
+        torch.set_default_dtype(torch.float64)
+        return super().step(x)
+
+
+class Draws(Whole):
+    def step(self, x: Any) -> Any:
+        torch.rand(1)
+        return super().step(x)
+
+
+class NeedsAStep(Whole):
+    def sync(self) -> None:
+        if self.taken == 0:
+            raise RuntimeError("nothing to deliver")
+        super().sync()
+
+
+class InputIsKept(Whole):
+    """Looks at x again when the next step comes."""
+
+    def step(self, x: Any) -> Any:
+        if self.taken and bool(self.x.isnan().any()):
+            self.earned = self.earned * torch.nan
+        self.x = x
+        return super().step(x)
+
+
+class NeedsContiguous(Whole):
+    def step(self, x: Any) -> Any:
+        return super().step(x.view(-1).view(x.shape))
+
+
+Case = tuple[type[Whole], str]
+WRONG: list[Case] = [
+    (FirstRowOnly, "resets of many"),
+    (AllRowsKeepInfluence, "resets of many"),
+    (NobodyIsAnError, "resets"),
+    (LostAfterASync, "resets of many"),
+    (SavingHarms, "saved and loaded"),
+    (SavedAliases, "saved and loaded"),
+    (LoadAdds, "saved and loaded"),
+    (Unpicklable, "saved and loaded"),
+    (TrainsTheFrozen, "partly trained"),
+    (Clips, "losses of all sizes"),
+    (SmallIsNothing, "losses of all sizes"),
+    (OneForAll, "losses of one sample at a time"),
+    (NoDirectForScalars, "partly trained"),
+    (ForgetsLate, "long stream"),
+    (ForgetsLongSleepers, "long sleep"),
+    (CutAfter128, "long stream"),
+    (HoldsArrays, "memory does not grow"),
+    (HoldsTensors, "memory does not grow"),
+    (LeavesHooks, "the cell is left alone"),
+    (SetsTheDtype, "the cell is left alone"),
+    (Draws, "the cell is left alone"),
+    (NeedsAStep, "interface"),
+    (InputIsKept, "odd inputs"),
+    (NeedsContiguous, "odd inputs"),
+]
+
+
+@pytest.mark.parametrize(("make", "check"), WRONG, ids=[make.__name__ for make, _ in WRONG])
+def test_a_wrong_learner_is_refused(make: type[Whole], check: str) -> None:
+    spec = LearnerSpec(make, constant_memory=True)
+    assert check in {failure.check for failure in check_learner(spec, checks=[check], on_fail="return").failures}
+
+
+@pytest.mark.parametrize("check", sorted({check for _, check in WRONG}))
+def test_the_right_one_passes(check: str) -> None:
+    report = check_learner(LearnerSpec(Whole, constant_memory=True), checks=[check])
+    assert report.checks == [check]
+
+
+@pytest.mark.parametrize(("horizon", "claimed"), [(40, 50), (120, 150)])
+def test_a_long_horizon_is_tried_at_its_length(horizon: int, claimed: int) -> None:
+    def make(cell: Any, batch_size: int) -> TBPTT:
+        return TBPTT(cell, batch_size, horizon)
+
+    spec = LearnerSpec(make, law=ExactWithin(claimed))
+    assert not check_learner(spec, checks=["long stream"], on_fail="return").passed
+
+
+RAISING: list[tuple[str, Callable[..., Any]]] = [
+    ("no learner", lambda cell, batch_size: None),
+    ("its maker raises", lambda cell, batch_size: 1 / 0),
+    ("the class itself", lambda cell, batch_size: Textbook),
+    ("no step", lambda cell, batch_size: object()),
+]
+
+
+@pytest.mark.parametrize(("what", "make"), RAISING, ids=[what for what, _ in RAISING])
+def test_whatever_a_learner_raises_all_checks_are_reported(what: str, make: Callable[..., Any]) -> None:
+    report = check_learner(make, on_fail="return")
+    assert not report.passed
+    assert report.failures[0].check == "interface"
+    assert len({failure.check for failure in report.failures}) > 10
+
+
+@pytest.mark.parametrize(
+    "found",
+    [None, {}, {1: 2}, {None: torch.ones(1)}, {"inward.weight": torch.ones(7)}, {"inward.weight": "text"}, 3],
+)
+def test_whatever_a_function_returns_is_a_failure(found: Any) -> None:
+    spec = LearnerSpec(gradients=lambda cell, xs, loss: found)
+    assert not check_learner(
+        spec, checks=["interface", "dense cell", "the cell is left alone"], on_fail="return"
+    ).passed
