@@ -5,6 +5,7 @@ A module of its own, outside the package, so that a pytest that does not use it 
 
 from __future__ import annotations
 
+import re
 import unittest
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,7 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
         raise pytest.UsageError(f"--rtrl-spec: {error}") from error
     groups: dict[str, SpecNode] = {}
     for check in checks:
-        name = check.spec.name
+        name = re.sub(r"\s+|::|[\[\]/]", " ", check.spec.name).strip()  # what node ids are made of
         if name not in groups:
             groups[name] = SpecNode.from_parent(session, name=name, nodeid=f"rtrl::{name}")
         items.append(CheckItem.from_parent(groups[name], name=check.name, check=check))

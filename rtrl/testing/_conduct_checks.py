@@ -3,8 +3,9 @@
 import copy
 import gc
 import io
-import tracemalloc
+import sys
 from collections.abc import Callable, Iterator
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from rtrl.testing.streams import Stream
 
 _SINGLE = 1e-3  # float32 against float64, relative: that it is the same gradient, not how well it is rounded
 _MEMORY_STEPS = 120
-_NOISE = 64  # bytes a step that the interpreter's own caches may grow by, for a while
 
 
 @check("interface")
@@ -221,39 +221,46 @@ def _memory(subject: Subject) -> Iterator[Found]:
     if subject.spec.sparse and not subject.spec.streams:
         stream = streams.scheduled_stream(subject.seed)
     for often in (True, False):
-        tensors, traced = _held(subject.spec, stream, often)
+        tensors, objects = _held(subject.spec, stream, often)
         steps = len(tensors) * stream.steps // 2
         how = f"{stream.name}: {'with deliveries' if often else 'without a delivery'}"
         if often and tensors[-1] > tensors[len(tensors) // 2 - 1]:
             values = str(tensors[-1]), str(tensors[len(tensors) // 2 - 1])
             message = f"{how}, it holds more after {2 * steps} steps than after {steps}"
             yield Found(message, None, None, "bytes of all tensors", *values)
-        for what, held, least in (("tensors", tensors, 0), ("what is no tensor", traced, _NOISE * steps // 2)):
+        for what, held in (("tensors", tensors), ("what the learner holds besides tensors", objects)):
             growth = [held[(i + 1) * len(held) // 4 - 1] - held[i * len(held) // 4 - 1] for i in (1, 2, 3)]
-            if min(growth) > least:  # in each of the three quarters after the first
+            if min(growth) > 0:  # in each of the three quarters after the first
                 message = f"{how}, {what} takes more and more memory"
                 yield Found(message, None, None, f"bytes in {steps // 2} steps", f"+{growth[-1]}", "no growth")
                 break
 
 
 def _held(spec: LearnerSpec, stream: Stream, often: bool) -> tuple[list[int], list[int]]:
-    """The bytes of all tensors, and those that Python allocated, after each whole turn of a stream."""
+    """The bytes of all tensors, and of all else that can be reached from the learner, after each turn of a stream."""
     learner, cell = start(spec, stream)
-    tensors, traced = [], []
-    if often:  # once: it takes its time
-        tracemalloc.start()
-    try:
-        for _ in range(2 * -(-_MEMORY_STEPS // stream.steps)):
-            for t in range(stream.steps):
-                take_step(learner, cell, stream, t)
-            if often:
-                deliver(learner, cell, stream.steps - 1)
-                cell.zero_grad()
-            tensors.append(_alive())
-            traced.append(tracemalloc.get_traced_memory()[0])
-    finally:
-        tracemalloc.stop()
-    return tensors, traced
+    tensors, objects = [], []
+    for _ in range(2 * -(-_MEMORY_STEPS // stream.steps)):
+        for t in range(stream.steps):
+            take_step(learner, cell, stream, t)
+        if often:
+            deliver(learner, cell, stream.steps - 1)
+            cell.zero_grad()
+        tensors.append(_alive())
+        objects.append(_reached(learner))
+    return tensors, objects
+
+
+def _reached(learner: Any) -> int:
+    """Bytes of the objects that a learner leads to, its cell, classes, functions and modules left out."""
+    seen: dict[int, Any] = {}
+    waiting = [learner]
+    while waiting:
+        found = waiting.pop()
+        if id(found) not in seen and not isinstance(found, nn.Module | type | ModuleType | FunctionType | Tensor):
+            seen[id(found)] = found
+            waiting.extend(gc.get_referents(found))
+    return sum(sys.getsizeof(found) for found in seen.values())
 
 
 def _alive() -> int:

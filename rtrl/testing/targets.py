@@ -34,8 +34,8 @@ def load(target: str) -> Any:
         sys.path.insert(0, here)
     try:
         found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"{module_name} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{module_name} cannot be imported: {type(error).__name__}: {error}") from error
     for part in name.split("."):
         if not hasattr(found, part):
             raise ConfigError(f"{module_name} has no {name!r}")
@@ -43,25 +43,27 @@ def load(target: str) -> Any:
     return found
 
 
-def specs_of(found: Any, target: str) -> list[Spec]:
+def specs_of(found: Any, target: str, name: str = "") -> list[Spec]:
     """The specs that an object stands for: a spec or a list of them; else a function, told apart by how many arguments
     it must be given: none makes a cell, two a learner ``(cell, batch_size)``, three are ``(cell, xs, loss_fn)``.
 
     Raises:
         ConfigError: it stands for none.
     """
-    name = target.partition(":")[2]
+    name = name or target.partition(":")[2]
     if isinstance(found, LearnerSpec | CellSpec):
         return [found]
     if isinstance(found, Sequence) and not isinstance(found, str):
         if not found:
             raise ConfigError(f"{target} is empty: there is nothing to check")
-        return [spec for item in found for spec in specs_of(item, target)]
+        return [spec for item in found for spec in specs_of(item, target, getattr(item, "__name__", ""))]
     if isinstance(found, nn.Module):
         raise ConfigError(f"{target} is a module; give a function that makes it, so that each check has its own")
     if not callable(found):
         raise ConfigError(f"{target} is no spec, no list of specs and no function, but {type(found).__name__}")
     needed = _needed(found, target)
+    if isinstance(found, type) and issubclass(found, nn.Module) and needed:
+        raise ConfigError(f"{target} is a class of modules that must be given arguments; give a function without any")
     if needed == 0:
         return [cell_spec(found, name)]
     if needed == 2:
@@ -77,9 +79,12 @@ def specs_of(found: Any, target: str) -> list[Spec]:
 def _needed(function: Callable[..., Any], target: str) -> int:
     """How many arguments a function must be given."""
     try:
-        parameters = inspect.signature(function).parameters.values()
+        parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{target} does not say what arguments it takes; give a LearnerSpec or a CellSpec") from error
+    several = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
+    if several and not isinstance(function, type):
+        raise ConfigError(f"{target} takes *{several[0]}, so it does not say what it makes; give a spec")
     keyword = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     if keyword:
         raise ConfigError(f"{target} must be given {keyword[0]}=; wrap it in a function that does")
@@ -92,7 +97,10 @@ def cell_spec(make_cell: Callable[[], Any], name: str) -> CellSpec:
     Raises:
         ConfigError: it gives something else, or a cell whose inputs cannot be guessed.
     """
-    made = make_cell()
+    try:
+        made = make_cell()
+    except Exception as error:
+        raise ConfigError(f"{name}() raised {type(error).__name__}: {error}") from error
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
         return CellSpec(lambda: make_cell()[0], made[1], name=name)
     if not isinstance(made, nn.Module):

@@ -91,7 +91,7 @@ BUGS = [
         7,
         "a slice older than the window is not caught up",
         ((Learner._close_block, ("if expiring is not None", "if False")),),
-        "learner: sleeping slices",
+        "learner: long sleep",
     ),
     Bug(
         8,
@@ -597,5 +597,70 @@ BUGS = [
             ),
         ),
         "cell_equals_loops",
+    ),
+    Bug(
+        61,
+        "a loss that was not handed to the learner is dropped",
+        (
+            (
+                Learner._close_block,
+                (
+                    "    span = f",
+                    "    if not self._given:\n        for step in self._steps:\n            for leaf in step.outputs:\n                leaf.grad = None\n    span = f",
+                ),
+            ),
+        ),
+        "learner: plain backward",
+    ),
+    Bug(
+        62,
+        "frozen parameters are given a gradient",
+        (
+            (
+                Learner.sync,
+                (
+                    "    self._earned = {}\n",
+                    "    self._earned = {}\n    for p in self.cell.parameters():\n        p.grad = torch.zeros_like(p) if p.grad is None else p.grad\n",
+                ),
+            ),
+        ),
+        "learner: partly trained",
+    ),
+    Bug(
+        63,
+        "samples without a loss take that of the others",
+        (
+            (
+                Learner.backward,
+                (
+                    "leaf.grad = (kept + gradient).detach()",
+                    "none = (gradient == 0).flatten(1).all(dim=1).reshape(-1, *[1] * (gradient.ndim - 1))\n            leaf.grad = (kept + torch.where(none, gradient.sum(dim=0, keepdim=True), gradient)).detach()",
+                ),
+            ),
+        ),
+        "learner: losses of one sample at a time",
+    ),
+    Bug(
+        64,
+        "adjoints are clipped",
+        (
+            (
+                Learner.backward,
+                ("leaf.grad = (kept + gradient).detach()", "leaf.grad = (kept + gradient).clamp(-1000, 1000).detach()"),
+            ),
+        ),
+        "learner: losses of all sizes",
+    ),
+    Bug(
+        65,
+        "x is kept, not copied",
+        ((Learner.step, ("lambda leaf: leaf.detach().clone(), x", "lambda leaf: leaf.detach(), x")),),
+        "learner: odd inputs",
+    ),
+    Bug(
+        66,
+        "a reset leaves the open block open",
+        ((Learner.reset, ("    self._close()\n", "")),),
+        "learner: resets of many",
     ),
 ]

@@ -109,11 +109,16 @@ SHORT = dense_stream(0, batch=1)
 def test_unbiased_passes_the_unbiased_and_refuses_what_is_biased_by_much() -> None:
     law = Unbiased(draws=200)
     assert report_of(own(UORO, law, SHORT), "own streams").passed
-    for factor in (0.0, 2.0):
+    for factor in (-1.0, 2.0):
         (failure,) = report_of(own(_scaled(factor), law, SHORT), "own streams").failures
         assert "mean of 200 draws" in failure.where
         assert "standard errors off" in failure.found
         assert failure.step in (1, 2), "the first step's state has no influence yet"
+
+
+def test_unbiased_refuses_what_does_not_draw_at_all() -> None:
+    (failure,) = report_of(own(_scaled(0.0), Unbiased(draws=30), SHORT), "own streams").failures
+    assert "all draws are equal" in failure.message
 
 
 def test_unbiased_refuses_what_no_draw_can_tell_from_nothing() -> None:
@@ -177,6 +182,11 @@ def test_a_masked_oracle_is_the_recursion_written_out() -> None:
 
 # ---------------------------------------------------------------- specs
 
+
+def _gru() -> nn.Module:
+    return rtrl.cells.from_torch(nn.GRUCell(2, 3)).double()
+
+
 BAD: list[tuple[str, Any, str]] = [
     ("neither form", lambda: LearnerSpec(), "either make_learner.* or gradients"),
     ("both forms", lambda: LearnerSpec(rtrl.BlockRTRL, gradients=third_party.backpropagation), "either"),
@@ -185,8 +195,17 @@ BAD: list[tuple[str, Any, str]] = [
     ("a law's class", lambda: LearnerSpec(rtrl.BlockRTRL, law=Exact), "one of"),  # type: ignore[arg-type]
     ("no stream", lambda: LearnerSpec(rtrl.BlockRTRL, streams=[3]), "must hold Streams, got int"),  # type: ignore[list-item]
     ("no error input", lambda: LearnerSpec(rtrl.BlockRTRL, errors=[3]), "hold ErrorInputs"),  # type: ignore[list-item]
-    ("a float32 stream", lambda: Stream(nn.GRUCell(2, 3), torch.ones(3, 2, 2)), "must be in float64"),
-    ("no xs", lambda: Stream(nn.GRUCell(2, 3).double(), torch.ones(3)), r"xs must be a tensor \(T, B"),
+    ("a float32 stream", lambda: Stream(_gru().float(), torch.ones(3, 2, 2).double()), "parameter .* call .double"),
+    ("float32 inputs", lambda: Stream(_gru(), torch.ones(3, 2, 2)), "xs must be in float64"),
+    ("no first state", lambda: Stream(nn.GRUCell(2, 3).double(), torch.ones(3, 2, 2).double()), "init_state"),
+    ("no loss function", lambda: Stream(_gru(), torch.ones(3, 2, 2).double(), loss=3), "loss must be a function"),  # type: ignore[arg-type]
+    ("resets of another form", lambda: Stream(_gru(), torch.ones(3, 2, 2).double(), resets=torch.ones(3)), "resets"),
+    ("too few offsets", lambda: Stream(_gru(), torch.ones(3, 2, 2).double(), offsets=[{}]), "one dict a step, got 1"),
+    ("a mask that is none", lambda: Masked(3), "mask must be a function"),  # type: ignore[arg-type]
+    ("streams that are none", lambda: LearnerSpec(rtrl.BlockRTRL, streams=None), "must be a list of Streams"),  # type: ignore[arg-type]
+    ("a flag that is none", lambda: LearnerSpec(rtrl.BlockRTRL, sparse="no"), "sparse must be True or False"),  # type: ignore[arg-type]
+    ("a name that is none", lambda: LearnerSpec(rtrl.BlockRTRL, name=3), "name must be a text"),  # type: ignore[arg-type]
+    ("no xs", lambda: Stream(_gru(), torch.ones(3)), r"xs must be a tensor \(T, B"),
     ("no cell", lambda: Stream(3, torch.ones(3, 2, 2)), "cell must be a torch.nn.Module"),  # type: ignore[arg-type]
     ("no horizon", lambda: ExactWithin(0), "horizon must be an integer of at least 1"),
     ("half a horizon", lambda: Truncated(1.5), "horizon must be an integer"),  # type: ignore[arg-type]

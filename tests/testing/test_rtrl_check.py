@@ -75,6 +75,18 @@ def four(a, b, c, d): ...
 def keyword(*, a): ...
 
 
+def several(*a): ...
+
+
+def raising():
+    raise ValueError("not today")
+
+
+gru = nn.GRUCell
+strange = LearnerSpec(third_party.textbook, name="a/b::c [x]\\n2", **few)
+functions = [third_party.textbook, third_party.off_by_one]
+
+
 text = "a text"
 cell = make_cell()
 partial = functools.partial(rtrl.BlockRTRL, block=2)
@@ -86,11 +98,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's folder, which is also where this process is."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("mine", "broken"):
+    for name in ("mine", "broken", "leaving"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     shutil.copy(HERE / "third_party.py", tmp_path)
     (tmp_path / "mine.py").write_text(SPECS)
     (tmp_path / "broken.py").write_text("import no_such_module\n")
+    (tmp_path / "leaving.py").write_text("import sys\nsys.exit(3)\n")
     return tmp_path
 
 
@@ -186,6 +199,10 @@ def test_expected_failures_stale_ones_and_nothing_judged(folder: Path) -> None:
         ("mine:cell", "is a module; give a function that makes it"),
         ("mine:four", "must be given 4 arguments"),
         ("mine:keyword", "must be given a="),
+        ("leaving:thing", "leaving cannot be imported: SystemExit: 3"),
+        ("mine:several", "takes *a"),
+        ("mine:raising", "raising() raised ValueError: not today"),
+        ("mine:gru", "must be given arguments"),
         ("mine:Odd", "cannot be guessed"),
         ("mine:unknown", "names 'own stream', which is no check"),
     ],
@@ -227,6 +244,7 @@ def test_the_plugin_runs_a_spec_without_a_test_file(folder: Path) -> None:
         (["--rtrl-spec=mine:good", "-k", "sleeping"], 5, "skipped"),
         (["--rtrl-spec=mine:stale", "-k", "own"], 1, "once wrong"),
         (["--rtrl-spec=mine:known", "-k", "own"], 0, "1 xfailed"),
+        (["--rtrl-spec=mine:strange", "--rtrl-spec=mine:functions", "-k", "own"], 0, "1 passed"),
     ],
 )
 def test_the_plugin_errs_where_nothing_is_proved(folder: Path, arguments: list[str], code: int, words: str) -> None:

@@ -178,12 +178,15 @@ class CutAfter128(Whole):
 
 
 class HoldsArrays(Whole):
-    kept: list[Any] = []  # noqa: RUF012 (that is the bug)
-
     def step(self, x: Any) -> Any:
-        y = super().step(x)
-        self.kept.append(np.zeros(64))
-        return y
+        self.__dict__.setdefault("kept", []).append(np.zeros(64))
+        return super().step(x)
+
+
+class HoldsNumbers(Whole):
+    def step(self, x: Any) -> Any:
+        self.__dict__.setdefault("kept", []).append(float(x.sum()))
+        return super().step(x)
 
 
 class HoldsTensors(Whole):
@@ -251,6 +254,7 @@ WRONG: list[Case] = [
     (ForgetsLongSleepers, "long sleep"),
     (CutAfter128, "long stream"),
     (HoldsArrays, "memory does not grow"),
+    (HoldsNumbers, "memory does not grow"),
     (HoldsTensors, "memory does not grow"),
     (LeavesHooks, "the cell is left alone"),
     (SetsTheDtype, "the cell is left alone"),
