@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from rtrl.testing import cell_checks, learner_checks
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -48,3 +50,12 @@ def test_the_table_of_folders_is_true() -> None:
             assert (ROOT / "rtrl" / name).exists(), name
         elif "/" in name and not name.startswith("rtrl "):
             assert (ROOT / name).exists() or (ROOT / "rtrl" / name).exists(), name
+
+
+@pytest.mark.parametrize(("page", "checks"), [("cell", cell_checks()), ("learner", learner_checks())])
+def test_the_guides_list_every_check_and_no_other(page: str, checks: list[str]) -> None:
+    text = (ROOT / "docs" / f"check-your-{page}.md").read_text()
+    table = re.search(r"^\| check \|.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)
+    assert table is not None
+    named = [name for row in table.group().splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert sorted(named) == sorted(checks)
