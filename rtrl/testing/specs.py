@@ -1,4 +1,4 @@
-"""What the learners of this package promise, as specs: ``pytest --rtrl-spec=rtrl.testing.specs:ALL`` checks it.
+"""What the learners and cells of this package promise, as specs: ``pytest --rtrl-spec=rtrl.testing.specs:ALL`` checks it.
 
 They are also examples: a spec says which law a learner obeys, on which cells, and what it refuses.
 """
@@ -14,7 +14,7 @@ from rtrl import errors
 from rtrl.baselines import BPTT, RFLO, TBPTT, UORO, DenseRTRL, DiagonalRTRL, SnAp
 from rtrl.testing._cells import Leaky, Ring, seeded
 from rtrl.testing.laws import Exact, ExactWithin, Masked, Truncated, Unbiased
-from rtrl.testing.spec import ErrorInput, LearnerSpec
+from rtrl.testing.spec import CellSpec, ErrorInput, LearnerSpec
 from rtrl.testing.streams import Stream, normal
 
 
@@ -114,4 +114,22 @@ BASELINES = [
     ),
 ]  # fmt: skip
 
-ALL = [*BLOCK_RTRL, *BASELINES]
+
+def _torch(*cells: nn.Module, width: int) -> nn.Module:
+    return rtrl.cells.from_torch(cells[0] if len(cells) == 1 else list(cells), nn.Linear(width, 2))  # type: ignore[call-overload,no-any-return]
+
+
+def _inputs(cell: nn.Module) -> list[torch.Tensor]:
+    return list(normal(0, 3, 4, 3).to(next(cell.parameters()).dtype))
+
+
+CELLS = [
+    CellSpec(lambda: rtrl.RecurrentMoE(3, 2, d_model=4, n_slots=4, n_experts=4, topk=2), _inputs, name="RecurrentMoE"),
+    CellSpec(lambda: _torch(nn.RNNCell(3, 4), width=4), _inputs, name="nn.RNNCell"),
+    CellSpec(lambda: _torch(nn.GRUCell(3, 4), width=4), _inputs, name="nn.GRUCell"),
+    CellSpec(lambda: _torch(nn.LSTMCell(3, 4), width=4), _inputs, name="nn.LSTMCell"),
+    CellSpec(lambda: _torch(nn.GRUCell(3, 4), nn.LSTMCell(4, 2), width=2), _inputs, name="layers of cells"),
+    CellSpec(lambda: _torch(nn.LSTM(3, 4, num_layers=2), width=4), _inputs, name="nn.LSTM"),
+]
+
+ALL = [*BLOCK_RTRL, *BASELINES, *CELLS]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import third_party
 
 import rtrl
-from rtrl.testing import LearnerSpec, bound_checks, learner_checks, parametrize_with_checks
+from rtrl.testing import LearnerSpec, bound_checks, cell_checks, learner_checks, parametrize_with_checks
 from rtrl.testing.specs import ALL, BASELINES, BLOCK_RTRL
 
 OTHERS = [
@@ -28,4 +28,4 @@ def test_every_learner_of_the_package_has_a_spec() -> None:
 
 def test_no_spec_expects_a_failure_and_every_check_is_judged_somewhere() -> None:
     assert not any(spec.expected_failures for spec in ALL)
-    assert {check.name for check in bound_checks(ALL)} == set(learner_checks())
+    assert {check.name for check in bound_checks(ALL)} == {*learner_checks(), *cell_checks()}
