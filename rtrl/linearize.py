@@ -152,7 +152,6 @@ class Linearizer:
         # What autograd's graph still leads to has a use that is no tap.
         reached = _guard.reached_leaves(written, *outputs)
         general = [name for name, p in self._parameters.items() if id(p) in reached]
-        self._only_written(h, h_next, sparsity.writes, [h, *(tap.output for tap in recorder.taps)], steps)
 
         inputs = [h, *(tap.output for tap in recorder.taps)]
         grads = jacobian_rows(written, inputs)
@@ -179,6 +178,7 @@ class Linearizer:
             shaped = response.reshape(written.shape[1], m, size, k, length, o).permute(1, 2, 0, 3, 4, 5)
             taps.append(LinearTap(tap, shaped, None if own is None else own.reshape(batch, k, length, o)))
         self._finite(steps, jacobian.movedim(0, 1), adjoint, taps)
+        self._only_written(h, h_next, sparsity.writes, inputs, steps)  # once NaN cannot be taken for a dependence
 
         def by_step(index: Tensor | None) -> Tensor | None:
             return None if index is None else index.reshape(m, size, index.shape[1])
