@@ -169,7 +169,7 @@ class ParameterInfluence:
                 f"{state['row'].numel()} slices, "
                 f"this learner needs {tuple(self.values.shape[1:])} for {self._row.numel()}"
             )
-        device, dtype = self.values.device, self.values.dtype
-        self.values = state["values"].to(device, dtype, copy=True)
+        device = self.values.device
+        self.values = state["values"].to(device, copy=True)
         self.sample, self.slice = (state[k].to(device, copy=True) for k in ("sample", "slice"))
         self.clock, self._row = state["clock"].cpu().clone(), state["row"].cpu().clone()

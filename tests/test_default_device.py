@@ -55,6 +55,7 @@ def test_a_whole_run_is_the_same_bit_for_bit(name: str, elsewhere: Callable[[], 
     cell, xs = CASES[name]()
     resets = torch.zeros(len(xs), 2, dtype=torch.bool)
     resets[3, 1] = True
+    resets[4] = True
     options = {"block": 2, "window": 2, "syncs": {4: False, 5: True}, "saves": {2, 5}, "resets": resets}
     here = run(cell, xs, loss, **options)  # type: ignore[arg-type]
     elsewhere()

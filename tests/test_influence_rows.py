@@ -83,6 +83,14 @@ def test_what_was_saved_is_loaded_as_a_copy() -> None:
         assert len({t.data_ptr() for t in (held, saved[name], again[name])}) == 3
 
 
+def test_what_was_saved_elsewhere_is_loaded_onto_the_device_of_the_learner() -> None:
+    mine = ParameterInfluence(torch.Size([SLICES, WIDTH]), True, BATCH, STATE, LIKE.to("meta"))
+    mine.load_state_dict(filled([1, 5]).state_dict())
+    assert {str(t.device) for t in (mine.values, mine.sample, mine.slice)} == {"meta"}
+    assert {str(t.device) for t in (mine.clock, mine._row)} == {"cpu"}
+    assert mine.values.shape == (2, STATE, WIDTH)
+
+
 def test_a_store_without_rows_may_be_saved_and_loaded() -> None:
     mine = filled([0])
     mine.load_state_dict(sliced().state_dict())

@@ -120,6 +120,29 @@ def test_composition_stays_row_sparse(items: list[Transition]) -> None:
         assert all(set(r) <= set(c) for r, c in zip(product.rows.tolist(), product.cols.tolist(), strict=True))
 
 
+def test_composition_takes_no_more_rows_and_columns_than_it_must() -> None:
+    """Those of either element, and of the sample that has most of them."""
+
+    def sparse(rows: list[list[int]], cols: list[list[int]]) -> Transition:
+        return Transition(
+            torch.tensor(rows),
+            torch.tensor(cols),
+            normal(1, 2, len(rows[0]), len(cols[0])),
+            normal(2, 2, len(cols[0])),
+            5,
+            1,
+        )
+
+    product = compose(sparse([[0], [0]], [[0, 1], [0, 1]]), sparse([[1], [0]], [[1, 2], [0, 1]]))
+    assert product.rows is not None
+    assert product.cols is not None
+    assert set(product.rows[0].tolist()) == {0, 1}
+    assert set(product.cols[0].tolist()) == {0, 1, 2}
+    assert product.rows.shape == (2, 2)
+    assert product.cols.shape == (2, 3)
+    assert product.apply_macs == 2 * 3
+
+
 @given(elements(count=1), seeds, st.data())
 def test_apply_and_pull_are_products_with_the_full_matrices(
     items: list[Transition], seed: int, data: st.DataObject
