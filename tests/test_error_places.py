@@ -64,8 +64,8 @@ def stream() -> Tensor:
 
 ANEW = (
     ": run once more as one batch, the cell does not reach the {} it reached step by step. Either it is no pure"
-    " function of (x, h, parameters), its samples are not independent, or its parameters were changed behind autograd's back"
-    " inside an open block (call sync() first)"
+    " function of (x, h, parameters), its samples are not independent, or its parameters were changed behind autograd's"
+    " back inside an open block (call sync() first)"
 )
 PLACES: dict[str, tuple[type[RTRLError], str]] = {
     "h of writes": (

@@ -1,0 +1,176 @@
+"""Small promises of the learner's methods: what they return before anything has happened, and what they say."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from running import gradients
+from strategies import normal
+from tolerances import assert_gradients_equal
+from torch import Tensor, nn
+from toy_cells import OddCell, PlainRNN, seeded
+
+import rtrl
+from rtrl.errors import ConfigError, NonFiniteError, ShapeError
+
+F64 = torch.float64
+
+
+def plain(**options: Any) -> rtrl.BlockRTRL:
+    return rtrl.BlockRTRL(seeded(PlainRNN(2, 3), 1), 2, **options)
+
+
+class Unused(torch.autograd.Function):
+    """The identity, with a derivative that is said not to be there."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(context: Any, *grads: Tensor) -> None:
+        return None
+
+
+def test_the_influence_before_the_first_step_is_zero_and_has_its_shape() -> None:
+    learner = rtrl.BlockRTRL(seeded(OddCell(2, 4), 1), 3)
+    for name, p in learner.cell.named_parameters():
+        influence = learner.influence(name)
+        assert influence.shape == (3, 2 * 4, p.numel())
+        assert influence.dtype == F64
+        assert not bool(influence.count_nonzero())
+
+
+def test_the_names_that_there_are_are_listed() -> None:
+    names = "recurrent, inward.weight, inward.bias, head.weight, head.bias"
+    with pytest.raises(ConfigError, match=f"^no trainable parameter is called 'x'; there are {names}$"):
+        plain().influence("x")
+
+
+def test_a_loss_without_a_derivative_earns_nothing() -> None:
+    learner = plain(block=3)
+    ys = [learner.step(x) for x in normal(1, 1, 2, 2)]
+    learner.backward(Unused.apply(ys[0]).sum())
+    assert ys[0].grad is None
+    learner.sync()
+    assert all(p.grad is None or not bool(p.grad.count_nonzero()) for p in learner.cell.parameters())
+
+
+def test_a_loss_that_reaches_a_parameter_by_itself_gives_both_their_gradients() -> None:
+    learner, x = plain(), normal(1, 2, 2)
+    weight = learner.cell.head.weight
+    learner.backward(learner.step(x).sum() + weight.square().sum())
+    learner.sync()
+    found = gradients(learner.cell)
+    weight.grad = None
+    other = plain()
+    other.backward(other.step(x).sum())
+    other.sync()
+    expected = gradients(other.cell)
+    expected["head.weight"] = expected["head.weight"] + 2 * weight.detach()
+    assert_gradients_equal(found, expected)
+
+
+def test_a_steep_loss_is_said_to_be_so_at_y_or_at_a_parameter() -> None:
+    learner = plain()
+    y = learner.step(normal(1, 2, 2))
+    with pytest.raises(NonFiniteError, match=r"the gradient of the loss at y\b.* step 0"):
+        learner.backward((y - y.detach()).sum().sqrt())
+    weight = learner.cell.head.weight
+    with pytest.raises(NonFiniteError, match=r"the gradient of the loss at a parameter\b.* step 0"):
+        learner.backward(y.sum() + (weight - weight.detach()).sum().sqrt())
+
+
+@pytest.mark.parametrize("name", ["batch_size", "block", "window"])
+def test_the_size_that_is_none_is_named(name: str) -> None:
+    sizes: dict[str, Any] = {"batch_size": 1, "block": 1, "window": 1, name: 0}
+    with pytest.raises(ConfigError, match=f"^{name} must be a positive integer, got 0$"):
+        rtrl.BlockRTRL(PlainRNN(2, 3), **sizes)
+    assert getattr(rtrl.BlockRTRL(PlainRNN(2, 3), **{**sizes, name: 1}), name) == 1
+
+
+def test_what_is_no_module_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^cell must be a torch.nn.Module, got function$"):
+        rtrl.BlockRTRL(lambda x, h: (x, h), 2)  # type: ignore[arg-type]
+
+
+def test_the_defaults_are_textbook_rtrl_with_a_window_of_64() -> None:
+    learner = plain()
+    assert (learner.block, learner.window, learner.lazy) == (1, 64, True)
+    assert (learner.steps_taken, learner.at_block_end) == (0, False)
+    learner.step(normal(1, 2, 2))
+    assert (learner.steps_taken, learner.at_block_end) == (1, True)
+    assert plain(lazy=0).lazy is False
+
+
+def test_the_state_is_a_copy_and_y_a_leaf() -> None:
+    learner = plain(block=2)
+    learner.state.add_(1.0)
+    assert not bool(learner.state.count_nonzero())
+    y = learner.step(normal(1, 2, 2))
+    assert y.is_leaf and y.requires_grad
+    before = learner.state
+    learner.state.add_(1.0)
+    assert torch.equal(learner.state, before)
+
+
+def test_a_reset_takes_the_state_given_for_the_samples_named_only() -> None:
+    learner = plain(block=2)
+    learner.step(normal(1, 2, 2))
+    before = learner.state
+    learner.reset(torch.tensor([False, True]), state=torch.full((2, 3), 0.25, dtype=F64))
+    assert torch.equal(learner.state[0], before[0])
+    assert learner.state[1].tolist() == [0.25] * 3
+    learner.reset()
+    assert not bool(learner.state.count_nonzero())
+
+
+def test_two_deliveries_accumulate_in_the_gradient_that_is_there() -> None:
+    learner, xs = plain(), normal(1, 2, 2, 2)
+    weight = learner.cell.head.weight
+    weight.grad = torch.ones_like(weight)
+    kept = weight.grad
+    learner.backward(learner.step(xs[0]).sum())
+    learner.sync()
+    first = weight.grad.clone()
+    learner.backward(learner.step(xs[1]).sum())
+    learner.sync()
+    assert weight.grad is kept
+    assert not torch.equal(first, torch.ones_like(weight))
+    assert not torch.equal(first, weight.grad)
+    learner.sync()
+    after = weight.grad.clone()
+    learner.sync()
+    assert torch.equal(weight.grad, after)
+
+
+class Untouched(nn.Module):
+    """Has a parameter that no step meets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Parameter(torch.ones(1, 1, dtype=F64)), nn.Parameter(torch.ones(2, dtype=F64))
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return torch.zeros(batch_size, 1, dtype=F64)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        new = torch.tanh(h + x @ self.used)
+        return new, new
+
+
+def test_a_parameter_that_no_step_meets_has_no_influence() -> None:
+    learner = rtrl.BlockRTRL(Untouched(), 2, block=2)
+    for x in normal(1, 4, 2, 1):
+        learner.backward(learner.step(x).sum())
+    learner.sync()
+    assert learner.influence("idle").shape == (2, 1, 2)
+    assert not bool(learner.influence("idle").count_nonzero())
+    assert learner.cell.idle.grad is None or not bool(learner.cell.idle.grad.count_nonzero())
+    assert bool(learner.influence("used").count_nonzero())
+
+
+def test_an_x_without_a_tensor_is_refused_at_any_step() -> None:
+    with pytest.raises(ShapeError, match=f"^{re.escape('x holds no tensor')}$"):
+        plain().step([1, 2])
