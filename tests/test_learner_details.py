@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from running import gradients
+from running import gradients, run
 from strategies import normal
 from tolerances import assert_gradients_equal
 from torch import Tensor, nn
 from toy_cells import OddCell, PlainRNN, seeded
 
+import oracles
 import rtrl
 from rtrl.errors import ConfigError, NonFiniteError, ShapeError
 
@@ -174,3 +175,52 @@ def test_a_parameter_that_no_step_meets_has_no_influence() -> None:
 def test_an_x_without_a_tensor_is_refused_at_any_step() -> None:
     with pytest.raises(ShapeError, match=f"^{re.escape('x holds no tensor')}$"):
         plain().step([1, 2])
+
+
+def test_a_second_delivery_of_nothing_leaves_no_gradient_behind() -> None:
+    learner = plain(block=2)
+    for x in normal(1, 3, 2, 2):
+        learner.backward(learner.step(x).sum())
+    learner.sync()
+    for p in learner.cell.parameters():
+        p.grad = None
+    learner.sync()
+    learner.influence("recurrent")
+    learner.sync()
+    assert all(p.grad is None for p in learner.cell.parameters())
+
+
+class Heads(nn.Module):
+    """Three outputs, of which the first is made of x alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = PlainRNN(2, 3)
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return self.cell.init_state(batch_size)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        y, h_next = self.cell(x, h)
+        return {"a": 2 * x, "b": y, "c": h_next.square()}, h_next
+
+
+LOSSES: dict[str, Any] = {
+    "the last": lambda t, y: y["c"].sum() if t % 2 else None,
+    "the first and the last": lambda t, y: y["a"].square().sum() + y["c"].sum(),
+    "now one, now the other": lambda t, y: (y["c"] if t % 2 else y["b"]).square().sum(),
+    "all": lambda t, y: sum(value.square().sum() for value in y.values()),
+}
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_some_of_several_outputs_are_exact(name: str, block: int) -> None:
+    cell, xs = seeded(Heads(), 2), normal(1, 5, 2, 2)
+    found = run(cell, xs, LOSSES[name], block=block, influences=False)
+    assert_gradients_equal(found.gradients, oracles.bptt(cell, xs, LOSSES[name]))
+
+
+def test_a_loss_of_an_output_made_of_x_alone_earns_nothing() -> None:
+    found = run(seeded(Heads(), 2), normal(1, 5, 2, 2), lambda t, y: y["a"].square().sum(), block=2)
+    assert not any(bool(value.count_nonzero()) for value in found.gradients.values())
