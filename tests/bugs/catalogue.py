@@ -362,4 +362,16 @@ BUGS = [
         ),
         "everything_declared_now_and_then",
     ),
+    Bug(
+        38,
+        "bookkeeping of the CPU is made on the default device",
+        ((influence.ParameterInfluence.claim, ('torch.arange(grow, device="cpu")', "torch.arange(grow)")),),
+        "whatever_the_default_device",
+    ),
+    Bug(
+        39,
+        "outputs after one without a loss are forgotten",
+        ((linearize.Linearizer._earn, ("            continue\n", "            break\n")),),
+        "losses_of_the_second_output",
+    ),
 ]

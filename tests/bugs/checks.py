@@ -278,6 +278,33 @@ def early_delivery() -> None:
     assert_gradients_equal(found, once)
 
 
+def whatever_the_default_device() -> None:
+    cell, xs = _scheduled()
+    expected = run(cell, xs, _loss, block=3, window=2)
+    torch.set_default_device("meta")
+    try:
+        found = run(cell, xs, _loss, block=3, window=2)
+    finally:
+        torch.set_default_device(None)
+    assert_gradients_equal(found.gradients, expected.gradients)
+    assert_influences_equal(found.influences, expected.influences)
+
+
+class _Heads(PlainRNN):
+    """Gives its state, too, beside an output that no loss need reach."""
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:  # type: ignore[override]
+        y, h_next = super().forward(x, h)
+        return (y, h_next.square()), h_next
+
+
+def losses_of_the_second_output() -> None:
+    cell, xs = seeded(_Heads(2, 3), 1), normal(2, 7, 2, 2)
+    loss = lambda t, y: y[1].square().sum() if t % 2 else None
+    found = run(cell, xs, loss, block=3, influences=False)
+    assert_gradients_equal(found.gradients, oracles.bptt(cell, xs, loss))
+
+
 CHECKS: dict[str, Check] = {
     check.__name__: check
     for check in (
@@ -297,5 +324,7 @@ CHECKS: dict[str, Check] = {
         bytes_held,
         saved_and_loaded,
         early_delivery,
+        whatever_the_default_device,
+        losses_of_the_second_output,
     )
 }
