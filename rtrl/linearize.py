@@ -249,8 +249,6 @@ class Linearizer:
             return
         outside = ~_rows.mask(writes, h.shape[1]).reshape(*h.shape[:2], *[1] * (h.ndim - 2))
         change = torch.where(outside, h_next - h, 0.0)
-        if not change.requires_grad or not change.numel():
-            return
         targets = [*inputs, *self._parameters.values()]
 
         def moves(weights: Tensor) -> bool:

@@ -10,6 +10,7 @@ from strategies import normal
 from torch import Tensor, nn
 
 import rtrl
+from rtrl.cells.protocol import OTHER_CHOICES
 from rtrl.errors import CellError, NonFiniteError, RTRLError, ShapeError, SparsityError
 
 F64 = torch.float64
@@ -38,6 +39,7 @@ class Flagged(nn.Module):
         new, y, last = torch.tanh(self.enter(x) + self.recur(h[:, 0])), self.head(h[:, 0]), h[:, 3]
         extra: dict[str, Callable[[], Tensor]] = {
             "writes": lambda: self.zero * flag,
+            "opposite writes": lambda: self.zero.sum() * flag * torch.tensor([1.0, -1.0], dtype=F64),
             "reads": lambda: torch.where(flag, h[:, 2], 0.0),
             "Jacobian": lambda: root(h[:, 0] - h[:, 0]),
             "tap": lambda: root(self.other(x)),
@@ -48,7 +50,7 @@ class Flagged(nn.Module):
         value = extra[what]()
         if part == "y":
             y = y + value
-        elif what == "writes":
+        elif what.endswith("writes"):
             last = last + value
         else:
             new = new + value
@@ -69,6 +71,11 @@ ANEW = (
 )
 PLACES: dict[str, tuple[type[RTRLError], str]] = {
     "h of writes": (
+        SparsityError,
+        "step 4: row 3 of the state of sample 2 is not declared as written, yet it depends on more than its own last"
+        " value (which did not change)",
+    ),
+    "h of opposite writes": (
         SparsityError,
         "step 4: row 3 of the state of sample 2 is not declared as written, yet it depends on more than its own last"
         " value (which did not change)",
@@ -107,6 +114,37 @@ def test_the_step_and_the_sample_at_fault_are_named(how: str, block: int) -> Non
             learner.backward(learner.step(x).square().sum())
         learner.sync()
     assert type(caught.value) is error
+
+
+class Undecided(nn.Module):
+    """Writes the first row of a single sample and the last row of those of a larger batch; once stubborn, whatever it
+    is told to write."""
+
+    stubborn = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(2, dtype=F64))
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return torch.full((batch_size, 2), 0.5, dtype=F64)
+
+    def forward(
+        self, x: Tensor, h: Tensor, replay: rtrl.Sparsity | None = None
+    ) -> tuple[Tensor, Tensor, rtrl.Sparsity]:
+        chosen = torch.full((len(x), 1), int(len(x) > 1)) if replay is None or self.stubborn else replay.writes
+        assert chosen is not None
+        new = torch.tanh((h @ self.weight).gather(1, chosen) + x)
+        return new, h.scatter(1, chosen, new), rtrl.Sparsity(None, chosen)
+
+
+def test_choices_that_are_not_replayed_are_named_with_their_steps() -> None:
+    learner = rtrl.BlockRTRL(Undecided(), 1, block=2)
+    for x in normal(1, 4, 1, 1):
+        learner.backward(learner.step(x).sum())
+    learner.cell.stubborn = True
+    with pytest.raises(CellError, match=f"^{re.escape(f'steps 2 … 3: {OTHER_CHOICES}')}$"):
+        learner.sync()
 
 
 def test_what_is_flagged_is_no_fault_by_itself() -> None:
