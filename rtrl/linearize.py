@@ -163,7 +163,7 @@ class Linearizer:
         if cols is not None:
             jacobian = jacobian.gather(2, cols[None, :, :, None].expand(jacobian.shape[0], -1, -1, width))
 
-        earned, direct, adjoint = self._earn(steps, outputs, inputs, general, batch)
+        earned, direct, adjoint = self._earn(steps, outputs, inputs, general)
         adjoint = adjoint.reshape(batch, n, width)
         if cols is not None:
             if int(adjoint.count_nonzero()) > int(_rows.take(adjoint, cols).count_nonzero()):
@@ -284,7 +284,7 @@ class Linearizer:
             )
 
     def _earn(
-        self, steps: list[Step], outputs: list[Tensor], inputs: list[Tensor], general: list[str], batch: int
+        self, steps: list[Step], outputs: list[Tensor], inputs: list[Tensor], general: list[str]
     ) -> tuple[list[Tensor | None], dict[str, Tensor], Tensor]:
         """What the losses earn through y: at every tap, directly at general parameters, and the adjoint at h."""
         nothing: list[Tensor | None] = [None] * (len(inputs) - 1)

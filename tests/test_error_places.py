@@ -18,7 +18,7 @@ BATCH, FLAGGED, SAMPLE = 3, 4, 2  # one sample of one step is at fault: in block
 
 
 class Flagged(nn.Module):
-    """Reads and writes row 0 of a state (B, 4, 2); where x is flagged, it breaks its contract as ``how`` says."""
+    """Reads and writes row 0 of a state (B, 6, 2); where x is flagged, it breaks its contract as ``how`` says."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Flagged(nn.Module):
         nn.init.zeros_(self.other.weight)
 
     def init_state(self, batch_size: int) -> Tensor:
-        return torch.linspace(0.1, 0.8, 8, dtype=F64).reshape(1, 4, 2).repeat(batch_size, 1, 1)
+        return torch.linspace(0.1, 0.8, 12, dtype=F64).reshape(1, 6, 2).repeat(batch_size, 1, 1)
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, rtrl.Sparsity]:
         flag = x[:, 1:2] > 100
@@ -55,7 +55,7 @@ class Flagged(nn.Module):
         else:
             new = new + value
         first = torch.zeros(len(x), 1, dtype=torch.int64)
-        return y, torch.stack([new, h[:, 1], h[:, 2], last], dim=1), rtrl.Sparsity(first, first)
+        return y, torch.cat([new[:, None], h[:, 1:3], last[:, None], h[:, 4:]], dim=1), rtrl.Sparsity(first, first)
 
 
 def stream() -> Tensor:
@@ -238,7 +238,7 @@ ARGUMENTS: dict[str, tuple[Callable[[Any], Any], type[RTRLError], str]] = {
     "x": (
         lambda own: own.step((torch.zeros(3, 1, dtype=F64), torch.zeros(3, 5, 2, dtype=F64))),
         ShapeError,
-        "step 1: the cell does not take this x ((3, 1) torch.float64, (3, 5, 2) torch.float64) with a state (3, 4, 2)"
+        "step 1: the cell does not take this x ((3, 1) torch.float64, (3, 5, 2) torch.float64) with a state (3, 6, 2)"
         " torch.float64: tuple indices must be integers or slices, not tuple",
     ),
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 from running import gradients, run
 from strategies import normal
-from tolerances import assert_gradients_equal
+from tolerances import assert_gradients_equal, assert_influences_equal
 from torch import Tensor, nn
 from toy_cells import OddCell, PlainRNN, seeded
 
@@ -188,6 +188,27 @@ def test_a_second_delivery_of_nothing_leaves_no_gradient_behind() -> None:
     learner.influence("recurrent")
     learner.sync()
     assert all(p.grad is None for p in learner.cell.parameters())
+
+
+class Gain(PlainRNN):
+    """Scales its output by a parameter that the state never meets."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 3)
+        self.gain = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        y, h_next = super().forward(x, h)
+        return y * self.gain, h_next
+
+
+def test_a_parameter_of_the_output_alone_is_exact() -> None:
+    cell, xs = seeded(Gain(), 2), normal(1, 5, 2, 2)
+    loss = lambda t, y: y.square().sum()
+    expected, influences = oracles.dense_rtrl(cell, xs, loss, return_influence=True)
+    found = run(cell, xs, loss, block=2)
+    assert_gradients_equal(found.gradients, expected)
+    assert_influences_equal(found.influences, influences[-1])
 
 
 class Heads(nn.Module):
