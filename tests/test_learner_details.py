@@ -9,11 +9,11 @@ from running import gradients, run
 from strategies import normal
 from tolerances import assert_gradients_equal, assert_influences_equal
 from torch import Tensor, nn
-from toy_cells import OddCell, PlainRNN, seeded
+from toy_cells import ForcedMoE, OddCell, PlainRNN, seeded
 
 import oracles
 import rtrl
-from rtrl.errors import ConfigError, NonFiniteError, ShapeError
+from rtrl.errors import CellError, ConfigError, NonFiniteError, ShapeError
 
 F64 = torch.float64
 
@@ -245,3 +245,80 @@ def test_losses_of_some_of_several_outputs_are_exact(name: str, block: int) -> N
 def test_a_loss_of_an_output_made_of_x_alone_earns_nothing() -> None:
     found = run(seeded(Heads(), 2), normal(1, 5, 2, 2), lambda t, y: y["a"].square().sum(), block=2)
     assert not any(bool(value.count_nonzero()) for value in found.gradients.values())
+
+
+class Apart(PlainRNN):
+    """Its next state is made of x alone, and a parameter of its own scales y, element by element."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.gain = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        y, _ = super().forward(x, h)
+        return y * self.gain, torch.tanh(x)
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_a_state_that_no_parameter_reaches_has_no_influence(block: int) -> None:
+    cell, xs = seeded(Apart(), 2), normal(1, 5, 2, 3)
+    loss = lambda t, y: y.square().sum()
+    found = run(cell, xs, loss, block=block)
+    assert_gradients_equal(found.gradients, oracles.bptt(cell, xs, loss))
+    assert not any(bool(value.count_nonzero()) for value in found.influences.values())
+
+
+class Shaky(nn.Module):
+    """Draws random numbers where its choices are given to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2, dtype=F64))
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return torch.zeros(batch_size, 2, dtype=F64)
+
+    def forward(
+        self, x: Tensor, h: Tensor, replay: rtrl.Sparsity | None = None
+    ) -> tuple[Tensor, Tensor, rtrl.Sparsity]:
+        new = torch.tanh(x + h @ self.weight)
+        if replay is not None:
+            new = new + torch.randn_like(new)
+        return new, new, rtrl.Sparsity() if replay is None else replay
+
+
+def test_a_cell_that_is_impure_under_a_replay_is_refused_at_the_first_step() -> None:
+    learner = rtrl.BlockRTRL(Shaky(), 2)
+    with pytest.raises(CellError, match="draws random numbers"):
+        learner.step(normal(1, 2, 2), replay=rtrl.Sparsity())
+    assert learner.steps_taken == 0
+
+
+def sleepers(**options: Any) -> tuple[rtrl.BlockRTRL, Tensor]:
+    """A mixture of six slots, of which a step reads two and writes one, and of six experts, of which it uses one."""
+    moe = rtrl.RecurrentMoE(2, 2, d_model=2, n_slots=6, n_experts=6, topk=1, expert_hidden=2, ffn_hidden=2)
+    cell = seeded(ForcedMoE(moe, (2, 1, 1)), 3)
+    chosen = torch.tensor([[[t % 6, (t + 1) % 6, t % 6, t % 6]] for t in range(6)]).double()
+    return rtrl.BlockRTRL(cell, 1, **options), torch.cat([normal(1, 6, 1, 2), chosen], dim=-1)
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_slices_sleep_only_where_the_learner_is_lazy(lazy: bool) -> None:
+    learner, xs = sleepers(lazy=lazy)
+    for x in xs:
+        learner.step(x)
+    learner.sync()
+    influence = learner._influences["cell.expert_up"]
+    assert influence.clock[influence.held()].tolist() == ([1, 2, 3, 4, 5, 6] if lazy else [6] * 6)
+
+
+def test_the_tree_reserves_what_the_first_step_shows_to_be_enough() -> None:
+    """A node of m steps: m rows at most, 3 m columns at most, and never more than the six slots there are."""
+    learner, xs = sleepers(window=2)
+    learner.step(xs[0])
+    leaf, root = 8 * (2 * 6 + 6 + 1 + 3), 8 * (4 * 12 + 12 + 2 + 6)
+    assert learner.retained_bytes()["tree"] == 2 * leaf + root
+    assert sleepers(window=2, lazy=False)[0].retained_bytes()["tree"] == 0
+    learner, xs = sleepers(window=2, lazy=False)
+    learner.step(xs[0])
+    assert learner.retained_bytes()["tree"] == leaf  # no window to keep: one block

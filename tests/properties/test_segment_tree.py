@@ -82,6 +82,29 @@ def test_a_cover_by_cost_has_the_same_product_and_the_least_price(
     assert sum(map(cost, by_cost)) <= min(sum(map(cost, plain)), sum(map(cost, leaves)))
 
 
+@pytest.mark.parametrize(
+    ("prices", "spans"),
+    [
+        ({1: 3, 2: 5, 4: 9, 8: 17}, [8]),
+        ({1: 1, 2: 2, 4: 4, 8: 8}, [8]),  # at the same price the fewest
+        ({1: 1, 2: 9, 4: 3, 8: 9}, [4, 4]),
+        ({1: 1, 2: 9, 4: 9, 8: 9}, [1] * 8),
+        ({1: 9, 2: 1, 4: 9, 8: 5}, [2] * 4),
+        ({1: 2, 2: 3, 4: 9, 8: 12}, [8]),
+        ({1: 2, 2: 3, 4: 9, 8: 13}, [2] * 4),
+    ],
+)
+def test_a_cover_by_cost_splits_where_that_is_cheaper_and_nowhere_else(
+    prices: dict[int, int], spans: list[int]
+) -> None:
+    tree = CircularSegmentTree(8, Counting(), "")
+    for step in range(8):
+        tree.append(letter(step))
+    cover = tree.cover(0, 8, lambda value: prices[value.count("<")])
+    assert [value.count("<") for value in cover] == spans
+    assert "".join(cover) == tree.query(0, 8)
+
+
 @given(st.integers(1, 300))
 def test_a_query_takes_logarithmically_many_combines(capacity: int) -> None:
     combine = Counting()
