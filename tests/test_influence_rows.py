@@ -168,12 +168,15 @@ def transition(rows: Tensor | None) -> Transition:
 
 
 @pytest.mark.parametrize("rows", [None, torch.tensor([[1], [0]])], ids=["all of the state", "a row of it"])
+@pytest.mark.parametrize("samples", [[1, 0], [1]], ids=["both samples", "one sample"])
 @pytest.mark.parametrize("make", [sliced, whole])
-def test_moving_and_adding_reach_the_rows_named_and_no_others(make: Any, rows: Tensor | None) -> None:
+def test_moving_and_adding_reach_the_rows_named_and_no_others(
+    make: Any, samples: list[int], rows: Tensor | None
+) -> None:
     influence = make()
     influence.claim(torch.arange(BATCH * influence.slices), 0)
     influence.values = normal(1, *influence.values.shape)
-    named = influence.claim(torch.tensor([influence.slices, 0]), 0).sort().values  # a slice of either sample
+    named = influence.claim(torch.tensor(samples) * influence.slices, 0).sort().values  # the first slice of each
     block = transition(rows)
     born = normal(6, len(named), block.jacobian.shape[1], influence.values.shape[2])
     expected = influence.values.clone()

@@ -96,6 +96,20 @@ def test_identity_is_neutral_on_both_sides(items: list[Transition]) -> None:
             assert torch.equal(actual, expected)
 
 
+def test_the_identity_is_of_no_rows_and_no_columns() -> None:
+    none = identity(3, 4, 2, torch.empty(0, dtype=torch.float32, device="meta"))
+    for index in (none.rows, none.cols):
+        assert index is not None
+        assert (tuple(index.shape), index.dtype, index.device.type) == ((3, 0), torch.int64, "meta")
+    assert (tuple(none.jacobian.shape), none.jacobian.dtype, none.jacobian.device.type) == (
+        (3, 0, 0),
+        torch.float32,
+        "meta",
+    )
+    assert (tuple(none.adjoint.shape), none.adjoint.dtype, none.adjoint.device.type) == ((3, 0), torch.float32, "meta")
+    assert (none.n, none.width, none.apply_macs) == (4, 2, 0)
+
+
 def test_the_monoid_is_not_commutative() -> None:
     """The control of every order test: swapped factors must be told apart."""
     a, b = (Transition(None, None, normal(s, 1, 2, 2), normal(s + 9, 1, 2), 2, 1) for s in (1, 2))
