@@ -105,6 +105,29 @@ def test_a_cover_by_cost_splits_where_that_is_cheaper_and_nowhere_else(
     assert "".join(cover) == tree.query(0, 8)
 
 
+@pytest.mark.parametrize("capacity", [1, 2, 5, 8])
+def test_what_is_kept_is_asked_for_with_its_place_and_its_span(capacity: int) -> None:
+    """A place is a node of its own, and what is put there spans as many steps each time."""
+    asked: list[tuple[int, int, str]] = []
+
+    def keep(node: int, span: int, value: str) -> str:
+        asked.append((node, span, value))
+        return value.upper()
+
+    tree = CircularSegmentTree(capacity, lambda a, b: a + b, "", keep=keep)
+    for step in range(3 * capacity):
+        tree.append("abcdefghijklmnopqrstuvwxyz"[step])
+        tree.query(tree.oldest, tree.stop)
+    assert all(span == len(value) for _, span, value in asked)
+    spans: dict[int, set[int]] = {}
+    for node, span, _ in asked:
+        spans.setdefault(node, set()).add(span)
+    assert sorted(spans) == list(range(2 * capacity - 1))
+    assert spans[0] == {capacity}
+    assert all(len(own) == 1 for own in spans.values())
+    assert tree.query(tree.oldest, tree.stop).isupper()  # what is kept is what is used
+
+
 @given(st.integers(1, 300))
 def test_a_query_takes_logarithmically_many_combines(capacity: int) -> None:
     combine = Counting()
