@@ -105,6 +105,26 @@ def test_a_cover_by_cost_splits_where_that_is_cheaper_and_nowhere_else(
     assert "".join(cover) == tree.query(0, 8)
 
 
+def test_a_cover_by_cost_is_split_on_both_sides_of_the_wrap_around() -> None:
+    tree = CircularSegmentTree(8, Counting(), "")
+    for step in range(12):
+        tree.append(letter(step))
+    assert len(tree.cover(4, 12)) == 2
+    assert tree.cover(4, 12, lambda value: value.count("<") ** 2) == [letter(step) for step in range(4, 12)]
+
+
+def test_the_steps_that_are_asked_for_and_those_that_are_held_are_named() -> None:
+    tree = CircularSegmentTree(3, Counting(), "", start=10)
+    for step in range(5):
+        tree.append(letter(step))
+    with pytest.raises(WindowError, match=r"^steps 11 … 13 were asked for, but 12 … 14 are held$"):
+        tree.query(11, 14)
+    with pytest.raises(WindowError, match=r"^steps 13 … 15 were asked for, but 12 … 14 are held$"):
+        tree.query(13, 16)
+    with pytest.raises(WindowError, match=r"^the range 14 … 13 is reversed$"):
+        tree.query(14, 13)
+
+
 @pytest.mark.parametrize("capacity", [1, 2, 5, 8])
 def test_what_is_kept_is_asked_for_with_its_place_and_its_span(capacity: int) -> None:
     """A place is a node of its own, and what is put there spans as many steps each time."""
