@@ -216,14 +216,18 @@ class Heads(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cell = PlainRNN(2, 3)
+        self.cell, self.early = (
+            PlainRNN(2, 3),
+            nn.Linear(2, 5),
+        )  # the first map of all is of another width than the state
 
     def init_state(self, batch_size: int) -> Tensor:
         return self.cell.init_state(batch_size)
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        early = self.early(x).sum(dim=1, keepdim=True)
         y, h_next = self.cell(x, h)
-        return {"a": 2 * x, "b": y, "c": h_next.square()}, h_next
+        return {"a": 2 * x, "b": y * early, "c": h_next.square()}, h_next
 
 
 LOSSES: dict[str, Any] = {
@@ -240,6 +244,19 @@ def test_losses_of_some_of_several_outputs_are_exact(name: str, block: int) -> N
     cell, xs = seeded(Heads(), 2), normal(1, 5, 2, 2)
     found = run(cell, xs, LOSSES[name], block=block, influences=False)
     assert_gradients_equal(found.gradients, oracles.bptt(cell, xs, LOSSES[name]))
+
+
+def test_losses_given_one_after_the_other_add_up() -> None:
+    cell, xs = seeded(PlainRNN(2, 3), 2), normal(1, 4, 2, 2)
+    expected = oracles.bptt(cell, xs, lambda t, y: y.square().sum() + y.sum() + y.exp().sum())
+    learner = rtrl.BlockRTRL(cell, 2, block=2)
+    for x in xs:
+        y = learner.step(x)
+        y.square().sum().backward()
+        learner.backward(y.sum())
+        learner.backward(y.exp().sum())
+    learner.sync()
+    assert_gradients_equal(gradients(cell), expected)
 
 
 def test_a_loss_of_an_output_made_of_x_alone_earns_nothing() -> None:
