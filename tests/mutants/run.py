@@ -1,9 +1,9 @@
 """mutmut, made to fit this package; its arguments are those of ``mutmut`` (``python tests/mutants/run.py run``).
 
 Three things differ. mutmut passes over functions with a decorator, which here are ``BlockRTRL.step``, ``sync`` and
-``reset`` of all things: they are mutated under their decorator, which stays as it is. And it changes the letters of
-string literals, which in an error's message is noise: those are left alone (that a message is there at all, and the
-numbers computed for it, are not). And of the tests that reach a mutant, those that kill most run before the others.
+``reset`` of all things: they are mutated under their decorator, which stays as it is. It changes the letters of string
+literals, which in an error's message is noise: those are left alone (that a message is there at all, and the numbers
+computed for it, are not). And of the tests that reach a mutant, those that kill most run before the others.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,6 +12,7 @@ from typing import Any
 import libcst as cst
 import libcst.matchers as m
 from mutmut.__main__ import cli
+from mutmut.configuration import config
 from mutmut.mutation import file_mutation
 from mutmut.runners import harness
 
@@ -55,9 +56,9 @@ def in_order(self: harness.PytestRunner, *, mutant_name: str | None, tests: Iter
 
 
 Visitor._skip_node_and_children = skip_node_and_children  # type: ignore[method-assign]
-file_mutation.function_trampoline_arrangement = function_trampoline_arrangement  # type: ignore[assignment]
+file_mutation.function_trampoline_arrangement = function_trampoline_arrangement
 harness.PytestRunner.run_tests = in_order  # type: ignore[method-assign]
 
 if __name__ == "__main__":
-    harness.config().pytest_add_cli_args.extend(f"-pno:{plugin}" for plugin in OFF)
+    config().pytest_add_cli_args.extend(f"-pno:{plugin}" for plugin in OFF)
     cli()
