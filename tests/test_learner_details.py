@@ -339,3 +339,24 @@ def test_the_tree_reserves_what_the_first_step_shows_to_be_enough() -> None:
     learner, xs = sleepers(window=2, lazy=False)
     learner.step(xs[0])
     assert learner.retained_bytes()["tree"] == leaf  # no window to keep: one block
+
+
+class Bare(nn.Module):
+    """A cell that knows of no first state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2, dtype=F64))
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        new = torch.tanh(x + h @ self.weight)
+        return new, new
+
+
+def test_a_cell_without_a_first_state_of_its_own_may_be_given_one() -> None:
+    first, xs, cell = torch.full((2, 2), 0.5, dtype=F64), normal(1, 3, 2, 2), Bare()
+    loss = lambda t, y: y.square().sum()
+    found = run(cell, xs, loss, h0=first, block=2)
+    assert_gradients_equal(found.gradients, oracles.bptt(cell, xs, loss, first))
+    with pytest.raises(ConfigError):
+        rtrl.BlockRTRL(cell, 2)
