@@ -11,6 +11,15 @@ hypothesis.settings.register_profile(
     "ci", max_examples=40, derandomize=True, deadline=None, print_blob=True, database=None
 )
 hypothesis.settings.register_profile("nightly", max_examples=500, deadline=None, print_blob=True)
+# One run a mutant: few examples, the same for all of them, and none made smaller once one has failed.
+hypothesis.settings.register_profile(
+    "mutants",
+    max_examples=4,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 

@@ -73,7 +73,7 @@ def taps_that_mix(
     generator = torch.Generator().manual_seed(0)  # of its own: the user's random numbers stay as they are
 
     def disturbed(value: Tensor) -> Tensor:
-        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu").to(value)
         return value.detach() + 0.1 * noise * (1 + value.detach().abs()) if value.is_floating_point() else value
 
     def point(move: Callable[[Tensor], Tensor]) -> tuple[dict[str, Tensor], StepKind]:

@@ -37,8 +37,8 @@ class ParameterInfluence:
         )
         self.sample = torch.empty(0, dtype=torch.int64, device=like.device)
         self.slice = torch.empty_like(self.sample)
-        self.clock = torch.empty(0, dtype=torch.int64)
-        self._row = torch.full((batch_size * self.slices,), -1, dtype=torch.int64)  # key → row
+        self.clock = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._row = torch.full((batch_size * self.slices,), -1, dtype=torch.int64, device="cpu")  # key → row
 
     def claim(self, keys: Tensor, now: int) -> Tensor:
         """The rows (on the CPU) of the keys ``sample · slices + slice``; those that are new begin at zero with their
@@ -48,7 +48,7 @@ class ParameterInfluence:
         if new.numel():
             free = self._free()[: new.numel()]
             grow = new.numel() - free.numel()
-            rows = torch.cat([free, torch.arange(grow) + self.values.shape[0]])
+            rows = torch.cat([free, torch.arange(grow, device="cpu") + self.values.shape[0]])
             if grow:
                 self.values = torch.cat([self.values, self.values.new_zeros(grow, *self.values.shape[1:])])
                 self.sample = torch.cat([self.sample, self.sample.new_full((grow,), -1)])
@@ -169,7 +169,7 @@ class ParameterInfluence:
                 f"{state['row'].numel()} slices, "
                 f"this learner needs {tuple(self.values.shape[1:])} for {self._row.numel()}"
             )
-        device, dtype = self.values.device, self.values.dtype
-        self.values = state["values"].to(device, dtype, copy=True)
+        device = self.values.device
+        self.values = state["values"].to(device, copy=True)
         self.sample, self.slice = (state[k].to(device, copy=True) for k in ("sample", "slice"))
         self.clock, self._row = state["clock"].cpu().clone(), state["row"].cpu().clone()

@@ -152,7 +152,6 @@ class Linearizer:
         # What autograd's graph still leads to has a use that is no tap.
         reached = _guard.reached_leaves(written, *outputs)
         general = [name for name, p in self._parameters.items() if id(p) in reached]
-        self._only_written(h, h_next, sparsity.writes, [h, *(tap.output for tap in recorder.taps)], steps)
 
         inputs = [h, *(tap.output for tap in recorder.taps)]
         grads = jacobian_rows(written, inputs)
@@ -164,7 +163,7 @@ class Linearizer:
         if cols is not None:
             jacobian = jacobian.gather(2, cols[None, :, :, None].expand(jacobian.shape[0], -1, -1, width))
 
-        earned, direct, adjoint = self._earn(steps, outputs, inputs, general, batch)
+        earned, direct, adjoint = self._earn(steps, outputs, inputs, general)
         adjoint = adjoint.reshape(batch, n, width)
         if cols is not None:
             if int(adjoint.count_nonzero()) > int(_rows.take(adjoint, cols).count_nonzero()):
@@ -179,6 +178,7 @@ class Linearizer:
             shaped = response.reshape(written.shape[1], m, size, k, length, o).permute(1, 2, 0, 3, 4, 5)
             taps.append(LinearTap(tap, shaped, None if own is None else own.reshape(batch, k, length, o)))
         self._finite(steps, jacobian.movedim(0, 1), adjoint, taps)
+        self._only_written(h, h_next, sparsity.writes, inputs, steps)  # once NaN cannot be taken for a dependence
 
         def by_step(index: Tensor | None) -> Tensor | None:
             return None if index is None else index.reshape(m, size, index.shape[1])
@@ -249,8 +249,6 @@ class Linearizer:
             return
         outside = ~_rows.mask(writes, h.shape[1]).reshape(*h.shape[:2], *[1] * (h.ndim - 2))
         change = torch.where(outside, h_next - h, 0.0)
-        if not change.requires_grad or not change.numel():
-            return
         targets = [*inputs, *self._parameters.values()]
 
         def moves(weights: Tensor) -> bool:
@@ -286,7 +284,7 @@ class Linearizer:
             )
 
     def _earn(
-        self, steps: list[Step], outputs: list[Tensor], inputs: list[Tensor], general: list[str], batch: int
+        self, steps: list[Step], outputs: list[Tensor], inputs: list[Tensor], general: list[str]
     ) -> tuple[list[Tensor | None], dict[str, Tensor], Tensor]:
         """What the losses earn through y: at every tap, directly at general parameters, and the adjoint at h."""
         nothing: list[Tensor | None] = [None] * (len(inputs) - 1)

@@ -38,12 +38,6 @@ class Transition:
         """Multiply-adds to apply Φ to one column of one sample's influence."""
         return self.jacobian.shape[1] * self.jacobian.shape[2]
 
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the element's tensors."""
-        held = (self.rows, self.cols, self.jacobian, self.adjoint)
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
-
     def apply(self, influence: Tensor, sample: Tensor | None) -> Tensor:
         """``Φ S`` for influences (R, H, p) of the samples ``sample`` (LongTensor (R,); None: R = B, in order), out of
         place."""

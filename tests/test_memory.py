@@ -84,3 +84,37 @@ def test_a_growing_history_is_noticed() -> None:
         if t in (199, 399):
             reached.append(live_tensor_bytes())
     assert reached[1] > reached[0]
+
+
+def test_retained_bytes_of_every_part() -> None:
+    """Counted by hand, part by part, in the middle of a block with a loss at one of its two steps."""
+    moe = rtrl.RecurrentMoE(2, 3, d_model=4, n_slots=3, n_experts=6, topk=1, expert_hidden=2, ffn_hidden=2)
+    cell = seeded(ForcedMoE(moe, (2, 1, 1)), 5)
+    learner = rtrl.BlockRTRL(cell, 1, block=2, window=1)
+    state = 1 * 3 * 4 * 8
+    nothing = {"influence": 0, "tree": 0, "block": 0, "gradient": 0, "state": state}
+    assert learner.retained_bytes() == nothing
+
+    x = torch.cat([normal(0, 4, 1, 2), torch.tensor([[[0.0, 1.0, 0.0, 5.0]]] * 4).double()], dim=-1)
+    for t in range(4):
+        y = learner.step(x[t])
+        if t != 3:
+            learner.backward(y.square().sum())
+    held = learner.retained_bytes()
+    sparsity = learner._steps[0].sparsity
+    index = sum(t.numel() for t in (sparsity.reads, sparsity.writes, *sparsity.active.values()) if t is not None)
+    # Two open steps: what went in, the state each began at, what it used, y; and the gradient of the one loss.
+    assert held["block"] == 2 * (6 * 8 + state + index * 8 + 3 * 8) + 3 * 8
+    assert held["state"] == state
+    assert held["gradient"] == sum(p.numel() * 8 for p in cell.parameters())
+    # One row (H, p) of every parameter, one expert of six; its sample, slice and clock; where the row of each slice is.
+    expected = 0
+    for name, p in cell.named_parameters():
+        slices = p.shape[0] if name in sparsity.active else 1
+        used = sparsity.active[name].shape[1] if name in sparsity.active else 1
+        expected += 8 * (used * (12 * p.numel() // slices + 3) + slices)
+    assert held["influence"] == expected
+    # One leaf: the two steps write at most two rows and touch at most all three.
+    assert held["tree"] == 8 * (2 * 4 * 3 * 4 + 3 * 4 + 2 + 3)
+    learner.sync()
+    assert learner.retained_bytes() == {**held, "block": 0, "gradient": 0}

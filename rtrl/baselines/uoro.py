@@ -65,7 +65,8 @@ class UORO(InfluenceLearner):
     def _advance(self, dynamics: Tensor, immediate: Tensor) -> tuple[Tensor, ...]:
         by_state, by_theta = self._carried
         moved = torch.einsum("bij,bj->bi", dynamics, by_state)
-        signs = torch.randint(0, 2, by_state.shape, generator=self._generator).to(by_state) * 2 - 1
+        device = "cpu" if self._generator is None else self._generator.device
+        signs = torch.randint(0, 2, by_state.shape, generator=self._generator, device=device).to(by_state) * 2 - 1
         born = torch.einsum("bi,bip->bp", signs, immediate)
         rho_0, rho_1 = balance(by_theta, moved), balance(born, signs)
         return rho_0 * moved + rho_1 * signs, by_theta / rho_0 + born / rho_1

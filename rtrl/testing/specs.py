@@ -1,4 +1,4 @@
-"""What the learners and cells of this package promise, as specs: ``pytest --rtrl-spec=rtrl.testing.specs:ALL`` checks it.
+"""What the learners and cells of this package promise, for ``pytest --rtrl-spec=rtrl.testing.specs:ALL``.
 
 They are also examples: a spec says which law a learner obeys, on which cells, and what it refuses.
 """
@@ -116,7 +116,7 @@ BASELINES = [
 
 
 def _torch(*cells: nn.Module, width: int) -> nn.Module:
-    return rtrl.cells.from_torch(cells[0] if len(cells) == 1 else list(cells), nn.Linear(width, 2))  # type: ignore[call-overload,no-any-return]
+    return rtrl.cells.from_torch(cells[0] if len(cells) == 1 else list(cells), nn.Linear(width, 2))
 
 
 def _inputs(cell: nn.Module) -> list[torch.Tensor]:

@@ -663,4 +663,16 @@ BUGS = [
         ((Learner.reset, ("    self._close()\n", "")),),
         "learner: resets of many",
     ),
+    Bug(
+        67,
+        "bookkeeping of the CPU is made on the default device",
+        ((influence.ParameterInfluence.claim, ('torch.arange(grow, device="cpu")', "torch.arange(grow)")),),
+        "whatever_the_default_device",
+    ),
+    Bug(
+        68,
+        "outputs after one without a loss are forgotten",
+        ((linearize.Linearizer._earn, ("            continue\n", "            break\n")),),
+        "losses_of_the_second_output",
+    ),
 ]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from running import run
 from strategies import normal
-from tolerances import assert_gradients_equal
+from tolerances import assert_gradients_equal, assert_influences_equal
 from torch import Tensor, nn
 from toy_cells import PlainRNN, seeded
 
@@ -18,7 +18,7 @@ import rtrl
 from rtrl.errors import CellError, ParameterChangedError, SparsityError
 from rtrl.testing import LearnerSpec, cell_checks, check_cell, check_learner, learner_checks
 from rtrl.testing.specs import ERRORS
-from rtrl.testing.streams import dense_stream
+from rtrl.testing.streams import dense_stream, scheduled_stream
 
 Check = Callable[[], None]
 
@@ -139,6 +139,34 @@ def samples_apart() -> None:
         learner.sync()
 
 
+def whatever_the_default_device() -> None:
+    stream = scheduled_stream(0)
+    cell, xs = stream.cell, stream.xs
+    expected = run(cell, xs, _loss, block=3, window=2)
+    torch.set_default_device("meta")
+    try:
+        found = run(cell, xs, _loss, block=3, window=2)
+    finally:
+        torch.set_default_device(None)
+    assert_gradients_equal(found.gradients, expected.gradients)
+    assert_influences_equal(found.influences, expected.influences)
+
+
+class _Heads(PlainRNN):
+    """Gives its state, too, beside an output that no loss need reach."""
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:  # type: ignore[override]
+        y, h_next = super().forward(x, h)
+        return (y, h_next.square()), h_next
+
+
+def losses_of_the_second_output() -> None:
+    cell, xs = seeded(_Heads(2, 3), 1), normal(2, 7, 2, 2)
+    loss = lambda t, y: y[1].square().sum() if t % 2 else None
+    found = run(cell, xs, loss, block=3, influences=False)
+    assert_gradients_equal(found.gradients, oracles.bptt(cell, xs, loss))
+
+
 CHECKS: dict[str, Check] = {
     **{f"learner: {name}": functools.partial(learner_check, name) for name in learner_checks()},
     **{f"cell: {name}": functools.partial(cell_check, name) for name in cell_checks()},
@@ -151,6 +179,8 @@ CHECKS: dict[str, Check] = {
             under_declared,
             parameters_changed_in_an_open_block,
             samples_apart,
+            whatever_the_default_device,
+            losses_of_the_second_output,
         )
     },
 }

@@ -82,6 +82,72 @@ def test_a_cover_by_cost_has_the_same_product_and_the_least_price(
     assert sum(map(cost, by_cost)) <= min(sum(map(cost, plain)), sum(map(cost, leaves)))
 
 
+@pytest.mark.parametrize(
+    ("prices", "spans"),
+    [
+        ({1: 3, 2: 5, 4: 9, 8: 17}, [8]),
+        ({1: 1, 2: 2, 4: 4, 8: 8}, [8]),  # at the same price the fewest
+        ({1: 1, 2: 9, 4: 3, 8: 9}, [4, 4]),
+        ({1: 1, 2: 9, 4: 9, 8: 9}, [1] * 8),
+        ({1: 9, 2: 1, 4: 9, 8: 5}, [2] * 4),
+        ({1: 2, 2: 3, 4: 9, 8: 12}, [8]),
+        ({1: 2, 2: 3, 4: 9, 8: 13}, [2] * 4),
+    ],
+)
+def test_a_cover_by_cost_splits_where_that_is_cheaper_and_nowhere_else(
+    prices: dict[int, int], spans: list[int]
+) -> None:
+    tree = CircularSegmentTree(8, Counting(), "")
+    for step in range(8):
+        tree.append(letter(step))
+    cover = tree.cover(0, 8, lambda value: prices[value.count("<")])
+    assert [value.count("<") for value in cover] == spans
+    assert "".join(cover) == tree.query(0, 8)
+
+
+def test_a_cover_by_cost_is_split_on_both_sides_of_the_wrap_around() -> None:
+    tree = CircularSegmentTree(8, Counting(), "")
+    for step in range(12):
+        tree.append(letter(step))
+    assert len(tree.cover(4, 12)) == 2
+    assert tree.cover(4, 12, lambda value: value.count("<") ** 2) == [letter(step) for step in range(4, 12)]
+
+
+def test_the_steps_that_are_asked_for_and_those_that_are_held_are_named() -> None:
+    tree = CircularSegmentTree(3, Counting(), "", start=10)
+    for step in range(5):
+        tree.append(letter(step))
+    with pytest.raises(WindowError, match=r"^steps 11 … 13 were asked for, but 12 … 14 are held$"):
+        tree.query(11, 14)
+    with pytest.raises(WindowError, match=r"^steps 13 … 15 were asked for, but 12 … 14 are held$"):
+        tree.query(13, 16)
+    with pytest.raises(WindowError, match=r"^the range 14 … 13 is reversed$"):
+        tree.query(14, 13)
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 5, 8])
+def test_what_is_kept_is_asked_for_with_its_place_and_its_span(capacity: int) -> None:
+    """A place is a node of its own, and what is put there spans as many steps each time."""
+    asked: list[tuple[int, int, str]] = []
+
+    def keep(node: int, span: int, value: str) -> str:
+        asked.append((node, span, value))
+        return value.upper()
+
+    tree = CircularSegmentTree(capacity, lambda a, b: a + b, "", keep=keep)
+    for step in range(3 * capacity):
+        tree.append("abcdefghijklmnopqrstuvwxyz"[step])
+        tree.query(tree.oldest, tree.stop)
+    assert all(span == len(value) for _, span, value in asked)
+    spans: dict[int, set[int]] = {}
+    for node, span, _ in asked:
+        spans.setdefault(node, set()).add(span)
+    assert sorted(spans) == list(range(2 * capacity - 1))
+    assert spans[0] == {capacity}
+    assert all(len(own) == 1 for own in spans.values())
+    assert tree.query(tree.oldest, tree.stop).isupper()  # what is kept is what is used
+
+
 @given(st.integers(1, 300))
 def test_a_query_takes_logarithmically_many_combines(capacity: int) -> None:
     combine = Counting()

@@ -96,6 +96,20 @@ def test_identity_is_neutral_on_both_sides(items: list[Transition]) -> None:
             assert torch.equal(actual, expected)
 
 
+def test_the_identity_is_of_no_rows_and_no_columns() -> None:
+    none = identity(3, 4, 2, torch.empty(0, dtype=torch.float32, device="meta"))
+    for index in (none.rows, none.cols):
+        assert index is not None
+        assert (tuple(index.shape), index.dtype, index.device.type) == ((3, 0), torch.int64, "meta")
+    assert (tuple(none.jacobian.shape), none.jacobian.dtype, none.jacobian.device.type) == (
+        (3, 0, 0),
+        torch.float32,
+        "meta",
+    )
+    assert (tuple(none.adjoint.shape), none.adjoint.dtype, none.adjoint.device.type) == ((3, 0), torch.float32, "meta")
+    assert (none.n, none.width, none.apply_macs) == (4, 2, 0)
+
+
 def test_the_monoid_is_not_commutative() -> None:
     """The control of every order test: swapped factors must be told apart."""
     a, b = (Transition(None, None, normal(s, 1, 2, 2), normal(s + 9, 1, 2), 2, 1) for s in (1, 2))
@@ -118,6 +132,29 @@ def test_composition_stays_row_sparse(items: list[Transition]) -> None:
             assert all(len(set(own)) == len(own) for own in index.tolist())
     if product.rows is not None and product.cols is not None:
         assert all(set(r) <= set(c) for r, c in zip(product.rows.tolist(), product.cols.tolist(), strict=True))
+
+
+def test_composition_takes_no_more_rows_and_columns_than_it_must() -> None:
+    """Those of either element, and of the sample that has most of them."""
+
+    def sparse(rows: list[list[int]], cols: list[list[int]]) -> Transition:
+        return Transition(
+            torch.tensor(rows),
+            torch.tensor(cols),
+            normal(1, 2, len(rows[0]), len(cols[0])),
+            normal(2, 2, len(cols[0])),
+            5,
+            1,
+        )
+
+    product = compose(sparse([[0], [0]], [[0, 1], [0, 1]]), sparse([[1], [0]], [[1, 2], [0, 1]]))
+    assert product.rows is not None
+    assert product.cols is not None
+    assert set(product.rows[0].tolist()) == {0, 1}
+    assert set(product.cols[0].tolist()) == {0, 1, 2}
+    assert product.rows.shape == (2, 2)
+    assert product.cols.shape == (2, 3)
+    assert product.apply_macs == 2 * 3
 
 
 @given(elements(count=1), seeds, st.data())

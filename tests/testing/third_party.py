@@ -125,7 +125,7 @@ def backpropagation(cell: Any, xs: torch.Tensor, loss_fn: Any) -> dict[str, torc
         y, h = cell(x, h)[:2]
         loss = loss_fn(t, y)
         total = total if loss is None else total + loss
-    parameters = dict(cell.named_parameters())
+    parameters = {name: p for name, p in cell.named_parameters() if p.requires_grad}
     if not total.requires_grad:
         return {name: torch.zeros_like(p) for name, p in parameters.items()}
     found = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
