@@ -1,5 +1,6 @@
 """States of several tensors, packed into the one tensor that a cell's state is."""
 
+from abc import ABC, abstractmethod
 from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
@@ -76,7 +77,7 @@ class Packing:
         return refill([h[:, low:high].reshape(h.shape[0], *shape) for shape, (low, high) in pairs])
 
 
-class PackedCell(nn.Module):
+class PackedCell(nn.Module, ABC):
     """What cells with a packed state (B, N) share: ``readout`` maps what ``cell`` gives to y. Made by ``from_torch``.
 
     A subclass says what the first state is (``_first``), as a tree of tensors (B, ...).
@@ -89,8 +90,9 @@ class PackedCell(nn.Module):
         super().__init__()
         self.cell, self.readout = cell, readout
 
+    @abstractmethod
     def _first(self, batch_size: int) -> Any:
-        raise NotImplementedError
+        """The first state, a tree."""
 
     def init_state(self, batch_size: int) -> Tensor:
         """The first state (batch_size, N).

@@ -23,7 +23,7 @@ from rtrl.testing.spec import LearnerSpec
 from rtrl.testing.streams import Stream
 
 _SINGLE = 1e-3  # float32 against float64, relative: that it is the same gradient, not how well it is rounded
-_MEMORY_STEPS = 120
+_MEMORY_STEPS = 56
 
 
 @check("interface")

@@ -10,7 +10,7 @@ from torch import Tensor
 from rtrl import _tree
 from rtrl.testing import streams
 from rtrl.testing._judge import compare, gradient_failures, influence_failures
-from rtrl.testing._registry import NotJudged, Subject, check
+from rtrl.testing._registry import Check, NotJudged, Subject, check
 from rtrl.testing._walk import deliver, start, take_step, walk
 from rtrl.testing.laws import Unbiased
 from rtrl.testing.report import Found
@@ -28,9 +28,27 @@ def _at(loss: Loss, wanted: Callable[[int], bool]) -> Loss:
     return chosen
 
 
-@check("dense cell")
-def _dense(subject: Subject) -> Iterator[Found]:
-    yield from subject.wrong(subject.standard(streams.dense_stream(subject.seed)))
+def _walks(make: Callable[[int], Stream], sparse: bool) -> Check:
+    """A check that walks one stream of the checks' own."""
+    return lambda subject: subject.wrong(subject.standard(make(subject.seed), sparse=sparse))
+
+
+def _everything_now_and_then(seed: int) -> Stream:
+    return streams.scheduled_stream(seed, largest=9.0)
+
+
+for _name, _make, _sparse in (
+    ("dense cell", streams.dense_stream, False),
+    ("unusual parameters", streams.unusual_stream, False),
+    ("shared parameters", streams.shared_stream, False),
+    ("partly trained", streams.frozen_stream, False),
+    ("layers", streams.layered_stream, False),
+    ("sparse rows", streams.scheduled_stream, True),
+    ("everything declared now and then", _everything_now_and_then, True),
+    ("sleeping slices", streams.sleeping_stream, True),
+    ("near ties", streams.near_tie_stream, True),
+):
+    check(_name)(_walks(_make, _sparse))
 
 
 @check("long stream")
@@ -51,51 +69,12 @@ def _long(subject: Subject) -> Iterator[Found]:
     yield from subject.wrong(replace(stream, loss=lambda t, y: every(9, y) if t == stream.steps - 1 else every(t, y)))
 
 
-@check("unusual parameters")
-def _unusual(subject: Subject) -> Iterator[Found]:
-    yield from subject.wrong(subject.standard(streams.unusual_stream(subject.seed)))
-
-
-@check("shared parameters")
-def _shared(subject: Subject) -> Iterator[Found]:
-    yield from subject.wrong(subject.standard(streams.shared_stream(subject.seed)))
-
-
-@check("partly trained")
-def _frozen(subject: Subject) -> Iterator[Found]:
-    yield from subject.wrong(subject.standard(streams.frozen_stream(subject.seed)))
-
-
-@check("layers")
-def _layers(subject: Subject) -> Iterator[Found]:
-    yield from subject.wrong(subject.standard(streams.layered_stream(subject.seed)))
-
-
-@check("sparse rows")
-def _sparse(subject: Subject) -> Iterator[Found]:
-    yield from subject.wrong(subject.standard(streams.scheduled_stream(subject.seed), sparse=True))
-
-
-@check("everything declared now and then")
-def _declared(subject: Subject) -> Iterator[Found]:
-    yield from subject.wrong(subject.standard(streams.scheduled_stream(subject.seed, largest=9.0), sparse=True))
-
-
-@check("sleeping slices")
-def _sleeping(subject: Subject) -> Iterator[Found]:
-    yield from subject.wrong(subject.standard(streams.sleeping_stream(subject.seed), sparse=True))
-
-
 @check("long sleep")
 def _long_sleep(subject: Subject) -> Iterator[Found]:
+    """A hundred and fifty steps of sleep."""
     if subject.spec.law.steps is not None and subject.spec.law.steps <= _SHORT:
         raise NotJudged("because the law covers short streams alone")
     yield from subject.wrong(subject.standard(streams.long_sleep_stream(subject.seed), sparse=True))
-
-
-@check("near ties")
-def _near_ties(subject: Subject) -> Iterator[Found]:
-    yield from subject.wrong(subject.standard(streams.near_tie_stream(subject.seed), sparse=True))
 
 
 @check("own streams")
