@@ -15,6 +15,7 @@ import oracles
 import rtrl.testing
 from rtrl.baselines import TBPTT
 from rtrl.testing import CheckFailed, LearnerSpec, Report, Stream, check_learner, learner_checks
+from rtrl.testing._judge import compare
 from rtrl.testing.streams import dense_stream, sleeping_stream
 
 
@@ -215,3 +216,27 @@ def test_different_seeds_draw_different_streams() -> None:
     assert not torch.equal(dense_stream(0).xs, dense_stream(1).xs)
     assert torch.equal(sleeping_stream(2).xs, sleeping_stream(2).xs)
     assert rtrl.testing.check_learner(rtrl.BlockRTRL, checks=["dense cell"], seed=7).seed == 7
+
+
+@pytest.mark.parametrize(("error", "passes"), [(1e-13, True), (1e-9, False)])
+@pytest.mark.parametrize("name", ["recurrent", "inward.bias"])
+def test_the_tolerance_is_rounding_error_of_each_parameter(name: str, error: float, passes: bool) -> None:
+    def nearly(cell: Any, xs: Tensor, loss: Any) -> dict[str, Tensor]:
+        found = third_party.backpropagation(cell, xs, loss)
+        row = found[name].reshape(len(found[name]), -1)[1]
+        row[0] += error * row.abs().max()
+        return found
+
+    report = report_of(LearnerSpec(gradients=nearly), "dense cell")
+    assert report.passed == passes
+    assert passes or report.failures[0].where.startswith(f"parameter {name}[1")
+
+
+def test_a_small_slice_is_held_to_its_own_scale() -> None:
+    expected = {"weight": torch.tensor([[1.0, 2.0], [1e-3, 3e-3]], dtype=torch.float64)}
+    for error, equal in ((1e-14, True), (1e-12, False)):
+        found = {"weight": expected["weight"] + error * torch.tensor([[0.0, 0.0], [1.0, 0.0]])}
+        assert (compare(found, expected) is None) == equal
+    wrong = compare({"weight": expected["weight"] * torch.nan}, expected)
+    assert wrong is not None
+    assert (wrong.where, wrong.found, wrong.expected) == ("parameter weight[0, 0]", "nan", "1")

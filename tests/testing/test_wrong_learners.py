@@ -10,7 +10,7 @@ import torch
 from third_party import Textbook
 from torch import Tensor
 
-from rtrl.baselines import TBPTT
+from rtrl.baselines import TBPTT, DenseRTRL
 from rtrl.testing import ExactWithin, LearnerSpec, check_learner
 
 
@@ -88,11 +88,12 @@ class SavedAliases(Whole):
         return {"h": self.h, "S": self.influence, "earned": self.earned}
 
     def step(self, x: Any) -> Any:
-        before = self.influence
+        held = self.influence
         y = super().step(x)
-        for old, new in zip(before, self.influence, strict=True):
-            old.copy_(new)
-        self.met = [s.clone() for s in self.met]
+        self.met = [s.clone() for s in held]
+        for old, new in zip(held, self.influence, strict=True):
+            old.copy_(new)  # in place, and so in what was saved
+        self.influence = held
         return y
 
 
@@ -235,7 +236,39 @@ class NeedsContiguous(Whole):
         return super().step(x.view(-1).view(x.shape))
 
 
-Case = tuple[type[Whole], str]
+class StaleInfluence(DenseRTRL):
+    """The newest step is missing."""
+
+    def influence(self, name: str) -> Tensor:
+        return self._by_name(self._dense())[name].clone()
+
+
+class InfluenceHarms(DenseRTRL):
+    def influence(self, name: str) -> Tensor:
+        found = super().influence(name)
+        self._carried = tuple(torch.zeros_like(value) for value in self._carried)
+        return found
+
+
+class InfluenceAfterReset(DenseRTRL):
+    """Wrong once a sample has started anew."""
+
+    wrong = False
+
+    def reset(self, rows: Tensor | None = None, *, state: Tensor | None = None) -> None:
+        self.wrong = True
+        super().reset(rows, state=state)
+
+    def influence(self, name: str) -> Tensor:
+        return super().influence(name) * (2 if self.wrong else 1)
+
+
+class InfluenceFromTheStart(DenseRTRL):
+    def influence(self, name: str) -> Tensor:
+        return super().influence(name) + (self.steps_taken == 0)
+
+
+Case = tuple[type[Whole] | type[DenseRTRL], str]
 WRONG: list[Case] = [
     (FirstRowOnly, "resets of many"),
     (AllRowsKeepInfluence, "resets of many"),
@@ -260,18 +293,27 @@ WRONG: list[Case] = [
     (SetsTheDtype, "the cell is left alone"),
     (Draws, "the cell is left alone"),
     (NeedsAStep, "interface"),
+    (StaleInfluence, "influence"),
+    (InfluenceHarms, "influence"),
+    (InfluenceAfterReset, "influence"),
+    (InfluenceFromTheStart, "influence"),
     (InputIsKept, "odd inputs"),
     (NeedsContiguous, "odd inputs"),
 ]
 
 
 @pytest.mark.parametrize(("make", "check"), WRONG, ids=[make.__name__ for make, _ in WRONG])
-def test_a_wrong_learner_is_refused(make: type[Whole], check: str) -> None:
+def test_a_wrong_learner_is_refused(make: type[Whole] | type[DenseRTRL], check: str) -> None:
     spec = LearnerSpec(make, constant_memory=True)
     assert check in {failure.check for failure in check_learner(spec, checks=[check], on_fail="return").failures}
 
 
-@pytest.mark.parametrize("check", sorted({check for _, check in WRONG}))
+def test_what_a_learner_sets_is_set_back() -> None:
+    check_learner(SetsTheDtype, checks=["dense cell"])
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("check", sorted({check for make, check in WRONG if issubclass(make, Whole)}))
 def test_the_right_one_passes(check: str) -> None:
     report = check_learner(LearnerSpec(Whole, constant_memory=True), checks=[check])
     assert report.checks == [check]
