@@ -66,7 +66,7 @@ def main() -> int:
     print(*(f"\nequivalent, {kind}: {n} ({listed[kind]['why']})" for kind, n in by_reason.items()), sep="")
     if "--survivors" in sys.argv:
         print("", *left, sep="\n")
-    stale = [key for key in reasons if not seen[key] - set(DEAD) - {"not checked"}]
+    stale = [key for key in reasons if seen[key] <= set(DEAD)]
     for key in stale:
         print(f"stale: {key} {'is killed' if seen[key] else 'is no mutant'}")
     if not total or total["not run"]:
