@@ -30,7 +30,13 @@ def _at(loss: Loss, wanted: Callable[[int], bool]) -> Loss:
 
 def _walks(make: Callable[[int], Stream], sparse: bool) -> Check:
     """A check that walks one stream of the checks' own."""
-    return lambda subject: subject.wrong(subject.standard(make(subject.seed), sparse=sparse))
+
+    def walked(subject: Subject) -> Iterator[Found]:
+        for found in subject.wrong(subject.standard(make(subject.seed), sparse=sparse)):
+            hint = " (a learner of cells that return (y, h_next) alone says so: sparse=False)"
+            yield found._replace(message=found.message + hint) if sparse and " raised " in found.message else found
+
+    return walked
 
 
 def _everything_now_and_then(seed: int) -> Stream:

@@ -13,7 +13,7 @@ def learner_checks() -> list[str]:
     """The names of all checks, in the order in which they are run.
 
     >>> learner_checks()[:3]
-    ['interface', 'dense cell', 'long stream']
+    ['interface', 'dense cell', 'unusual parameters']
     """
     return sorted(CHECKS, key=lambda name: (name != "interface", _MODULES.index(CHECKS[name].__module__)))
 

@@ -353,3 +353,17 @@ def test_whatever_a_function_returns_is_a_failure(found: Any) -> None:
     assert not check_learner(
         spec, checks=["interface", "dense cell", "the cell is left alone"], on_fail="return"
     ).passed
+
+
+class TwoItemsOnly(Textbook):
+    def step(self, x: Any) -> Any:
+        y, _ = self.cell(x, self.h)
+        return super().step(x) if y is not None else y
+
+
+def test_a_learner_of_dense_cells_hears_how_to_say_so() -> None:
+    (failure,) = check_learner(TwoItemsOnly, checks=["sleeping slices"], on_fail="return").failures
+    assert "sparse=False" in failure.message
+    dense = check_learner(LearnerSpec(TwoItemsOnly, sparse=False), checks=["dense cell", "sleeping slices"])
+    assert dense.checks == ["dense cell"]
+    assert "sparse=False" in dense.skipped["sleeping slices"]
