@@ -142,11 +142,13 @@ def _scaled(loss: Loss, factor: float) -> Loss:
 
 @check("odd inputs")
 def _odd_inputs(subject: Subject) -> Iterator[Found]:
-    """x is a view, and is overwritten when the step's losses are given, as a loop with one buffer does."""
+    """x is a view; where the spec allows it, it is overwritten when the step's losses are given, as by a loop with one
+    buffer."""
     subject.needs_learner()
+    overwritten = subject.spec.copies_inputs
+    treatment = "x not contiguous" + (", and overwritten after the step" if overwritten else "")
     for stream in subject.streams():
-        treatment = "x not contiguous, and overwritten after the step"
-        yield from subject.wrong(replace(stream, overwritten=True), treatment, stream)
+        yield from subject.wrong(replace(stream, scattered=True, overwritten=overwritten), treatment, stream)
 
 
 @check("plain backward")

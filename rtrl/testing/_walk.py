@@ -83,7 +83,7 @@ def take_step(learner: Any, cell: nn.Module, stream: Stream, t: int, outputs: li
         if stream.resets is not None and (bool(stream.resets[t].any()) or t % 5 == 4):  # now and then nobody
             learner.reset(stream.resets[t].clone())
         doing = "step"
-        x = _scattered(stream.xs[t]) if stream.overwritten else stream.xs[t].clone()
+        x = _scattered(stream.xs[t]) if stream.scattered else stream.xs[t].clone()
         y = learner.step(x)
         for weight in [0.7] * (stream.pieces > 1) + [0.3 if stream.pieces > 1 else 1.0]:
             doing = "the loss of this y"

@@ -48,6 +48,7 @@ class LearnerSpec:
         sparse: False for a learner of cells that return ``(y, h_next)`` alone.
         constant_memory: whether the bytes it holds must not grow with the number of steps.
         plain_backward: whether a loss may be given by its own ``backward()`` in place of the learner's.
+        copies_inputs: whether x may be overwritten once the losses of its step are given.
 
     Raises:
         ConfigError: something is of the wrong kind, or both or neither of the two forms is given. What
@@ -68,6 +69,7 @@ class LearnerSpec:
     sparse: bool = True
     constant_memory: bool = False
     plain_backward: bool = False
+    copies_inputs: bool = False
 
     def __post_init__(self) -> None:
         made = self.make_learner if self.gradients is None else self.gradients
@@ -89,6 +91,7 @@ class LearnerSpec:
             ("sparse", self.sparse),
             ("constant_memory", self.constant_memory),
             ("plain_backward", self.plain_backward),
+            ("copies_inputs", self.copies_inputs),
         ):
             if not isinstance(flag, bool):
                 raise ConfigError(f"{what} must be True or False, got {flag!r}")

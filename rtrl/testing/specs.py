@@ -25,6 +25,8 @@ def _x(learner: Any, fill: float = 0.0, batch: int | None = None) -> torch.Tenso
     return torch.full((learner.batch_size if batch is None else batch, width), fill, dtype=torch.float64)
 
 
+PROMISES: dict[str, Any] = {"constant_memory": True, "plain_backward": True, "copies_inputs": True}
+
 ERRORS = [
     ErrorInput("another batch", lambda learner: learner.step(_x(learner, batch=7)), errors.ShapeError, "batch of"),
     ErrorInput("float32 x", lambda learner: learner.step(_x(learner).float()), errors.ShapeError, "float32"),
@@ -52,7 +54,7 @@ def _uoro(cell: nn.Module, batch_size: int) -> UORO:
 def _block(**options: Any) -> LearnerSpec:
     words = ", ".join(f"{name}={value}" for name, value in options.items())
     make = functools.partial(rtrl.BlockRTRL, **options)
-    return LearnerSpec(make, name=f"BlockRTRL({words})", errors=ERRORS, constant_memory=True, plain_backward=True)
+    return LearnerSpec(make, name=f"BlockRTRL({words})", errors=ERRORS, **PROMISES)
 
 
 BLOCK_RTRL = [
@@ -63,54 +65,54 @@ BLOCK_RTRL = [
 ]
 
 BASELINES = [
-    LearnerSpec(BPTT, errors=ERRORS, plain_backward=True),
+    LearnerSpec(BPTT, errors=ERRORS, plain_backward=True, copies_inputs=True),
     LearnerSpec(
         functools.partial(TBPTT, horizon=3),
         law=Truncated(3),
         name="TBPTT(3), sliding",
         errors=ERRORS,
-        constant_memory=True, plain_backward=True,
+        **PROMISES,
     ),
     LearnerSpec(
         functools.partial(TBPTT, horizon=3, sliding=False),
         law=Truncated(3, sliding=False),
         name="TBPTT(3), in chunks",
         errors=ERRORS,
-        constant_memory=True, plain_backward=True,
+        **PROMISES,
     ),
     LearnerSpec(
         functools.partial(TBPTT, horizon=5),
         law=ExactWithin(5),
         name="TBPTT(5) within 5 steps",
     ),
-    LearnerSpec(DenseRTRL, errors=ERRORS, constant_memory=True, plain_backward=True),
+    LearnerSpec(DenseRTRL, errors=ERRORS, **PROMISES),
     LearnerSpec(
         functools.partial(SnAp, order=1), law=Masked(), name="SnAp-1", streams=_ring(), errors=ERRORS,
-        constant_memory=True, plain_backward=True,
+        **PROMISES,
     ),
     LearnerSpec(
         functools.partial(SnAp, order=2), law=Masked(), name="SnAp-2", streams=_ring(), errors=ERRORS,
-        constant_memory=True, plain_backward=True,
+        **PROMISES,
     ),
     LearnerSpec(functools.partial(SnAp, order=3), law=ExactWithin(3), name="SnAp-3 within 3 steps"),
     LearnerSpec(
         functools.partial(SnAp, order=4), law=Exact(scope="order ≥ H"), name="SnAp-4 of 4 units", streams=_ring()
     ),
-    LearnerSpec(_uoro, law=Unbiased(), name="UORO", sparse=False, constant_memory=True, plain_backward=True),
+    LearnerSpec(_uoro, law=Unbiased(), name="UORO", sparse=False, **PROMISES),
     LearnerSpec(
         functools.partial(RFLO, leak=0.3),
         law=Exact(scope="the dynamics Jacobian is (1 − leak) I"),
         name="RFLO(0.3)",
         streams=_leaky(0.3),
         errors=ERRORS,
-        constant_memory=True, plain_backward=True,
+        **PROMISES,
     ),
     LearnerSpec(
         DiagonalRTRL,
         law=Exact(scope="the dynamics Jacobian is diagonal"),
         streams=_leaky(None),
         errors=ERRORS,
-        constant_memory=True, plain_backward=True,
+        **PROMISES,
     ),
 ]  # fmt: skip
 

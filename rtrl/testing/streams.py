@@ -44,8 +44,8 @@ class Stream:
         syncs: the steps after which ``sync`` is called, besides the end.
         resets: Boolean (T, B): the samples that start anew before a step. offsets: a dict of constants a step, by which
             the parameters differ from the cell's. pieces: into how many losses each loss is split.
-        overwritten: whether each x is a view that is not contiguous, and is overwritten once the step's losses are
-            given. plain: whether losses are given by their own ``backward()``.
+        scattered: whether each x is a view that is not contiguous. overwritten: whether it is overwritten once the
+            step's losses are given. plain: whether losses are given by their own ``backward()``.
 
     Raises:
         ConfigError: xs is no float64 tensor (T, B, ...), the cell is not in float64 or has no ``init_state``, or resets
@@ -66,6 +66,7 @@ class Stream:
     resets: Tensor | None = None
     offsets: Sequence[Mapping[str, Tensor]] | None = None
     pieces: int = 1
+    scattered: bool = False
     overwritten: bool = False
     plain: bool = False
 

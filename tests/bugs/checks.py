@@ -17,7 +17,7 @@ import oracles
 import rtrl
 from rtrl.errors import CellError, ParameterChangedError, SparsityError
 from rtrl.testing import LearnerSpec, cell_checks, check_cell, check_learner, learner_checks
-from rtrl.testing.specs import ERRORS
+from rtrl.testing.specs import ERRORS, PROMISES
 from rtrl.testing.streams import dense_stream, scheduled_stream
 
 Check = Callable[[], None]
@@ -31,9 +31,7 @@ def learner_check(name: str) -> None:
     """A check of a user's, on BlockRTRL with blocks shorter and windows narrower than the streams."""
     make = functools.partial(rtrl.BlockRTRL, block=3, window=3)
     streams = [dense_stream(0)] if name == "own streams" else []
-    spec = LearnerSpec(
-        make, name="BlockRTRL", streams=streams, errors=ERRORS, constant_memory=True, plain_backward=True
-    )
+    spec = LearnerSpec(make, name="BlockRTRL", streams=streams, errors=ERRORS, **PROMISES)
     report = check_learner(spec, checks=[name])
     assert report.checks == [name], f"not judged: {report.skipped}"
 

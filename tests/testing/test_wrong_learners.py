@@ -304,8 +304,12 @@ WRONG: list[Case] = [
 
 @pytest.mark.parametrize(("make", "check"), WRONG, ids=[make.__name__ for make, _ in WRONG])
 def test_a_wrong_learner_is_refused(make: type[Whole] | type[DenseRTRL], check: str) -> None:
-    spec = LearnerSpec(make, constant_memory=True)
+    spec = LearnerSpec(make, constant_memory=True, copies_inputs=True)
     assert check in {failure.check for failure in check_learner(spec, checks=[check], on_fail="return").failures}
+
+
+def test_a_learner_may_keep_its_inputs_unless_it_promises_not_to() -> None:
+    assert check_learner(InputIsKept, checks=["odd inputs"]).passed
 
 
 def test_what_a_learner_sets_is_set_back() -> None:
@@ -315,7 +319,7 @@ def test_what_a_learner_sets_is_set_back() -> None:
 
 @pytest.mark.parametrize("check", sorted({check for make, check in WRONG if issubclass(make, Whole)}))
 def test_the_right_one_passes(check: str) -> None:
-    report = check_learner(LearnerSpec(Whole, constant_memory=True), checks=[check])
+    report = check_learner(LearnerSpec(Whole, constant_memory=True, copies_inputs=True), checks=[check])
     assert report.checks == [check]
 
 
