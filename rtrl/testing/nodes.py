@@ -11,7 +11,7 @@ from rtrl.testing._check_cell import check_cell
 from rtrl.testing._check_learner import check_learner
 from rtrl.testing.cell_checks import cell_checks
 from rtrl.testing.learner_checks import learner_checks
-from rtrl.testing.report import CheckFailed, Report, check_expected
+from rtrl.testing.report import CheckFailed, Report, check_expected, stale
 from rtrl.testing.spec import CellSpec, LearnerSpec
 
 Spec = LearnerSpec | CellSpec
@@ -50,8 +50,11 @@ class BoundCheck:
 
         Raises:
             CheckFailed: it failed. unittest.SkipTest: it does not apply, which pytest reports as skipped.
+            ConfigError: it was expected to fail, but does not apply.
         """
         report = self.report()
+        if self.name in report.skipped and self.reason is not None:
+            raise ConfigError(f"{self.spec.name}: {self.name} {stale(self.reason, 'it is not judged')}")
         if self.name in report.skipped:
             raise unittest.SkipTest(f"not judged, {report.skipped[self.name]}")
         report.raise_for_failures()

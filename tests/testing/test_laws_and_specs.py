@@ -303,6 +303,13 @@ def test_bound_checks_are_run_one_by_one() -> None:
     checks["no loss at all"]()
 
 
+def test_an_expected_failure_that_is_not_judged_is_no_skip() -> None:
+    (check,) = [c for c in bound_checks([with_expected({"dense cell": "why not"})]) if c.name == "dense cell"]
+    with pytest.raises((ConfigError, unittest.SkipTest), match="but it is not judged; take it out") as caught:
+        check()
+    assert caught.type is ConfigError
+
+
 def test_bound_checks_of_a_cell_share_one_run() -> None:
     made = []
 

@@ -33,6 +33,7 @@ good = LearnerSpec(third_party.textbook, name="good", **few)
 bad = LearnerSpec(third_party.cut_at_borders, name="bad", **few)
 known = LearnerSpec(third_party.cut_at_borders, name="declared", expected_failures={"own streams": "truncated"}, **few)
 stale = LearnerSpec(third_party.textbook, name="stale", expected_failures={"own streams": "once wrong"}, **few)
+unjudged = LearnerSpec(third_party.textbook, name="unjudged", expected_failures={"sleeping slices": "no"}, **few)
 unknown = LearnerSpec(third_party.textbook, name="unknown", expected_failures={"own stream": "misspelt"}, **few)
 both = [good, bad]
 nothing = []
@@ -244,6 +245,7 @@ def test_the_plugin_runs_a_spec_without_a_test_file(folder: Path) -> None:
         (["--rtrl-spec=mine:good", "-k", "sleeping"], 5, "skipped"),
         (["--rtrl-spec=mine:stale", "-k", "own"], 1, "once wrong"),
         (["--rtrl-spec=mine:known", "-k", "own"], 0, "1 xfailed"),
+        (["--rtrl-spec=mine:unjudged", "-k", "sleeping"], 1, "but it is not judged"),
         (["--rtrl-spec=mine:strange", "--rtrl-spec=mine:functions", "-k", "own"], 0, "1 passed"),
     ],
 )
