@@ -48,8 +48,10 @@ def concatenate(trees: Sequence[Any]) -> Any:
 
 
 def interleave(trees: Sequence[Any]) -> Any:
-    """Join trees of one signature, m of them with dimension 0 of size B, into one with B·m there: sample by sample, each
-    sample's m leaves after one another."""
+    """Join m trees of one signature, with dimension 0 of size B, into one with B·m there: each sample's m leaves stand
+    after one another."""
+    if isinstance(trees[0], Tensor):  # the usual case, without a walk
+        return torch.stack(list(trees), dim=1).flatten(0, 1)
     flats, specs = zip(*(pytree.tree_flatten(tree) for tree in trees), strict=True)
     joined = [
         torch.stack(column, dim=1).flatten(0, 1) if isinstance(column[0], Tensor) else column[0]

@@ -63,7 +63,7 @@ class WholeBirth:
             return
         for start, stop in _spans(m, size * k * length * r * o):
             reach = self.reach[:, start:stop, :-1]
-            at = slice(None)
+            at: Tensor | slice = slice(None)
             if stop - start < m:
                 at = slice(start, stop) if size == 1 else _places(size, m, start, stop, reach.device)
             left = self.response.left(reach.flatten(0, 1), at)  # (B·span, K, L, R, O)
@@ -81,7 +81,9 @@ class WholeBirth:
         """Slices picked from a parameter that is kept whole."""
         size, slices, k = self.reach.shape[0], self.slices[name], index.shape[1]
         r = left.shape[3]
-        owner = torch.arange(size, device=left.device).repeat_interleave(index.shape[0] // size)[:, None] * slices + index
+        owner = (
+            torch.arange(size, device=left.device).repeat_interleave(index.shape[0] // size)[:, None] * slices + index
+        )
         used, place = owner.flatten().unique(return_inverse=True)
         if right is not None:
             right = right.expand(-1, k, -1, -1).flatten(0, 1)
@@ -157,14 +159,14 @@ class SlicedBirth:
         return use.inputs[at, 0]
 
 
-def births(group: Linearization, reach: Tensor, keys: Mapping[str, Tensor], slices: Mapping[str, int]) -> list[
-    WholeBirth | SlicedBirth
-]:
+def births(
+    group: Linearization, reach: Tensor, keys: Mapping[str, Tensor], slices: Mapping[str, int]
+) -> list[WholeBirth | SlicedBirth]:
     """What the taps of a group give birth to.
 
     Args:
         reach: (B, m, R + 1, W), see ``rtrl.sweep``.
-        keys: for each parameter kept slice by slice, ascending ``sample · slices + slice`` of those active in the block.
+        keys: for each parameter kept slice by slice, ascending ``sample · slices + slice`` of what the block used.
         slices: parameter name → size of its first dimension.
 
     Raises:
@@ -172,10 +174,10 @@ def births(group: Linearization, reach: Tensor, keys: Mapping[str, Tensor], slic
     """
     size, m = reach.shape[:2]
     found: list[WholeBirth | SlicedBirth] = []
-    shared: dict[tuple[int, ...], list[LinearTap]] = {}
+    shared: dict[int, list[LinearTap]] = {}  # by what they share: z
     for tap in group.taps:
         if tap.response is not None and tap.tap.name not in group.general:
-            shared.setdefault(_form(tap), []).append(tap)
+            shared.setdefault(id(tap.response), []).append(tap)
     for taps in shared.values():
         whole = [tap for tap in taps if tap.tap.name not in keys]
         if whole:
@@ -215,11 +217,11 @@ def _sliced(
 
 
 def _used(group: Linearization, tap: LinearTap, slices: int, lead: tuple[int, int]) -> Tensor:
-    """The slices that a use touches, (N, k). Where it takes the whole parameter, those declared active; refuse others."""
+    """The slices that a use touches, (N, k); where it takes the whole parameter, those declared active, no others."""
     use = tap.tap
     if use.index is not None:
         return use.index
-    index = active(group, use.name, slices, lead[0], group_device(tap)).flatten(0, 1)
+    index = active(group, use.name, slices, lead[0], use.output.device).flatten(0, 1)
     if use.transposed and use.inputs is None:
         raise SparsityError(f"parameter {use.name!r} has no slices along its first dimension")
     values = use.inputs if use.transposed else tap.response.values if isinstance(tap.response, DenseResponse) else None
@@ -242,25 +244,16 @@ def active(group: Linearization, name: str, slices: int, size: int, device: torc
     return torch.arange(slices, device=device).expand(size, len(group.times), -1)
 
 
-def group_device(tap: LinearTap) -> torch.device:
-    """Where a tap's tensors are."""
-    return tap.tap.output.device
-
-
 def may_overflow(birth: WholeBirth | SlicedBirth) -> bool:
     """Whether a bound, from the largest factors, leaves it open that a sum overflows; NaN leaves it open, too."""
     reach = birth.reach
     kind = torch.finfo(reach.dtype)
-    size, m, _, w = reach.shape
+    m, w = reach.shape[1], reach.shape[3]
     k, length, _ = birth.taps[0].tap.shape
     inputs = [largest(tap.tap.inputs) for tap in birth.taps if tap.tap.inputs is not None]
     factors = torch.stack([largest(reach), birth.response.largest(), *inputs]).tolist()
     bound = float(m * k * length * w) * factors[0] * factors[1] * max([1.0, *factors[2:]])
     return not bound < kind.max / 16
-
-
-def _form(tap: LinearTap) -> tuple[int, ...]:
-    return (id(tap.response),)
 
 
 def _ones(rows: Tensor) -> Tensor:

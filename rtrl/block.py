@@ -29,8 +29,8 @@ class BlockResult:
 
     Attributes:
         transition: the whole block as one element.
-        keys: parameter name → LongTensor (R,), ascending: ``sample · slices + slice`` of every slice that was active for
-            a sample in the block.
+        keys: parameter name → LongTensor (R,), ascending: ``sample · slices + slice`` of every slice that was active
+            for a sample in the block.
         births: what is born through linear maps.
         dense: parameter name → (R, u·width, p), what is born in other ways.
         gradient: parameter name → gradient earned inside the block, shaped like the parameter; without ``v S_0``.
@@ -104,7 +104,9 @@ def close_block(
     return BlockResult(swept.transition, keys, born, dense, gradient)
 
 
-def overflowing(result: BlockResult, state: Tensor, parameters: Mapping[str, Tensor], sliced: Sequence[str]) -> str | None:
+def overflowing(
+    result: BlockResult, state: Tensor, parameters: Mapping[str, Tensor], sliced: Sequence[str]
+) -> str | None:
     """The name of a parameter of which NaN or infinity would be born, or None.
 
     Cost: a look at the factors; the births themselves are written out for a look only if these leave it open.
@@ -138,8 +140,8 @@ def _active_keys(groups: Sequence[Linearization], name: str, slices: int, size: 
 
 
 def _earn(group: Linearization, adjoint: Tensor, gradient: dict[str, Tensor]) -> None:
-    """Add what a group's linear maps and y earn inside the block: ``Σ (∂ℓ/∂z + λ ∂h_next/∂z) ⊗ u``; adjoint (B, m, 1, W)
-    is λ. What parameters of the general path earn through h_next is none of it."""
+    """Add what a group's linear maps and y earn inside the block, ``Σ (∂ℓ/∂z + λ ∂h_next/∂z) ⊗ u``, λ being adjoint
+    (B, m, 1, W). What parameters of the general path earn through h_next is none of it."""
     flat = adjoint.flatten(0, 1)
     weights: dict[tuple[int, int, bool], Tensor | None] = {}
     for tap in group.taps:

@@ -1,6 +1,7 @@
-"""Steps of a cell that knows its derivatives (``rtrl.cells.closed_form``) → the same ``Linearization`` as of any cell."""
+"""Steps of a cell that knows its derivatives (``rtrl.cells.closed_form``), as the engine takes those of any cell."""
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from rtrl import _guard, _tree
 from rtrl._functional import functional_call
-from rtrl.cells.closed_form import ClosedForm, UnitTap
+from rtrl.cells.closed_form import ClosedForm
 from rtrl.errors import CellError
 from rtrl.linearization import LinearTap
 from rtrl.response import UnitResponse
@@ -108,16 +109,18 @@ def check_closed_form(cell: nn.Module, parameters: Mapping[str, nn.Parameter], x
         own_weights = [w for w, t in zip(weights[1:], own_outputs, strict=False) if t.requires_grad]
         pulled, *rest = torch.autograd.grad(ends, [form.h_next, *targets], own_weights, allow_unused=True)
     else:
-        pulled, rest = None, [None] * len(targets)
+        pulled, rest = None, []
     adjoint = weights[0] if pulled is None else weights[0] + pulled
-    found = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(targets, rest, strict=True)]
+    found = [torch.zeros_like(t) if grad is None else grad for t, grad in zip_longest(targets, rest)]
     places = {id(theta[name]): i + 1 for i, name in enumerate(names)}
     with torch.no_grad():
         _pull(form, adjoint.flatten(1), found, places)
     for name, own, wanted in zip(["the state", *map(repr, names)], found, wanted_grads, strict=True):
         expected = torch.zeros_like(own) if wanted is None else wanted
         if not _guard.nearly_equal(own.flatten()[None], expected.flatten()[None]):
-            raise CellError(f"step {step}: linearize gives another derivative with respect to {name} than autograd does")
+            raise CellError(
+                f"step {step}: linearize gives another derivative with respect to {name} than autograd does"
+            )
 
 
 def _pull(form: ClosedForm, adjoint: Tensor, found: list[Tensor], places: Mapping[int, int]) -> None:
@@ -130,9 +133,10 @@ def _pull(form: ClosedForm, adjoint: Tensor, found: list[Tensor], places: Mappin
         left = UnitResponse(tap.response).left(adjoint.unsqueeze(1), slice(None)).reshape(n, -1)
         if tap.part is not None:
             back[:, tap.part] += left @ tap.weight
-        for parameter, grad in ((tap.weight, lambda: left.T @ tap.inputs), (tap.bias, lambda: left.sum(dim=0))):
-            if id(parameter) in places:
-                found[places[id(parameter)]] += grad()
+        if id(tap.weight) in places:
+            found[places[id(tap.weight)]] += left.T @ tap.inputs
+        if tap.bias is not None and id(tap.bias) in places:
+            found[places[id(tap.bias)]] += left.sum(dim=0)
     found[0] += back.view(found[0].shape)
 
 

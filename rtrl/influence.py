@@ -122,7 +122,7 @@ class ParameterInfluence:
 
         Cost: ``(u·width + 1)·c·width·p`` multiply-adds a sample; a few megabytes of scratch memory.
         """
-        size, full, p = self.values.shape
+        size, _, p = self.values.shape
         both = torch.cat([block.jacobian, block.adjoint.unsqueeze(1)], dim=1)
         paid = gradient.new_zeros(p)
         span = max(1, _SCRATCH // (size * both.shape[1]))

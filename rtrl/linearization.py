@@ -60,7 +60,8 @@ class Linearization:
         jacobian: ``jacobian(start, stop)`` gives (B, stop − start, w·width, c·width), ∂h_next[writes]/∂h[cols] of these
             of the m steps.
         adjoint: (B, m, c·width), ∂ℓ/∂h[cols] through each step's own y; None if it is zero.
-        adjoint_next: (B, m, w·width), ∂ℓ/∂h_next[writes] through each step's own y, on top of ``adjoint``; None if zero.
+        adjoint_next: (B, m, w·width), ∂ℓ/∂h_next[writes] through each step's own y, on top of ``adjoint``; None
+            if it is zero.
         taps: the linear uses of parameters.
         active: for each sliced parameter, LongTensor (B, m, k).
         general: names of parameters with uses that are no taps and that the next state depends on.
@@ -87,75 +88,48 @@ class Linearization:
 def joined(pieces: Sequence[Linearization]) -> list[Linearization]:
     """Consecutive runs of steps of one kind as one, so that what is done a tap is done once a block; pieces whose taps
     differ stay apart."""
-    if len({_form(piece) for piece in pieces}) > 1:
-        return list(pieces)
-    if len(pieces) == 1:
+    if len(pieces) == 1 or len({_form(piece) for piece in pieces}) > 1:
         return list(pieces)
     first = pieces[0]
-    size = (first.adjoint if first.adjoint is not None else first.jacobian(0, 1)).shape[0]
     spans = [len(piece.times) for piece in pieces]
-    edges = [sum(spans[:i]) for i in range(len(pieces) + 1)]
-
-    def over_samples(parts: Sequence[Tensor | None], dim: int = 0) -> Tensor | None:
-        """Join tensors that have the N = B·m samples in dimension ``dim``."""
-        known = [part for part in parts if part is not None]
-        if len(known) < len(parts):
-            return None
-        split = [part.unflatten(dim, (size, -1)) for part in known]
-        return torch.cat(split, dim=dim + 1).flatten(dim, dim + 1)
-
-    def over_steps(parts: Sequence[Tensor | None]) -> Tensor | None:
-        known = [part for part in parts if part is not None]
-        return torch.cat(known, dim=1) if len(known) == len(parts) else None
-
-    def filled(parts: Sequence[Tensor | None], dim: int) -> list[Tensor | None]:
-        """Zeros where a piece has nothing but another has."""
-        like = next((part for part in parts if part is not None), None)
-        if like is None:
-            return list(parts)
-        out: list[Tensor | None] = []
-        for part, span in zip(parts, spans, strict=True):
-            shape = (size * span, *like.shape[1:]) if dim == 0 else (size, span, *like.shape[2:])
-            out.append(like.new_zeros(shape) if part is None else part)
-        return out
-
+    jacobians = torch.cat([piece.jacobian(0, span) for piece, span in zip(pieces, spans, strict=True)], dim=1)
+    size = jacobians.shape[0]
     taps = []
     shared: dict[int, tuple[DenseResponse | None, Tensor | None]] = {}  # a weight and its bias share theirs
     for column in zip(*(piece.taps for piece in pieces), strict=True):
-        if id(column[0].response) not in shared:
-            responses = [tap.response.values if isinstance(tap.response, DenseResponse) else None for tap in column]
-            response = over_samples(responses, dim=1)
-            earned = over_samples(filled([c.earned for c in column], 0))
-            shared[id(column[0].response)] = None if response is None else DenseResponse(response), earned
+        key = id(column[0].response)
+        if key not in shared:
+            values = _over_samples(
+                [c.response.values if isinstance(c.response, DenseResponse) else None for c in column], size, 1
+            )
+            earned = _filled([c.earned for c in column], [size * span for span in spans], 0)
+            shared[key] = None if values is None else DenseResponse(values), _over_samples(earned, size)
         tap = replace(
             column[0].tap,
-            index=over_samples([c.tap.index for c in column]),
-            inputs=over_samples([c.tap.inputs for c in column]),
+            index=_over_samples([c.tap.index for c in column], size),
+            inputs=_over_samples([c.tap.inputs for c in column], size),
         )
-        taps.append(LinearTap(tap, *shared[id(column[0].response)]))
-    jacobians = torch.cat([piece.jacobian(0, span) for piece, span in zip(pieces, spans, strict=True)], dim=1)
+        taps.append(LinearTap(tap, *shared[key]))
     direct: dict[str, Tensor] = {}
     for piece in pieces:
-        for name, value in piece.direct.items():
-            direct[name] = direct[name] + value if name in direct else value
+        _add(direct, piece.direct)
 
     def weighted(weights: Tensor) -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
-        for piece, start, stop in zip(pieces, edges, edges[1:], strict=False):
-            for name, value in piece.jacobians(weights[:, :, start:stop]).items():
-                total[name] = total[name] + value if name in total else value
+        for piece, weight in zip(pieces, weights.split(spans, dim=2), strict=True):
+            _add(total, piece.jacobians(weight))
         return total
 
     return [
         Linearization(
             times=[t for piece in pieces for t in piece.times],
-            writes=over_steps([piece.writes for piece in pieces]),
-            cols=over_steps([piece.cols for piece in pieces]),
+            writes=_over_steps([piece.writes for piece in pieces]),
+            cols=_over_steps([piece.cols for piece in pieces]),
             jacobian=lambda start, stop: jacobians[:, start:stop],
-            adjoint=over_steps(filled([piece.adjoint for piece in pieces], 1)),
-            adjoint_next=None,
+            adjoint=_over_steps(_filled([piece.adjoint for piece in pieces], spans, 1)),
+            adjoint_next=_over_steps(_filled([piece.adjoint_next for piece in pieces], spans, 1)),
             taps=taps,
-            active={name: torch.cat([p.active[name] for p in pieces], dim=1) for name in first.active},
+            active={name: torch.cat([piece.active[name] for piece in pieces], dim=1) for name in first.active},
             general=first.general,
             lossless=all(piece.lossless for piece in pieces),
             direct=direct,
@@ -170,5 +144,35 @@ def _form(piece: Linearization) -> tuple[Any, ...]:
         (tap.tap.name, tap.tap.shape, tap.tap.transposed, tap.tap.index is None, tap.tap.inputs is None)
         for tap in piece.taps
     )
+    dense = all(isinstance(tap.response, DenseResponse) for tap in piece.taps)
     sets = tuple(None if index is None else index.shape[2] for index in (piece.writes, piece.cols))
-    return (uses, sets, tuple(piece.general), piece.adjoint_next is None)
+    return (uses, dense, sets, tuple(piece.general))
+
+
+def _over_samples(parts: Sequence[Tensor | None], size: int, dim: int = 0) -> Tensor | None:
+    """Join tensors that have the N = B·m samples in dimension ``dim``; None if one is None."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    split = [part.unflatten(dim, (size, -1)) for part in known]
+    return torch.cat(split, dim=dim + 1).flatten(dim, dim + 1)
+
+
+def _over_steps(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Join tensors (B, m, ...); None if one is None."""
+    known = [part for part in parts if part is not None]
+    return torch.cat(known, dim=1) if len(known) == len(parts) else None
+
+
+def _filled(parts: Sequence[Tensor | None], counts: Sequence[int], dim: int) -> list[Tensor | None]:
+    """Zeros where one piece has nothing but another has; ``counts`` are their sizes of dimension ``dim``."""
+    like = next((part for part in parts if part is not None), None)
+    if like is None:
+        return list(parts)
+    shapes = [(*like.shape[:dim], count, *like.shape[dim + 1 :]) for count in counts]
+    return [like.new_zeros(shape) if part is None else part for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _add(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    for name, value in more.items():
+        total[name] = total[name] + value if name in total else value

@@ -22,7 +22,7 @@ from rtrl.linearization import Linearization, LinearTap, Step, joined
 from rtrl.response import DenseResponse
 from rtrl.taps import TapRecorder
 
-# A piece of a block is linearised at a time: so many steps at least, and so many numbers in the rows of their Jacobians.
+# A block is linearised piece by piece: of so many steps at least, and so many numbers in the rows of their Jacobians.
 _LEAST_SPAN = 16
 _SPAN_NUMBERS = 2**23
 
@@ -89,7 +89,8 @@ class Linearizer:
         batch = m * size
         x = _tree.interleave([step.x for step in steps])
         h = _tree.interleave([step.h for step in steps])
-        sparsity: Sparsity = _tree.interleave([step.sparsity for step in steps])
+        dense = _dense(steps[0].sparsity)
+        sparsity = Sparsity() if dense else _tree.interleave([step.sparsity for step in steps])
         replay = sparsity if self._replays else None
         n, width = h.shape[1], h[0, 0].numel()
 
@@ -98,7 +99,7 @@ class Linearizer:
             self._general |= taps_that_mix(self._cell, self._parameters, kind, self._general)
             self._verified.add((*key, m))
         h = h.requires_grad_()
-        if self._knows and not sparsity.active and sparsity.reads is None and sparsity.writes is None:
+        if self._knows and dense:
             if (*key, m) not in self._held_against:
                 check_closed_form(self._cell, self._parameters, x, h, steps[0].number)
                 self._held_against.add((*key, m))
@@ -209,7 +210,8 @@ class Linearizer:
                 places: Tensor | slice = slice(start * size, stop * size)
             else:
                 places = torch.arange(size * m, device=h.device).view(size, m)[:, start:stop].flatten()
-            return jacobian(form, places).unflatten(0, (size, stop - start))
+            written_out: Tensor = jacobian(form, places).unflatten(0, (size, stop - start))
+            return written_out
 
         def by_step(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.reshape(size, m, -1)
@@ -309,17 +311,21 @@ class Linearizer:
         heads, weights = [], []
         for place, head in enumerate(outputs):
             given = [step.outputs[place].grad for step in steps]
-            if not head.requires_grad or all(g is None for g in given):
+            if all(g is None for g in given):
                 continue
-            heads.append(head)
-            weights.append(
-                _tree.interleave(
-                    [
-                        torch.zeros_like(step.outputs[place]) if g is None else g
-                        for step, g in zip(steps, given, strict=True)
-                    ]
-                )
+            weight = _tree.interleave(
+                [
+                    torch.zeros_like(step.outputs[place]) if g is None else g
+                    for step, g in zip(steps, given, strict=True)
+                ]
             )
+            if not _tree.finite(weight):  # which step?
+                for step, g in zip(steps, given, strict=True):
+                    if g is not None:
+                        _guard.check_finite("the gradient of the loss at y", g, step.number)
+            if head.requires_grad:
+                heads.append(head)
+                weights.append(weight)
         if not heads:
             return nothing, {}, None
         targets = [*inputs, *(self._parameters[g] for g in general)]
@@ -365,5 +371,9 @@ def _kind(step: Step) -> tuple[Any, ...]:
     """What two steps must share to be run as one batch."""
     x, sparsity = step.x, step.sparsity
     plain = (x.shape, x.dtype) if isinstance(x, Tensor) else _tree.signature(x)
-    bare = sparsity.reads is None and sparsity.writes is None and not sparsity.active
-    return (plain, step.h.shape, step.h.dtype, None if bare else _tree.signature(tuple(sparsity)))
+    return (plain, step.h.shape, step.h.dtype, None if _dense(sparsity) else _tree.signature(tuple(sparsity)))
+
+
+def _dense(sparsity: Sparsity) -> bool:
+    """Whether a step says nothing of what it touches, so that it may be everything."""
+    return sparsity.reads is None and sparsity.writes is None and not sparsity.active

@@ -252,7 +252,8 @@ def _classify(func: Any) -> tuple[str, str, Rule]:
             return name, kind, rules[name]
     if func.is_view or torch.Tag.inplace_view in func.tags or func.namespace == "profiler":
         return name, "move", _nothing
-    if torch.Tag.pointwise in func.tags:
+    packet = func.overloadpacket  # the overload that writes to ``out=`` does not carry the tag itself
+    if any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()):
         return name, "elementwise", _results
     return name, "unknown", _nothing
 

@@ -86,7 +86,7 @@ def largest(values: Tensor) -> Tensor:
 
 
 def products(reach: Tensor, values: Tensor) -> Tensor:
-    """``out[e, k, l] = reach[e] @ values[:, e, k, l]`` for reach (E, R, W) and values (W, E, K, L, O): (E, K, L, R, O)."""
+    """``out[e, k, l] = reach[e] @ values[:, e, k, l]``, (E, K, L, R, O), of reach (E, R, W), values (W, E, K, L, O)."""
     w, e, k, length, o = values.shape
     r = reach.shape[1]
     if k * length == 1:

@@ -1,7 +1,7 @@
 """The reverse sweep through a block: suffix products and adjoints, shared by all parameters.
 
-With ``C_τ = J_{m−1} … J_{τ+1}`` and ``λ_τ = δ_τ + λ_{τ+1} J_τ``, λ_m = 0, the adjoint is carried as one more row under C,
-``X_τ = [C_τ; λ_{τ+1}]``, so that both take one product a step: ``X_{τ−1} = X_τ J_τ + [0; δ_τ]``.
+With ``C_τ = J_{m−1} … J_{τ+1}`` and ``λ_τ = δ_τ + λ_{τ+1} J_τ``, λ_m = 0, the adjoint is carried as one more row under
+C, ``X_τ = [C_τ; λ_{τ+1}]``, so that both take one product a step: ``X_{τ−1} = X_τ J_τ + [0; δ_τ]``.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rtrl import _rows
-from rtrl.linearize import Linearization
+from rtrl.linearization import Linearization
 from rtrl.transition import Transition, flushed
 
 # Up to so many multiply-adds, a product takes about as long as its launch: then fewer launches are worth more products.
@@ -100,7 +100,7 @@ def _one_by_one(group: Linearization, reach: Tensor) -> Tensor:
 
 
 def _scan(group: Linearization, reach: Tensor) -> Tensor:
-    """The same in about 2·√m batched products: within pieces all at once, then from piece to piece, then all at once."""
+    """The same in about 2·√m batched products: within pieces, all at once; from piece to piece; then all at once."""
     size, m, r, full = reach.shape
     jacobians = group.jacobian(0, m)
     adjoint = group.adjoint
@@ -168,7 +168,9 @@ def _rows_by_rows(groups: Sequence[Linearization], state: Tensor) -> Sweep:
     assert own is not None
     x[own] = eye.repeat(size, 1, 1)
 
-    reach = [state.new_empty(size, len(g.times), r, (n if g.writes is None else g.writes.shape[2]) * width) for g in groups]
+    reach = [
+        state.new_empty(size, len(g.times), r, (n if g.writes is None else g.writes.shape[2]) * width) for g in groups
+    ]
     order = sorted(((t, i, j) for i, group in enumerate(groups) for j, t in enumerate(group.times)), reverse=True)
     for _, i, j in order:
         group = groups[i]

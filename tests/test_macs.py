@@ -56,7 +56,7 @@ CONTRACTIONS: dict[str, tuple[Callable[[], Any], int]] = {
     "linear of one vector": (lambda: nn.functional.linear(ones(3), ones(4, 3), ones(4)), 3 * 4),
     "tensordot": (lambda: torch.tensordot(ones(2, 3, 4), ones(4, 3, 5), dims=([1, 2], [1, 0])), 2 * 3 * 4 * 5),
     "einsum": (lambda: torch.einsum("bi,bnij->bnj", ones(2, 3), ones(2, 4, 3, 5)), 2 * 3 * 4 * 5),
-    "einsum of three": (lambda: torch.einsum("bi,ij,bj->b", ones(2, 3), ones(3, 5), ones(2, 5)), 2 * 3 * 5 + 2 * 5),
+    "einsum of three": (lambda: torch.einsum("bi,ij,bj->b", ones(2, 3), ones(3, 3), ones(2, 3)), 2 * 3 * 3 + 2 * 3),
     "einsum outer": (lambda: torch.einsum("i,j->ij", ones(3), ones(4)), 3 * 4),
     "nothing": (lambda: ones(0, 3) @ ones(3, 4), 0),
     "sparse": (lambda: torch.sparse.mm(torch.eye(4, dtype=F64).to_sparse(), ones(4, 3)), 4 * 3),

@@ -38,9 +38,7 @@ def derivatives(
         by_new = (1 - update) * (1 - new.square())
         by_reset = by_new * new_h * reset * (1 - reset)
         by_update = (h - new) * update * (1 - update)
-        by_x, by_h = (
-            torch.stack([by_reset, by_update, last], dim=1).unsqueeze(1) for last in (by_new, by_new * reset)
-        )
+        by_x, by_h = (torch.stack([by_reset, by_update, last], dim=1).unsqueeze(1) for last in (by_new, by_new * reset))
         return (new + update * (h - new),), taps(by_x, by_h), update[:, None, None]
     if mode == "LSTM":
         before = state[1]

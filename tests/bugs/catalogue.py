@@ -6,8 +6,23 @@ Numbers up to 28 were seen in other people's code; those from 29 on were met, or
 from dataclasses import dataclass
 from typing import Any
 
-from rtrl import _guard, _rows, block, checkpoint, influence, learner, linearize, segment_tree, taps, transition
-from rtrl.cells import moe, stack
+from rtrl import (
+    _guard,
+    _rows,
+    birth,
+    block,
+    checkpoint,
+    closed,
+    influence,
+    learner,
+    linearization,
+    linearize,
+    response,
+    segment_tree,
+    sweep,
+    transition,
+)
+from rtrl.cells import derivatives, moe, stack
 from rtrl.watch import ParameterWatch
 
 Tree, Learner = segment_tree.CircularSegmentTree, learner.BlockRTRL
@@ -48,9 +63,11 @@ BUGS = [
         "the influence advances before the adjoint meets it",
         (
             (
-                Learner._advance,
-                ("    self._pay(name, rows)\n", ""),
-                ("    influence.clock[rows]", "    self._pay(name, rows)\n    influence.clock[rows]"),
+                Influence.advance,
+                (
+                    "torch.sum(moved[:, -1], dim=0",
+                    "torch.sum((block.adjoint.unsqueeze(1) @ moved[:, :-1])[:, 0], dim=0",
+                ),
             ),
         ),
         "learner: dense cell",
@@ -84,7 +101,7 @@ BUGS = [
     Bug(
         6,
         "the batch's mean in place of its sum",
-        ((Influence.earn, ("choose @ owed", "choose @ owed / self.batch_size")),),
+        ((Influence.advance, ("torch.sum(moved", "torch.mean(moved")),),
         "learner: own streams",
     ),
     Bug(
@@ -116,10 +133,10 @@ BUGS = [
         (
             (
                 Learner._close_block,
-                ("        influence.add(rows, result.transition, birth.values)\n", ""),
+                ("influence.advance(result.transition, self._gradient(name))", "pass"),
                 (
-                    "        self._advance(name, rows if",
-                    "        influence.add(rows, result.transition, birth.values)\n        self._advance(name, rows if",
+                    "    result.add_births(self._influences, rows)\n",
+                    "    result.add_births(self._influences, rows)\n    for name, influence in self._influences.items():\n        if not influence.sliced:\n            influence.advance(result.transition, self._gradient(name))\n",
                 ),
             ),
         ),
@@ -135,12 +152,10 @@ BUGS = [
         12,
         "the Jacobian is transposed",
         (
+            (sweep._scan, ("jacobians = group.jacobian(0, m)", "jacobians = group.jacobian(0, m).mT")),
             (
-                block._sweep,
-                (
-                    "jacobian = group.jacobian[j]",
-                    "jacobian = group.jacobian[j] if group.writes is not None else group.jacobian[j].mT",
-                ),
+                sweep._one_by_one,
+                ("jacobians = group.jacobian(start, stop)", "jacobians = group.jacobian(start, stop).mT"),
             ),
         ),
         "learner: layers",
@@ -182,7 +197,7 @@ BUGS = [
     Bug(
         17,
         "the loss's direct path to the parameters is dropped",
-        ((block._earned, ("weight = weight + tap.earned", "pass")),),
+        ((block._earn, ("if weight is None else weight + tap.earned", "if weight is None else weight")),),
         "learner: dense cell",
     ),
     Bug(
@@ -202,7 +217,7 @@ BUGS = [
     Bug(
         19,
         "the carry between blocks is dropped: truncated BPTT",
-        ((Influence.move, ("block.apply(moved, sample)", "moved * 0")),),
+        ((Influence.advance, ("columns.copy_(moved[:, :-1]", "columns.copy_(0 * moved[:, :-1]")),),
         "learner: dense cell",
     ),
     Bug(
@@ -284,8 +299,8 @@ BUGS = [
         "a kernel assumes float32",
         (
             (
-                taps.segment_products,
-                ("return torch.bmm(rows, cols)", "return torch.bmm(rows.float(), cols.float()).to(rows.dtype)"),
+                Influence.add_products,
+                ("born = torch.bmm(left.mT, right)", "born = torch.bmm(left.mT.float(), right.float()).to(left.dtype)"),
             ),
         ),
         "learner: sleeping slices",
@@ -310,19 +325,25 @@ BUGS = [
     Bug(
         31,
         "parameters outside linear maps are forgotten",
-        ((block._bear_general, ("birth.values.add_(mine)", "pass")),),
+        ((block.close_block, ("dense[name] = dense[name] + value if name in dense else value", "pass")),),
         "learner: unusual parameters",
     ),
     Bug(
         32,
         "of two uses of a parameter the last one wins",
-        ((block._bear, ("birth.values.add_(born", "birth.values.copy_(born")),),
+        (
+            (
+                birth.births,
+                ("shared.setdefault(id(tap.response), [])", "shared.setdefault(tap.tap.name, [])"),
+                ("append(tap)\n    for taps", "__setitem__(slice(None), [tap])\n    for taps"),
+            ),
+        ),
         "learner: shared parameters",
     ),
     Bug(
         33,
         "the adjoint does not travel inside a block",
-        ((block._sweep, ("torch.bmm(weight.unsqueeze(1), jacobian).squeeze(1) + group", "group")),),
+        ((sweep._onward, ("torch.add(product[:, -1], adjoint, out=out[:, -1])", "out[:, -1] = adjoint")),),
         "learner: one loss at the end",
     ),
     Bug(
@@ -356,7 +377,7 @@ BUGS = [
         "slices that a step does not name count as asleep",
         (
             (
-                block._active,
+                birth.active,
                 ("torch.arange(slices, device=device)", "torch.arange(slices if slices == 1 else 0, device=device)"),
             ),
         ),
@@ -674,5 +695,72 @@ BUGS = [
         "outputs after one without a loss are forgotten",
         ((linearize.Linearizer._earn, ("            continue\n", "            break\n")),),
         "losses_of_the_second_output",
+    ),
+    Bug(
+        69,
+        "pieces of a scan do not see what comes after them",
+        ((sweep._scan, ("behind[:, 1:].unsqueeze(2)", "behind[:, -1:].expand(-1, pieces, -1, -1).unsqueeze(2)")),),
+        "closed_forms",
+    ),
+    Bug(
+        70,
+        "a scan over steps that do not fill its pieces begins with zeros",
+        ((sweep._scan, ("torch.eye(full, dtype", "torch.zeros(full, full, dtype")),),
+        "closed_forms",
+    ),
+    Bug(
+        71,
+        "adjoints of tiny losses are set to zero with the products",
+        (
+            (
+                sweep._onward,
+                (
+                    "flushed(product[:, :-1], out=out[:, :-1])",
+                    "flushed(product, out=product)\n    out[:, :-1] = product[:, :-1]",
+                ),
+            ),
+        ),
+        "tiny_losses",
+    ),
+    Bug(
+        72,
+        "a closed form forgets what a gate does",
+        (
+            (derivatives.derivatives, ("by_new * new_h * reset * (1 - reset)", "0 * by_new")),
+            (closed.check_closed_form, ("if form is None:", "if True:")),
+        ),
+        "closed_forms",
+    ),
+    Bug(
+        73,
+        "a closed form that is wrong is believed",
+        ((closed.check_closed_form, ("if form is None:", "if True:")),),
+        "wrong_closed_forms_are_refused",
+    ),
+    Bug(
+        74,
+        "only the first part of the state responds",
+        ((response.UnitResponse.left, ("range(1, s)", "range(1, 1)")),),
+        "closed_forms",
+    ),
+    Bug(
+        75,
+        "pieces of a long block are joined step by step, not sample by sample",
+        (
+            (
+                linearization._over_samples,
+                (
+                    "split = [part.unflatten(dim, (size, -1)) for part in known]",
+                    "split = [part.unflatten(dim, (-1, size)).transpose(dim, dim + 1) for part in known]",
+                ),
+            ),
+        ),
+        "long_blocks",
+    ),
+    Bug(
+        76,
+        "of many entries of a slice only the first batch counts",
+        ((birth._batches, ("for start in range(0, longest, limit):", "for start in range(0, 1):")),),
+        "long_blocks",
     ),
 ]

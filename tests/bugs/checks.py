@@ -11,14 +11,16 @@ from running import run
 from strategies import normal
 from tolerances import assert_gradients_equal, assert_influences_equal
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from toy_cells import PlainRNN, seeded
 
 import oracles
 import rtrl
+from rtrl import birth, influence, linearize, sweep
 from rtrl.errors import CellError, ParameterChangedError, SparsityError
 from rtrl.testing import LearnerSpec, cell_checks, check_cell, check_learner, learner_checks
 from rtrl.testing.specs import ERRORS, PROMISES
-from rtrl.testing.streams import dense_stream, scheduled_stream
+from rtrl.testing.streams import dense_stream, scheduled_stream, sleeping_stream, unusual_stream
 
 Check = Callable[[], None]
 
@@ -165,6 +167,113 @@ def losses_of_the_second_output() -> None:
     assert_gradients_equal(found.gradients, oracles.bptt(cell, xs, loss))
 
 
+TORCH_CELLS: dict[str, Callable[[int, int], nn.Module]] = {
+    "tanh": nn.RNNCell,
+    "relu": functools.partial(nn.RNNCell, nonlinearity="relu"),
+    "gru": nn.GRUCell,
+    "lstm": nn.LSTMCell,
+    "gru without biases": functools.partial(nn.GRUCell, bias=False),
+}
+
+
+def _any_loss(t: int, y: object) -> Tensor | None:
+    leaves = [leaf for leaf in pytree.tree_leaves(y) if leaf.is_floating_point()]
+    return sum(_loss(0, leaf) for leaf in leaves) if t % 3 != 1 else None  # type: ignore[misc, return-value]
+
+
+def equals_oracles(cell: nn.Module, xs: Tensor, block: int, **options: int) -> None:
+    """Gradients and influences against both oracles."""
+    found = run(cell, xs, _any_loss, block=block, **options)
+    expected, influences = oracles.dense_rtrl(cell, xs, _any_loss, return_influence=True)
+    assert_gradients_equal(found.gradients, oracles.bptt(cell, xs, _any_loss), may_be_zero=True)
+    assert_gradients_equal(found.gradients, expected, may_be_zero=True)
+    assert_influences_equal(found.influences, influences[-1], may_be_zero=True)
+
+
+class KnownCell(nn.Module):
+    """``tanh(W x + U h) + a ∘ h``, y of h before and after the step, with its derivatives in closed form."""
+
+    def __init__(self, wrong: str = "nothing") -> None:
+        super().__init__()
+        self.wrong = wrong
+        self.inward, self.recurrent = nn.Linear(2, 3), nn.Linear(3, 3, bias=False)
+        self.head = nn.Linear(6, 2)
+        self.register_buffer("keep", torch.tensor([0.3, 0.0, -0.2], dtype=torch.float64))
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return self.inward.weight.new_full((batch_size, 3), 0.3)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h_next = torch.tanh(self.inward(x) + self.recurrent(h)) + self.keep * h
+        return self.head(torch.cat([h, h_next], dim=1)), h_next
+
+    def linearize(self, x: Tensor, h: Tensor) -> rtrl.cells.ClosedForm | None:
+        if self.wrong == "none":
+            return None
+        with torch.no_grad():
+            new = torch.tanh(self.inward(x) + self.recurrent(h))
+            slope = (1 - new.square())[:, None, None]
+            h_next = new + self.keep * h * (1.01 if self.wrong == "value" else 1)
+            direct = self.keep.expand(len(h), 1, 1, 3) * (0.5 if self.wrong == "direct" else 1)
+            by_h = slope * (0.5 if self.wrong == "response" else 1)
+        ends = h_next.detach().requires_grad_()
+        bias = None if self.wrong == "bias" else self.inward.bias
+        taps = [
+            rtrl.cells.UnitTap(self.inward.weight, bias, x, slope),
+            rtrl.cells.UnitTap(self.recurrent.weight, None, h.detach(), by_h, part=0),
+        ]
+        seen = h.detach() if self.wrong == "readout" else h
+        return rtrl.cells.ClosedForm(self.head(torch.cat([seen, ends], dim=1)), ends, taps, direct)
+
+
+def closed_forms() -> None:
+    readout = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Tanh())
+    for name, kind in TORCH_CELLS.items():
+        cell = seeded(rtrl.cells.from_torch(kind(3, 4), readout), 5)
+        assert cell.linearize(torch.zeros(1, 3, dtype=torch.float64), cell.init_state(1)) is not None, name
+        for size, block in ((1, 1), (1, 5), (2, 3), (2, 7), (3, 13)):
+            equals_oracles(cell, normal(6, 13, size, 3), block)
+    for wrong in ("nothing", "none"):
+        for size, block in ((1, 5), (2, 3), (2, 13)):
+            equals_oracles(seeded(KnownCell(wrong), 3), normal(6, 13, size, 2), block)
+
+
+def wrong_closed_forms_are_refused() -> None:
+    for wrong in ("value", "direct", "response", "bias", "readout"):
+        learner = rtrl.BlockRTRL(seeded(KnownCell(wrong), 3), 2, block=2)
+        learner.backward(learner.step(normal(1, 2, 2)).square().sum())
+        with pytest.raises(CellError, match="linearize"):
+            learner.sync()
+
+
+def long_blocks() -> None:
+    """Blocks that are worked off in pieces: the limits are set so low that everything goes in several."""
+    limits = (
+        (linearize, "_SPAN_NUMBERS", 1),
+        (linearize, "_LEAST_SPAN", 3),
+        (birth, "_CHUNK", 60),
+        (influence, "_SCRATCH", 30),
+        (sweep, "_CHUNK", 40),
+        (sweep, "_LAUNCH_MACS", {"cpu": 0}),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, value in limits:
+            patch.setattr(module, name, value)
+        streams = (scheduled_stream(0), dense_stream(0), unusual_stream(0), sleeping_stream(0))
+        for stream in streams:
+            for block in (5, 11, len(stream.xs)):
+                equals_oracles(stream.cell, stream.xs, block, window=3)
+
+
+def tiny_losses() -> None:
+    """A loss near the smallest number there is earns as much of it as any other."""
+    cell, xs = seeded(PlainRNN(2, 3, start=0.3), 1), normal(2, 9, 2, 2)
+    for block in (2, 9):
+        found = run(cell, xs, lambda t, y: 1e-296 * y.square().sum(), block=block, influences=False).gradients
+        expected = oracles.bptt(cell, xs, lambda t, y: y.square().sum())
+        assert_gradients_equal({name: value * 1e296 for name, value in found.items()}, expected)
+
+
 CHECKS: dict[str, Check] = {
     **{f"learner: {name}": functools.partial(learner_check, name) for name in learner_checks()},
     **{f"cell: {name}": functools.partial(cell_check, name) for name in cell_checks()},
@@ -179,6 +288,10 @@ CHECKS: dict[str, Check] = {
             samples_apart,
             whatever_the_default_device,
             losses_of_the_second_output,
+            closed_forms,
+            wrong_closed_forms_are_refused,
+            long_blocks,
+            tiny_losses,
         )
     },
 }
