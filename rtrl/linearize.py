@@ -29,7 +29,6 @@ class Step:
         h: (B, n, ...), the state that the step received.
         sparsity: what the cell declared, or was made to do.
         outputs: the floating-point tensors of y, as leaves whose ``.grad`` collects the gradient of the losses.
-        open_: whether it still takes losses.
         number: the absolute number of the step, for messages.
     """
 
@@ -37,7 +36,6 @@ class Step:
     h: Tensor
     sparsity: Sparsity
     outputs: list[Tensor]
-    open_: _guard.Open
     number: int
 
 
