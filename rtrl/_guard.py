@@ -141,15 +141,18 @@ def check_output(y: Any, h: Tensor, h_next: Tensor, step: int) -> None:
             f"step {step}: the cell turned a state {tuple(h.shape)} {h.dtype} {h.device} into "
             f"{tuple(h_next.shape)} {h_next.dtype} {h_next.device}; a state must keep its shape, dtype and device"
         )
-    for leaf in _tree.tensors(y):
+    leaves = _tree.tensors(y)
+    finite = not h.is_cpu and _tree.all_finite([*leaves, h_next])  # one look at the device; a CPU is asked as we go
+    for leaf in leaves:
         if leaf.ndim == 0 or leaf.shape[0] != h.shape[0]:
             raise CellError(
                 f"step {step}: each tensor of y must have the batch of {h.shape[0]} as dimension 0, got shape "
-                f"{tuple(leaf.shape)}; "
-                "return per-sample values and reduce them in the loss"
+                f"{tuple(leaf.shape)}; return per-sample values and reduce them in the loss"
             )
-        check_finite("y", leaf, step)
-    check_finite("the next state", h_next, step)
+        if not (finite or _tree.finite(leaf)):
+            check_finite("y", leaf, step)
+    if not (finite or (leaves and leaves[0] is h_next) or _tree.finite(h_next)):
+        check_finite("the next state", h_next, step)
 
 
 def check_copied(h: Tensor, h_next: Tensor, writes: Tensor | None, step: int) -> None:
@@ -158,10 +161,10 @@ def check_copied(h: Tensor, h_next: Tensor, writes: Tensor | None, step: int) ->
     Raises:
         SparsityError: with the step, sample and row.
     """
-    if writes is None:
+    if writes is None or torch.equal(_rows.put(h, writes, _rows.take(h_next, writes)), h_next):
         return
     changed = (h != h_next).reshape(*h.shape[:2], -1).any(dim=2) & ~_rows.mask(writes, h.shape[1])
-    if bool(changed.any()):
+    if bool(changed.any()):  # which one? only on the way to an error
         sample, row = (int(i) for i in changed.nonzero()[0])
         raise SparsityError(
             f"step {step}: row {row} of the state of sample {sample} changed, but is not declared as written (a row "
@@ -171,17 +174,24 @@ def check_copied(h: Tensor, h_next: Tensor, writes: Tensor | None, step: int) ->
 
 def reached_leaves(*heads: Tensor) -> dict[int, Tensor]:
     """All leaves that a backward pass from these tensors would reach, by id."""
-    found = {id(head): head for head in heads if head.grad_fn is None}
-    seen, stack = set(), [head.grad_fn for head in heads if head.grad_fn is not None]
-    while stack:
-        node = stack.pop()
+    found: dict[int, Tensor] = {}
+    nodes: list[Any] = []
+    for head in heads:
+        if head.grad_fn is None:
+            found[id(head)] = head
+        else:
+            nodes.append(head.grad_fn)
+    seen = set()
+    for node in nodes:  # a list that grows on the way
         if node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found[id(variable)] = variable
-        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+        parents = node.next_functions
+        if not parents and (variable := getattr(node, "variable", None)) is not None:
+            found[id(variable)] = variable  # here gradients accumulate
+        for parent, _ in parents:
+            if parent is not None:
+                nodes.append(parent)
     return found
 
 
@@ -202,14 +212,15 @@ def check_loss(loss: Any, outputs: list[Tensor], given: list["weakref.ref[Tensor
         )
     if loss.device != outputs[0].device:
         raise LossError(f"the loss is on {loss.device}, y on {outputs[0].device}")
-    if any(ref() is loss for ref in given):
+    if given and any(ref() is loss for ref in given):
         raise LossError(f"this loss was already given at step {step}; compute it anew if it is to count twice")
-    if not loss.requires_grad or not (reached := reached_leaves(loss)).keys() & {id(leaf) for leaf in outputs}:
+    reached = reached_leaves(loss) if loss.requires_grad else {}
+    if reached.keys().isdisjoint(map(id, outputs)):
         raise LossError(
             f"the loss does not depend on the y of step {step}; compute it from what the last step() returned, "
             "without detaching it"
         )
-    check_finite("the loss", loss.detach(), step)
+    check_finite("the loss", loss, step)
     return list(reached.values())
 
 
@@ -222,11 +233,15 @@ class Open:
         self.now = True
 
 
-def refuse_when_closed(leaf: Tensor, step: int, open_: Open) -> None:
-    """Make a backward pass into ``leaf`` fail once its step takes no more losses, where it would be lost in silence."""
+def refuse_when_closed(leaf: Tensor, step: int, open_: Open | None = None) -> None:
+    """Make a backward pass into ``leaf`` fail once its step takes no more losses, where it would be lost in silence.
+
+    Args:
+        open_: whether it does; None if no more.
+    """
 
     def hook(gradient: Tensor) -> None:
-        if not open_.now:
+        if open_ is None or not open_.now:
             raise LossError(
                 f"a loss reaches the y of step {step}, whose block has closed; give losses before the block closes"
             )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rtrl import _guard, _tree
+from rtrl import _tree
 from rtrl.cells.protocol import Sparsity, check_sparsity
 from rtrl.errors import ConfigError, RTRLError
 from rtrl.history import History
@@ -155,6 +155,4 @@ def _step_from_state(saved: Mapping[str, Any], like: Tensor) -> Step:
         leaf.grad = None if grad is None else move(grad)
     reads, writes = (None if saved[k] is None else move(saved[k]) for k in ("reads", "writes"))
     sparsity = Sparsity(reads, writes, {name: move(index) for name, index in saved["active"].items()})
-    return Step(
-        _tree.map_tensors(move, saved["x"]), move(saved["h"]), sparsity, outputs, _guard.Open(), saved["number"]
-    )
+    return Step(_tree.map_tensors(move, saved["x"]), move(saved["h"]), sparsity, outputs, saved["number"])

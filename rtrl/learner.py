@@ -6,29 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
-from rtrl import _guard, _tree, checkpoint
+from rtrl import _forward, _guard, _losses, _tree, checkpoint
 from rtrl.block import BlockResult, close_block, overflowing
-from rtrl.cells.protocol import (
-    Cell,
-    Sparsity,
-    call_cell,
-    check_input,
-    check_sparsity,
-    first_state,
-    own_copy,
-    same_choices,
-    takes_replay,
-)
-from rtrl.errors import (
-    CellError,
-    ConfigError,
-    LossError,
-    NonFiniteError,
-    RTRLError,
-    ShapeError,
-    SparsityError,
-)
+from rtrl.cells.protocol import Cell, Sparsity, first_state, takes_replay
+from rtrl.errors import ConfigError, NonFiniteError, ShapeError, SparsityError
 from rtrl.history import History
 from rtrl.influence import ParameterInfluence
 from rtrl.linearization import Step
@@ -125,7 +108,6 @@ class BlockRTRL:
         """Whether the open block is full: the natural moment to ``sync``."""
         return len(self._steps) >= self.block
 
-    @torch.inference_mode(False)
     def step(self, x: Any, *, replay: Sparsity | None = None) -> Any:
         """Take one step and return ``y``, cut off from any graph: its floating-point tensors are leaves that require
         grad.
@@ -147,75 +129,26 @@ class BlockRTRL:
 
         Cost: one forward pass without a graph; at the first step of a new block, the closing of the last one.
         """
-        number = self._taken
-        self._watch.check([step.number for step in self._steps])
-        if not _tree.tensors(x):
-            raise ShapeError("x holds no tensor")
-        for leaf in _tree.tensors(x):
-            check_input("x", leaf, self.batch_size, self._state)
-            _guard.check_finite("x", leaf, number)
-        names = dict(self.cell.named_parameters())
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self.step(x, replay=replay)
+        if not self._watch.untouched():
+            self._watch.check([step.number for step in self._steps])
         if replay is not None:
-            if not isinstance(replay, Sparsity):
-                raise SparsityError(f"replay must be rtrl.Sparsity, got {type(replay).__name__}")
-            if not self._replays:
-                raise ConfigError("replay was given, but the cell's forward takes no replay argument")
-            check_sparsity(replay, self._state, names)
-
-        with torch.no_grad():
-            x = _tree.map_tensors(lambda leaf: leaf.detach().clone(), x)
-            y, h_next, sparsity = self._forward(x, replay, number)
-            _guard.check_output(y, self._state, h_next, number)
-            check_sparsity(sparsity, self._state, names)
-            if replay is not None and not same_choices(replay, sparsity):
-                raise CellError(
-                    f"step {number}: the cell was given a replay and made other choices; it must return exactly those"
-                )
-            _guard.check_copied(self._state, h_next, sparsity.writes, number)
-        if not self._influences:
-            self._prepare(sparsity)
+            _forward.check_replay(replay, self._replays, self._state, self._watch.named)
+        first, named = not self._influences, self._watch.named
+        taken, y, h_next = _forward.take(self.cell, x, self._state, replay, self._taken, first, named)
+        if first:
+            self._prepare(taken.sparsity)
         if self.at_block_end:
             self._close()
-
-        outputs: list[Tensor] = []
-        open_ = _guard.Open()
-
-        def leaf_of(value: Tensor) -> Tensor:
-            value = value.detach().clone()
-            if value.is_floating_point():
-                value.requires_grad_()
-                _guard.refuse_when_closed(value, number, open_)
-                outputs.append(value)
-            return value
-
-        y = _tree.map_tensors(leaf_of, y)
-        sparsity = own_copy(sparsity)
         if not self._steps:
             self._watch.begin()
-        self._steps.append(Step(x, self._state, sparsity, outputs, open_, number))
+        self._steps.append(taken)
         self._state = h_next
         self._taken += 1
         self._given = []
         return y
-
-    def _forward(self, x: Any, replay: Sparsity | None, number: int) -> tuple[Any, Tensor, Sparsity]:
-        """Run the cell on a copy of the state, so that nothing it does can reach the learner's own."""
-        h = self._state.clone()
-        try:
-            if not self._influences:
-                _guard.check_purity(self.cell, x, h, replay)
-            y, h_next, sparsity = call_cell(self.cell, x, h, replay)
-        except RTRLError:
-            raise
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-            shapes = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in _tree.tensors(x))
-            raise ShapeError(
-                f"step {number}: the cell does not take this x ({shapes}) with a state {tuple(h.shape)} {h.dtype}: "
-                f"{error}"
-            ) from error
-        if h._version:
-            raise CellError(f"step {number}: the cell changes the state h in place; it must return a new one")
-        return y, h_next.detach(), sparsity
 
     def backward(self, loss: Tensor) -> None:
         """Give a loss of the newest step; several are summed.
@@ -233,25 +166,7 @@ class BlockRTRL:
         Cost: the loss's own backward pass.
         """
         outputs = self._steps[-1].outputs if self._steps else []
-        number = self._taken - 1
-        leaves = _guard.check_loss(loss, outputs, self._given, number)
-        try:
-            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-        except RuntimeError as error:
-            raise LossError(f"the loss of step {number} could not be pulled back: {error}") from error
-        mine = {id(leaf) for leaf in outputs}
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            if gradient is not None:
-                what = (
-                    "the gradient of the loss at y" if id(leaf) in mine else "the gradient of the loss at a parameter"
-                )
-                _guard.check_finite(what, gradient, number)
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            if gradient is not None:
-                # A tensor of its own: what autograd.grad returns may be a view, or an expanded scalar.
-                kept = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-                leaf.grad = (kept + gradient).detach()
-        self._given.append(weakref.ref(loss))
+        _losses.give(loss, outputs, self._given, self._taken - 1)
 
     # ------------------------------------------------------------------ looking back
 
@@ -421,9 +336,9 @@ class BlockRTRL:
         return ParameterInfluence(shape, sliced, self.batch_size, self._state[0].numel(), self._state)
 
     def _give_up_block(self) -> None:
-        for step in self._steps:
-            step.open_.now = False
+        left = [(TensorWeakRef(leaf), step.number) for step in self._steps for leaf in step.outputs]
         self._steps, self._given = [], []
+        _losses.refuse(left)
 
     def _close(self) -> None:
         """Work off the open block. Everything that can fail comes before the first change."""

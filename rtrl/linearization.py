@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtrl import _guard
 from rtrl.cells.protocol import Sparsity
 from rtrl.response import DenseResponse, Response
 from rtrl.taps import Tap
@@ -22,7 +21,6 @@ class Step:
         h: (B, n, ...), the state that the step received.
         sparsity: what the cell declared, or was made to do.
         outputs: the floating-point tensors of y, as leaves whose ``.grad`` collects the gradient of the losses.
-        open_: whether it still takes losses.
         number: the absolute number of the step, for messages.
     """
 
@@ -30,7 +28,6 @@ class Step:
     h: Tensor
     sparsity: Sparsity
     outputs: list[Tensor]
-    open_: _guard.Open
     number: int
 
 

@@ -1,5 +1,8 @@
 """Watching a cell's parameters: those of an open block must still be what they were when its steps were taken."""
 
+from operator import attrgetter, is_
+from typing import Any
+
 from torch import Tensor, nn
 
 from rtrl.errors import ConfigError, ParameterChangedError
@@ -10,6 +13,7 @@ class ParameterWatch:
 
     Attributes:
         parameters: name → parameter, those that require a gradient.
+        named: name → parameter, all of them, as they were found by the last ``begin`` or ``check``.
 
     Raises:
         ConfigError: there is none.
@@ -17,14 +21,25 @@ class ParameterWatch:
 
     def __init__(self, cell: nn.Module) -> None:
         self._cell = cell
-        self.parameters = {name: p for name, p in cell.named_parameters() if p.requires_grad}
+        self.named = dict(cell.named_parameters())
+        self.parameters = {name: p for name, p in self.named.items() if p.requires_grad}
         if not self.parameters:
             raise ConfigError("the cell has no parameter that requires a gradient")
         self._versions: dict[str, tuple[int, int]] = {}
+        self._sight: _Sight | None = None
 
     def begin(self) -> None:
         """Take the present values for those that an open block is computed with."""
+        same = self._same_parameters()
         self._versions = {name: (value.data_ptr(), value._version) for name, value in self._held()}
+        self._sight = _Sight(self._cell) if same else None  # what must be refused must not count as seen
+
+    def untouched(self) -> bool:
+        """Whether nothing has changed since the last ``begin``, so that ``check`` has nothing to find.
+
+        Cost: a few comparisons a module and parameter; to find out what has changed, all are walked through by name.
+        """
+        return self._sight is not None and self._sight.lasts()
 
     def check(self, open_steps: list[int]) -> None:
         """Refuse parameters that were replaced, or that changed while the steps of a block are open.
@@ -34,8 +49,9 @@ class ParameterWatch:
         Raises:
             ParameterChangedError: naming them.
         """
-        now = {name: p for name, p in self._cell.named_parameters() if p.requires_grad}
-        if now.keys() != self.parameters.keys() or any(now[name] is not p for name, p in self.parameters.items()):
+        if self.untouched():
+            return
+        if not self._same_parameters():
             raise ParameterChangedError(
                 "the cell's trainable parameters are no longer those that the learner was made for: one was replaced, "
                 "added, frozen or unfrozen; make a new learner"
@@ -52,5 +68,53 @@ class ParameterWatch:
                 "Put the old value back, or give the block up by reset(discard=True)"
             )
 
+    def _same_parameters(self) -> bool:
+        self.named = dict(self._cell.named_parameters())
+        now = {name: p for name, p in self.named.items() if p.requires_grad}
+        return now.keys() == self.parameters.keys() and all(now[name] is p for name, p in self.parameters.items())
+
     def _held(self) -> list[tuple[str, Tensor]]:
-        return [*self._cell.named_parameters(), *self._cell.named_buffers()]
+        return [*self.named.items(), *self._cell.named_buffers()]
+
+
+_VERSION = attrgetter("_version", "requires_grad")
+
+
+class _Sight:
+    """What a cell is made of at one moment: its modules, parameters and buffers under their names, and their versions.
+
+    Args:
+        cell: the cell. Its own tables are kept and compared by identity, so that no name need be put together.
+    """
+
+    def __init__(self, cell: nn.Module) -> None:
+        tables = [
+            table for module in cell.modules() for table in (module._parameters, module._buffers, module._modules)
+        ]
+        self._tables = [table for table in tables if table]
+        self._empty = [table for table in tables if not table]
+        self._content = list(self._entries())
+        held = {id(entry): entry for entry in self._content if isinstance(entry, Tensor)}
+        self._tensors = list(held.values())
+        self._versions = self._state()
+
+    def lasts(self) -> bool:
+        """Whether the cell still looks the same."""
+        now = self._entries()
+        return (
+            not any(self._empty)
+            and len(now) == len(self._content)
+            and all(map(is_, now, self._content))
+            and self._state() == self._versions
+        )
+
+    def _entries(self) -> list[Any]:
+        entries: list[Any] = []
+        for table in self._tables:
+            entries.append(None)  # so that nothing moves unseen from the end of one to the beginning of the next
+            entries += table
+            entries += table.values()
+        return entries
+
+    def _state(self) -> list[Any]:
+        return [*map(_VERSION, self._tensors), *map(Tensor.data_ptr, self._tensors)]

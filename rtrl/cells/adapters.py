@@ -37,9 +37,12 @@ class TorchCell(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """One step: x (B, input_size) and the state → y and the next state."""
-        mode = mode_of(self.cell)
-        after = step(mode, x, h.unbind(dim=1) if mode == "LSTM" else (h,), weights_of(self.cell))
-        return self.readout(after[0]), torch.stack(after, dim=1) if mode == "LSTM" else after[0]
+        cell: Any = self._modules["cell"]
+        readout: Any = self._modules["readout"]
+        mode = mode_of(cell)
+        after = step(mode, x, h.unbind(dim=1) if mode == "LSTM" else (h,), weights_of(cell))
+        y = after[0] if _unseen_identity(readout) else readout(after[0])
+        return y, torch.stack(after, dim=1) if mode == "LSTM" else after[0]
 
     def linearize(self, x: Tensor, h: Tensor) -> ClosedForm | None:
         """One step with its derivatives; None for a subclass with another ``forward``."""
@@ -85,6 +88,13 @@ class TorchLayers(PackedCell):
             x = now[0]
             after.append(_state(now))
         return self.readout(x), self._packing.pack(tuple(after), h.shape[0])
+
+
+def _unseen_identity(module: nn.Module) -> bool:
+    """Whether calling a module would only cost time."""
+    return type(module) is nn.Identity and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _widths(module: Any) -> tuple[int, ...]:

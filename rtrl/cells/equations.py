@@ -1,6 +1,6 @@
 """One step of PyTorch's recurrent layers, written so that every weight is met in a linear map."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,29 @@ class Weights(NamedTuple):
 
 def weights_of(module: nn.Module, suffix: str = "") -> Weights:
     """The present parameters of a cell, or of the layer ``suffix`` (``"_l0"``, …) of a layered module."""
-    return Weights(*(getattr(module, name + suffix, None) for name in Weights._fields))  # type: ignore[arg-type]
+    held: Any = module._parameters  # asked first: a module itself asks there last
+    projection = getattr(module, f"weight_hr{suffix}", None) if module.__dict__.get("proj_size") else None
+    try:
+        return Weights(
+            held["weight_ih" + suffix],
+            held["weight_hh" + suffix],
+            held["bias_ih" + suffix],
+            held["bias_hh" + suffix],
+            projection,
+        )
+    except KeyError:  # without biases, or some are computed (torch.nn.utils.parametrize)
+        ih, hh, b_ih, b_hh = (getattr(module, name + suffix, None) for name in Weights._fields[:4])
+        return Weights(ih, hh, b_ih, b_hh, projection)  # type: ignore[arg-type]
+
+
+_RNN_MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
 
 
 def mode_of(module: nn.Module) -> str:
     """Which equations a module of PyTorch has: ``"RNN_TANH"``, ``"RNN_RELU"``, ``"GRU"`` or ``"LSTM"``."""
-    if isinstance(module, nn.RNNCell | nn.RNN):
-        return f"RNN_{module.nonlinearity.upper()}"
-    return "GRU" if isinstance(module, nn.GRUCell | nn.GRU) else "LSTM"
+    if isinstance(module, (nn.RNNCell, nn.RNN)):
+        return _RNN_MODES[module.nonlinearity]
+    return "GRU" if isinstance(module, (nn.GRUCell, nn.GRU)) else "LSTM"
 
 
 def step(mode: str, x: Tensor, state: tuple[Tensor, ...], weights: Weights) -> tuple[Tensor, ...]:

@@ -36,6 +36,9 @@ class Sparsity(NamedTuple):
     active: Mapping[str, Tensor] = {}
 
 
+_DENSE = Sparsity()  # what a cell that declares nothing has declared
+
+
 @runtime_checkable
 class Cell(Protocol):
     """A recurrent cell that can start itself (see the module's docstring for its contract)."""
@@ -74,7 +77,7 @@ def call_cell(cell: Callable[..., Any], x: Any, h: Tensor, replay: Sparsity | No
     if not isinstance(out, tuple) or len(out) not in (2, 3):
         raise CellError(f"a cell must return (y, h_next) or (y, h_next, Sparsity), got {type(out).__name__}")
     y, h_next = out[0], out[1]
-    sparsity = out[2] if len(out) == 3 else Sparsity()
+    sparsity = out[2] if len(out) == 3 else _DENSE
     if not isinstance(h_next, Tensor):
         raise CellError(
             f"h_next must be a tensor, got {type(h_next).__name__}; pack a state of several tensors into one"
@@ -86,13 +89,17 @@ def call_cell(cell: Callable[..., Any], x: Any, h: Tensor, replay: Sparsity | No
 
 def own_copy(sparsity: Sparsity) -> Sparsity:
     """A copy that nobody else can change; tensors that were shared stay shared."""
+    if sparsity.reads is None and sparsity.writes is None and not sparsity.active:
+        return Sparsity(None, None, {})
     copies: dict[int, Tensor] = {}
 
-    def copy(index: Tensor | None) -> Tensor | None:
-        return None if index is None else copies.setdefault(id(index), index.clone())
+    def copy(index: Tensor) -> Tensor:
+        if id(index) not in copies:
+            copies[id(index)] = index.clone()
+        return copies[id(index)]
 
-    active = {name: copies.setdefault(id(index), index.clone()) for name, index in sparsity.active.items()}
-    return Sparsity(copy(sparsity.reads), copy(sparsity.writes), active)
+    reads, writes = (None if rows is None else copy(rows) for rows in sparsity[:2])
+    return Sparsity(reads, writes, {name: copy(index) for name, index in sparsity.active.items()})
 
 
 OTHER_CHOICES = (
@@ -104,16 +111,14 @@ OTHER_CHOICES = (
 
 def same_choices(one: Sparsity, two: Sparsity) -> bool:
     """Whether two steps touched the same rows and slices, in the same order."""
-
-    def same(a: Tensor | None, b: Tensor | None) -> bool:
-        return a is b or (a is not None and b is not None and torch.equal(a, b))
-
-    return (
-        same(one.reads, two.reads)
-        and same(one.writes, two.writes)
-        and one.active.keys() == two.active.keys()
-        and all(same(index, two.active[name]) for name, index in one.active.items())
-    )
+    if one is two:
+        return True
+    if one.active.keys() != two.active.keys():
+        return False
+    pairs = [(one.reads, two.reads), (one.writes, two.writes)]
+    pairs += [(index, two.active[name]) for name, index in one.active.items()]
+    apart = {(id(a), id(b)): (a, b) for a, b in pairs if a is not b}  # many parameters of one expert share one tensor
+    return all(a is not None and b is not None and torch.equal(a, b) for a, b in apart.values())
 
 
 def under_vmap(tensor: Tensor) -> bool:
@@ -128,6 +133,44 @@ def check_indices(what: str, index: Any, batch_size: int, size: int, device: tor
     Raises:
         SparsityError: naming what was wrong and what was expected.
     """
+    _check_form(what, index, batch_size, device)
+    _check_values([(what, index, size)])
+
+
+def check_sparsity(sparsity: Sparsity, h: Tensor, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse a malformed ``Sparsity`` for the state ``h`` and the named parameters.
+
+    Raises:
+        SparsityError: wrong kind, shape, device or range, repeated indices, or an unknown parameter name.
+
+    Cost: one look at the device for all index tensors together.
+    """
+    if not isinstance(sparsity.active, (dict, Mapping)):  # a dict is known for what it is at a tenth of the time
+        raise SparsityError(
+            f"Sparsity.active must map parameter names to LongTensors, got {type(sparsity.active).__name__}"
+        )
+    if sparsity.reads is None and sparsity.writes is None and not sparsity.active:
+        return
+    (batch_size, n), device = h.shape[:2], h.device
+    found: dict[tuple[int, int], tuple[str, Tensor, int]] = {}  # many parameters of one expert share one index tensor
+    for what, rows in (("Sparsity.reads", sparsity.reads), ("Sparsity.writes", sparsity.writes)):
+        if rows is not None:
+            _check_form(what, rows, batch_size, device)
+            found.setdefault((id(rows), n), (what, rows, n))
+    for name, slices in sparsity.active.items():
+        if name not in parameters:
+            raise SparsityError(f"Sparsity.active names {name!r}, which is no parameter of the cell")
+        shape = parameters[name].shape
+        if not shape:
+            raise SparsityError(f"Sparsity.active[{name!r}]: a scalar parameter has no slices")
+        if (id(slices), shape[0]) not in found:
+            what = f"Sparsity.active[{name!r}]"
+            _check_form(what, slices, batch_size, device)
+            found[id(slices), shape[0]] = what, slices, shape[0]
+    _check_values(list(found.values()))
+
+
+def _check_form(what: str, index: Any, batch_size: int, device: torch.device) -> None:
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
         kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise SparsityError(f"{what} must be a LongTensor of shape (B, k), got {kind}")
@@ -137,39 +180,43 @@ def check_indices(what: str, index: Any, batch_size: int, size: int, device: tor
         raise SparsityError(
             f"{what} is on {index.device}, the state on {device}; declare sparsity on the state's device"
         )
-    if index.shape[1] == 0:
+
+
+_FEW = 256  # entries; so many are sooner gone through one by one than sorted and compared
+
+
+def _check_values(given: list[tuple[str, Tensor, int]]) -> None:
+    """Refuse indices (B, k) out of 0 … size - 1, or repeated within a sample."""
+    given = [(what, index, size) for what, index, size in given if index.numel()]
+    if sum(index.numel() for _, index, _ in given) <= _FEW:
+        if len(given) > 1 and not given[0][1].is_cpu:  # elsewhere, a look costs more than a kernel
+            flat = torch.cat([index.flatten() for _, index, _ in given]).cpu()
+            parts = flat.split([index.numel() for _, index, _ in given])
+            rows = [part.reshape(index.shape).tolist() for part, (_, index, _) in zip(parts, given, strict=True)]
+        else:
+            rows = [index.tolist() for _, index, _ in given]
+        sound = all(_sound(own, size) for own, (_, _, size) in zip(rows, given, strict=True))
+    else:
+        sound = bool(torch.stack([_sound_where_it_is(index, size) for _, index, size in given]).all())
+    if sound:
         return
+    for what, index, size in given:  # which one? only on the way to an error
+        ordered = index.sort(dim=1).values
+        if bool((ordered[:, 0] < 0).any()) or bool((ordered[:, -1] >= size).any()):
+            raise SparsityError(f"{what} must lie in 0 … {size - 1}, got {int(ordered.min())} … {int(ordered.max())}")
+        if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+            sample = int((ordered[:, 1:] == ordered[:, :-1]).any(dim=1).nonzero()[0])
+            raise SparsityError(f"{what} repeats an index within sample {sample}: {index[sample].tolist()}")
+
+
+def _sound(rows: list[list[int]], size: int) -> bool:
+    return all(len(set(row)) == len(row) and min(row) >= 0 and max(row) < size for row in rows)
+
+
+def _sound_where_it_is(index: Tensor, size: int) -> Tensor:
     ordered = index.sort(dim=1).values
-    if bool((ordered[:, 0] < 0).any()) or bool((ordered[:, -1] >= size).any()):
-        raise SparsityError(f"{what} must lie in 0 … {size - 1}, got {int(ordered.min())} … {int(ordered.max())}")
-    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-        sample = int((ordered[:, 1:] == ordered[:, :-1]).any(dim=1).nonzero()[0])
-        raise SparsityError(f"{what} repeats an index within sample {sample}: {index[sample].tolist()}")
-
-
-def check_sparsity(sparsity: Sparsity, h: Tensor, parameters: Mapping[str, Tensor]) -> None:
-    """Refuse a malformed ``Sparsity`` for the state ``h`` and the named parameters.
-
-    Raises:
-        SparsityError: wrong kind, shape, device or range, repeated indices, or an unknown parameter name.
-    """
-    if not isinstance(sparsity.active, Mapping):
-        raise SparsityError(
-            f"Sparsity.active must map parameter names to LongTensors, got {type(sparsity.active).__name__}"
-        )
-    for name, rows in (("reads", sparsity.reads), ("writes", sparsity.writes)):
-        if rows is not None:
-            check_indices(f"Sparsity.{name}", rows, h.shape[0], h.shape[1], h.device)
-    checked: set[tuple[int, int]] = set()  # many parameters of one expert share one index tensor
-    for name, slices in sparsity.active.items():
-        if name not in parameters:
-            raise SparsityError(f"Sparsity.active names {name!r}, which is no parameter of the cell")
-        if parameters[name].ndim == 0:
-            raise SparsityError(f"Sparsity.active[{name!r}]: a scalar parameter has no slices")
-        key = (id(slices), parameters[name].shape[0])
-        if key not in checked:
-            check_indices(f"Sparsity.active[{name!r}]", slices, h.shape[0], parameters[name].shape[0], h.device)
-            checked.add(key)
+    inside = (ordered[:, 0] >= 0) & (ordered[:, -1] < size)
+    return inside.all() & (ordered[:, 1:] > ordered[:, :-1]).all()
 
 
 def check_input(what: str, tensor: Tensor, batch_size: int, like: Tensor) -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rtrl import (
+    _forward,
     _guard,
+    _losses,
     _rows,
     birth,
     block,
@@ -388,10 +390,10 @@ BUGS = [
         "y goes through half precision",
         (
             (
-                Learner.step,
+                _forward.take,
                 (
-                    "        value = value.detach().clone()\n",
-                    "        value = value.detach().to(torch.bfloat16).to(value.dtype)\n",
+                    "y = _tree.map_tensors(torch.clone, y)",
+                    "y = _tree.map_tensors(lambda value: value.to(torch.bfloat16).to(value.dtype), y)",
                 ),
             ),
         ),
@@ -420,7 +422,7 @@ BUGS = [
     Bug(
         41,
         "the second loss of a step replaces the first",
-        ((Learner.backward, ("leaf.grad = (kept + gradient).detach()", "leaf.grad = gradient.detach().clone()")),),
+        ((_losses.give, (" if leaf.grad is None else (leaf.grad + gradient).detach()", "")),),
         "learner: several losses a step",
     ),
     Bug(
@@ -469,7 +471,7 @@ BUGS = [
     Bug(
         46,
         "the cell is left in evaluation mode",
-        ((Learner._forward, ("    h = self._state.clone()\n", "    h = self._state.clone()\n    self.cell.eval()\n")),),
+        ((_forward._run, ("    h = h.clone()\n", "    h = h.clone()\n    cell.eval()\n")),),
         "learner: the cell is left alone",
     ),
     Bug(
@@ -652,10 +654,10 @@ BUGS = [
         "samples without a loss take that of the others",
         (
             (
-                Learner.backward,
+                _losses.give,
                 (
-                    "leaf.grad = (kept + gradient).detach()",
-                    "none = (gradient == 0).flatten(1).all(dim=1).reshape(-1, *[1] * (gradient.ndim - 1))\n            leaf.grad = (kept + torch.where(none, gradient.sum(dim=0, keepdim=True), gradient)).detach()",
+                    "        if gradient is not None:\n",
+                    "        if gradient is not None:\n            none = (gradient == 0).flatten(1).all(dim=1).reshape(-1, *[1] * (gradient.ndim - 1))\n            gradient = torch.where(none, gradient.sum(dim=0, keepdim=True), gradient)\n",
                 ),
             ),
         ),
@@ -666,8 +668,8 @@ BUGS = [
         "adjoints are clipped",
         (
             (
-                Learner.backward,
-                ("leaf.grad = (kept + gradient).detach()", "leaf.grad = (kept + gradient).clamp(-1000, 1000).detach()"),
+                _losses.give,
+                ("gradient.detach().clone()", "gradient.detach().clamp(-1000, 1000)"),
             ),
         ),
         "learner: losses of all sizes",
@@ -675,7 +677,7 @@ BUGS = [
     Bug(
         65,
         "x is kept, not copied",
-        ((Learner.step, ("lambda leaf: leaf.detach().clone(), x", "lambda leaf: leaf.detach(), x")),),
+        ((_forward._own_input, ("_tree.map_tensors(torch.clone, x)", "_tree.map_tensors(torch.detach, x)")),),
         "learner: odd inputs",
     ),
     Bug(
