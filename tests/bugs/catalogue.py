@@ -6,12 +6,12 @@ Numbers up to 28 were seen in other people's code; those from 29 on were met, or
 from dataclasses import dataclass
 from typing import Any
 
-from rtrl import _guard, _rows, block, checkpoint, influence, learner, linearize, segment_tree, taps, transition
+from rtrl import _guard, _rows, block, catch_up, checkpoint, influence, learner, linearize, segment_tree, taps, transition
 from rtrl.cells import moe, stack
 from rtrl.watch import ParameterWatch
 
 Tree, Learner = segment_tree.CircularSegmentTree, learner.BlockRTRL
-Influence, Element = influence.ParameterInfluence, transition.Transition
+Influence = influence.ParameterInfluence
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ BUGS = [
         "a wrapped range is composed newest first",
         (
             (
-                Tree.cover,
+                Tree.nodes,
                 (
-                    "0, 0, self.capacity, first, self.capacity, start - first,",
-                    "0, 0, self.capacity, 0, last, start - first + self.capacity,",
+                    "self.capacity, start - first), first, self.capacity, parts)",
+                    "self.capacity, start - first + self.capacity), 0, last, parts)",
                 ),
                 (
-                    "self._collect(0, 0, self.capacity, 0, last, start - first + self.capacity, cost, parts)\n    return",
-                    "self._collect(0, 0, self.capacity, first, self.capacity, start - first, cost, parts)\n    return",
+                    "self.capacity, start - first + self.capacity), 0, last, parts)\n    return",
+                    "self.capacity, start - first), first, self.capacity, parts)\n    return",
                 ),
             ),
         ),
@@ -49,8 +49,11 @@ BUGS = [
         (
             (
                 Learner._advance,
-                ("    self._pay(name, rows)\n", ""),
-                ("    influence.clock[rows]", "    self._pay(name, rows)\n    influence.clock[rows]"),
+                ("    self._pay(rows)\n", ""),
+                (
+                    "    for influence, own in behind:\n        influence.clock[own] =",
+                    "    self._pay(rows)\n    for influence, own in behind:\n        influence.clock[own] =",
+                ),
             ),
         ),
         "learner: dense cell",
@@ -58,7 +61,7 @@ BUGS = [
     Bug(
         3,
         "losses that fall while a slice sleeps are dropped",
-        ((transition.compose, ("one.pull(two.pull(None))", "one.pull(None)")),),
+        ((transition.compose, ("first.pull(then.pull(None))", "first.pull(None)")),),
         "learner: sleeping slices",
     ),
     Bug(
@@ -84,7 +87,7 @@ BUGS = [
     Bug(
         6,
         "the batch's mean in place of its sum",
-        ((Influence.earn, ("choose @ owed", "choose @ owed / self.batch_size")),),
+        ((Influence.earn, ("aside.sum(dim=1)", "aside.sum(dim=1) / self.batch_size")),),
         "learner: own streams",
     ),
     Bug(
@@ -99,7 +102,7 @@ BUGS = [
         (
             (
                 Learner._advance,
-                ("influence.clock[rows] = self._history.now", "influence.clock[rows] = self._history.now - 1"),
+                ("influence.clock[own] = self._history.now", "influence.clock[own] = self._history.now - 1"),
             ),
         ),
         "learner: sparse rows",
@@ -116,10 +119,12 @@ BUGS = [
         (
             (
                 Learner._close_block,
-                ("        influence.add(rows, result.transition, birth.values)\n", ""),
+                ("        self._influences[name].add(awake[name], result.transition, birth.values)\n", "        pass\n"),
                 (
-                    "        self._advance(name, rows if",
-                    "        influence.add(rows, result.transition, birth.values)\n        self._advance(name, rows if",
+                    "    self._advance(awake if",
+                    "    for name, birth in result.births.items():\n"
+                    "        self._influences[name].add(awake[name], result.transition, birth.values)\n"
+                    "    self._advance(awake if",
                 ),
             ),
         ),
@@ -148,13 +153,13 @@ BUGS = [
     Bug(
         13,
         "identity rows are lost in composition",
-        ((Element.square, ("torch.eye(full, ", "torch.zeros(full, full, ")),),
+        ((transition.compose, ("old.masked_fill(read[:, :, None, None], 0.0)", "torch.zeros_like(old)")),),
         "learner: sleeping slices",
     ),
     Bug(
         14,
         "a remembered node outlives the leaf under it",
-        ((Tree._value, (" or self._stamps[node] != low + shift", "")),),
+        ((Tree._value, (" or self._stamps[node.index] != node.start", "")),),
         "tree_in_order",
     ),
     Bug(
@@ -162,8 +167,8 @@ BUGS = [
         "one sample's index sets serve all",
         (
             (
-                Element.apply,
-                ("_rows.pick(self.rows, sample)", "_rows.pick(self.rows, None if sample is None else sample * 0)"),
+                catch_up._of,
+                ("_rows.pick(t, samples)", "_rows.pick(t, samples * 0 if t is product.rows else samples)"),
             ),
         ),
         "learner: sparse rows",
@@ -248,10 +253,10 @@ BUGS = [
         "an empty range returns the whole window",
         (
             (
-                Tree.cover,
+                Tree.nodes,
                 (
-                    "if start == stop:\n        return []",
-                    "if start == stop:\n        start, stop = self.oldest, self._stop\n    if start == stop:\n        return []",
+                    "if start == stop:\n        return parts",
+                    "if start == stop:\n        start, stop = self.oldest, self._stop\n    if start == stop:\n        return parts",
                 ),
             ),
         ),
@@ -262,8 +267,8 @@ BUGS = [
         "old Jacobians are applied again",
         (
             (
-                Learner._advance,
-                ("self._history.cover(clock, ", "self._history.cover(max(clock - 1, self._history.oldest), "),
+                catch_up._Legs.apply,
+                ("if clock <= leg.start)", "if clock <= leg.start + 1)"),
             ),
         ),
         "learner: sparse rows",
@@ -293,7 +298,7 @@ BUGS = [
     Bug(
         29,
         "sleeping slices are paid twice",
-        ((Learner._pay, ("paid = max(clock, self._paid)", "paid = clock")),),
+        ((Learner._pay, ("times.tolist(), self._paid)", "times.tolist(), 0)")),),
         "learner: early deliveries",
     ),
     Bug(
@@ -428,7 +433,7 @@ BUGS = [
     Bug(
         44,
         "an influence is handed out without catching up",
-        ((Learner.influence, ("    self._advance(name, influence.held())\n", "")),),
+        ((Learner.influence, ("    self._advance({name: influence.held()})\n", "")),),
         "learner: influence",
     ),
     Bug(

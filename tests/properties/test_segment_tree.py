@@ -201,7 +201,7 @@ def test_row_sparse_matrices_equal_ordered_products(
             phi = written_out(product[0])[0]
             for part in product[1:]:
                 phi = written_out(part)[0] @ phi
-            assert_same((phi, history.owed(start, start)), expected)
+            assert_same((phi, history.owed([start], start)[start]), expected)
 
 
 @given(elements(), st.data())
@@ -215,10 +215,10 @@ def test_what_is_owed_after_a_payment(items: list[Transition], data: st.DataObje
     paid = None
     for step, item in enumerate(items):
         if step == cut:
-            paid = history.owed(0, 0)
+            paid = history.owed([0], 0)[0]
         history.append(item)
-    whole = history.owed(0, 0)
-    rest = history.owed(0, cut)
+    whole = history.owed([0], 0)[0]
+    rest = history.owed([0], cut)[0]
     early = whole if paid is None else paid + rest
     assert_same((whole.unsqueeze(1) * 0 + 1, early), (whole.unsqueeze(1) * 0 + 1, whole))
     assert (paid is None) == (cut == len(items))
