@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from full_matrices import written_out
 from strategies import normal
-from test_transition import written_out
 from torch import Tensor
 
 from rtrl.errors import ConfigError

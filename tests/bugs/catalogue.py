@@ -6,7 +6,7 @@ Numbers up to 28 were seen in other people's code; those from 29 on were met, or
 from dataclasses import dataclass
 from typing import Any
 
-from rtrl import _guard, _rows, block, catch_up, checkpoint, influence, learner, linearize, segment_tree, taps, transition
+from rtrl import _guard, _rows, block, catch_up, checkpoint, history, influence, learner, linearize, segment_tree, taps, transition
 from rtrl.cells import moe, stack
 from rtrl.watch import ParameterWatch
 
@@ -61,7 +61,7 @@ BUGS = [
     Bug(
         3,
         "losses that fall while a slice sleeps are dropped",
-        ((transition.compose, ("first.pull(then.pull(None))", "first.pull(None)")),),
+        ((history.History._sweep, ("earn=earn)", "earn=earn and leg.stop == self.now)")),),
         "learner: sleeping slices",
     ),
     Bug(
@@ -110,7 +110,7 @@ BUGS = [
     Bug(
         9,
         "rows are overwritten while they are still being read",
-        ((_rows.put, ("values.scatter(", "values.scatter_(")),),
+        ((_rows.zero, ("values.scatter(", "values.scatter_(")),),
         "learner: sparse rows",
     ),
     Bug(

@@ -4,10 +4,11 @@ row-sparse matrices."""
 import math
 
 import pytest
+from full_matrices import written_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from test_transition import assert_same, elements, written_out
+from test_transition import assert_same, elements
 
 import oracles
 from rtrl import CircularSegmentTree
