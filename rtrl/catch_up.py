@@ -1,7 +1,7 @@
 """Slices that wake together are led to the present together: rows of many influences, by shared products."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -38,7 +38,7 @@ def catch_up(history: History, late: Sequence[tuple[ParameterInfluence, Tensor]]
     for block in blocks:
         columns[block.clock] = columns.get(block.clock, 0) + block.width(stores) * len(block.samples)
     plan = history.plan(columns)
-    legs = [(leg, history.product(leg)) for leg in plan.legs]
+    legs = history.products(plan)
     for samples, own in groupby(blocks, key=lambda block: block.samples):
         _lead(stores, list(own), _Legs(legs, samples))
     return plan.cost
@@ -83,14 +83,14 @@ def _blocks(stores: Sequence[ParameterInfluence], rows: Sequence[Tensor], now: i
     ends = counts.cumsum(0).tolist()
     layouts: dict[tuple[tuple[int, int, int], ...], list[tuple[int, int]]] = {}
     runs = zip(*kinds.tolist(), counts.tolist(), [0, *ends], strict=False)
-    for sample, own in groupby(runs, key=lambda run: run[0]):
-        mine = list(own)
+    for sample, members in groupby(runs, key=lambda run: run[0]):
+        mine = list(members)
         layouts.setdefault(tuple((clock, store, count) for _, clock, store, count, _ in mine), []).append(
             (sample, mine[0][4])
         )
     blocks = []
-    for layout, members in layouts.items():
-        samples, firsts = tuple(sample for sample, _ in members), torch.tensor([f for _, f in members], device="cpu")
+    for layout, alike in layouts.items():
+        samples, firsts = tuple(sample for sample, _ in alike), torch.tensor([f for _, f in alike], device="cpu")
         done = 0
         for clock, store, count in layout:
             place = firsts[:, None] + torch.arange(done, done + count, device="cpu")
@@ -130,8 +130,8 @@ class _Legs:
 def _of(product: Transition, samples: Tensor | None) -> Transition:
     if samples is None:
         return product
-    parts = (_rows.pick(t, samples) for t in (product.rows, product.cols, product.jacobian, product.adjoint))
-    return Transition(*parts, product.n, product.width)  # type: ignore[arg-type]
+    rows, cols = (_rows.pick(t, samples) for t in (product.rows, product.cols))
+    return replace(product, rows=rows, cols=cols, jacobian=product.jacobian[samples], adjoint=product.adjoint[samples])
 
 
 def _apply(product: Transition, columns: Tensor) -> None:
@@ -151,12 +151,12 @@ def _lead(stores: Sequence[ParameterInfluence], blocks: list[_Block], legs: _Leg
     most = max(1, CHUNK_BYTES // (len(blocks[0].samples) * values.shape[1] * values.element_size()))
     chunk: list[_Block] = []
     room = most
-    for block in (part for block in blocks for part in _cut(block, stores, most)):
-        if chunk and block.width(stores) > room:
+    for part in (part for block in blocks for part in _cut(block, stores, most)):
+        if chunk and part.width(stores) > room:
             _lead_chunk(stores, chunk, legs)
             chunk, room = [], most
-        chunk.append(block)
-        room -= block.width(stores)
+        chunk.append(part)
+        room -= part.width(stores)
     _lead_chunk(stores, chunk, legs)
 
 
@@ -190,9 +190,7 @@ def _lead_chunk(stores: Sequence[ParameterInfluence], chunk: list[_Block], legs:
         views.append((view, rows))
     together = torch.cat(columns, dim=2) if len(columns) > 1 else columns[0]
     legs.apply(together, clocks, whole=False)
-    for (view, rows), (_, width), new in zip(
-        views, clocks, together.split([m for _, m in clocks], dim=2), strict=True
-    ):
+    for (view, rows), (_, width), new in zip(views, clocks, together.split([m for _, m in clocks], dim=2), strict=True):
         new = new.unflatten(2, (rows.shape[1], width // max(rows.shape[1], 1)))
         new = new.unflatten(1, (-1, legs.width)).permute(0, 3, 1, 2, 4)
         if cols is None:

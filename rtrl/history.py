@@ -113,19 +113,19 @@ class History:
         the cheapest ones."""
         if start == stop:
             return []
-        return [self.product(leg) for leg in self._plan({start: self._size}, stop).legs]
+        return self._tree.products(self._plan({start: self._size}, stop))
 
     def plan(self, columns: Mapping[int, int]) -> Plan:
         """How to lead influences to now: ``columns`` of them, over all samples, by their clock.
 
         A plan is made before any product, by counted multiply-adds (``rtrl.route.Planner`` has the rule); its ``cost``
-        is what applying ``product(leg)`` to the columns of each leg takes, compositions included.
+        is what applying ``products(plan)`` to the columns of each leg takes, compositions included.
         """
         return self._plan(columns, self.now)
 
-    def product(self, leg: Leg) -> Transition:
-        """The transition of one leg of a plan."""
-        return self._tree.product(leg)
+    def products(self, plan: Plan) -> list[tuple[Leg, Transition]]:
+        """The legs of a plan, each with its transition."""
+        return list(zip(plan.legs, self._tree.products(plan), strict=True))
 
     def owed(self, clocks: Collection[int], paid: int) -> dict[int, Tensor]:
         """By clock, the row functional w (B, H) with ``w S_clock`` = what an influence with this clock is owed for the
@@ -142,8 +142,8 @@ class History:
     def _sweep(self, found: dict[int, Tensor], times: Collection[int], stop: int, *, earn: bool) -> None:
         """Pull the functional of time ``stop`` back to these times; ``found`` has the functionals by time."""
         plan = self._plan(dict.fromkeys(times, self._size), stop, shared=True)
-        for leg in reversed(plan.legs):
-            found[leg.start] = self.product(leg).pull(found[leg.stop], earn=earn)
+        for leg, product in reversed(self.products(plan)):
+            found[leg.start] = product.pull(found[leg.stop], earn=earn)
 
     def _plan(self, columns: Mapping[int, int], stop: int, shared: bool = False) -> Plan:
         return self._tree.plan(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Node(NamedTuple):
     """A node of a tree over the places low … high − 1 of the ring; place + shift is the step held there."""
 
-    index: int
+    place: int
     low: int
     high: int
     shift: int
@@ -36,6 +36,7 @@ class Leg:
     Attributes:
         nodes: whose product it is, earliest first; more than one are composed for this leg alone.
         outline: of that product.
+        onward: the leg whose product follows that of the nodes, to the end.
     """
 
     since: int
@@ -43,6 +44,7 @@ class Leg:
     stop: int
     nodes: tuple[Node, ...]
     outline: Any
+    onward: "Leg | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,8 @@ class Planner:
     Everything that has reached the first step of a node goes through it together. It goes through the node itself if
     ``use(node) · load``, plus the cost of composing what is not composed yet, less the node's credit, is at most the
     cost of the best plan through its two halves; what starts inside a node joins at its own step or behind the node.
-    Two legs in a row with the same load are composed for this plan alone where that is cheaper still.
+    Two legs in a row with the same load are composed for this plan alone where that is cheaper still. And if it is
+    cheaper to compose the way from each start to the end, each out of that of the next start, every load takes its own.
 
     The credit of a node is what it would have saved if it had been there in earlier plans since its leaves changed, as
     long as it was not composed: a composition is bought at the latest when going without it has cost as much. So a plan
@@ -110,7 +113,36 @@ class Planner:
                 self._follow(node, first, False, legs)
         legs = self._joined(legs)
         cost = self._bought + sum(self._use(leg.outline) * self._load(leg.since, leg.start) for leg in legs)
+        if len(self._starts) > 1 and not self._shared:
+            apart, price = self._apart(stop, cost - self._advance)
+            if price < cost - self._advance:
+                return Plan(apart, price, 0)
         return Plan(legs, cost, self._advance)
+
+    def _apart(self, stop: int, limit: int) -> tuple[list[Leg], int]:
+        """One product to the end for each start, made of that of the next start, so that every load is applied once;
+        and the cost. Given up once it is dearer than ``limit``."""
+        legs: list[Leg] = []
+        cost = 0
+        for start, load in reversed(list(zip(self._starts, self._loads, strict=True))):
+            onward = legs[-1] if legs else None
+            nodes = self._tree.nodes(start, onward.start if onward else stop)
+            outline = None
+            for node in nodes:
+                cost += self._missing(node)
+                outline = self._also(outline, self._tree.outline(node))
+                cost += self._make(outline) if node != nodes[0] else 0
+            if onward is not None:
+                outline = self._tree.merged(outline, onward.outline)
+                cost += self._make(outline)
+            cost += self._use(outline) * load
+            if cost >= limit:
+                break
+            legs.append(Leg(start, start, stop, tuple(nodes), outline, onward))
+        return legs, cost
+
+    def _also(self, outline: Any, then: Any) -> Any:
+        return then if outline is None else self._tree.merged(outline, then)
 
     def _load(self, since: int, start: int) -> int:
         """Of all that started at ``since`` … ``start``."""
@@ -123,15 +155,15 @@ class Planner:
         """The cost of composing a node and all that is missing under it."""
         if self._tree.composed(node):
             return 0
-        if node.index not in self._price:
+        if node.place not in self._price:
             below = sum(self._missing(half) for half in self._tree.halves(node))
-            self._price[node.index] = below + self._make(self._tree.outline(node))
-        return self._price[node.index]
+            self._price[node.place] = below + self._make(self._tree.outline(node))
+        return self._price[node.place]
 
     def _cheapest(self, node: Node, since: int, free: bool) -> int:
         """The cost, less the credit used, of leading all that started at ``since`` or later, before the node's end, to
         its end; ``free``: with the node composed already."""
-        key = (node.index, since, free)
+        key = (node.place, since, free)
         if key not in self._best:
             self._best[key] = self._choose(node, since, free)
         return self._best[key][0]
@@ -163,7 +195,7 @@ class Planner:
         if not load and not self._load(since, node.stop - 1):
             return
         self._cheapest(node, since, free)
-        if self._best[node.index, since, free][1]:
+        if self._best[node.place, since, free][1]:
             legs.append(Leg(since, node.start, node.stop, (node,), self._tree.outline(node)))
             missing = 0 if free else self._missing(node)
             self._bought += missing

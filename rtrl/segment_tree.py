@@ -92,8 +92,8 @@ class CircularSegmentTree(Generic[T]):
         while node.high - node.low > 1:
             left, right = self.halves(node)
             node = left if place < left.high else right
-        self._nodes[node.index] = element if self._keep is None else self._keep(node.index, 1, element)
-        self._stamps[node.index] = self._stop
+        self._nodes[node.place] = element if self._keep is None else self._keep(node.place, 1, element)
+        self._stamps[node.place] = self._stop
         self._stop += 1
 
     def query(self, start: int, stop: int) -> T:
@@ -127,7 +127,7 @@ class CircularSegmentTree(Generic[T]):
             return [self._value(node) for node in self.nodes(start, stop)]
         self._check(start, stop)
         plan = self.plan({start: 1}, stop, cost, effort or (lambda outline: 0))
-        return [self.product(leg) for leg in plan.legs]
+        return self.products(plan)
 
     def plan(
         self,
@@ -139,7 +139,7 @@ class CircularSegmentTree(Generic[T]):
         shared: bool = False,
     ) -> Plan:
         """The cheapest way to lead loads, given by the step they start at, to ``stop``; ``rtrl.route.Planner`` says how
-        it is found. ``product`` then gives the element of each leg.
+        it is found. ``products`` then gives the elements of its legs.
 
         Args:
             cost: of using an element for a load of one. effort: of composing it. Both are told its outline.
@@ -152,9 +152,17 @@ class CircularSegmentTree(Generic[T]):
         """
         return Planner(self, cost, effort, shared)(starts, stop)
 
-    def product(self, leg: Leg) -> T:
-        """The element of one leg of a plan; to be asked for before the next ``append``."""
-        return self._product(leg.nodes)
+    def products(self, plan: Plan) -> list[T]:
+        """The elements of the legs of a plan; to be asked for before the next ``append``."""
+        made: dict[int, T] = {}
+
+        def product(leg: Leg) -> T:
+            if id(leg) not in made:
+                own = self._product(leg.nodes)
+                made[id(leg)] = own if leg.onward is None else self._combine(own, product(leg.onward))
+            return made[id(leg)]
+
+        return [product(leg) for leg in plan.legs]
 
     def _product(self, nodes: Sequence[Node]) -> T:
         if not nodes:
@@ -209,21 +217,21 @@ class CircularSegmentTree(Generic[T]):
 
     def composed(self, node: Node) -> bool:
         """Whether the product of a node's elements is there, or counts as paid for."""
-        return node.high - node.low == 1 or self._made[node.index] == node.start
+        return node.high - node.low == 1 or self._made[node.place] == node.start
 
     def outline(self, node: Node) -> Any:
         """The outline of a node's product, without the product."""
         if self._outline is None:
             return self._value(node)
-        outline = self._outlines[node.index]
-        if outline is None or self._drawn[node.index] != node.start:
+        outline = self._outlines[node.place]
+        if outline is None or self._drawn[node.place] != node.start:
             if node.high - node.low == 1:
                 outline = self._outline(self._value(node))
             else:
                 outline = self.merged(*(self.outline(half) for half in self.halves(node)))
                 if self._keep_outline is not None:
-                    outline = self._keep_outline(node.index, node.high - node.low, outline)
-            self._outlines[node.index], self._drawn[node.index] = outline, node.start
+                    outline = self._keep_outline(node.place, node.high - node.low, outline)
+            self._outlines[node.place], self._drawn[node.place] = outline, node.start
         return outline
 
     def merged(self, earlier: Any, later: Any) -> Any:
@@ -232,12 +240,12 @@ class CircularSegmentTree(Generic[T]):
 
     def credit(self, node: Node) -> int:
         """What plans so far would have saved with a node that is not composed."""
-        start, credit = self._credits.get(node.index, (node.start, 0))
+        start, credit = self._credits.get(node.place, (node.start, 0))
         return credit if start == node.start else 0
 
     def add_credit(self, node: Node, saved: int) -> None:
         """Note what one more plan would have saved."""
-        self._credits[node.index] = (node.start, self.credit(node) + saved)
+        self._credits[node.place] = (node.start, self.credit(node) + saved)
 
     def memory(self) -> list[list[int]]:
         """What plans depend on beside the elements held, as numbers: [node, first step, composed or not, credit]."""
@@ -267,12 +275,12 @@ class CircularSegmentTree(Generic[T]):
             self._collect(half, first, last, parts)
 
     def _value(self, node: Node) -> T:
-        value = self._nodes[node.index]
-        if value is None or self._stamps[node.index] != node.start:
+        value = self._nodes[node.place]
+        if value is None or self._stamps[node.place] != node.start:
             earlier, later = self.halves(node)
             value = self._combine(self._value(earlier), self._value(later))
             if self._keep is not None:
-                value = self._keep(node.index, node.high - node.low, value)
-            self._nodes[node.index], self._stamps[node.index] = value, node.start
-            self._made[node.index] = node.start
+                value = self._keep(node.place, node.high - node.low, value)
+            self._nodes[node.place], self._stamps[node.place] = value, node.start
+            self._made[node.place] = node.start
         return value

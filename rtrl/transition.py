@@ -170,9 +170,8 @@ def compose(first: Transition, then: Transition) -> Transition:
     else:
         changed = _rows.mask(first.rows, n)
         read = changed if then.cols is None else changed.gather(1, then.cols)
-        if then.cols is None:
-            rows = first.rows
-        else:
+        rows = first.rows  # those that Φ₂ reads and Φ₁ changes
+        if then.cols is not None:
             rows = then.cols if met is None else then.cols.gather(1, met)
         made = _rows.take(made, _rows.locate(first.rows, n).gather(1, rows))
         made = made.masked_fill(~changed.gather(1, rows)[:, :, None, None], 0.0)

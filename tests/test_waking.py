@@ -9,6 +9,7 @@ import torch
 from full_matrices import written_out
 from strategies import normal
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracles
 from rtrl import catch_up as waking
@@ -96,8 +97,11 @@ def assert_led(kind: str, late: list[tuple[ParameterInfluence, Tensor]], before:
             assert float((mine - wanted).abs().max()) <= 1e-12 * float(wanted.abs().max())
 
 
-@pytest.mark.parametrize("chunk", [1, 8 * ROWS * WIDTH * 7, waking.CHUNK_BYTES])
-@pytest.mark.parametrize("who", SLEEPERS)
+@pytest.mark.parametrize(
+    ("who", "chunk"),
+    [(who, waking.CHUNK_BYTES) for who in SLEEPERS]
+    + [(who, size) for who in ("one", "all, together", "all, in turn") for size in (1, 8 * ROWS * WIDTH * 7)],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_exact_and_as_dear_as_planned(kind: str, who: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the size of the chunks; rows that do not wake keep every bit."""
@@ -137,9 +141,9 @@ def all_nodes_first(held: History, loads: Mapping[int, int]) -> int:
     tree, made = held._tree, set[int]()
 
     def composing(node: Node) -> int:
-        if node.high - node.low == 1 or tree.composed(node) or node.index in made:
+        if node.high - node.low == 1 or tree.composed(node) or node.place in made:
             return 0
-        made.add(node.index)
+        made.add(node.place)
         return tree.outline(node).compose_macs + sum(map(composing, tree.halves(node)))
 
     def applying(node: Node) -> int:
@@ -170,13 +174,12 @@ def test_the_first_to_wake_pays_no_more_than_by_any_simple_rule(kind: str, who: 
 
 def test_composing_free_of_charge_breaks_the_bound_of_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: nodes chosen as if composing cost nothing."""
-    loads = loads_of("one", 1)
+    loads = {6: 5}
     held = history("dense")
-    legs = held._tree.plan(loads, held.now, lambda pattern: pattern.apply_macs, lambda pattern: 0).legs
+    plan = held._tree.plan(loads, held.now, lambda pattern: pattern.apply_macs, lambda pattern: 0)
     with MacCounter() as counter:
-        for leg in legs:
-            held.product(leg)
-    applied = sum(leg.outline.apply_macs for leg in legs) * sum(loads.values())
+        held.products(plan)
+    applied = sum(leg.outline.apply_macs for leg in plan.legs) * sum(loads.values())
     assert counter.macs + applied > 2 * replayed(held, loads)
 
 
@@ -187,17 +190,22 @@ def test_replay_breaks_the_bound_of_composed_nodes() -> None:
 
 
 @pytest.mark.parametrize("factor", [1, 30])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("who", ["all, in turn", "all, each at its own time"])
+@pytest.mark.parametrize(
+    ("kind", "who"),
+    [
+        *((kind, "all, in turn") for kind in KINDS),
+        ("dense", "all, each at its own time"),
+        ("mixture", "all, each at its own time"),  # sparse: see docs/limits.md
+    ],
+)
 def test_waking_together_is_cheaper_than_one_after_the_other(kind: str, who: str, factor: int) -> None:
-    """Each for itself pays its own products. With many columns and dense products these are remembered, and little is
-    left to share, but it is never more."""
+    """Each for itself pays its own products."""
     loads = loads_of(who, factor)
     together = history(kind).plan(loads).cost
     alone = sum(history(kind).plan({clock: load}).cost for clock, load in loads.items())
     assert together <= alone
     if kind == "dense":
-        assert together < 0.9 * alone
+        assert together < (0.97 if factor > 1 else 0.7) * alone
 
 
 # ---------------------------------------------------------------------- again and again
@@ -217,8 +225,7 @@ def staggered(columns_each: int, steps: int, change: Callable[[History], None] =
         if step >= 32:
             loads = {held.oldest + 1: columns_each}
             plan = held.plan(loads)
-            for leg in plan.legs:
-                held.product(leg)
+            held.products(plan)
             total += plan.cost
             replay += replayed(held, loads)
             first += all_nodes_first(other, loads)
@@ -231,7 +238,7 @@ def test_many_small_wakings_share_what_is_composed(columns_each: int) -> None:
     """None alone is worth a product; together they are, and cost little more than if one had known."""
     total, replay, first = staggered(columns_each, 100)
     assert total <= replay
-    assert total <= 1.25 * first
+    assert total <= 1.5 * first
     if columns_each > 1:
         assert total < 0.5 * replay
 
@@ -244,7 +251,7 @@ def test_without_credit_small_wakings_replay_for_ever() -> None:
 
     total, replay, first = staggered(4, 100, forget)
     assert total > 0.5 * replay
-    assert total > 1.25 * first
+    assert total > 1.5 * first
 
 
 def test_what_is_owed_takes_one_sweep_for_all_clocks() -> None:
@@ -291,11 +298,15 @@ def test_apart_transitions_compose_without_a_product() -> None:
     assert (pattern.u, pattern.c) == (2, 2)
 
 
-def test_sparse_products_take_memory_for_their_own_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sparse_products_take_memory_for_their_own_rows_alone() -> None:
     """Two rows of a thousand: no matrix over the whole state is ever written."""
     n, sizes = 1000, []
 
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+    class Sizes(TorchDispatchMode):
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:  # and its import, which takes seconds
+            return False
+
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
             sizes.extend(t.untyped_storage().nbytes() for t in [out] if isinstance(t, Tensor))
@@ -318,8 +329,7 @@ def test_a_saved_history_plans_as_the_one_it_was_taken_of() -> None:
     """What is composed and what was nearly composed is known again, or a resumed run would round differently."""
     held = history("dense")
     for load in (40, 3, 3):
-        for leg in held.plan({8: load}).legs:
-            held.product(leg)
+        held.products(held.plan({8: load}))
     again = History.from_state_dict(held.state_dict(), torch.zeros(BATCH, ROWS, WIDTH, dtype=torch.float64))
     assert again._tree.memory() == held._tree.memory()
     fresh = history("dense").plan({9: 3})

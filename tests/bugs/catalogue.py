@@ -6,7 +6,20 @@ Numbers up to 28 were seen in other people's code; those from 29 on were met, or
 from dataclasses import dataclass
 from typing import Any
 
-from rtrl import _guard, _rows, block, catch_up, checkpoint, history, influence, learner, linearize, segment_tree, taps, transition
+from rtrl import (
+    _guard,
+    _rows,
+    block,
+    catch_up,
+    checkpoint,
+    history,
+    influence,
+    learner,
+    linearize,
+    segment_tree,
+    taps,
+    transition,
+)
 from rtrl.cells import moe, stack
 from rtrl.watch import ParameterWatch
 
@@ -119,7 +132,10 @@ BUGS = [
         (
             (
                 Learner._close_block,
-                ("        self._influences[name].add(awake[name], result.transition, birth.values)\n", "        pass\n"),
+                (
+                    "        self._influences[name].add(awake[name], result.transition, birth.values)\n",
+                    "        pass\n",
+                ),
                 (
                     "    self._advance(awake if",
                     "    for name, birth in result.births.items():\n"
@@ -159,7 +175,7 @@ BUGS = [
     Bug(
         14,
         "a remembered node outlives the leaf under it",
-        ((Tree._value, (" or self._stamps[node.index] != node.start", "")),),
+        ((Tree._value, (" or self._stamps[node.place] != node.start", "")),),
         "tree_in_order",
     ),
     Bug(
@@ -168,7 +184,7 @@ BUGS = [
         (
             (
                 catch_up._of,
-                ("_rows.pick(t, samples)", "_rows.pick(t, samples * 0 if t is product.rows else samples)"),
+                ("_rows.pick(t, samples)", "_rows.pick(t, samples * 0)"),
             ),
         ),
         "learner: sparse rows",
