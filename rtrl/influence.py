@@ -88,11 +88,9 @@ class ParameterInfluence:
         for each of these rows."""
         if not rows.numel():
             return
-        whole = rows.numel() == self.values.shape[0]
+        everyone = torch.equal(rows, torch.arange(self.values.shape[0], device="cpu"))
         here = rows.to(self.values.device)
-        values = (
-            self.values if whole and torch.equal(rows, torch.arange(len(rows), device="cpu")) else self.values[here]
-        )
+        values = self.values if everyone else self.values[here]
         owed = torch.bmm(functional.unsqueeze(1), values).squeeze(1)
         # The sum over samples without index_add_, many times slower on a CPU: the rows of a slice side by side.
         slices, place = self.slice[here].unique(return_inverse=True)

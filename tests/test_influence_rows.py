@@ -199,11 +199,8 @@ def test_blocks_are_applied_the_earliest_first() -> None:
     influence.values = start = normal(1, *influence.values.shape)
     first, then = transition(None), transition(torch.tensor([[1], [0]]))
     influence.move(rows, [first, then])
-    torch.testing.assert_close(
-        influence.values, (written_out(then)[0] @ written_out(first)[0]) @ start, rtol=1e-12, atol=1e-12
-    )
+    product = written_out(then)[0] @ written_out(first)[0]
+    torch.testing.assert_close(influence.values, product @ start, rtol=1e-12, atol=1e-12)
     influence.move(rows, [])
     influence.move(rows[:0], [first])
-    torch.testing.assert_close(
-        influence.values, (written_out(then)[0] @ written_out(first)[0]) @ start, rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(influence.values, product @ start, rtol=1e-12, atol=1e-12)
