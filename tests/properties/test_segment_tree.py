@@ -334,7 +334,7 @@ def test_credit_is_gone_with_the_leaves() -> None:
 
 
 def test_what_starts_inside_a_node_joins_where_that_is_cheaper() -> None:
-    """Eight leaves, any product as dear as a leaf, composing dear: one goes leaf by leaf, and takes the others along."""
+    """Eight leaves, a product as dear as a leaf, composing dear: one goes leaf by leaf, and takes the others along."""
     tree, combine = spans(8, 8)
     plan = tree.plan({0: 1, 3: 1, 7: 1}, 8, lambda outline: 1, lambda outline: 100)
     assert [(leg.since, leg.start, leg.stop) for leg in plan.legs] == [(0, i, i + 1) for i in range(8)]
