@@ -286,6 +286,21 @@ def test_composing_costs_what_its_pattern_says(kind: str) -> None:
         product = compose(product, leaf(kind, step))
 
 
+def test_samples_that_meet_in_fewer_rows_than_others_compose_exactly() -> None:
+    """Sample 0 reads the row that was written, sample 1 does not, sample 2 reads it among others."""
+
+    def at(seed: int, rows: list[list[int]], cols: list[list[int]]) -> Transition:
+        u, c = len(rows[0]) * WIDTH, len(cols[0]) * WIDTH
+        jacobian, adjoint = normal(seed, BATCH, u, c), normal(seed + 1, BATCH, c)
+        return Transition(torch.tensor(rows), torch.tensor(cols), jacobian, adjoint, ROWS, WIDTH)
+
+    one = at(1, [[0], [0], [0]], [[0, 1]] * 3)
+    two = at(3, [[2], [2], [0]], [[0, 2, 3], [1, 2, 3], [0, 1, 5]])
+    expected = oracles.ordered_product([written_out(one), written_out(two)])
+    for found, wanted in zip(written_out(compose(one, two)), expected, strict=True):
+        assert float((found - wanted).abs().max()) <= 1e-12 * float(wanted.abs().max())
+
+
 def test_apart_transitions_compose_without_a_product() -> None:
     """Neither reads what the other writes: what is left to count is the adjoint."""
 
