@@ -1,13 +1,16 @@
 """The last blocks as transitions: what sleeping slices will be moved by, and what they are owed."""
 
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rtrl.errors import ConfigError
+from rtrl.route import Leg, Plan
 from rtrl.segment_tree import CircularSegmentTree
-from rtrl.transition import Transition, compose, identity
+from rtrl.transition import Pattern, Transition, compose, identity, merge
 
 
 class _Store:
@@ -36,16 +39,20 @@ class _Store:
 
     def __call__(self, node: int, span: int, value: Transition) -> Transition:
         parts = (value.jacobian, value.adjoint, value.rows, value.cols)
-        kept: list[Tensor | None] = []
-        for i, part in enumerate(parts):
-            if part is None:
-                kept.append(None)
-                continue
-            if part.numel() > self._memory[node][i].numel():  # a step declared more rows than the first one did
-                self._memory[node][i] = self._allocate(part.numel(), index=i >= 2)
-            kept.append(self._memory[node][i][: part.numel()].view(part.shape).copy_(part))
-        jacobian, adjoint, rows, cols = kept
+        jacobian, adjoint, rows, cols = (self._kept(node, i, part) for i, part in enumerate(parts))
         return Transition(rows, cols, jacobian, adjoint, value.n, value.width)  # type: ignore[arg-type]
+
+    def keep_pattern(self, node: int, span: int, pattern: Pattern) -> Pattern:
+        """The index sets in the memory that those of the node's value will have."""
+        rows, cols = (self._kept(node, i, part) for i, part in ((2, pattern.rows), (3, pattern.cols)))
+        return replace(pattern, rows=rows, cols=cols)
+
+    def _kept(self, node: int, i: int, part: Tensor | None) -> Tensor | None:
+        if part is None:
+            return None
+        if part.numel() > self._memory[node][i].numel():  # a step declared more rows than the first one did
+            self._memory[node][i] = self._allocate(part.numel(), index=i >= 2)
+        return self._memory[node][i][: part.numel()].view(part.shape).copy_(part)
 
     @property
     def n_bytes(self) -> int:
@@ -71,9 +78,16 @@ class History:
         self.capacity, self._bounds = capacity, (rows, cols)
         self._store = _Store(capacity, rows, cols, n, width, size, state)
         self._tree = CircularSegmentTree(
-            capacity, compose, identity(size, n, width, state), start=start, keep=self._store
+            capacity,
+            compose,
+            identity(size, n, width, state),
+            start=start,
+            keep=self._store,
+            outline=lambda block: block.pattern,
+            merge=merge,
+            keep_outline=self._store.keep_pattern,
         )
-        self._functionals: dict[tuple[int, int, int], Tensor] = {}
+        self._size = size
 
     @property
     def now(self) -> int:
@@ -92,34 +106,49 @@ class History:
 
     def append(self, block: Transition) -> None:
         """Add the newest block."""
-        self.forget()
         self._tree.append(block)
 
     def cover(self, start: int, stop: int) -> list[Transition]:
-        """Transitions, earliest first, that together lead from time ``start`` to ``stop``, the cheapest to apply."""
-        return self._tree.cover(start, stop, cost=lambda block: block.apply_macs)
+        """Transitions, earliest first, that together lead one column of every sample from time ``start`` to ``stop``,
+        the cheapest ones."""
+        if start == stop:
+            return []
+        return self._tree.products(self._plan({start: self._size}, stop))
 
-    def owed(self, start: int, paid: int) -> Tensor:
-        """The row functional w (B, H) with ``w S_start`` = what an influence with clock ``start`` is owed for the
+    def plan(self, columns: Mapping[int, int]) -> Plan:
+        """How to lead influences to now: ``columns`` of them, over all samples, by their clock.
+
+        A plan is made before any product, by counted multiply-adds (``rtrl.route.Planner`` has the rule); its ``cost``
+        is what applying ``products(plan)`` to the columns of each leg takes, compositions included.
+        """
+        return self._plan(columns, self.now)
+
+    def products(self, plan: Plan) -> list[tuple[Leg, Transition]]:
+        """The legs of a plan, each with its transition."""
+        return list(zip(plan.legs, self._tree.products(plan), strict=True))
+
+    def owed(self, clocks: Collection[int], paid: int) -> dict[int, Tensor]:
+        """By clock, the row functional w (B, H) with ``w S_clock`` = what an influence with this clock is owed for the
         blocks from ``paid`` to now.
 
-        Equation: ``w = v_{paid→now} Φ_{start→paid}``.
+        Equation: ``w = v_{paid→now} Φ_{clock→paid}``. One sweep backward serves all clocks, where that is cheaper.
         """
-        key = (start, paid, self.now)
-        if key not in self._functionals:
-            functional: Tensor | None = None
-            for block in reversed(self._tree.cover(paid, self.now)):
-                functional = block.pull(functional)
-            if functional is None:
-                functional = self._zero()
-            for block in reversed(self._tree.cover(start, paid)):
-                functional = block.pull(functional, earn=False)
-            self._functionals[key] = functional
-        return self._functionals[key]
+        late = {max(clock, paid) for clock in clocks}
+        found = {self.now: self._zero()}
+        self._sweep(found, late, self.now, earn=True)
+        self._sweep(found, {clock for clock in clocks if clock < paid}, paid, earn=False)
+        return {clock: found[clock] for clock in clocks}
 
-    def forget(self) -> None:
-        """Drop the functionals remembered for one round of payments."""
-        self._functionals.clear()
+    def _sweep(self, found: dict[int, Tensor], times: Collection[int], stop: int, *, earn: bool) -> None:
+        """Pull the functional of time ``stop`` back to these times; ``found`` has the functionals by time."""
+        plan = self._plan(dict.fromkeys(times, self._size), stop, shared=True)
+        for leg, product in reversed(self.products(plan)):
+            found[leg.start] = product.pull(found[leg.stop], earn=earn)
+
+    def _plan(self, columns: Mapping[int, int], stop: int, shared: bool = False) -> Plan:
+        return self._tree.plan(
+            columns, stop, lambda pattern: pattern.apply_macs, lambda pattern: pattern.compose_macs, shared=shared
+        )
 
     def _zero(self) -> Tensor:
         none: Transition = self._tree.query(self.now, self.now)
@@ -131,10 +160,16 @@ class History:
         return self._store.n_bytes
 
     def state_dict(self) -> dict[str, Any]:
-        """The blocks held, oldest first; inner nodes are computed again when they are needed."""
+        """The blocks held, oldest first, and what plans depend on; inner nodes are computed again when needed."""
         leaves = [(b.rows, b.cols, b.jacobian, b.adjoint) for _, b in self._tree.leaves()]
         clones = [[None if t is None else t.clone() for t in leaf] for leaf in leaves]
-        return {"capacity": self.capacity, "bounds": list(self._bounds), "start": self._tree.oldest, "blocks": clones}
+        return {
+            "capacity": self.capacity,
+            "bounds": list(self._bounds),
+            "start": self._tree.oldest,
+            "blocks": clones,
+            "plans": self._tree.memory(),
+        }
 
     @classmethod
     def from_state_dict(cls, saved: dict[str, Any], state: Tensor) -> "History":
@@ -154,4 +189,5 @@ class History:
                 raise ConfigError("a saved block does not fit the state")
             rows, cols = (None if t is None else t.to(state.device) for t in (rows, cols))
             history.append(Transition(rows, cols, jacobian.to(state), adjoint.to(state), n, width))
+        history._tree.recall(saved["plans"])
         return history

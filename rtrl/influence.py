@@ -87,18 +87,22 @@ class ParameterInfluence:
         return out.transpose(1, 2).reshape(size, full, -1)
 
     def earn(self, rows: Tensor, functional: Tensor, gradient: Tensor) -> None:
-        """Add ``Σ_r functional[sample_r] @ S_r`` to a gradient of the parameter's shape, in place; functional is (B,
-        H)."""
+        """Add ``Σ_r functional_r @ S_r`` to a gradient of the parameter's shape, in place; functional is (R, H), one
+        for each of these rows."""
         if not rows.numel():
             return
-        whole = rows.numel() == self.values.shape[0]
-        here = slice(None) if whole else rows.to(self.values.device)
-        owed = torch.bmm(functional[self.sample[here]].unsqueeze(1), self.values[here]).squeeze(1)
-        # The sum over samples as a product: index_add_ is many times slower on a CPU.
+        everyone = torch.equal(rows, torch.arange(self.values.shape[0], device="cpu"))
+        here = rows.to(self.values.device)
+        values = self.values if everyone else self.values[here]
+        owed = torch.bmm(functional.unsqueeze(1), values).squeeze(1)
+        # The sum over samples without index_add_, many times slower on a CPU: the rows of a slice side by side.
         slices, place = self.slice[here].unique(return_inverse=True)
-        choose = owed.new_zeros(slices.numel(), owed.shape[0])
-        choose[place, torch.arange(owed.shape[0], device=owed.device)] = 1.0
-        gradient.view(self.slices, owed.shape[1])[slices] += choose @ owed
+        order = place.argsort(stable=True)
+        count = place.bincount(minlength=slices.numel())
+        rank = torch.arange(len(order), device=owed.device) - (count.cumsum(0) - count)[place[order]]
+        aside = owed.new_zeros(slices.numel(), int(count.max()), owed.shape[1])
+        aside[place[order], rank] = owed[order]
+        gradient.view(self.slices, owed.shape[1])[slices] += aside.sum(dim=1)
 
     def move(self, rows: Tensor, blocks: Sequence[Transition]) -> None:
         """Apply transitions, earliest first, to these rows: ``S ← Φ_k … Φ_1 S``. Cost: the sum of their ``apply_macs``

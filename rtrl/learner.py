@@ -10,6 +10,7 @@ from torch.utils.weak import TensorWeakRef
 
 from rtrl import _forward, _guard, _losses, _tree, checkpoint
 from rtrl.block import BlockResult, close_block, overflowing
+from rtrl.catch_up import catch_up
 from rtrl.cells.protocol import Cell, Sparsity, first_state, takes_replay
 from rtrl.errors import ConfigError, NonFiniteError, ShapeError, SparsityError
 from rtrl.history import History
@@ -192,10 +193,8 @@ class BlockRTRL:
         if self._history is None:
             return
         if dormant:
-            for name, influence in self._influences.items():
-                self._pay(name, influence.held())
+            self._pay({name: influence.held() for name, influence in self._influences.items()})
             self._paid = self._history.now
-            self._history.forget()
         for name, gradient in self._earned.items():
             if not _tree.finite(gradient):
                 raise NonFiniteError(
@@ -227,7 +226,7 @@ class BlockRTRL:
         if name not in self._influences:
             return self._state.new_zeros(self.batch_size, self._state[0].numel(), self._parameters[name].numel())
         influence = self._influences[name]
-        self._advance(name, influence.held())
+        self._advance({name: influence.held()})
         value = influence.dense()
         if not _tree.finite(value):
             raise NonFiniteError(
@@ -268,15 +267,15 @@ class BlockRTRL:
             self._give_up_block()
         self._close()
         samples = rows.cpu()
-        for name, influence in self._influences.items():
-            held = influence.held()
-            if not discard:
-                self._pay(name, held[samples[influence.sample[held.to(self._state.device)].cpu()]])
-            influence.drop(samples)
         if discard:
             self._earned = {}
-        if self._history is not None:
-            self._history.forget()
+        elif self._history is not None:
+            held = {name: influence.held() for name, influence in self._influences.items()}
+            for name, own in held.items():
+                held[name] = own[samples[self._influences[name].sample[own.to(self._state.device)].cpu()]]
+            self._pay(held)
+        for influence in self._influences.values():
+            influence.drop(samples)
         shape = (-1, *[1] * (self._state.ndim - 1))
         self._state = torch.where(rows.reshape(shape), first, self._state)
 
@@ -362,46 +361,51 @@ class BlockRTRL:
 
         expiring, now = self._history.expiring, self._history.now
         if expiring is not None:
-            for name, influence in self._influences.items():
-                held = influence.held()
-                self._advance(name, held[influence.clock[held] <= expiring])
+            held = {name: influence.held() for name, influence in self._influences.items()}
+            self._advance({name: own[self._influences[name].clock[own] <= expiring] for name, own in held.items()})
         self._history.append(result.transition)
-        rows = {}
+        known = {name: influence.held().numel() for name, influence in self._influences.items()}
+        rows = {name: influence.claim(result.keys[name], now) for name, influence in self._influences.items()}
+        self._advance({name: rows[name] if self.lazy else self._influences[name].held() for name in sliced})
         for name, influence in self._influences.items():
-            known = influence.held()
-            rows[name] = influence.claim(result.keys[name], now)
-            if influence.sliced:
-                self._advance(name, rows[name] if self.lazy else influence.held())
-            else:  # it has never slept
-                if known.numel():
+            if not influence.sliced:  # it has never slept
+                if known[name]:
                     influence.advance(result.transition, self._gradient(name))
                 influence.clock[rows[name]] = self._history.now
         result.add_births(self._influences, rows)
-        self._history.forget()
         for name, gradient in result.gradient.items():
             self._gradient(name).add_(gradient)
         self._give_up_block()
 
-    def _advance(self, name: str, rows: Tensor) -> None:
-        """Bring rows of an influence up to date, and pay them what they are owed."""
+    def _advance(self, rows: Mapping[str, Tensor]) -> None:
+        """Bring rows of influences, by parameter, up to date together, and pay them what they are owed. Parameters kept
+        whole never sleep."""
         assert self._history is not None
-        influence = self._influences[name]
-        self._pay(name, rows)
-        clocks = influence.clock[rows]
-        for clock in clocks.unique().tolist():
-            influence.move(rows[clocks == clock], self._history.cover(clock, self._history.now))
-        influence.clock[rows] = self._history.now
+        self._pay(rows)
+        behind = [(self._influences[name], own) for name, own in rows.items()]
+        catch_up(self._history, [(influence, own) for influence, own in behind if influence.sliced])
+        for influence, own in behind:
+            influence.clock[own] = self._history.now
 
-    def _pay(self, name: str, rows: Tensor) -> None:
-        """Add to the gradient what rows of an influence are owed for the blocks since their clock, as far as it is not
-        paid yet."""
+    def _pay(self, rows: Mapping[str, Tensor]) -> None:
+        """Add to the gradient what rows of influences, by parameter, are owed for the blocks since their clock, as far
+        as it is not paid yet."""
         assert self._history is not None
-        influence = self._influences[name]
-        clocks = influence.clock[rows]
-        for clock in clocks.unique().tolist():
-            paid = max(clock, self._paid)
-            if paid < self._history.now:
-                influence.earn(rows[clocks == clock], self._history.owed(clock, paid), self._gradient(name))
+        now = self._history.now
+        if self._paid >= now:
+            return
+        late = {name: own[self._influences[name].clock[own] < now] for name, own in rows.items()}
+        late = {name: own for name, own in late.items() if own.numel()}
+        if not late:
+            return
+        times = torch.cat([self._influences[name].clock[own] for name, own in late.items()]).unique()
+        owed = self._history.owed(times.tolist(), self._paid)
+        functionals = torch.stack([owed[time] for time in times.tolist()])
+        for name, own in late.items():
+            influence = self._influences[name]
+            place = torch.searchsorted(times, influence.clock[own]).to(functionals.device)
+            sample = influence.sample[own.to(functionals.device)]
+            influence.earn(own, functionals[place, sample], self._gradient(name))
 
     def _gradient(self, name: str) -> Tensor:
         if name not in self._earned:

@@ -14,6 +14,38 @@ from rtrl import _rows
 
 
 @dataclass(frozen=True, slots=True)
+class Pattern:
+    """Where the numbers of a transition are, and so what it costs: known without any of them.
+
+    Attributes:
+        rows, cols, n, width: as of ``Transition``. size: B.
+        compose_macs: multiply-adds of the composition that makes it, all samples together; 0 for a leaf.
+    """
+
+    rows: Tensor | None
+    cols: Tensor | None
+    n: int
+    width: int
+    size: int
+    compose_macs: int = 0
+
+    @property
+    def u(self) -> int:
+        """How many rows of the state are changed."""
+        return self.n if self.rows is None else self.rows.shape[1]
+
+    @property
+    def c(self) -> int:
+        """How many rows of the state are read."""
+        return self.n if self.cols is None else self.cols.shape[1]
+
+    @property
+    def apply_macs(self) -> int:
+        """Multiply-adds to apply Φ to one column of one sample's influence."""
+        return self.u * self.c * self.width**2
+
+
+@dataclass(frozen=True, slots=True)
 class Transition:
     """``(Φ, v)`` of a run of steps, for every sample of a batch, over a state of ``n`` rows of ``width`` entries.
 
@@ -38,6 +70,11 @@ class Transition:
         """Multiply-adds to apply Φ to one column of one sample's influence."""
         return self.jacobian.shape[1] * self.jacobian.shape[2]
 
+    @property
+    def pattern(self) -> Pattern:
+        """Where its numbers are."""
+        return Pattern(self.rows, self.cols, self.n, self.width, self.jacobian.shape[0])
+
     def apply(self, influence: Tensor, sample: Tensor | None) -> Tensor:
         """``Φ S`` for influences (R, H, p) of the samples ``sample`` (LongTensor (R,); None: R = B, in order), out of
         place."""
@@ -52,7 +89,8 @@ class Transition:
     def pull(self, functional: Tensor | None, *, earn: bool = True) -> Tensor:
         """``v + w Φ`` for a row functional w (B, H), None meaning zero; with ``earn=False``, ``w Φ`` alone."""
         if functional is None:
-            functional = self.adjoint.new_zeros(self.jacobian.shape[0], self.n * self.width)
+            nothing = self.adjoint.new_zeros(self.jacobian.shape[0], self.n, self.width)
+            return _rows.put(nothing, self.cols, self.adjoint.unflatten(1, (-1, self.width)) * earn).flatten(1)
         slots = functional.unflatten(1, (self.n, self.width))
         through = torch.bmm(_rows.take(slots, self.rows).flatten(1).unsqueeze(1), self.jacobian).squeeze(1)
         if earn:
@@ -60,21 +98,6 @@ class Transition:
         if self.rows is None:
             return through
         return _rows.add(_rows.zero(slots, self.rows), self.cols, through.unflatten(1, (-1, self.width))).flatten(1)
-
-    def square(self) -> Tensor:
-        """Φ written out over the whole state: (B, H, H)."""
-        if self.rows is None:
-            return self.jacobian
-        size, full = self.jacobian.shape[0], self.n * self.width
-        changed = self.jacobian
-        if self.cols is not None:
-            blocks = changed.unflatten(2, (-1, self.width)).transpose(1, 2)
-            spread = changed.new_zeros(size, self.n, changed.shape[1], self.width)
-            changed = _rows.put(spread, self.cols, blocks).transpose(1, 2).flatten(2)
-        eye = torch.eye(full, dtype=changed.dtype, device=changed.device).expand(size, full, full)
-        return _rows.put(
-            eye.unflatten(1, (self.n, self.width)), self.rows, changed.unflatten(1, (-1, self.width))
-        ).flatten(1, 2)
 
     def within(self, cols: Tensor | None) -> "Transition":
         """The same element, counted in the rows ``cols`` alone (a superset of its own columns; None: all)."""
@@ -104,18 +127,90 @@ def identity(batch_size: int, n: int, width: int, like: Tensor) -> Transition:
     return Transition(none, none, like.new_zeros(batch_size, 0, 0), like.new_zeros(batch_size, 0), n, width)
 
 
-def compose(first: Transition, then: Transition) -> Transition:
-    """``first``, followed by ``then``: ``(Φ₂ Φ₁, v₁ + v₂ Φ₁)``; rows and columns grow only as they must.
-
-    Cost: ``u₂·c₂·c·width³`` multiply-adds a sample, c the columns of the result.
-    """
+def merge(first: Pattern, then: Pattern) -> Pattern:
+    """The pattern of ``compose(first, then)``; rows and columns grow only as they must."""
     n, width = first.n, first.width
     rows = _rows.members(_rows.union(first.rows, then.rows, n))
     cols = None if rows is None else _rows.members(_rows.union(_rows.union(first.cols, then.cols, n), rows, n))
-    one, two = first.within(cols), then.within(cols)
-    jacobian = flushed(two.apply(one.square(), None))
-    adjoint = one.pull(two.pull(None))
-    if rows is not None:
-        inside = rows if cols is None else _rows.locate(cols, n).gather(1, rows)
-        jacobian = _rows.take(jacobian.unflatten(1, (-1, width)), inside).flatten(1, 2)
-    return Transition(rows, cols, jacobian, adjoint, n, width)
+    macs = first.size * (then.u * _meet(first, then)[1] * first.c * width**3 + first.apply_macs)
+    return Pattern(rows, cols, n, width, first.size, macs)
+
+
+def _meet(first: Pattern, then: Pattern) -> tuple[Tensor | None, int]:
+    """Which of ``then``'s columns ``first`` has changed, as places in ``then.cols``, and the largest count of a sample;
+    None means all. Samples with fewer are filled up with other places."""
+    if first.rows is None:
+        return None, then.c
+    if then.cols is None:
+        return first.rows, first.u
+    met = _rows.mask(first.rows, first.n).gather(1, then.cols)
+    places = _rows.members(met)
+    return places, then.c if places is None else places.shape[1]
+
+
+def compose(first: Transition, then: Transition) -> Transition:
+    """``first``, followed by ``then``: ``(Φ₂ Φ₁, v₁ + v₂ Φ₁)``; rows and columns grow only as they must.
+
+    Only the columns of Φ₂ that Φ₁ has changed are multiplied; the others of its rows, and the rows of Φ₁ that Φ₂ leaves
+    alone, are put where they belong.
+
+    Cost: a sample, ``u₂·q·c₁·width³ + u₁·c₁·width²`` multiply-adds, q ≤ min(c₂, u₁) the rows that Φ₁ changes and Φ₂
+    reads; memory for the result and the product of ``u₂·width`` by ``c₁·width``.
+    """
+    n, width, size = first.n, first.width, first.jacobian.shape[0]
+    adjoint = first.pull(then.pull(None))
+    if first.rows is None and then.rows is None:
+        return Transition(None, None, flushed(torch.bmm(then.jacobian, first.jacobian)), adjoint, n, width)
+    pattern = merge(first.pattern, then.pattern)
+    met, _ = _meet(first.pattern, then.pattern)
+
+    # What Φ₁ makes of the rows that Φ₂ reads, and the columns of Φ₂ that read them.
+    old = then.jacobian.unflatten(2, (-1, width)).transpose(1, 2)  # (B, c₂, u₂·width, width)
+    made = first.jacobian.unflatten(1, (-1, width))  # (B, u₁, width, c₁·width)
+    if first.rows is None:
+        made = _rows.take(made, then.cols)
+        kept = torch.zeros_like(old)
+    else:
+        changed = _rows.mask(first.rows, n)
+        read = changed if then.cols is None else changed.gather(1, then.cols)
+        rows = first.rows  # those that Φ₂ reads and Φ₁ changes
+        if then.cols is not None:
+            rows = then.cols if met is None else then.cols.gather(1, met)
+        made = _rows.take(made, _rows.locate(first.rows, n).gather(1, rows))
+        made = made.masked_fill(~changed.gather(1, rows)[:, :, None, None], 0.0)
+        kept = old.masked_fill(read[:, :, None, None], 0.0)
+    product = torch.bmm(_rows.take(old, met).transpose(1, 2).flatten(2), made.flatten(1, 2))
+
+    # Rows of Φ₂ over the columns of the result: what it reads unchanged, and the product.
+    c, inside = pattern.c, None if pattern.cols is None else _rows.locate(pattern.cols, n)
+
+    def local(index: Tensor | None) -> Tensor | None:
+        return index if index is None or inside is None else inside.gather(1, index)
+
+    def spread(blocks: Tensor, cols: Tensor | None) -> Tensor:
+        """(B, k, m, width), its columns in front, over all c columns."""
+        wide = blocks.new_zeros(size, c, *blocks.shape[2:])
+        return _rows.put(wide, None if blocks.shape[1] == c and cols is None else local(cols), blocks)
+
+    late = spread(kept, then.cols)
+    late = _rows.add(late, local(first.cols), product.unflatten(2, (-1, width)).transpose(1, 2))
+    late = late.transpose(1, 2).flatten(2)  # (B, u₂·width, c·width)
+    if then.rows is None:
+        return Transition(None, None, flushed(late), adjoint, n, width)
+    early = spread(first.jacobian.unflatten(2, (-1, width)).transpose(1, 2), first.cols).transpose(1, 2).flatten(2)
+    if first.rows is None:
+        out = _rows.put(early.unflatten(1, (-1, width)), then.rows, late.unflatten(1, (-1, width)))
+        return Transition(None, None, flushed(out.flatten(1, 2)), adjoint, n, width)
+
+    places = None if pattern.rows is None else _rows.locate(pattern.rows, n)
+    device = late.device
+    own = torch.arange(n, device=device).expand(size, -1) if pattern.rows is None else local(pattern.rows)
+    out = late.new_zeros(size, pattern.u, width, c, width)  # rows that only fill up stay those of the identity
+    sample, place = torch.arange(size, device=device)[:, None], torch.arange(pattern.u, device=device)
+    out[sample, place, :, own] = torch.eye(width, dtype=late.dtype, device=device)
+    out = out.flatten(3)
+    for index, part in ((first.rows, early), (then.rows, late)):
+        out = _rows.put(out, index if places is None else places.gather(1, index), part.unflatten(1, (-1, width)))
+    if pattern.cols is not None:
+        adjoint = _rows.take(adjoint.unflatten(1, (n, width)), pattern.cols).flatten(1)
+    return Transition(pattern.rows, pattern.cols, flushed(out.flatten(1, 2)), adjoint, n, width)

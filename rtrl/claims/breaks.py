@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtrl.catch_up import catch_up
 from rtrl.cells.protocol import Sparsity, first_state
 from rtrl.errors import ConfigError
 from rtrl.learner import BlockRTRL
@@ -26,21 +27,24 @@ class _Truncates(BlockRTRL):
 class _ForgetsDormantLosses(BlockRTRL):
     """Slices that slept are not paid for the losses of their sleep."""
 
-    def _pay(self, name: str, rows: Tensor) -> None:
+    def _pay(self, rows: Mapping[str, Tensor]) -> None:
         assert self._history is not None
-        super()._pay(name, rows[self._influences[name].clock[rows] >= self._history.now - 1])
+        last = self._history.now - 1
+        super()._pay({name: own[self._influences[name].clock[own] >= last] for name, own in rows.items()})
 
 
 class _DoesNotCatchUp(BlockRTRL):
     """The influence of slices that slept is moved by the last block alone."""
 
-    def _advance(self, name: str, rows: Tensor) -> None:
+    def _advance(self, rows: Mapping[str, Tensor]) -> None:
         assert self._history is not None
-        self._pay(name, rows)
-        influence, now = self._influences[name], self._history.now
-        behind = rows[influence.clock[rows] < now]
-        influence.move(behind, self._history.cover(now - 1, now) if now else [])
-        influence.clock[rows] = now
+        self._pay(rows)
+        now = self._history.now
+        for name, own in rows.items():
+            influence = self._influences[name]
+            behind = own[influence.clock[own] < now]
+            influence.move(behind, self._history.cover(now - 1, now) if now else [])
+            influence.clock[own] = now
 
 
 class _AveragesTheBatch(BlockRTRL):
@@ -56,14 +60,12 @@ class _AveragesTheBatch(BlockRTRL):
 class _OffByOne(BlockRTRL):
     """The adjoint meets the influence that a block has already moved, not the one before it."""
 
-    def _advance(self, name: str, rows: Tensor) -> None:
+    def _advance(self, rows: Mapping[str, Tensor]) -> None:
         assert self._history is not None
-        influence = self._influences[name]
-        clocks = influence.clock[rows]
-        for clock in clocks.unique().tolist():
-            influence.move(rows[clocks == clock], self._history.cover(clock, self._history.now))
-        self._pay(name, rows)
-        influence.clock[rows] = self._history.now
+        catch_up(self._history, [(self._influences[name], own) for name, own in rows.items()])
+        self._pay(rows)
+        for name, own in rows.items():
+            self._influences[name].clock[own] = self._history.now
 
 
 class _DropsExpired(BlockRTRL):
@@ -111,9 +113,9 @@ class _KeepsInfluenceOverResets(BlockRTRL):
 class _PaysTwice(BlockRTRL):
     """What a sync paid to sleeping slices is paid to them once more when they wake."""
 
-    def _pay(self, name: str, rows: Tensor) -> None:
+    def _pay(self, rows: Mapping[str, Tensor]) -> None:
         paid, self._paid = self._paid, 0
-        super()._pay(name, rows)
+        super()._pay(rows)
         self._paid = paid
 
 

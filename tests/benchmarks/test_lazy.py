@@ -133,11 +133,10 @@ def ratio(lazy: Run, eager: Run) -> float:
 
 
 # Eager moves all 32 experts of a sample at every block. Lazy moves two by one transition at every other block, and in
-# between the two that wake, by the five nodes of the tree that lead through the 30 blocks of their sleep: 6 moves a
-# block instead of 32. With what both pay alike, the dense parameters (as much as 0.8 experts), the births and the
-# linearisation, a ratio of 4.1 is left. Counts do not scatter; a tenth is allowed for versions of PyTorch that compute
-# the same otherwise.
-SAVED = 3.6
+# between the two that wake, by one or a few products that lead through the 30 blocks of their sleep. With what both pay
+# alike, the dense parameters (as much as 0.8 experts), the births and the linearisation, a ratio of 7.3 is left. Counts
+# do not scatter; a tenth is allowed for versions of PyTorch that compute the same otherwise.
+SAVED = 6.5
 
 
 def test_lazy_saves_multiply_adds(benchmark: Any) -> None:
@@ -169,19 +168,19 @@ def test_without_sleep_nothing_is_saved(benchmark: Any) -> None:
 
 
 def test_the_cost_of_a_lazy_step_does_not_grow_with_the_sleeping_experts(benchmark: Any) -> None:
-    """Exponents over eight times as many experts: lazy pays the logarithm of a longer sleep, eager is linear above the
-    dense parameters.
+    """Exponents over eight times as many experts: lazy composes a longer sleep, eager is linear above the dense
+    parameters.
 
-    Measured 0.21 and 0.92, without scatter. Linear lazy work would reach 0.9, too: the dense parameters weigh as much
-    in both.
+    Measured 0.05 and 0.92, without scatter. Linear lazy work would reach 0.9, too: the dense parameters weigh as much
+    in both. What is linear in lazy work is the delivery at the end, one row vector for each sleeping expert.
     """
     runs = [compare(size) for size in SIZES]
     lazy, eager = ([pair[side].macs for pair in runs] for side in (0, 1))
     exponents = [float(np.polyfit(np.log(SIZES), np.log(macs), 1)[0]) for macs in (lazy, eager)]
-    assert exponents[0] < 0.25
+    assert exponents[0] < 0.1
     assert exponents[1] > 0.8
     assert eager[-1] - eager[-2] == pytest.approx(2 * (eager[-2] - eager[-3]), rel=0.05)
-    assert lazy[-1] - lazy[-2] == pytest.approx(lazy[-2] - lazy[-3], rel=0.2)  # as much for each doubling: a logarithm
+    assert lazy[-1] - lazy[-2] < 0.01 * (eager[-1] - eager[-2])
     benchmark.extra_info.update(
         setup=asdict(runs[-1][0].setup),
         experts=SIZES,

@@ -13,8 +13,10 @@ from rtrl import (
     _rows,
     birth,
     block,
+    catch_up,
     checkpoint,
     closed,
+    history,
     influence,
     learner,
     linearization,
@@ -28,7 +30,7 @@ from rtrl.cells import derivatives, moe, stack
 from rtrl.watch import ParameterWatch
 
 Tree, Learner = segment_tree.CircularSegmentTree, learner.BlockRTRL
-Influence, Element = influence.ParameterInfluence, transition.Transition
+Influence = influence.ParameterInfluence
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,14 @@ BUGS = [
         "a wrapped range is composed newest first",
         (
             (
-                Tree.cover,
+                Tree.nodes,
                 (
-                    "0, 0, self.capacity, first, self.capacity, start - first,",
-                    "0, 0, self.capacity, 0, last, start - first + self.capacity,",
+                    "self.capacity, start - first), first, self.capacity, parts)",
+                    "self.capacity, start - first + self.capacity), 0, last, parts)",
                 ),
                 (
-                    "self._collect(0, 0, self.capacity, 0, last, start - first + self.capacity, cost, parts)\n    return",
-                    "self._collect(0, 0, self.capacity, first, self.capacity, start - first, cost, parts)\n    return",
+                    "self.capacity, start - first + self.capacity), 0, last, parts)\n    return",
+                    "self.capacity, start - first), first, self.capacity, parts)\n    return",
                 ),
             ),
         ),
@@ -77,7 +79,7 @@ BUGS = [
     Bug(
         3,
         "losses that fall while a slice sleeps are dropped",
-        ((transition.compose, ("one.pull(two.pull(None))", "one.pull(None)")),),
+        ((history.History._sweep, ("earn=earn)", "earn=earn and leg.stop == self.now)")),),
         "learner: sleeping slices",
     ),
     Bug(
@@ -118,7 +120,7 @@ BUGS = [
         (
             (
                 Learner._advance,
-                ("influence.clock[rows] = self._history.now", "influence.clock[rows] = self._history.now - 1"),
+                ("influence.clock[own] = self._history.now", "influence.clock[own] = self._history.now - 1"),
             ),
         ),
         "learner: sparse rows",
@@ -126,7 +128,7 @@ BUGS = [
     Bug(
         9,
         "rows are overwritten while they are still being read",
-        ((_rows.put, ("values.scatter(", "values.scatter_(")),),
+        ((_rows.zero, ("values.scatter(", "values.scatter_(")),),
         "learner: sparse rows",
     ),
     Bug(
@@ -165,13 +167,13 @@ BUGS = [
     Bug(
         13,
         "identity rows are lost in composition",
-        ((Element.square, ("torch.eye(full, ", "torch.zeros(full, full, ")),),
+        ((transition.compose, ("old.masked_fill(read[:, :, None, None], 0.0)", "torch.zeros_like(old)")),),
         "learner: sleeping slices",
     ),
     Bug(
         14,
         "a remembered node outlives the leaf under it",
-        ((Tree._value, (" or self._stamps[node] != low + shift", "")),),
+        ((Tree._value, (" or self._stamps[node.place] != node.start", "")),),
         "tree_in_order",
     ),
     Bug(
@@ -179,8 +181,8 @@ BUGS = [
         "one sample's index sets serve all",
         (
             (
-                Element.apply,
-                ("_rows.pick(self.rows, sample)", "_rows.pick(self.rows, None if sample is None else sample * 0)"),
+                catch_up._of,
+                ("_rows.pick(t, samples)", "_rows.pick(t, samples * 0)"),
             ),
         ),
         "learner: sparse rows",
@@ -265,10 +267,10 @@ BUGS = [
         "an empty range returns the whole window",
         (
             (
-                Tree.cover,
+                Tree.nodes,
                 (
-                    "if start == stop:\n        return []",
-                    "if start == stop:\n        start, stop = self.oldest, self._stop\n    if start == stop:\n        return []",
+                    "if start == stop:\n        return parts",
+                    "if start == stop:\n        start, stop = self.oldest, self._stop\n    if start == stop:\n        return parts",
                 ),
             ),
         ),
@@ -279,8 +281,8 @@ BUGS = [
         "old Jacobians are applied again",
         (
             (
-                Learner._advance,
-                ("self._history.cover(clock, ", "self._history.cover(max(clock - 1, self._history.oldest), "),
+                catch_up._Legs.apply,
+                ("if clock <= leg.start)", "if clock <= leg.start + 1)"),
             ),
         ),
         "learner: sparse rows",
@@ -310,7 +312,7 @@ BUGS = [
     Bug(
         29,
         "sleeping slices are paid twice",
-        ((Learner._pay, ("paid = max(clock, self._paid)", "paid = clock")),),
+        ((Learner._pay, ("times.tolist(), self._paid)", "times.tolist(), 0)")),),
         "learner: early deliveries",
     ),
     Bug(
@@ -451,7 +453,7 @@ BUGS = [
     Bug(
         44,
         "an influence is handed out without catching up",
-        ((Learner.influence, ("    self._advance(name, influence.held())\n", "")),),
+        ((Learner.influence, ("    self._advance({name: influence.held()})\n", "")),),
         "learner: influence",
     ),
     Bug(

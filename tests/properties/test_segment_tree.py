@@ -2,12 +2,14 @@
 row-sparse matrices."""
 
 import math
+from collections.abc import Callable
 
 import pytest
+from full_matrices import written_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from test_transition import assert_same, elements, written_out
+from test_transition import assert_same, elements
 
 import oracles
 from rtrl import CircularSegmentTree
@@ -201,7 +203,7 @@ def test_row_sparse_matrices_equal_ordered_products(
             phi = written_out(product[0])[0]
             for part in product[1:]:
                 phi = written_out(part)[0] @ phi
-            assert_same((phi, history.owed(start, start)), expected)
+            assert_same((phi, history.owed([start], start)[start]), expected)
 
 
 @given(elements(), st.data())
@@ -215,13 +217,132 @@ def test_what_is_owed_after_a_payment(items: list[Transition], data: st.DataObje
     paid = None
     for step, item in enumerate(items):
         if step == cut:
-            paid = history.owed(0, 0)
+            paid = history.owed([0], 0)[0]
         history.append(item)
-    whole = history.owed(0, 0)
-    rest = history.owed(0, cut)
+    whole = history.owed([0], 0)[0]
+    rest = history.owed([0], cut)[0]
     early = whole if paid is None else paid + rest
     assert_same((whole.unsqueeze(1) * 0 + 1, early), (whole.unsqueeze(1) * 0 + 1, whole))
     assert (paid is None) == (cut == len(items))
+
+
+def spans(
+    capacity: int, appended: int, keep: Callable[[int, int, str], str] | None = None
+) -> tuple[CircularSegmentTree[str], Counting]:
+    """A tree of letters; the outline of a product is the range of its steps."""
+    combine = Counting()
+    tree: CircularSegmentTree[str] = CircularSegmentTree(
+        capacity,
+        combine,
+        "",
+        keep=keep,
+        outline=lambda value: (int(value[1:-1]), int(value[1:-1]) + 1),
+        merge=lambda earlier, later: (earlier[0], later[1]),
+    )
+    for step in range(appended):
+        tree.append(letter(step))
+    return tree, combine
+
+
+@given(
+    capacity=st.integers(1, 12),
+    appended=st.integers(1, 30),
+    prices=st.lists(st.integers(0, 9), min_size=13, max_size=13),
+    efforts=st.lists(st.integers(0, 9), min_size=13, max_size=13),
+    loads=st.lists(st.integers(1, 5), min_size=12, max_size=12),
+    shared=st.booleans(),
+    data=st.data(),
+)
+def test_plans_lead_every_start_through_every_step_once(
+    capacity: int,
+    appended: int,
+    prices: list[int],
+    efforts: list[int],
+    loads: list[int],
+    shared: bool,
+    data: st.DataObject,
+) -> None:
+    """Whatever the costs, again and again on one tree, and without a product before it is made."""
+    tree, combine = spans(capacity, appended)
+    for _ in range(3):
+        begins = data.draw(st.sets(st.integers(tree.oldest, appended), max_size=5))
+        starts = dict(zip(sorted(begins), loads, strict=False))
+        stop = data.draw(st.integers(max(starts, default=appended), appended))
+        before = combine.combines
+        plan = tree.plan(
+            starts,
+            stop,
+            lambda outline: prices[outline[1] - outline[0]],
+            lambda outline: efforts[outline[1] - outline[0]],
+            shared=shared,
+        )
+        assert combine.combines == before, "planned without a product"
+        led = {start: (start, "") for start in starts}
+        for leg, product in zip(plan.legs, tree.products(plan), strict=True):
+            mine = [start for start in starts if leg.since <= start <= leg.start]
+            for start in mine:
+                assert led[start][0] == leg.start
+                led[start] = (leg.stop, led[start][1] + product)
+        wanted = {start: (stop, "".join(letter(i) for i in range(start, stop))) for start in starts}
+        assert led == wanted
+        assert tree.query(tree.oldest, appended) == "".join(letter(i) for i in range(tree.oldest, appended))
+
+
+@given(
+    capacity=st.integers(1, 12),
+    appended=st.integers(1, 30),
+    prices=st.lists(st.integers(0, 9), min_size=13, max_size=13),
+    effort=st.integers(0, 9),
+    data=st.data(),
+)
+def test_the_cost_of_a_plan_is_that_of_its_combines_and_its_uses(
+    capacity: int, appended: int, prices: list[int], effort: int, data: st.DataObject
+) -> None:
+    tree, combine = spans(capacity, appended)
+    begins = data.draw(st.sets(st.integers(tree.oldest, appended), max_size=5))
+    starts = {start: 1 + start % 4 for start in begins}
+    cost = lambda outline: prices[outline[1] - outline[0]]
+    plan = tree.plan(starts, appended, cost, lambda outline: effort)
+    tree.products(plan)
+    used = sum(cost(leg.outline) * sum(starts[s] for s in starts if leg.since <= s <= leg.start) for leg in plan.legs)
+    assert plan.cost == used + effort * combine.combines
+    leaves = sum(load * prices[1] * (appended - start) for start, load in starts.items())
+    assert plan.cost <= leaves
+    cover = tree.cover(tree.oldest, appended, cost, lambda outline: effort)
+    assert "".join(cover) == tree.query(tree.oldest, appended)
+
+
+def test_a_product_is_bought_when_going_without_has_cost_as_much() -> None:
+    """One at a time: two leaves cost 2, their product 1, composing 3. The third would have saved a third 1."""
+    tree, combine = spans(2, 2)
+    found = []
+    for _ in range(5):
+        plan = tree.plan({0: 1}, 2, lambda outline: 1, lambda outline: 3)
+        tree.products(plan)
+        found.append((plan.cost, plan.advance, combine.combines))
+    assert found == [(2, 0, 0), (2, 0, 0), (4, 2, 1), (1, 0, 1), (1, 0, 1)]
+
+
+def test_credit_is_gone_with_the_leaves() -> None:
+    tree, _ = spans(2, 2)
+    for _ in range(2):
+        tree.plan({0: 1}, 2, lambda outline: 1, lambda outline: 3)
+    tree.append(letter(2))
+    tree.append(letter(3))
+    assert tree.plan({2: 1}, 4, lambda outline: 1, lambda outline: 3).advance == 0
+    assert tree.plan({2: 1}, 4, lambda outline: 1, lambda outline: 1).cost == 2
+
+
+def test_what_starts_inside_a_node_joins_where_that_is_cheaper() -> None:
+    """Eight leaves, a product as dear as a leaf, composing dear: one goes leaf by leaf, and takes the others along."""
+    tree, combine = spans(8, 8)
+    plan = tree.plan({0: 1, 3: 1, 7: 1}, 8, lambda outline: 1, lambda outline: 100)
+    assert [(leg.since, leg.start, leg.stop) for leg in plan.legs] == [(0, i, i + 1) for i in range(8)]
+    assert tree.plan({0: 1, 3: 1, 7: 1}, 8, lambda outline: 1, lambda outline: 100, shared=True).cost == 8
+    assert combine.combines == 0
+    tree.query(0, 8)  # with all nodes composed, the first goes alone
+    legs = tree.plan({0: 9, 7: 1}, 8, lambda outline: 1, lambda outline: 100).legs
+    assert [(leg.since, leg.start, leg.stop) for leg in legs] == [(0, 0, 8), (1, 7, 8)]
 
 
 class TreeMachine(RuleBasedStateMachine):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from full_matrices import written_out
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import normal, seeds
@@ -47,25 +48,6 @@ def elements(draw: Callable[..., Any], count: int | None = None) -> list[Transit
     batch, n, width = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 2))
     size = draw(st.integers(1, 6)) if count is None else count
     return [draw(element(batch, n, width)) for _ in range(size)]
-
-
-def written_out(item: Transition) -> tuple[Tensor, Tensor]:
-    """Φ and v as full matrices, put together entry by entry here, not by the code under test."""
-    batch, n, d = item.jacobian.shape[0], item.n, item.width
-    phi, v = torch.zeros(batch, n * d, n * d, dtype=torch.float64), torch.zeros(batch, n * d, dtype=torch.float64)
-    for b in range(batch):
-        rows = range(n) if item.rows is None else item.rows[b].tolist()
-        cols = range(n) if item.cols is None else item.cols[b].tolist()
-        for i in range(n):
-            if i not in list(rows):
-                phi[b, i * d : (i + 1) * d, i * d : (i + 1) * d] = torch.eye(d, dtype=torch.float64)
-        for j, col in enumerate(cols):
-            v[b, col * d : (col + 1) * d] = item.adjoint[b, j * d : (j + 1) * d]
-            for i, row in enumerate(rows):
-                phi[b, row * d : (row + 1) * d, col * d : (col + 1) * d] = item.jacobian[
-                    b, i * d : (i + 1) * d, j * d : (j + 1) * d
-                ]
-    return phi, v
 
 
 def assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:

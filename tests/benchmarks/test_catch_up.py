@@ -1,0 +1,140 @@
+"""What it costs to catch up an expert that has slept through n dense steps: by the tree's plan, tree upkeep included,
+and by applying the n transitions one by one.
+
+With p = k·H columns, one by one takes ``n·k·H³`` multiply-adds. Any composed product takes ``n − 1`` products of H³ and
+one application of ``k·H³``, so that no plan saves more than a factor ``n·k / (n − 1 + k)``, about n·k / (n + k): twenty
+at n = 1000 needs k > 20.4. Here k = 32. Counts are gated; times are reported beside them. Nothing is measured before
+the influences of both sides agree in float64.
+"""
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import oracles
+from rtrl.catch_up import catch_up
+from rtrl.history import History
+from rtrl.influence import ParameterInfluence
+from rtrl.macs import MacCounter
+from rtrl.transition import Transition
+
+LEAST = {100: 14.0, 1000: 20.0}  # by the number of steps
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One expert of k·H parameters, asleep for n steps of a dense state of H entries; ``later`` steps before it fell
+    asleep, so that the ring has wrapped around."""
+
+    n: int
+    size: int
+    k: int = 32
+    later: int = 0
+    dtype: torch.dtype = torch.float32
+
+    def leaf(self, step: int) -> Transition:
+        draw = torch.Generator().manual_seed(step)
+        jacobian = torch.randn(1, self.size, self.size, generator=draw, dtype=self.dtype) / self.size**0.5
+        return Transition(None, None, jacobian, torch.zeros(1, self.size, dtype=self.dtype), self.size, 1)
+
+    def values(self) -> Tensor:
+        draw = torch.Generator().manual_seed(10**6)
+        return torch.randn(1, self.size, self.k * self.size, generator=draw, dtype=self.dtype)
+
+
+class Sleeper:
+    """An expert's influence, and the history of its sleep."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.values = setup, setup.values()
+        self.history = History(setup.n, setup.size, setup.size, torch.zeros(1, setup.size, dtype=setup.dtype))
+        for step in range(setup.later + setup.n):
+            self.history.append(setup.leaf(step))
+
+    def asleep(self) -> tuple[ParameterInfluence, Tensor]:
+        shape = torch.Size([1, self.setup.k * self.setup.size])
+        influence = ParameterInfluence(shape, True, 1, self.setup.size, self.values)
+        rows = influence.claim(torch.tensor([0]), self.history.oldest)
+        influence.values.copy_(self.values)
+        return influence, rows
+
+    def plan_and_lead(self) -> Tensor:
+        """By the plan of a tree that has composed nothing yet."""
+        late = self.asleep()
+        catch_up(self.history, [late])
+        return late[0].values
+
+    def one_by_one(self, steps: int) -> Tensor:
+        influence, rows = self.asleep()
+        first = self.history.oldest
+        for step in range(first, first + steps):
+            influence.move(rows, self.history.cover(step, step + 1))
+        return influence.values
+
+
+def agree(setup: Setup) -> None:
+    """Both against the product of the steps, one after the other, in float64 at a size where that takes no time."""
+    small = Setup(setup.n, 8, 4, setup.later, torch.float64)
+    full = [small.leaf(step) for step in range(small.later, small.later + small.n)]
+    phi, _ = oracles.ordered_product([(item.jacobian, item.adjoint) for item in full])
+    expected = phi @ small.values()
+    sleeper = Sleeper(small)
+    for found in (sleeper.plan_and_lead(), sleeper.one_by_one(small.n)):
+        assert float((found - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
+
+
+def counted(setup: Setup) -> float:
+    """Multiply-adds of one by one over those of the plan, compositions included."""
+    sleeper = Sleeper(setup)
+    with MacCounter() as mine:
+        sleeper.plan_and_lead()
+    with MacCounter() as theirs:
+        sleeper.one_by_one(setup.n)
+    assert theirs.macs == setup.n * setup.k * setup.size**3
+    return theirs.macs / mine.macs
+
+
+@pytest.mark.parametrize(("n", "later"), [(100, 0), (100, 37), (1000, 0)])
+def test_catching_up_after_dense_steps(n: int, later: int, benchmark: Any, request: pytest.FixtureRequest) -> None:
+    """At n = 100 and 1000 at least 14 and 20 times fewer multiply-adds; the count ratio does not depend on H."""
+    small = Setup(n, 8, later=later)
+    agree(small)
+    ratio = counted(small)
+    assert ratio >= LEAST[n]
+    assert ratio <= n * small.k / (n - 1 + small.k)  # more cannot be, and would be a miscount
+
+    if benchmark.disabled:
+        benchmark(Sleeper(small).plan_and_lead)
+        return
+    full = request.config.getoption("--size", default="small") == "full"
+    setup = Setup(n, 1024 if full else 256 if n == 100 else 64, later=later)
+    few = 5  # one by one, each step takes the same time
+    times = []
+    for _ in range(3):
+        sleeper = Sleeper(setup)
+        start = time.perf_counter()
+        sleeper.plan_and_lead()
+        middle = time.perf_counter()
+        sleeper.one_by_one(few)
+        times.append((middle - start, (time.perf_counter() - middle) * n / few))
+    benchmark.extra_info.update(
+        setup={**asdict(setup), "dtype": str(setup.dtype)},
+        macs_ratio=ratio,
+        bound=n * small.k / (n - 1 + small.k),
+        wall_clock_ratio=statistics.median(b for _, b in times) / statistics.median(a for a, _ in times),
+        one_by_one_measured_steps=few,
+    )
+    benchmark.pedantic(sleeper.one_by_one, args=(1,), rounds=1)
+
+
+def test_with_few_parameters_the_bar_cannot_be_reached(benchmark: Any) -> None:
+    """The control: k = 1, where a composed product costs as much as the columns it saves."""
+    ratio = counted(Setup(100, 8, k=1))
+    assert ratio < LEAST[100]
+    benchmark.extra_info.update(macs_ratio=ratio)
+    benchmark.pedantic(counted, args=(Setup(20, 8, k=1),), rounds=1)
