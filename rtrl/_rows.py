@@ -69,3 +69,14 @@ def locate(index: Tensor, n: int) -> Tensor:
     """Where each of the n rows stands in an index set: (B, n); rows that are not in it get 0."""
     places = torch.arange(index.shape[1], device=index.device).expand_as(index)
     return torch.zeros(index.shape[0], n, dtype=torch.int64, device=index.device).scatter(1, index, places)
+
+
+@overload
+def flat(index: Tensor, n: int, size: int) -> Tensor: ...
+@overload
+def flat(index: None, n: int, size: int) -> None: ...
+def flat(index: Tensor | None, n: int, size: int) -> Tensor | None:
+    """An index set (B, k) of rows of (B, n, ...) as one (B·k,) of rows of (B·n, ...)."""
+    if index is None:
+        return None
+    return (torch.arange(size, device=index.device)[:, None] * n + index).flatten()

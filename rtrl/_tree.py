@@ -47,6 +47,17 @@ def concatenate(trees: Sequence[Any]) -> Any:
     return pytree.tree_unflatten(joined, specs[0])
 
 
+def interleave(trees: Sequence[Any]) -> Any:
+    """Join trees of one signature, m of them with dimension 0 of size B, into one with B·m there: sample by sample, each
+    sample's m leaves after one another."""
+    flats, specs = zip(*(pytree.tree_flatten(tree) for tree in trees), strict=True)
+    joined = [
+        torch.stack(column, dim=1).flatten(0, 1) if isinstance(column[0], Tensor) else column[0]
+        for column in zip(*flats, strict=True)
+    ]
+    return pytree.tree_unflatten(joined, specs[0])
+
+
 def finite(value: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity, in one pass and without a copy."""
     if not value.numel() or not value.is_floating_point():

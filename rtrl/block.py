@@ -14,40 +14,45 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rtrl import _rows
+from rtrl.birth import SlicedBirth, Stores, WholeBirth, active, births, may_overflow
 from rtrl.errors import SparsityError
-from rtrl.linearize import Linearization, LinearTap
+from rtrl.influence import ParameterInfluence
+from rtrl.linearization import Linearization, LinearTap
+from rtrl.sweep import sweep
 from rtrl.taps import segment_products
-from rtrl.transition import Transition, flushed
-
-
-@dataclass(frozen=True, slots=True)
-class Birth:
-    """The influence on one parameter that is born inside a block, at the block's end.
-
-    Attributes:
-        keys: LongTensor (R,), ascending: ``sample · slices + slice`` of every slice that was active for a sample in
-            the block.
-        values: (R, u·width, p), ``Σ_τ C_τ B_τ`` on the transition's rows.
-    """
-
-    keys: Tensor
-    values: Tensor
+from rtrl.transition import Transition
 
 
 @dataclass(frozen=True, slots=True)
 class BlockResult:
-    """What a block leaves behind.
+    """What a block leaves behind. Nothing has been changed yet.
 
     Attributes:
         transition: the whole block as one element.
-        births: parameter name → what was born in the block.
+        keys: parameter name → LongTensor (R,), ascending: ``sample · slices + slice`` of every slice that was active for
+            a sample in the block.
+        births: what is born through linear maps.
+        dense: parameter name → (R, u·width, p), what is born in other ways.
         gradient: parameter name → gradient earned inside the block, shaped like the parameter; without ``v S_0``.
     """
 
     transition: Transition
-    births: dict[str, Birth]
+    keys: dict[str, Tensor]
+    births: list[WholeBirth | SlicedBirth]
+    dense: dict[str, Tensor]
     gradient: dict[str, Tensor]
+
+    def add_births(self, influences: Mapping[str, ParameterInfluence], rows: Mapping[str, Tensor]) -> None:
+        """Add ``Σ_τ C_τ B_τ`` to the influences, in place.
+
+        Args:
+            rows: parameter name → LongTensor (R,) on the CPU, the rows of its influence that stand for ``keys``.
+        """
+        stores = Stores(influences, rows, self.transition)
+        for birth in self.births:
+            birth.add_to(stores)
+        for name, born in self.dense.items():
+            stores.add_dense(name, born)
 
 
 def close_block(
@@ -64,124 +69,101 @@ def close_block(
     Raises:
         SparsityError: a slice was used that was not declared active.
 
-    Cost: a step and sample, ``u·w·c·width³`` for the suffix products and ``u·w·width²`` times the size of each tap's
-        output; then, a block, one product of the size of the active parameters times ``u·width``.
+    Cost: that of ``rtrl.sweep``; for ``add_births``, a step and sample, ``(u·width)·(w·width)`` multiply-adds times the
+        size of each linear map's output (units for closed forms), and one product of the size of the active parameters
+        times ``u·width``.
     """
-    size, n = state.shape[:2]
-    sweep = _sweep(groups, state, n, state[0, 0].numel())
+    size = state.shape[0]
+    swept = sweep(groups, state)
     losses = not all(group.lossless for group in groups)
+    slices = {name: parameter.shape[0] if parameter.ndim else 1 for name, parameter in parameters.items()}
 
-    births: dict[str, Birth] = {}
+    keys: dict[str, Tensor] = {}
     gradient: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        slices = parameter.shape[0] if name in sliced else 1
-        keys = _active_keys(groups, name, slices, size, state.device)
-        born = state.new_zeros(keys.numel(), sweep.transition.jacobian.shape[1], parameter.numel() // slices)
-        births[name] = Birth(keys, born)
+        if name in sliced:
+            keys[name] = _active_keys(groups, name, slices[name], size, state.device)
+        else:
+            keys[name] = torch.arange(size, device=state.device)
         if losses:
             gradient[name] = torch.zeros_like(parameter)
 
-    for group, suffix, pulled in zip(groups, sweep.suffix, sweep.pulled, strict=True):
-        for tap in group.taps:
-            name = tap.tap.name
-            if losses:
-                gradient[name] += _earned(tap, pulled, parameters[name].shape)
-            if name not in group.general:
-                shape = parameters[name].shape
-                active = _active(group, name, shape[0], size, state.device) if name in sliced else None
-                _bear(births[name], tap, suffix, shape, active)
+    own_keys = {name: keys[name] for name in sliced}
+    born: list[WholeBirth | SlicedBirth] = []
+    dense: dict[str, Tensor] = {}
+    for group, reach in zip(groups, swept.reach, strict=True):
+        born.extend(births(group, reach, own_keys, slices))
+        if losses:
+            _earn(group, reach[:, :, -1:], gradient)
         if group.general:
-            for name, jacobian in group.jacobians(suffix.permute(1, 2, 0, 3)).items():
-                _bear_general(births[name], name, jacobian, parameters[name].shape[0] if name in sliced else 1)
-            if losses:
-                for part in (group.direct, group.pull(pulled)):
-                    for name, value in part.items():
-                        gradient[name] += value
-    return BlockResult(sweep.transition, births, gradient)
+            for name, jacobian in group.jacobians(reach.transpose(1, 2)).items():
+                if losses:
+                    gradient[name] += jacobian[:, -1].sum(dim=0)
+                value = _rows_born(name, jacobian[:, :-1], keys[name], slices[name] if name in sliced else 1)
+                dense[name] = dense[name] + value if name in dense else value
+    return BlockResult(swept.transition, keys, born, dense, gradient)
 
 
-@dataclass(frozen=True, slots=True)
-class _Sweep:
-    """Both sweeps of a block: suffix products C_τ[rows, writes_τ], (m, B, u·width, w·width) a group;
-    λ_{τ+1}[writes_τ], (m, B, w·width)."""
+def overflowing(result: BlockResult, state: Tensor, parameters: Mapping[str, Tensor], sliced: Sequence[str]) -> str | None:
+    """The name of a parameter of which NaN or infinity would be born, or None.
 
-    transition: Transition
-    suffix: list[Tensor]
-    pulled: list[Tensor]
-
-
-def _sweep(groups: Sequence[Linearization], state: Tensor, n: int, width: int) -> _Sweep:
-    size = state.shape[0]
-    rows_mask: Tensor | None = torch.zeros(size, n, dtype=torch.bool, device=state.device)
-    cols_mask = rows_mask
-    for group in groups:
-        rows_mask = _rows.union(rows_mask, _by_sample(group.writes), n)
-        cols_mask = _rows.union(cols_mask, _by_sample(group.cols), n)
-    rows = _rows.members(rows_mask)
-    cols = None if rows is None else _rows.members(_rows.union(cols_mask, rows, n))
-    c = n if cols is None else cols.shape[1]
-    table = None if cols is None else _rows.locate(cols, n)
-
-    def local(index: Tensor | None) -> Tensor | None:
-        return index if index is None or table is None else table.gather(1, index)
-
-    # The suffix product of the rows that the block writes, its columns in front: (B, c, u·width, width).
-    product = torch.eye(c * width, dtype=state.dtype, device=state.device).expand(size, -1, -1)
-    inside = local(rows)
-    product = (
-        _rows.take(product.unflatten(1, (c, width)), inside).flatten(1, 2).unflatten(2, (c, width)).transpose(1, 2)
-    )
-    adjoint = state.new_zeros(size, c, width)
-    suffix: list[list[Tensor]] = [[] for _ in groups]
-    pulled: list[list[Tensor]] = [[] for _ in groups]
-    order = sorted(((t, i, j) for i, group in enumerate(groups) for j, t in enumerate(group.times)), reverse=True)
-    for _, i, j in order:
-        group = groups[i]
-        writes, read = (None if t is None else local(t[j]) for t in (group.writes, group.cols))
-        jacobian = group.jacobian[j]
-        reach = _rows.take(product, writes).transpose(1, 2).flatten(2)  # (B, u·width, w·width)
-        weight = _rows.take(adjoint, writes).flatten(1)
-        suffix[i].append(reach)
-        pulled[i].append(weight)
-        onward = flushed(torch.bmm(reach, jacobian)).unflatten(2, (-1, width)).transpose(1, 2)
-        back = torch.bmm(weight.unsqueeze(1), jacobian).squeeze(1) + group.adjoint[j]
-        product = _rows.add(_rows.zero(product, writes), read, onward) if writes is not None else onward
-        adjoint = _rows.add(_rows.zero(adjoint, writes), read, back.unflatten(1, (-1, width)))
-    transition = Transition(rows, cols, product.transpose(1, 2).flatten(2), adjoint.flatten(1), n, width)
-    return _Sweep(transition, [torch.stack(s[::-1]) for s in suffix], [torch.stack(p[::-1]) for p in pulled])
-
-
-def _by_sample(index: Tensor | None) -> Tensor | None:
-    """(m, B, k) → (B, m·k)."""
-    return None if index is None else index.transpose(0, 1).flatten(1)
+    Cost: a look at the factors; the births themselves are written out for a look only if these leave it open.
+    """
+    for name, value in result.dense.items():
+        if not bool(torch.isfinite(value).all()):
+            return name
+    for birth in result.births:
+        if not may_overflow(birth):
+            continue
+        names = [tap.tap.name for tap in birth.taps]
+        trial, rows = {}, {}
+        for name in names:
+            shape = parameters[name].shape
+            trial[name] = ParameterInfluence(shape, name in sliced, state.shape[0], state[0].numel(), state)
+            rows[name] = trial[name].claim(result.keys[name], 0)
+        birth.add_to(Stores(trial, rows, result.transition))
+        for name in names:
+            if not bool(torch.isfinite(trial[name].values).all()):
+                return name
+    return None
 
 
 def _active_keys(groups: Sequence[Linearization], name: str, slices: int, size: int, device: torch.device) -> Tensor:
     """``sample · slices + slice`` of all slices of a parameter that were active in the block, ascending, without
     repeats."""
-    first = torch.arange(size, device=device)[None, :, None] * slices
-    found = [(first + _active(group, name, slices, size, device)).flatten() for group in groups]
+    first = torch.arange(size, device=device)[:, None, None] * slices
+    found = [(first + active(group, name, slices, size, device)).flatten() for group in groups]
     keys: Tensor = torch.cat(found).unique()
     return keys
 
 
-def _active(group: Linearization, name: str, slices: int, size: int, device: torch.device) -> Tensor:
-    """The slices of a parameter that were active, (m, B, k): all of them at steps that do not name it."""
-    declared = group.active.get(name) if slices > 1 else None
-    if declared is not None:
-        return declared
-    return torch.arange(slices, device=device).expand(len(group.times), size, -1)
+def _earn(group: Linearization, adjoint: Tensor, gradient: dict[str, Tensor]) -> None:
+    """Add what a group's linear maps and y earn inside the block: ``Σ (∂ℓ/∂z + λ ∂h_next/∂z) ⊗ u``; adjoint (B, m, 1, W)
+    is λ. What parameters of the general path earn through h_next is none of it."""
+    flat = adjoint.flatten(0, 1)
+    weights: dict[tuple[int, int, bool], Tensor | None] = {}
+    for tap in group.taps:
+        through = tap.response is not None and tap.tap.name not in group.general
+        key = (id(tap.response), id(tap.earned), through)
+        if key not in weights:
+            weight = None
+            if through and tap.response is not None:
+                weight = tap.response.left(flat, slice(None)).squeeze(3)
+            if tap.earned is not None:
+                weight = tap.earned if weight is None else weight + tap.earned
+            weights[key] = weight
+        weight = weights[key]
+        if weight is not None:
+            name = tap.tap.name
+            gradient[name] += _earned(tap, weight, gradient[name].shape)
+    for name, value in group.direct.items():
+        gradient[name] += value
 
 
-def _earned(tap: LinearTap, pulled: Tensor, shape: torch.Size) -> Tensor:
-    """The gradient that one use of a parameter earns inside the block: ``Σ (∂ℓ/∂z + λ ∂h_next/∂z) ⊗ u``."""
+def _earned(tap: LinearTap, weight: Tensor, shape: torch.Size) -> Tensor:
+    """``Σ weight ⊗ u`` of one use, weight (N, K, L, O)."""
     use = tap.tap
-    k, length, o = use.shape
-    weight = torch.einsum("mbw,mbwklo->mbklo", pulled, tap.response)
-    n = weight.shape[0] * weight.shape[1]
-    weight = weight.reshape(n, k, length, o)
-    if tap.earned is not None:
-        weight = weight + tap.earned
+    n, k, length, o = weight.shape
     if use.index is not None:
         right = None if use.inputs is None else use.inputs.expand(-1, k, -1, -1).flatten(0, 1)
         return segment_products(weight.reshape(n * k, 1, length, o), right, use.index.flatten(), shape[0]).reshape(
@@ -193,82 +175,12 @@ def _earned(tap: LinearTap, pulled: Tensor, shape: torch.Size) -> Tensor:
     return product.T if use.transposed else product.reshape(shape)
 
 
-def _bear(birth: Birth, tap: LinearTap, suffix: Tensor, shape: torch.Size, active: Tensor | None) -> None:
-    """Add ``Σ_τ C_τ B_τ`` of one use of a parameter, in place. ``active`` (m, B, k) is given for parameters kept slice
-    by slice."""
-    use = tap.tap
-    k, length, o = use.shape
-    m, size, u = suffix.shape[:3]
-    left = torch.bmm(suffix.flatten(0, 1), tap.response.flatten(0, 1).flatten(2)).reshape(m, size, u, k, length, o)
-    right = use.inputs
-    if use.index is None and active is None:
-        rows = left.permute(1, 2, 5, 0, 3, 4).reshape(size, u * o, m * length)
-        if right is None:
-            born = rows.sum(dim=2).reshape(size, u, o, 1)
-        else:
-            i = right.shape[-1]
-            factors = right.reshape(m, size, length, i).transpose(0, 1).reshape(size, m * length, i)
-            born = torch.bmm(rows, factors).reshape(size, u, o, i)
-        if use.transposed:
-            born = born.transpose(2, 3)
-        birth.values.add_(born.reshape(birth.values.shape))
-        return
-
-    slices = shape[0]
-    if use.index is None:
-        assert active is not None
-        left, right, k = _only_slices(use.name, left, right, active, use.transposed, (m, size))
-        index = active
-    else:
-        index = use.index.reshape(m, size, k)
-        right = None if right is None else right.expand(-1, k, -1, -1).flatten(0, 1)
-    owner = (torch.arange(size, device=left.device)[None, :, None] * slices + index).flatten()
-    left = left.permute(0, 1, 3, 2, 4, 5).flatten(0, 2)  # (m·B·K, U, L, O)
-    if active is not None:
-        place = torch.searchsorted(birth.keys, owner).clamp(max=max(birth.keys.numel() - 1, 0))
-        if owner.numel() and not bool((birth.keys[place] == owner).all()):
-            raise SparsityError(f"a slice of parameter {use.name!r} was used that Sparsity.active does not declare")
-        birth.values.add_(segment_products(left, right, place, birth.keys.numel()).reshape(birth.values.shape))
-    else:
-        used, place = owner.unique(return_inverse=True)
-        born = segment_products(left, right, place, used.numel())
-        p = birth.values.shape[2] // slices
-        spread = birth.values.view(size, u, slices, p)
-        spread[used // slices, :, used % slices] += born.reshape(used.numel(), u, p)
-
-
-def _only_slices(
-    name: str, left: Tensor, right: Tensor | None, active: Tensor, transposed: bool, lead: tuple[int, int]
-) -> tuple[Tensor, Tensor | None, int]:
-    """Cut a use of a whole parameter down to its active slices: rows of z (m, B, U, 1, L, E), or of the inputs if
-    transposed."""
-    m, size = lead
-    u, length, k = left.shape[2], left.shape[4], active.shape[2]
-    if transposed:
-        if right is None:
-            raise SparsityError(f"parameter {name!r} has no slices along its first dimension")
-        values = right.reshape(m, size, length, right.shape[-1])
-        mine = values.gather(3, active.unsqueeze(2).expand(-1, -1, length, -1))
-        _nothing_else(name, values, mine)
-        return left.expand(-1, -1, -1, k, -1, -1), mine.permute(0, 1, 3, 2).reshape(m * size * k, length, 1), k
-    values = left.squeeze(3)  # (m, B, U, L, E)
-    mine = values.gather(4, active[:, :, None, None].expand(-1, -1, u, length, -1))
-    _nothing_else(name, values, mine)
-    if right is not None:
-        right = right.expand(-1, k, -1, -1).flatten(0, 1)
-    return mine.permute(0, 1, 2, 4, 3).unsqueeze(5), right, k
-
-
-def _bear_general(birth: Birth, name: str, jacobian: Tensor, slices: int) -> None:
-    """Add the weighted immediate Jacobian (B, U, *shape) of a parameter that no tap covers, in place."""
+def _rows_born(name: str, jacobian: Tensor, keys: Tensor, slices: int) -> Tensor:
+    """The weighted immediate Jacobian (B, U, *shape) of a parameter that no tap covers, as rows (R, U, p)."""
     size, u = jacobian.shape[:2]
-    p = jacobian[0, 0].numel() // slices if size * u else birth.values.shape[2]
-    values = jacobian.reshape(size, u, slices, p).transpose(1, 2).reshape(size * slices, u, p)
-    mine = values[birth.keys]
-    _nothing_else(name, values, mine)
-    birth.values.add_(mine)
-
-
-def _nothing_else(name: str, values: Tensor, chosen: Tensor) -> None:
-    if int(values.count_nonzero()) != int(chosen.count_nonzero()):
+    p = jacobian.shape[2:].numel() // max(slices, 1)
+    values = jacobian.reshape(size, u, slices, p).transpose(1, 2).flatten(0, 1)
+    mine = values[keys]
+    if int(values.count_nonzero()) != int(mine.count_nonzero()):
         raise SparsityError(f"a slice of parameter {name!r} was used that Sparsity.active does not declare")
+    return mine

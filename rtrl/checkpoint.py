@@ -13,7 +13,7 @@ from rtrl.cells.protocol import Sparsity, check_sparsity
 from rtrl.errors import ConfigError, RTRLError
 from rtrl.history import History
 from rtrl.influence import ParameterInfluence
-from rtrl.linearize import Step
+from rtrl.linearization import Step
 
 if TYPE_CHECKING:  # the learner imports this module
     from rtrl.learner import BlockRTRL

@@ -1,5 +1,5 @@
-"""The general path: derivatives of what no tap covers, just as exact, batched where PyTorch can and one by one "
-"where it cannot."""
+"""The general path: derivatives of what no tap covers, just as exact, batched where PyTorch can and one by one where it
+cannot."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ def weighted_jacobians(
     Args:
         cell: the cell. general: names of its parameters to take.
         weights: (B, U, m, w·width).
-        x, h, replay, writes: the m·B samples that the cell is run on, step-major.
+        x, h, replay, writes: the B·m samples that the cell is run on, each sample's steps after one another.
 
     Returns:
         name → (B, U, *shape), all uses of the parameter included.
@@ -42,7 +42,7 @@ def weighted_jacobians(
     theta = {name: dict(cell.named_parameters())[name].detach() for name in general}
     flat, refill = _tree.flatten((x, h, replay, writes))
     places = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
-    tensors = [flat[i].detach().reshape(m, size, *flat[i].shape[1:]).transpose(0, 1) for i in places]
+    tensors = [flat[i].detach().reshape(size, m, *flat[i].shape[1:]) for i in places]
 
     def written(values: dict[str, Tensor], mine: Sequence[Tensor]) -> Tensor:
         """h_next[writes] of one sample's steps, (m, w·width), with these values of the general parameters."""
@@ -88,8 +88,8 @@ def jacobian_rows(head: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def pull_rows(head: Tensor, inputs: list[Tensor], weights: Tensor) -> list[Tensor]:
-    """Pull each of ``weights`` (I, *head.shape) back to the inputs: (I, *input.shape) for each input, zero where "
-    "nothing arrives."""
+    """Pull each of ``weights`` (I, *head.shape) back to the inputs: (I, *input.shape) for each input, zero where
+    nothing arrives."""
     if not head.requires_grad or not weights.shape[0]:
         return [t.new_zeros(weights.shape[0], *t.shape) for t in inputs]
     try:

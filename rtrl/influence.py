@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtrl import _rows
 from rtrl.errors import ConfigError
 from rtrl.transition import Transition
+
+_SCRATCH = 2**20  # numbers
 
 
 class ParameterInfluence:
@@ -112,6 +115,65 @@ class ParameterInfluence:
             self.values = moved
         else:
             self.values[here] = moved
+
+    def advance(self, block: Transition, gradient: Tensor) -> None:
+        """Lead every row of a parameter kept whole through one block, in place, and pay it: ``gradient += v S``, then
+        ``S ← Φ S``; the clocks are the caller's.
+
+        Cost: ``(u·width + 1)·c·width·p`` multiply-adds a sample; a few megabytes of scratch memory.
+        """
+        size, full, p = self.values.shape
+        both = torch.cat([block.jacobian, block.adjoint.unsqueeze(1)], dim=1)
+        paid = gradient.new_zeros(p)
+        span = max(1, _SCRATCH // (size * both.shape[1]))
+        if block.rows is None:
+            scratch = self.values.new_empty(size, both.shape[1], min(span, p))
+            for start in range(0, p, span):
+                columns = self.values[:, :, start : start + span]
+                moved = scratch[:, :, : columns.shape[2]]
+                if size == 1:
+                    torch.mm(both[0], columns[0], out=moved[0])
+                else:
+                    torch.bmm(both, columns, out=moved)
+                columns.copy_(moved[:, :-1])
+                torch.sum(moved[:, -1], dim=0, out=paid[start : start + span])
+            gradient += paid.view(gradient.shape)
+            return
+        slots = self.values.view(size * block.n, block.width, p)
+        rows, cols = (_rows.flat(index, block.n, size) for index in (block.rows, block.cols))
+        for start in range(0, p, span):
+            columns = slots[:, :, start : start + span]
+            read = columns if cols is None else columns[cols]
+            moved = torch.bmm(both, read.reshape(size, both.shape[2], columns.shape[2]))
+            if rows is None:
+                columns.copy_(moved[:, :-1].reshape(columns.shape))
+            else:
+                columns[rows] = moved[:, :-1].reshape(rows.numel(), *columns.shape[1:])
+            torch.sum(moved[:, -1], dim=0, out=paid[start : start + span])
+        gradient += paid.view(gradient.shape)
+
+    def add_products(self, rows: Tensor, block: Transition, left: Tensor, right: Tensor, transposed: bool) -> None:
+        """``S += leftᵀ right`` on the state rows that ``block`` writes.
+
+        Args:
+            rows: LongTensor (C,), CPU. left: (C, X, R·O), R = u·width. right: (C, X, I).
+            transposed: the parameter's entries stand in the order (I, O), not (O, I).
+
+        Cost: ``C·X·R·O·I`` multiply-adds; scratch memory of the result's size where it does not lie in one piece.
+        """
+        first, count = int(rows[0]), rows.numel()
+        together = count == 1 or bool((rows == torch.arange(first, first + count, device="cpu")).all())
+        if together and block.rows is None and not transposed:
+            target = self.values[first : first + count].view(count, left.shape[2], right.shape[2])
+            if count == 1:
+                target[0].addmm_(left[0].mT, right[0])
+            else:
+                target.baddbmm_(left.mT, right)
+            return
+        born = torch.bmm(left.mT, right)
+        if transposed:
+            born = born.unflatten(1, (block.jacobian.shape[1], -1)).transpose(2, 3)
+        self.add(rows, block, born.reshape(count, block.jacobian.shape[1], self.values.shape[2]))
 
     def add(self, rows: Tensor, block: Transition, born: Tensor) -> None:
         """``S += born`` on the state rows that ``block`` writes; born is (R, u·width, p)."""

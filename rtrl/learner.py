@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rtrl import _guard, _tree, checkpoint
-from rtrl.block import BlockResult, close_block
+from rtrl.block import BlockResult, close_block, overflowing
 from rtrl.cells.protocol import (
     Cell,
     Sparsity,
@@ -31,7 +31,8 @@ from rtrl.errors import (
 )
 from rtrl.history import History
 from rtrl.influence import ParameterInfluence
-from rtrl.linearize import Linearizer, Step
+from rtrl.linearization import Step
+from rtrl.linearize import Linearizer
 from rtrl.watch import ParameterWatch
 
 
@@ -454,11 +455,17 @@ class BlockRTRL:
                 held = influence.held()
                 self._advance(name, held[influence.clock[held] <= expiring])
         self._history.append(result.transition)
-        for name, birth in result.births.items():
-            influence = self._influences[name]
-            rows = influence.claim(birth.keys, now)
-            self._advance(name, rows if self.lazy else influence.held())
-            influence.add(rows, result.transition, birth.values)
+        rows = {}
+        for name, influence in self._influences.items():
+            known = influence.held()
+            rows[name] = influence.claim(result.keys[name], now)
+            if influence.sliced:
+                self._advance(name, rows[name] if self.lazy else influence.held())
+            else:  # it has never slept
+                if known.numel():
+                    influence.advance(result.transition, self._gradient(name))
+                influence.clock[rows[name]] = self._history.now
+        result.add_births(self._influences, rows)
         self._history.forget()
         for name, gradient in result.gradient.items():
             self._gradient(name).add_(gradient)
@@ -497,6 +504,7 @@ class BlockRTRL:
         for name, gradient in result.gradient.items():
             if not _tree.finite(gradient):
                 raise NonFiniteError(f"NaN or infinity in the gradient of parameter {name!r} earned in {span}")
-        for name, birth in result.births.items():
-            if not _tree.finite(birth.values):
-                raise NonFiniteError(f"NaN or infinity in the influence of parameter {name!r} born in {span}")
+        sliced = [name for name, influence in self._influences.items() if influence.sliced]
+        stray = overflowing(result, self._state, self._parameters, sliced)
+        if stray is not None:
+            raise NonFiniteError(f"NaN or infinity in the influence of parameter {stray!r} born in {span}")

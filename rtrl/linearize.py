@@ -4,8 +4,7 @@ Going forward needs no graph. Afterwards the cell is run once more on all the st
 ``steps · B`` samples, with its choices replayed, and every derivative is taken in one batched backward pass.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,79 +13,18 @@ from torch.utils.checkpoint import CheckpointError
 
 from rtrl import _guard, _rows, _tree
 from rtrl._contract import StepKind, taps_that_mix
+from rtrl.cells.closed_form import Linearizes
 from rtrl.cells.protocol import OTHER_CHOICES, Sparsity, call_cell, same_choices, takes_replay
+from rtrl.closed import check_closed_form, jacobian, taps_of
 from rtrl.errors import CellError, NonFiniteError, SparsityError
 from rtrl.general import jacobian_rows, weighted_jacobians
-from rtrl.taps import Tap, TapRecorder
+from rtrl.linearization import Linearization, LinearTap, Step, joined
+from rtrl.response import DenseResponse
+from rtrl.taps import TapRecorder
 
-
-@dataclass(slots=True)
-class Step:
-    """What is kept of one step until its block closes.
-
-    Attributes:
-        x: the input, a tree of tensors (B, ...).
-        h: (B, n, ...), the state that the step received.
-        sparsity: what the cell declared, or was made to do.
-        outputs: the floating-point tensors of y, as leaves whose ``.grad`` collects the gradient of the losses.
-        open_: whether it still takes losses.
-        number: the absolute number of the step, for messages.
-    """
-
-    x: Any
-    h: Tensor
-    sparsity: Sparsity
-    outputs: list[Tensor]
-    open_: _guard.Open
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class LinearTap:
-    """A ``Tap`` with its derivatives, over the m steps and B samples of a group.
-
-    Attributes:
-        tap: the use; its ``index`` and ``inputs`` have N = m·B samples, step-major.
-        response: (m, B, w·width, K, L, O), ∂h_next[writes]/∂z.
-        earned: (m·B, K, L, O), ∂ℓ/∂z through y; None if no loss reaches it.
-    """
-
-    tap: Tap
-    response: Tensor
-    earned: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Linearization:
-    """m steps of one kind, linearised at their own states and at the present parameters.
-
-    Attributes:
-        times: positions of the steps in their block, ascending.
-        writes, cols: LongTensors (m, B, w) and (m, B, c), or None for all rows: the rows and columns of ``jacobian``.
-        jacobian: (m, B, w·width, c·width), ∂h_next[writes]/∂h[cols].
-        adjoint: (m, B, c·width), ∂ℓ/∂h[cols] through each step's own y.
-        taps: the linear uses of parameters.
-        active: for each sliced parameter, LongTensor (m, B, k).
-        general: names of parameters with uses that are no taps.
-        lossless: no loss was given at any of the steps.
-        direct: their gradient through y, summed over steps and samples.
-        pull: (m, B, w·width) weights on h_next[writes] → the general parameters' gradient outside taps.
-        jacobians: (B, U, m, w·width) weights → the general parameters' weighted immediate Jacobians (B, U, *shape),
-            all uses included.
-    """
-
-    times: list[int]
-    writes: Tensor | None
-    cols: Tensor | None
-    jacobian: Tensor
-    adjoint: Tensor
-    taps: list[LinearTap]
-    active: Mapping[str, Tensor]
-    general: list[str]
-    lossless: bool
-    direct: dict[str, Tensor]
-    pull: Callable[[Tensor], dict[str, Tensor]]
-    jacobians: Callable[[Tensor], dict[str, Tensor]]
+# A piece of a block is linearised at a time: so many steps at least, and so many numbers in the rows of their Jacobians.
+_LEAST_SPAN = 16
+_SPAN_NUMBERS = 2**23
 
 
 class Linearizer:
@@ -102,6 +40,8 @@ class Linearizer:
         self._replays = takes_replay(cell)
         self._general: set[str] = set()  # parameters some tap of which was found to mix samples
         self._verified: set[tuple[Any, ...]] = set()
+        self._knows = isinstance(cell, Linearizes)
+        self._held_against: set[tuple[Any, ...]] = set()
 
     def __call__(self, steps: Sequence[Step], last: Tensor) -> list[Linearization]:
         """Linearise the steps of a block; steps that differ in shape or in the width of their sparsity form groups of
@@ -119,25 +59,37 @@ class Linearizer:
         """
         groups: dict[tuple[Any, ...], list[int]] = {}
         for time, step in enumerate(steps):
-            groups.setdefault(_tree.signature((step.x, step.h, tuple(step.sparsity))), []).append(time)
+            groups.setdefault(_kind(step), []).append(time)
         after = [step.h for step in steps[1:]] + [last]
+        found: list[Linearization] = []
         try:
-            return [
-                self._group(key, times, [steps[t] for t in times], [after[t] for t in times])
-                for key, times in groups.items()
-            ]
+            for key, times in groups.items():
+                span = self._span(steps[times[0]])
+                pieces = [
+                    self._group(key, own, [steps[t] for t in own], [after[t] for t in own])
+                    for own in (times[start : start + span] for start in range(0, len(times), span))
+                ]
+                found.extend(joined(pieces))
         except CheckpointError as error:
             raise CellError(
                 "the cell checkpoints activations (torch.utils.checkpoint) around a parameter, and what it computes"
                 " again there cannot be told apart; remove the checkpoint: no graph outlives a block anyway"
             ) from error
+        return found
+
+    @staticmethod
+    def _span(step: Step) -> int:
+        """How many steps are linearised at a time, so that their graph stays small beside what is kept of them."""
+        writes = step.h.shape[1] if step.sparsity.writes is None else step.sparsity.writes.shape[1]
+        rows = writes * step.h[0, 0].numel()
+        return max(_LEAST_SPAN, _SPAN_NUMBERS // max(1, rows * step.h.numel()))
 
     def _group(self, key: tuple[Any, ...], times: list[int], steps: list[Step], after: list[Tensor]) -> Linearization:
         m, size = len(steps), steps[0].h.shape[0]
         batch = m * size
-        x = _tree.concatenate([step.x for step in steps])
-        h = torch.cat([step.h for step in steps]).requires_grad_()
-        sparsity: Sparsity = _tree.concatenate([step.sparsity for step in steps])
+        x = _tree.interleave([step.x for step in steps])
+        h = _tree.interleave([step.h for step in steps])
+        sparsity: Sparsity = _tree.interleave([step.sparsity for step in steps])
         replay = sparsity if self._replays else None
         n, width = h.shape[1], h[0, 0].numel()
 
@@ -145,15 +97,26 @@ class Linearizer:
             kind = StepKind(x, h.detach(), replay, sparsity, steps[0].number)
             self._general |= taps_that_mix(self._cell, self._parameters, kind, self._general)
             self._verified.add((*key, m))
+        h = h.requires_grad_()
+        if self._knows and not sparsity.active and sparsity.reads is None and sparsity.writes is None:
+            if (*key, m) not in self._held_against:
+                check_closed_form(self._cell, self._parameters, x, h, steps[0].number)
+                self._held_against.add((*key, m))
+            closed = self._closed(times, steps, after, x, h)
+            if closed is not None:
+                return closed
         y, h_next, recorder = self._run(x, h, replay, sparsity, batch, steps)
         outputs = [leaf for leaf in _tree.tensors(y) if leaf.is_floating_point()]
         self._same(h_next, outputs, after, steps)
         written = _rows.take(h_next.reshape(batch, n, width), sparsity.writes).flatten(1)
         # What autograd's graph still leads to has a use that is no tap.
-        reached = _guard.reached_leaves(written, *outputs)
-        general = [name for name, p in self._parameters.items() if id(p) in reached]
+        inside, outside = (_guard.reached_leaves(*heads) for heads in ((written,), outputs))
+        general, direct_too = (
+            [name for name, p in self._parameters.items() if id(p) in leaves] for leaves in (inside, inside | outside)
+        )
 
-        inputs = [h, *(tap.output for tap in recorder.taps)]
+        ends = {id(tap.output): tap.output for tap in recorder.taps}  # a weight and its bias share theirs
+        inputs = [h, *ends.values()]
         grads = jacobian_rows(written, inputs)
         jacobian = grads[0].reshape(written.shape[1], batch, n, width)
         cols = None
@@ -163,55 +126,107 @@ class Linearizer:
         if cols is not None:
             jacobian = jacobian.gather(2, cols[None, :, :, None].expand(jacobian.shape[0], -1, -1, width))
 
-        earned, direct, adjoint = self._earn(steps, outputs, inputs, general)
-        adjoint = adjoint.reshape(batch, n, width)
-        if cols is not None:
-            if int(adjoint.count_nonzero()) > int(_rows.take(adjoint, cols).count_nonzero()):
-                raise SparsityError(
-                    f"{self._steps(steps)}: y depends on rows of the state outside the declared reads and writes"
-                )
-            adjoint = _rows.take(adjoint, cols)
+        earned, direct, adjoint = self._earn(steps, outputs, inputs, direct_too)
+        if adjoint is not None:
+            adjoint = adjoint.reshape(batch, n, width)
+            if cols is not None:
+                if int(adjoint.count_nonzero()) > int(_rows.take(adjoint, cols).count_nonzero()):
+                    raise SparsityError(
+                        f"{self._steps(steps)}: y depends on rows of the state outside the declared reads and writes"
+                    )
+                adjoint = _rows.take(adjoint, cols)
+            adjoint = adjoint.reshape(size, m, -1)
 
-        taps = []
-        for tap, response, own in zip(recorder.taps, grads[1:], earned, strict=True):
-            k, length, o = tap.shape
-            shaped = response.reshape(written.shape[1], m, size, k, length, o).permute(1, 2, 0, 3, 4, 5)
-            taps.append(LinearTap(tap, shaped, None if own is None else own.reshape(batch, k, length, o)))
+        derived: dict[int, tuple[DenseResponse, Tensor | None]] = {}
+        for tap in recorder.taps:
+            place = list(ends).index(id(tap.output))
+            if id(tap.output) not in derived:
+                response = DenseResponse(grads[1 + place].reshape(written.shape[1], batch, *tap.shape))
+                own = earned[place]
+                derived[id(tap.output)] = response, None if own is None else own.reshape(batch, *tap.shape)
+        taps = [LinearTap(tap, *derived[id(tap.output)]) for tap in recorder.taps]
         self._finite(steps, jacobian.movedim(0, 1), adjoint, taps)
         self._only_written(h, h_next, sparsity.writes, inputs, steps)  # once NaN cannot be taken for a dependence
 
         def by_step(index: Tensor | None) -> Tensor | None:
-            return None if index is None else index.reshape(m, size, index.shape[1])
+            return None if index is None else index.reshape(size, m, index.shape[1])
 
-        def pull(weights: Tensor) -> dict[str, Tensor]:
-            values = torch.autograd.grad(
-                written,
-                [self._parameters[g] for g in general],
-                weights.reshape(batch, weights.shape[2]),
-                allow_unused=True,
-                retain_graph=True,
-            )
-            return {name: value for name, value in zip(general, values, strict=True) if value is not None}
-
+        jacobian = jacobian.permute(1, 0, 2, 3).reshape(size, m, jacobian.shape[0], jacobian.shape[2] * width)
         return Linearization(
             times=times,
             writes=by_step(sparsity.writes),
             cols=by_step(cols),
-            jacobian=jacobian.permute(1, 0, 2, 3).reshape(m, size, jacobian.shape[0], jacobian.shape[2] * width),
-            adjoint=adjoint.reshape(m, size, adjoint.shape[1] * width),
+            jacobian=lambda start, stop: jacobian[:, start:stop],
+            adjoint=adjoint,
+            adjoint_next=None,
             taps=taps,
             active={
-                name: index.reshape(m, size, index.shape[1])
+                name: index.reshape(size, m, index.shape[1])
                 for name, index in sparsity.active.items()
                 if name in self._parameters
             },
             general=general,
             lossless=all(leaf.grad is None for step in steps for leaf in step.outputs),
             direct=direct,
-            pull=pull if general and written.requires_grad else lambda weights: {},
             jacobians=lambda weights: weighted_jacobians(
                 self._cell, general, weights, x, h.detach(), replay, sparsity.writes
             ),
+        )
+
+    def _closed(
+        self, times: list[int], steps: list[Step], after: list[Tensor], x: Any, h: Tensor
+    ) -> Linearization | None:
+        """The same from the cell's own derivatives, if it has them for these steps."""
+        m, size = len(steps), steps[0].h.shape[0]
+        recorder = TapRecorder(self._parameters, m * size, self._general, copy=True)
+        with torch.enable_grad(), recorder:
+            form = self._cell.linearize(x, h)  # type: ignore[operator]
+        names = {id(p): name for name, p in self._parameters.items()}
+        if form is None or any(not isinstance(tap.weight, nn.Parameter) for tap in form.taps):
+            return None  # a weight that is computed from others cannot be told apart here
+        outputs = [leaf for leaf in _tree.tensors(form.y) if leaf.is_floating_point()]
+        self._same(form.h_next, outputs, after, steps)
+        reached = _guard.reached_leaves(*outputs)
+        ends = {id(tap.output): tap.output for tap in recorder.taps}
+        inputs = [h, form.h_next, *ends.values()]
+        general = [name for name, p in self._parameters.items() if id(p) in reached]
+        earned, direct, adjoint = self._earn(steps, outputs, inputs, general)
+        taps = taps_of(form, names)
+        for tap in recorder.taps:
+            own = earned[1 + list(ends).index(id(tap.output))]
+            taps.append(LinearTap(tap, None, None if own is None else own.reshape(m * size, *tap.shape)))
+        parts = [t.detach() for t in (form.direct, *(tap.response for tap in form.taps)) if t is not None]
+        for what, values in (
+            ("the dynamics Jacobian", parts),
+            ("the adjoint", [t for t in (adjoint, earned[0]) if t is not None]),
+            ("the gradient of a parameter of y", [tap.earned for tap in taps if tap.earned is not None]),
+        ):
+            for value in values:
+                self._refuse_infinite(what, value, steps)
+
+        def jacobian_of(start: int, stop: int) -> Tensor:
+            if size == 1 or stop - start == m:
+                places: Tensor | slice = slice(start * size, stop * size)
+            else:
+                places = torch.arange(size * m, device=h.device).view(size, m)[:, start:stop].flatten()
+            return jacobian(form, places).unflatten(0, (size, stop - start))
+
+        def by_step(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.reshape(size, m, -1)
+
+        return Linearization(
+            times=times,
+            writes=None,
+            cols=None,
+            jacobian=jacobian_of,
+            adjoint=by_step(adjoint),
+            adjoint_next=by_step(earned[0]),
+            taps=taps,
+            active={},
+            general=[],
+            lossless=all(leaf.grad is None for step in steps for leaf in step.outputs),
+            direct=direct,
+            jacobians=lambda weights: {},
         )
 
     def _run(
@@ -228,7 +243,7 @@ class Linearizer:
         return y, h_next, recorder
 
     def _same(self, h_next: Tensor, outputs: list[Tensor], after: list[Tensor], steps: list[Step]) -> None:
-        expected = [torch.cat(after), *(torch.cat(own) for own in zip(*(s.outputs for s in steps), strict=True))]
+        expected = [_tree.interleave(own) for own in (after, *zip(*(s.outputs for s in steps), strict=True))]
         for what, value, wanted in zip(
             ("state", *["output"] * len(outputs)), (h_next, *outputs), expected, strict=True
         ):
@@ -258,13 +273,13 @@ class Linearizer:
         weights = torch.linspace(1.0, 2.0, change.numel(), dtype=h.dtype, device=h.device).reshape(change.shape)
         if not moves(weights):
             return
-        for sample, row in outside.reshape(*h.shape[:2]).nonzero().tolist():  # which one? only on the way to an error
+        for place, row in outside.reshape(*h.shape[:2]).nonzero().tolist():  # which one? only on the way to an error
             alone = torch.zeros_like(weights)
-            alone[sample, row] = weights[sample, row]
+            alone[place, row] = weights[place, row]
             if moves(alone):
-                size = steps[0].h.shape[0]
+                sample, time = divmod(place, len(steps))
                 raise SparsityError(
-                    f"step {steps[sample // size].number}: row {row} of the state of sample {sample % size} is not "
+                    f"step {steps[time].number}: row {row} of the state of sample {sample} is not "
                     "declared as written, yet it depends on more than its own last value (which did not change)"
                 )
 
@@ -275,21 +290,22 @@ class Linearizer:
             return
         stray = (jacobian != 0).any(dim=3).any(dim=0) & ~inside
         if bool(stray.any()):
-            sample, row = (int(i) for i in stray.nonzero()[0])
-            step, size = steps[sample // steps[0].h.shape[0]].number, steps[0].h.shape[0]
+            time, sample = self._first(stray.any(dim=1), steps)
+            row = int(stray[sample * len(steps) + time].nonzero()[0])
             raise SparsityError(
-                f"step {step}: the written rows of sample {sample % size} depend on row {row} of the state, which it "
+                f"step {steps[time].number}: the written rows of sample {sample} depend on row {row} of the state, "
+                "which it "
                 "declares "
                 "neither as read nor as written"
             )
 
     def _earn(
         self, steps: list[Step], outputs: list[Tensor], inputs: list[Tensor], general: list[str]
-    ) -> tuple[list[Tensor | None], dict[str, Tensor], Tensor]:
+    ) -> tuple[list[Tensor | None], dict[str, Tensor], Tensor | None]:
         """What the losses earn through y: at every tap, directly at general parameters, and the adjoint at h."""
         nothing: list[Tensor | None] = [None] * (len(inputs) - 1)
         if all(leaf.grad is None for step in steps for leaf in step.outputs):
-            return nothing, {}, torch.zeros_like(inputs[0])
+            return nothing, {}, None
         heads, weights = [], []
         for place, head in enumerate(outputs):
             given = [step.outputs[place].grad for step in steps]
@@ -297,7 +313,7 @@ class Linearizer:
                 continue
             heads.append(head)
             weights.append(
-                torch.cat(
+                _tree.interleave(
                     [
                         torch.zeros_like(step.outputs[place]) if g is None else g
                         for step, g in zip(steps, given, strict=True)
@@ -305,31 +321,49 @@ class Linearizer:
                 )
             )
         if not heads:
-            return nothing, {}, torch.zeros_like(inputs[0])
+            return nothing, {}, None
         targets = [*inputs, *(self._parameters[g] for g in general)]
         grads = list(torch.autograd.grad(heads, targets, weights, retain_graph=True, allow_unused=True))
-        adjoint = torch.zeros_like(inputs[0]) if grads[0] is None else grads[0]
         direct = {name: grad for name, grad in zip(general, grads[len(inputs) :], strict=True) if grad is not None}
         for name, grad in direct.items():
             if not _tree.finite(grad):
                 raise NonFiniteError(f"{self._steps(steps)}: NaN or infinity in the gradient of parameter {name!r}")
-        return [*grads[1 : len(inputs)]], direct, adjoint
+        return [*grads[1 : len(inputs)]], direct, grads[0]
 
-    def _finite(self, steps: list[Step], jacobian: Tensor, adjoint: Tensor, taps: list[LinearTap]) -> None:
-        checks = [("the dynamics Jacobian", jacobian), ("the adjoint", adjoint)]
+    def _finite(self, steps: list[Step], jacobian: Tensor, adjoint: Tensor | None, taps: list[LinearTap]) -> None:
+        """Refuse NaN and infinity, in tensors with the N samples in front."""
+        checks = [("the dynamics Jacobian", jacobian)]
+        if adjoint is not None:
+            checks.append(("the adjoint", adjoint.flatten(0, 1)))
         for tap in taps:
-            checks.append((f"the immediate Jacobian of parameter {tap.tap.name!r}", tap.response.flatten(0, 1)))
+            if isinstance(tap.response, DenseResponse):
+                checks.append(
+                    (f"the immediate Jacobian of parameter {tap.tap.name!r}", tap.response.values.movedim(1, 0))
+                )
             if tap.earned is not None:
                 checks.append((f"the gradient of parameter {tap.tap.name!r}", tap.earned))
-        size = steps[0].h.shape[0]
         for what, values in checks:
-            if not _tree.finite(values):
-                good = torch.isfinite(values)
-                sample = int((~good.flatten(1).all(dim=1)).nonzero()[0])
-                raise NonFiniteError(
-                    f"NaN or infinity in {what}, step {steps[sample // size].number}, sample {sample % size}"
-                )
+            self._refuse_infinite(what, values, steps)
+
+    def _refuse_infinite(self, what: str, values: Tensor, steps: list[Step]) -> None:
+        if not _tree.finite(values):
+            time, sample = self._first(~torch.isfinite(values).flatten(1).all(dim=1), steps)
+            raise NonFiniteError(f"NaN or infinity in {what}, step {steps[time].number}, sample {sample}")
+
+    @staticmethod
+    def _first(bad: Tensor, steps: list[Step]) -> tuple[int, int]:
+        """The earliest of the steps, and there the first sample, at which one of the N samples is bad."""
+        time, sample = (int(i) for i in bad.reshape(-1, len(steps)).T.nonzero()[0])
+        return time, sample
 
     @staticmethod
     def _steps(steps: list[Step]) -> str:
         return f"step {steps[0].number}" if len(steps) == 1 else f"steps {steps[0].number} … {steps[-1].number}"
+
+
+def _kind(step: Step) -> tuple[Any, ...]:
+    """What two steps must share to be run as one batch."""
+    x, sparsity = step.x, step.sparsity
+    plain = (x.shape, x.dtype) if isinstance(x, Tensor) else _tree.signature(x)
+    bare = sparsity.reads is None and sparsity.writes is None and not sparsity.active
+    return (plain, step.h.shape, step.h.dtype, None if bare else _tree.signature(tuple(sparsity)))

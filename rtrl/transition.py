@@ -85,14 +85,17 @@ class Transition:
         return replace(self, rows=rows, cols=own, n=cols.shape[1])
 
 
-def flushed(product: Tensor) -> Tensor:
+def flushed(product: Tensor, out: Tensor | None = None) -> Tensor:
     """A product of Jacobians without entries on their way to subnormal numbers: those below tiny / eps become zero.
 
     Products of contracting Jacobians end there, and a CPU multiplies subnormal numbers many times slower than others.
     What is cut is 1e-31 (float32) or 1e-292 (float64) of the identity that the product began with.
     """
     kind = torch.finfo(product.dtype)
-    return torch.nn.functional.hardshrink(product, kind.tiny / kind.eps)
+    if out is None:
+        return torch.nn.functional.hardshrink(product, kind.tiny / kind.eps)
+    flat: Tensor = torch.ops.aten.hardshrink.out(product, kind.tiny / kind.eps, out=out)
+    return flat
 
 
 def identity(batch_size: int, n: int, width: int, like: Tensor) -> Transition:

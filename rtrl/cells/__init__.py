@@ -1,6 +1,7 @@
 """Cells: the protocol, the recurrent mixture of experts, and ways to make cells of other modules."""
 
 from rtrl.cells.adapters import TorchCell, TorchLayers, from_torch
+from rtrl.cells.closed_form import ClosedForm, UnitTap
 from rtrl.cells.grouped import grouped_linear
 from rtrl.cells.module_cell import ModuleCell
 from rtrl.cells.moe import RecurrentMoE
@@ -10,6 +11,7 @@ from rtrl.cells.stack import Stack
 
 __all__ = [
     "Cell",
+    "ClosedForm",
     "MoEOutput",
     "ModuleCell",
     "RecurrentMoE",
@@ -18,6 +20,7 @@ __all__ = [
     "Stack",
     "TorchCell",
     "TorchLayers",
+    "UnitTap",
     "from_torch",
     "grouped_linear",
     "load_balancing_loss",

@@ -7,6 +7,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from rtrl.cells.closed_form import ClosedForm
+from rtrl.cells.derivatives import derivatives
 from rtrl.cells.equations import mode_of, step, weights_of
 from rtrl.cells.module_cell import ModuleCell, ReplayingModuleCell
 from rtrl.cells.packing import PackedCell, Packing
@@ -38,6 +40,20 @@ class TorchCell(nn.Module):
         mode = mode_of(self.cell)
         after = step(mode, x, h.unbind(dim=1) if mode == "LSTM" else (h,), weights_of(self.cell))
         return self.readout(after[0]), torch.stack(after, dim=1) if mode == "LSTM" else after[0]
+
+    def linearize(self, x: Tensor, h: Tensor) -> ClosedForm | None:
+        """One step with its derivatives; None for a subclass with another ``forward``."""
+        if type(self).forward is not TorchCell.forward:
+            return None
+        mode = mode_of(self.cell)
+        with torch.no_grad():
+            after, taps, direct = derivatives(
+                mode, x, h.unbind(dim=1) if mode == "LSTM" else (h,), weights_of(self.cell)
+            )
+        h_next = (torch.stack(after, dim=1) if mode == "LSTM" else after[0]).requires_grad_()
+        with torch.enable_grad():
+            y = self.readout(h_next[:, 0] if mode == "LSTM" else h_next)
+        return ClosedForm(y, h_next, taps, direct)
 
 
 class TorchLayers(PackedCell):

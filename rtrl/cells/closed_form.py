@@ -1,0 +1,59 @@
+"""The derivatives of a step in closed form, for cells that know theirs: much cheaper than asking autograd.
+
+A cell whose units meet only in linear maps, ``h' = f(W₁u₁ + b₁, W₂u₂ + b₂, …, h)`` with f unit by unit, may have a
+method ``linearize(x, h) -> ClosedForm | None``; None says that there is none for this call. It is held against autograd
+at a generic point, for each kind of block once, and refused if it disagrees.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UnitTap:
+    """A linear map ``z = W u + b`` that state parts and gates meet unit by unit.
+
+    Attributes:
+        weight: (G·U, I), the parameter itself. bias: (G·U,), likewise, or None.
+        inputs: (N, I), u.
+        response: (N, S, G, U): ``∂h'[s, i]/∂z[g, i]``; other units do not meet.
+        part: which part s' of the state u is (then I = U), or None if u does not depend on the state.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    inputs: Tensor
+    response: Tensor
+    part: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ClosedForm:
+    """One step of N samples and its derivatives, over a state of S parts of U units (a state (N, U) has S = 1).
+
+    Equation: ``∂h'[s, i]/∂h[s', j] = direct[s, s', i] δ_ij + Σ_taps Σ_g response[s, g, i] W[g·U + i, j]``, the sum over
+    the taps of part s'.
+
+    Attributes:
+        y: what the cell returns, computed with a graph from ``h_next`` (and from h, if that requires grad).
+        h_next: (N, U) or (N, S, U), a leaf that requires grad.
+        taps: the linear maps of the step itself; those of a readout are found as everywhere.
+        direct: (N, S, S', U), how units of the state act on themselves outside all taps; None if they do not.
+    """
+
+    y: Any
+    h_next: Tensor
+    taps: Sequence[UnitTap]
+    direct: Tensor | None = None
+
+
+@runtime_checkable
+class Linearizes(Protocol):
+    """A cell that supplies its derivatives."""
+
+    def linearize(self, x: Any, h: Tensor) -> ClosedForm | None:
+        """The step from h, with its derivatives."""
+        ...

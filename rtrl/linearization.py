@@ -1,0 +1,174 @@
+"""What is kept of a step until its block closes, and what linearising a run of steps gives."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtrl import _guard
+from rtrl.cells.protocol import Sparsity
+from rtrl.response import DenseResponse, Response
+from rtrl.taps import Tap
+
+
+@dataclass(slots=True)
+class Step:
+    """What is kept of one step until its block closes.
+
+    Attributes:
+        x: the input, a tree of tensors (B, ...).
+        h: (B, n, ...), the state that the step received.
+        sparsity: what the cell declared, or was made to do.
+        outputs: the floating-point tensors of y, as leaves whose ``.grad`` collects the gradient of the losses.
+        open_: whether it still takes losses.
+        number: the absolute number of the step, for messages.
+    """
+
+    x: Any
+    h: Tensor
+    sparsity: Sparsity
+    outputs: list[Tensor]
+    open_: _guard.Open
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinearTap:
+    """A ``Tap`` with its derivatives, over the m steps and B samples of a group.
+
+    Attributes:
+        tap: the use; its ``index`` and ``inputs`` have N = B·m samples, one sample's steps after one another.
+        response: ∂h_next[writes]/∂z of the N samples; None if z reaches y alone.
+        earned: (B·m, K, L, O), ∂ℓ/∂z through y; None if no loss reaches it.
+    """
+
+    tap: Tap
+    response: Response | None
+    earned: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Linearization:
+    """m steps of one kind, linearised at their own states and at the present parameters.
+
+    Attributes:
+        times: positions of the steps in their block, ascending.
+        writes, cols: LongTensors (B, m, w) and (B, m, c), or None for all rows: the rows and columns of the dynamics
+            Jacobian.
+        jacobian: ``jacobian(start, stop)`` gives (B, stop − start, w·width, c·width), ∂h_next[writes]/∂h[cols] of these
+            of the m steps.
+        adjoint: (B, m, c·width), ∂ℓ/∂h[cols] through each step's own y; None if it is zero.
+        adjoint_next: (B, m, w·width), ∂ℓ/∂h_next[writes] through each step's own y, on top of ``adjoint``; None if zero.
+        taps: the linear uses of parameters.
+        active: for each sliced parameter, LongTensor (B, m, k).
+        general: names of parameters with uses that are no taps and that the next state depends on.
+        lossless: no loss was given at any of the steps.
+        direct: gradient through y, summed over steps and samples, of parameters with uses that are no taps.
+        jacobians: (B, U, m, w·width) weights → the general parameters' weighted immediate Jacobians (B, U, *shape),
+            all uses included.
+    """
+
+    times: list[int]
+    writes: Tensor | None
+    cols: Tensor | None
+    jacobian: Callable[[int, int], Tensor]
+    adjoint: Tensor | None
+    adjoint_next: Tensor | None
+    taps: list[LinearTap]
+    active: Mapping[str, Tensor]
+    general: list[str]
+    lossless: bool
+    direct: dict[str, Tensor]
+    jacobians: Callable[[Tensor], dict[str, Tensor]]
+
+
+def joined(pieces: Sequence[Linearization]) -> list[Linearization]:
+    """Consecutive runs of steps of one kind as one, so that what is done a tap is done once a block; pieces whose taps
+    differ stay apart."""
+    if len({_form(piece) for piece in pieces}) > 1:
+        return list(pieces)
+    if len(pieces) == 1:
+        return list(pieces)
+    first = pieces[0]
+    size = (first.adjoint if first.adjoint is not None else first.jacobian(0, 1)).shape[0]
+    spans = [len(piece.times) for piece in pieces]
+    edges = [sum(spans[:i]) for i in range(len(pieces) + 1)]
+
+    def over_samples(parts: Sequence[Tensor | None], dim: int = 0) -> Tensor | None:
+        """Join tensors that have the N = B·m samples in dimension ``dim``."""
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            return None
+        split = [part.unflatten(dim, (size, -1)) for part in known]
+        return torch.cat(split, dim=dim + 1).flatten(dim, dim + 1)
+
+    def over_steps(parts: Sequence[Tensor | None]) -> Tensor | None:
+        known = [part for part in parts if part is not None]
+        return torch.cat(known, dim=1) if len(known) == len(parts) else None
+
+    def filled(parts: Sequence[Tensor | None], dim: int) -> list[Tensor | None]:
+        """Zeros where a piece has nothing but another has."""
+        like = next((part for part in parts if part is not None), None)
+        if like is None:
+            return list(parts)
+        out: list[Tensor | None] = []
+        for part, span in zip(parts, spans, strict=True):
+            shape = (size * span, *like.shape[1:]) if dim == 0 else (size, span, *like.shape[2:])
+            out.append(like.new_zeros(shape) if part is None else part)
+        return out
+
+    taps = []
+    shared: dict[int, tuple[DenseResponse | None, Tensor | None]] = {}  # a weight and its bias share theirs
+    for column in zip(*(piece.taps for piece in pieces), strict=True):
+        if id(column[0].response) not in shared:
+            responses = [tap.response.values if isinstance(tap.response, DenseResponse) else None for tap in column]
+            response = over_samples(responses, dim=1)
+            earned = over_samples(filled([c.earned for c in column], 0))
+            shared[id(column[0].response)] = None if response is None else DenseResponse(response), earned
+        tap = replace(
+            column[0].tap,
+            index=over_samples([c.tap.index for c in column]),
+            inputs=over_samples([c.tap.inputs for c in column]),
+        )
+        taps.append(LinearTap(tap, *shared[id(column[0].response)]))
+    jacobians = torch.cat([piece.jacobian(0, span) for piece, span in zip(pieces, spans, strict=True)], dim=1)
+    direct: dict[str, Tensor] = {}
+    for piece in pieces:
+        for name, value in piece.direct.items():
+            direct[name] = direct[name] + value if name in direct else value
+
+    def weighted(weights: Tensor) -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        for piece, start, stop in zip(pieces, edges, edges[1:], strict=False):
+            for name, value in piece.jacobians(weights[:, :, start:stop]).items():
+                total[name] = total[name] + value if name in total else value
+        return total
+
+    return [
+        Linearization(
+            times=[t for piece in pieces for t in piece.times],
+            writes=over_steps([piece.writes for piece in pieces]),
+            cols=over_steps([piece.cols for piece in pieces]),
+            jacobian=lambda start, stop: jacobians[:, start:stop],
+            adjoint=over_steps(filled([piece.adjoint for piece in pieces], 1)),
+            adjoint_next=None,
+            taps=taps,
+            active={name: torch.cat([p.active[name] for p in pieces], dim=1) for name in first.active},
+            general=first.general,
+            lossless=all(piece.lossless for piece in pieces),
+            direct=direct,
+            jacobians=weighted,
+        )
+    ]
+
+
+def _form(piece: Linearization) -> tuple[Any, ...]:
+    """What pieces must share to be joined."""
+    uses = tuple(
+        (tap.tap.name, tap.tap.shape, tap.tap.transposed, tap.tap.index is None, tap.tap.inputs is None)
+        for tap in piece.taps
+    )
+    sets = tuple(None if index is None else index.shape[2] for index in (piece.writes, piece.cols))
+    return (uses, sets, tuple(piece.general), piece.adjoint_next is None)
