@@ -28,7 +28,9 @@ from rtrl.cells.protocol import (
     takes_replay,
 )
 from rtrl.errors import ConfigError, RTRLError, ShapeError
+from rtrl.linearization import Step as Kept
 from rtrl.macs import MacCounter, Rule
+from rtrl.planning.linear import Linear, measure
 from rtrl.watch import ParameterWatch
 
 
@@ -67,7 +69,7 @@ class Profile:
     """A cell at one batch size, measured.
 
     Attributes:
-        cell: what it is called. batch_size: B. rows, width: of the state; H = rows · width.
+        cell: what it is called. batch_size: B. rows, width: of the state; H = rows · width. device: its type.
         itemsize, dtype: of the state.
         shapes: trainable parameter → shape. parameter_bytes: of all of these; copy_bytes: of the buffers and the
             frozen parameters, too.
@@ -80,12 +82,13 @@ class Profile:
         losses_everywhere, loss_at_the_end: multiply-adds of the backward pass through steps with a loss at each of
             them, and at the last alone; the forward pass is not counted.
         graph_bytes: what the graph of so many steps holds besides parameters and what a step keeps anyway.
-        lone: what one sample costs alone.
+        lone: what one sample costs alone. linear: what linearising a step costs.
         steady: whether all steps had the same shapes and widths of sparsity, so that one stands for all.
     """
 
     cell: str
     batch_size: int
+    device: str
     rows: int
     width: int
     itemsize: int
@@ -106,6 +109,7 @@ class Profile:
     loss_at_the_end: Series
     graph_bytes: Series
     lone: Lone
+    linear: Linear
     steady: bool
 
     @property
@@ -163,10 +167,11 @@ def profile(
         kinds = {_tree.signature((step.x, tuple(_choice(step)))) for step in taken}
         probe = _repeated(cell, values, taken[0], rules)
         kinds |= {_tree.signature((step.x, tuple(_choice(step)))) for step in probe}
-        one = probe[0]
+        one, lone = probe[0], _lone(probe[0], rules)
         return Profile(
             cell=type(cell).__name__,
             batch_size=batch_size,
+            device=h.device.type,
             rows=h.shape[1],
             width=h[0, 0].numel(),
             itemsize=h.element_size(),
@@ -186,7 +191,8 @@ def profile(
             losses_everywhere=_backward_macs(probe, rules, everywhere=True),
             loss_at_the_end=_backward_macs(probe, rules, everywhere=False),
             graph_bytes=_graph_bytes(probe),
-            lone=_lone(one, rules),
+            lone=lone,
+            linear=measure(cell, parameters, [_as_kept(s) for s in probe[:2]], probe[2].h, 2 * lone.forward, rules),
             steady=len(kinds) == 1,
         )
 
@@ -276,6 +282,14 @@ def _repeated(
     for step in steps:
         step.adjoints = [torch.ones_like(y) for y in step.outputs]
     return steps
+
+
+def _as_kept(step: _Probed) -> Kept:
+    """The step as ``BlockRTRL`` keeps it, with the gradients of its losses."""
+    outputs = [y.clone().requires_grad_() for y in step.outputs]
+    for leaf, adjoint in zip(outputs, step.adjoints, strict=True):
+        leaf.grad = adjoint
+    return Kept(step.x, step.h, step.declared, outputs, _guard.Open(), step.number)
 
 
 def _again_macs(step: _Probed, rules: Mapping[str, Rule] | None) -> int:
