@@ -1,46 +1,20 @@
-"""``package.module:name``: finding what a user wants checked, and inputs for a cell that comes without any."""
+"""What a user wants checked, as specs, and inputs for a cell that comes without any."""
 
-import importlib
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from rtrl.cells.protocol import call_cell, first_state
+from rtrl._targets import WIDTHS, guessed_input, load
+from rtrl.cells.protocol import first_state
 from rtrl.errors import ConfigError
 from rtrl.testing.nodes import Spec
 from rtrl.testing.spec import CellSpec, LearnerSpec
 
 _STEPS, _BATCH = 3, 4
-_WIDTHS = ("d_in", "input_size", "in_features")
 
-
-def load(target: str) -> Any:
-    """The object that ``package.module:name`` stands for; the present folder is looked in, too.
-
-    Raises:
-        ConfigError: there is no such thing.
-    """
-    module_name, _, name = target.partition(":")
-    if not module_name or not name:
-        raise ConfigError(f"{target!r} must have the form package.module:name")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"{module_name} cannot be imported: {type(error).__name__}: {error}") from error
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise ConfigError(f"{module_name} has no {name!r}")
-        found = getattr(found, part)
-    return found
+__all__ = ["cell_spec", "guessed_inputs", "load", "specs_of"]
 
 
 def specs_of(found: Any, target: str, name: str = "") -> list[Spec]:
@@ -114,32 +88,10 @@ def guessed_inputs(cell: nn.Module) -> Sequence[Tensor]:
     Raises:
         ConfigError: it says nothing that the cell then takes.
     """
-    state = first_state(cell, _BATCH)
-    generator = torch.Generator().manual_seed(0)
-    for draw in _candidates(cell, state, generator):
-        try:
-            with torch.no_grad():
-                call_cell(cell, draw(), state.clone(), None)
-        except Exception:
-            continue  # not its input; the next
+    draw = guessed_input(cell, first_state(cell, _BATCH))
+    if draw is not None:
         return [draw() for _ in range(_STEPS)]
     raise ConfigError(
-        f"what {type(cell).__name__} takes cannot be guessed: {', '.join(_WIDTHS)} of the cell and of the modules in "
+        f"what {type(cell).__name__} takes cannot be guessed: {', '.join(WIDTHS)} of the cell and of the modules in "
         "it were tried; let the function return the pair (cell, inputs), inputs being the x of some steps"
     )
-
-
-def _candidates(cell: nn.Module, state: Tensor, generator: torch.Generator) -> Iterator[Callable[[], Tensor]]:
-    """Ways to draw an x, the likeliest first."""
-
-    def numbers(width: int) -> Tensor:
-        return torch.randn(_BATCH, width, generator=generator).to(state)
-
-    def symbols(count: int) -> Tensor:
-        return torch.randint(0, count, (_BATCH,), generator=generator).to(state.device)
-
-    for module in cell.modules():
-        widths = [getattr(module, name) for name in _WIDTHS if isinstance(getattr(module, name, None), int)]
-        yield from (partial(numbers, width) for width in widths)
-        if isinstance(module, nn.Embedding):
-            yield partial(symbols, module.num_embeddings)
