@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from rtrl.cells.grouped import grouped_linear
+from rtrl.cells.grouped import frozen_grouped_linear, grouped_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,10 @@ def _grouped_linear(recorder: TapRecorder, inputs: Tensor, weight: Tensor, bias:
     name, bias_name = recorder.name(weight), recorder.name(bias)
     if name is None or recorder.tokens(inputs.shape[:1]) != 1:
         return NotImplemented
-    out = grouped_linear(inputs, weight.detach(), bias.detach() if bias is not None and bias_name else bias, index)
+    if bias is None or bias_name is not None:
+        out = frozen_grouped_linear(inputs, weight, bias, index)
+    else:  # a bias that is computed from something else
+        out = frozen_grouped_linear(inputs, weight, None, index) + bias[index].unsqueeze(2)
     uses: list[tuple[str, Tensor | None]] = [(name, inputs.detach())]
     if bias_name is not None:
         uses.append((bias_name, None))

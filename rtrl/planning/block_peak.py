@@ -59,7 +59,9 @@ def _sweeping(profile: Profile, steps: int, extent: Extent) -> int:
         return (size * rows * cols * 2 + 3 * step) * item
     if not block_macs.scans(profile, steps):
         at_once = max(1, sweeping._CHUNK // (size * full * full))
-        jacobians = min(steps, 2 * at_once) * size * full * full if closed else 0  # the old ones go when the new are there
+        jacobians = (
+            min(steps, 2 * at_once) * size * full * full if closed else 0
+        )  # the old ones go when the new are there
         return (2 * size * row * full + jacobians) * item
     length, pieces = block_macs.scan_pieces(steps)
     padded = length * pieces
@@ -75,7 +77,9 @@ def _birth(profile: Profile, steps: int, extent: Extent, use: Use, sliced: dict[
     step = size * use.k * use.length * rows * use.outputs
     at_once = min(steps, max(1, birth._CHUNK // max(1, step)))
     left = at_once * step
-    if at_once < steps:  # a piece at a time, with a copy of its suffix products; the old piece goes when the new is there
+    if (
+        at_once < steps
+    ):  # a piece at a time, with a copy of its suffix products; the old piece goes when the new is there
         copied = step + (size * rows * extent.writes * profile.width if size > 1 else 0)
         left += max(at_once * (copied - step), min(steps - at_once, at_once) * copied)
     shape = profile.shapes[use.name]

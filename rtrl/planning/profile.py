@@ -274,9 +274,7 @@ def _steps(
     return taken, macs
 
 
-def _repeated(
-    cell: nn.Module, values: Values, first: _Probed, rules: Mapping[str, Rule] | None
-) -> list[_Probed]:
+def _repeated(cell: nn.Module, values: Values, first: _Probed, rules: Mapping[str, Rule] | None) -> list[_Probed]:
     """Three steps with the first one's x, with a loss at each."""
     steps, _ = _steps(cell, values, [first.x] * 3, first.h, rules)
     for step in steps:
