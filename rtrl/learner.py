@@ -193,7 +193,7 @@ class BlockRTRL:
         if self._history is None:
             return
         if dormant:
-            self._pay({name: influence.held() for name, influence in self._influences.items()})
+            self._pay({name: influence.held() for name, influence in self._influences.items() if influence.sliced})
             self._paid = self._history.now
         for name, gradient in self._earned.items():
             if not _tree.finite(gradient):
@@ -361,10 +361,10 @@ class BlockRTRL:
 
         expiring, now = self._history.expiring, self._history.now
         if expiring is not None:
-            held = {name: influence.held() for name, influence in self._influences.items()}
+            held = {name: self._influences[name].held() for name in sliced}
             self._advance({name: own[self._influences[name].clock[own] <= expiring] for name, own in held.items()})
         self._history.append(result.transition)
-        known = {name: influence.held().numel() for name, influence in self._influences.items()}
+        known = {name: influence.values.shape[0] for name, influence in self._influences.items()}
         rows = {name: influence.claim(result.keys[name], now) for name, influence in self._influences.items()}
         self._advance({name: rows[name] if self.lazy else self._influences[name].held() for name in sliced})
         for name, influence in self._influences.items():
