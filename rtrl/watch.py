@@ -111,8 +111,7 @@ class _Sight:
     def _entries(self) -> list[Any]:
         entries: list[Any] = []
         for table in self._tables:
-            entries.append(None)  # so that nothing moves unseen from the end of one to the beginning of the next
-            entries += table
+            entries += table  # first the names, then what they stand for: where a table ends is never in doubt
             entries += table.values()
         return entries
 

@@ -132,10 +132,10 @@ def test_whatever_the_device_a_run_is_the_same() -> None:
 # ---------------------------------------------------------------------- parameters and buffers inside an open block
 
 
-def _moved(cell: nn.Module) -> None:
-    weight = cell.enter.weight
-    del cell.enter.weight
-    cell.enter.w = weight
+def _rename(linear: nn.Module) -> None:
+    bias = linear.bias
+    del linear.bias
+    linear.b = bias
 
 
 def _equal(cell: nn.Module) -> None:
@@ -149,7 +149,7 @@ def _hidden(cell: nn.Module) -> None:
 STRANGE = "replaced, added, frozen or unfrozen; make a new learner"
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an equal parameter": (_equal, STRANGE),
-    "another name": (_moved, STRANGE),
+    "another name": (lambda cell: _rename(cell.enter), STRANGE),
     "an equal module": (lambda cell: setattr(cell, "enter", copy.deepcopy(cell.enter)), STRANGE),
     "frozen": (lambda cell: cell.recur.weight.requires_grad_(False), STRANGE),
     "unfrozen": (lambda cell: cell.head.bias.requires_grad_(), STRANGE),
@@ -211,16 +211,28 @@ def test_what_changes_no_parameter_is_let_pass_and_hides_nothing_after_it(change
         learner.step(stream()[6])
 
 
-def test_a_parameter_that_moves_to_another_module_is_seen() -> None:
+def _move(cell: nn.Module) -> None:
+    moved, last = cell.one.w, cell.two.last
+    del cell.one.w, cell.two.last
+    cell.two.w, cell.two.last = moved, last
+
+
+MOVES: dict[str, Callable[[Any], Any]] = {
+    "to another module": _move,
+    "the last one gone": lambda cell: delattr(cell.two, "last"),
+    "all gone": lambda cell: (delattr(cell.two, "last"), delattr(cell.one, "w"), delattr(cell.one, "first")),
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_a_parameter_that_moves_away_is_missed(move: Callable[[Any], Any]) -> None:
     cell = Plain()
     cell.one, cell.two = nn.Module(), nn.Module()
     cell.one.first, cell.one.w = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(2))
     cell.two.last = nn.Parameter(torch.ones(3))
     learner = rtrl.BlockRTRL(cell, B, block=4)
     learner.step(stream()[0])
-    moved, last = cell.one.w, cell.two.last
-    del cell.one.w, cell.two.last
-    cell.two.w, cell.two.last = moved, last
+    move(cell)
     with refused(learner, ParameterChangedError, STRANGE):
         learner.step(stream()[1])
 
@@ -360,6 +372,27 @@ def test_a_refused_step_leaves_autograd_switched_as_it_was(grad: bool) -> None:
         assert torch.is_grad_enabled() is grad
 
 
+class Switched(Plain):
+    """Switches autograd on by itself."""
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            return super().forward(x, h)
+
+
+def test_a_cell_that_switches_autograd_on_leaves_no_graph_behind() -> None:
+    def run(kind: type[Plain]) -> list[Any]:
+        torch.manual_seed(0)
+        learner = rtrl.BlockRTRL(kind(), B, block=3)
+        y = learner.step(stream()[0])
+        assert y.is_leaf
+        assert not learner.state.requires_grad
+        assert not learner._state.requires_grad
+        return finish(learner, stream()[1:])
+
+    assert_same(run(Switched), run(Plain))
+
+
 # ---------------------------------------------------------------------- indices
 
 
@@ -422,6 +455,8 @@ def test_choices_are_compared_by_what_they_say() -> None:
     for other in (
         Sparsity(turned, one, full.active),
         Sparsity(one, turned, full.active),
+        Sparsity(same, turned, full.active),
+        Sparsity(same, same, {"a": same, "b": turned}),
         Sparsity(None, one, full.active),
         Sparsity(one, None, full.active),
         Sparsity(one, one, {"a": one, "b": turned}),
