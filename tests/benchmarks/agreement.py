@@ -16,7 +16,7 @@ from torch import Tensor
 
 import oracles
 
-STEPS, BLOCK = 23, 7  # three blocks and a part of one
+STEPS, BLOCK = 17, 5  # three blocks and a part of one
 ROUGH = 1e-3
 
 

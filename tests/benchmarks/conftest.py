@@ -10,6 +10,7 @@ import torch
 from measuring import Measurement
 
 THREADS = 2
+LOAD = pytest.StashKey[float | None]()
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +48,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="long: only where --size=full is asked for"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[LOAD] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """The versions that the times depend on."""
@@ -59,6 +64,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
             return None
 
     machine_info["versions"] = {name: installed(name) for name in ("torch", "jax", "jaxlib", "numpy")}
+    machine_info["load_before"] = config.stash.get(LOAD, None)
     machine_info["processors"] = os.cpu_count()
     if hasattr(os, "sysconf"):
         machine_info["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,5 +1,6 @@
 """Where measured numbers go: beside their bars into the results, and then against them."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,24 +21,45 @@ class Measurement:
     def sizes(self) -> Sizes:
         return SIZES[self.size]
 
-    def settle(self, measured: dict[str, float], **details: Any) -> None:
-        """Store the numbers with their bars, then hold them to these.
+    def settle(
+        self, measured: Mapping[str, float], *series: Mapping[str, Any], **facts: str | float | Sequence[int]
+    ) -> None:
+        """Store the numbers, then hold them to their bars.
 
         What was measured is in the results also where it does not reach its bar.
+
+        Args:
+            measured: name of a bar → number. series: what ``curve`` made. facts: what else one must know of the run.
         """
-        self.benchmark.extra_info.update(size=self.size, threads=torch.get_num_threads(), details=details)
-        self.benchmark.extra_info["measured"] = {
-            name: {"value": float(value), "bound": BARS[name].bound(self.size), "holds": self._holds(name, value)}
-            for name, value in measured.items()
-        }
-        missed = [
-            f"{name}: {value:.4g}{BARS[name].unit} {BARS[name].text}; the bar is {BARS[name].relation} "
-            f"{BARS[name].bound(self.size)}"
-            for name, value in measured.items()
-            if self._holds(name, value) is False
-        ]
+        values = {name: float(value) for name, value in measured.items()}
+        self.benchmark.extra_info.update(
+            size=self.size, threads=torch.get_num_threads(), measured=values, series=series, facts=facts
+        )
+        missed = []
+        for name, value in values.items():
+            bar = BARS[name]
+            gated = bar.kind == "count" or (self.clock and self.size == "full")
+            if gated and bar.holds(value, self.size) is False:
+                bound = bar.bound(self.size)
+                missed.append(f"{name}: {value:.4g}{bar.unit} {bar.text}; the bar is {bar.relation} {bound}")
         assert not missed, "\n".join(missed)
 
-    def _holds(self, name: str, value: float) -> bool | None:
-        gated = BARS[name].kind == "count" or (self.clock and self.size == "full")
-        return BARS[name].holds(value, self.size) if gated else None
+
+def curve(
+    name: str, title: str, over: str, at: Sequence[float], unit: str, values: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """Numbers of several sides at several sizes, for a table and a plot.
+
+    Args:
+        name: of the plot's file. title, over, unit: of the plot, its x axis, its y axis. values: side → one number a
+            size.
+    """
+    assert all(len(numbers) == len(at) for numbers in values.values())
+    return {
+        "name": name,
+        "title": title,
+        "over": over,
+        "at": list(at),
+        "unit": unit,
+        "values": {side: [float(number) for number in numbers] for side, numbers in values.items()},
+    }

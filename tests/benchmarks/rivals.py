@@ -110,7 +110,7 @@ class Textbook:
 
 
 class Product:
-    """``(n, k) @ (k, p)`` again and again, into memory that is there already; its unit is a multiply-add, not a step."""
+    """``(n, k) @ (k, p)`` again and again, into memory that is there already; its unit is a multiply-add."""
 
     def __init__(self, n: int, k: int, p: int, dtype: torch.dtype = torch.float32) -> None:
         self.a, self.b = torch.randn(n, k, dtype=dtype), torch.randn(k, p, dtype=dtype)

@@ -6,7 +6,7 @@ import pytest
 from agreement import assert_roughly_equal, check_agreement
 from bars import BARS
 from counting import exponent, macs, textbook_macs
-from measuring import Measurement
+from measuring import Measurement, curve
 from problems import Problem, dense
 from rivals import Ours, Product, Textbook, Unrolled
 from timing import alternate, medians, ratio
@@ -63,7 +63,7 @@ def test_a_tanh_network(measurement: Measurement, benchmark: Any) -> None:
         "rnn.formula": counted / bound(problem, size),
         "rnn.control": dense_counted / bound(problem, size),
     }
-    details: dict[str, Any] = {"H": size, "P": problem.parameters, "macs_per_step": counted}
+    facts: dict[str, str | float] = {"H": size, "P": problem.parameters, "multiply-adds a step": counted}
     if measurement.clock:
         textbook = Textbook(problem)
         products = {
@@ -82,9 +82,11 @@ def test_a_tanh_network(measurement: Measurement, benchmark: Any) -> None:
         best = [min(times[name][i] for name in products) for i in range(measurement.sizes.rounds)]
         measured["rnn.faster"] = ratio(times["textbook"], times["ours"])
         measured["rnn.limit"] = bound(problem, size) * ratio(best, times["ours"])
-        details["seconds_per_unit"] = medians(times)
+        medians_s = medians(times)
+        facts.update({f"ms a step, {name}": 1e3 * medians_s[name] for name in ("ours", "textbook")})
+        facts["10⁹ operations a second in a matrix product"] = 2e-9 / min(medians_s[name] for name in products)
     benchmark.pedantic(ours.advance, args=(size,), rounds=3)
-    measurement.settle(measured, **details)
+    measurement.settle(measured, **facts)
 
 
 def test_a_gru(measurement: Measurement, benchmark: Any) -> None:
@@ -116,4 +118,5 @@ def test_a_gru(measurement: Measurement, benchmark: Any) -> None:
     measured["gru.fewer"] = textbook_formula(problem) / macs(ours, size)
     measured["gru.control"] = textbook_formula(problem) / macs(stepwise, 2)
     benchmark.pedantic(ours.advance, args=(size,), rounds=3)
-    measurement.settle(measured, H=sizes, seconds_per_step=seconds)
+    series = [curve("gru", "GRU, inputs = H", "H", sizes, "seconds a step", seconds)] if measurement.clock else []
+    measurement.settle(measured, *series, H=sizes)

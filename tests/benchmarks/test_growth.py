@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from agreement import check_agreement
 from counting import exponent, graph_bytes, macs
-from measuring import Measurement
+from measuring import Measurement, curve
 from mixtures import Undeclared
 from problems import Problem, dense, mixture
 from rivals import Ours, Unrolled
+
+MACS = "multiply-adds a step"
 
 
 def steady(problem: Problem, steps: int, **options: Any) -> float:
@@ -30,7 +32,10 @@ def test_over_the_state(measurement: Measurement, benchmark: Any) -> None:
     stepwise = [steady(dense("rnn", size), 2, block=1) for size in sizes]
     measured = {"growth.H": exponent(sizes, blocks), "growth.H.control": exponent(sizes, stepwise)}
     benchmark.pedantic(Ours(dense("rnn", sizes[0]), block=sizes[0]).advance, args=(sizes[0],), rounds=3)
-    measurement.settle(measured, H=sizes, block_H=blocks, block_1=stepwise)
+    measurement.settle(
+        measured,
+        curve("growth-state", "tanh RNN, inputs = H", "H", sizes, MACS, {"block = H": blocks, "block = 1": stepwise}),
+    )
 
 
 def test_over_the_parameters(measurement: Measurement, benchmark: Any) -> None:
@@ -47,7 +52,17 @@ def test_over_the_parameters(measurement: Measurement, benchmark: Any) -> None:
         "growth.P.control": float(np.polyfit(parameters, stepwise, 1)[0]) / hidden,
     }
     benchmark.pedantic(Ours(problems[0], block=hidden).advance, args=(hidden,), rounds=3)
-    measurement.settle(measured, H=hidden, P=parameters, block_H=blocks, block_1=stepwise)
+    measurement.settle(
+        measured,
+        curve(
+            "growth-parameters",
+            f"tanh RNN, H = {hidden}, more inputs",
+            "P",
+            parameters,
+            MACS,
+            {"block = H": blocks, "block = 1": stepwise},
+        ),
+    )
 
 
 def test_over_time(measurement: Measurement, benchmark: Any) -> None:
@@ -69,15 +84,26 @@ def test_over_time(measurement: Measurement, benchmark: Any) -> None:
         spent += steps * macs(Unrolled(problem, steps), steps)
         if blocks in counts:
             again.append(spent)
-    steps = [block * blocks for blocks in counts]
+    steps, ours_bytes = [block * blocks for blocks in counts], list(held.values())
     measured = {
         "growth.T": exponent(steps, totals),
         "growth.T.control": exponent(steps, again),
-        "growth.bytes": round(exponent(steps, list(held.values())), 9),
+        "growth.bytes": round(exponent(steps, ours_bytes), 9),
         "growth.bytes.control": exponent(steps, graphs),
     }
     benchmark.pedantic(ours.advance, args=(block,), rounds=3)
-    measurement.settle(measured, T=steps, macs=totals, bptt_macs=again, bytes=list(held.values()), bptt_bytes=graphs)
+    measurement.settle(
+        measured,
+        curve("growth-bytes", f"GRU, H = {hidden}", "T", steps, "bytes held", {"ours": ours_bytes, "BPTT": graphs}),
+        curve(
+            "growth-time",
+            f"GRU, H = {hidden}, gradients every {block} steps",
+            "T",
+            steps,
+            "multiply-adds in all",
+            {"ours": totals, "BPTT": again},
+        ),
+    )
 
 
 def test_over_the_block(measurement: Measurement, benchmark: Any) -> None:
@@ -95,13 +121,15 @@ def test_over_the_block(measurement: Measurement, benchmark: Any) -> None:
         "growth.block.slope": float(slope) / (hidden**2 * problem.parameters),
     }
     benchmark.pedantic(Ours(problem, block=hidden).advance, args=(hidden,), rounds=3)
-    measurement.settle(measured, H=hidden, blocks=blocks, macs_per_step=counted.tolist())
+    measurement.settle(
+        measured, curve("growth-block", f"tanh RNN, H = {hidden}", "block", blocks, MACS, {"ours": counted.tolist()})
+    )
 
 
 def test_over_the_experts(measurement: Measurement, benchmark: Any) -> None:
     """Each step uses two, however many there are. The mixture chooses as it likes."""
     check_agreement("mixture")
-    sizes, block, steps = (16, 32, 64, 128), 8, 32
+    sizes, block, steps = (16, 45, 128), 8, 16
     problems = [mixture(8, 4, size, steps=2 * steps, dtype=torch.float64) for size in sizes]
     sparse = [steady(problem, steps, block=block, window=64) for problem in problems]
     undeclared = [
@@ -109,4 +137,14 @@ def test_over_the_experts(measurement: Measurement, benchmark: Any) -> None:
     ]
     measured = {"growth.experts": exponent(sizes, sparse), "growth.experts.control": exponent(sizes, undeclared)}
     benchmark.pedantic(Ours(problems[0], block=block).advance, args=(block,), rounds=3)
-    measurement.settle(measured, experts=sizes, declared=sparse, undeclared=undeclared)
+    measurement.settle(
+        measured,
+        curve(
+            "growth-experts",
+            "Mixture, d_model 8, 4 slots",
+            "experts",
+            sizes,
+            MACS,
+            {"declared": sparse, "nothing declared, block = 1": undeclared},
+        ),
+    )

@@ -8,7 +8,7 @@ from typing import Any
 import jax_rivals
 import pytest
 from agreement import assert_roughly_equal, check_agreement, check_jax_agreement
-from measuring import Measurement
+from measuring import Measurement, curve
 from problems import dense
 from rivals import Ours, Textbook, Unrolled
 from timing import alternate, medians, ratio
@@ -50,4 +50,5 @@ def test_jitted_jax(measurement: Measurement, benchmark: Any) -> None:
         for name, value in medians(times).items():
             seconds.setdefault(name, []).append(value)
     benchmark.pedantic(ours.advance, args=(size,), rounds=3)
-    measurement.settle(measured, H=sizes, seconds_per_step=seconds)
+    series = [curve("jax", "tanh RNN, inputs = H", "H", sizes, "seconds a step", seconds)] if seconds else []
+    measurement.settle(measured, *series, H=sizes)

@@ -14,7 +14,7 @@ import pytest
 import stream
 from agreement import check_agreement
 from bars import LONG_STREAM_STEPS
-from measuring import Measurement
+from measuring import Measurement, curve
 from problems import dense
 from rivals import Ours
 
@@ -48,4 +48,8 @@ def test_a_long_stream(measurement: Measurement, benchmark: Any, long: bool) -> 
         measured["stream.rss.control"] = max(control["rss_bytes"]) / control["rss_bytes"][0]
     problem = dense("gru", stream.HIDDEN)
     benchmark.pedantic(Ours(problem, block=stream.BLOCK).advance, args=(stream.BLOCK,), rounds=3)
-    measurement.settle(measured, ours=ours, bptt=control)
+    series = []
+    if measurement.clock:
+        held = {"ours": ours["rss_bytes"]} if None not in ours["rss_bytes"] else {}
+        series = [curve("stream", "GRU, H = 16: the process", "steps", ours["steps"], "bytes resident", held)]
+    measurement.settle(measured, *series, steps=ours["steps"][-1], **{"bytes held": ours["held_bytes"][-1]})

@@ -15,7 +15,7 @@ def test_a_step_of_a_small_cell(measurement: Measurement, benchmark: Any) -> Non
     block = size = measurement.sizes.cells
     measured: dict[str, float] = {}
     operations: dict[str, list[float]] = {}
-    seconds: dict[str, dict[str, float]] = {}
+    facts: dict[str, float] = {}
     for kind in MODULES:
         check_agreement(kind)
         problem = dense(kind, size)
@@ -34,8 +34,10 @@ def test_a_step_of_a_small_cell(measurement: Measurement, benchmark: Any) -> Non
                 3 * measurement.sizes.rounds,
             )
             measured[f"cells.{kind}"] = ratio(times["ours"], times["eager"])
-            seconds[kind] = medians(times)
+            facts.update({f"µs a step, {kind}, {side}": 1e6 * value for side, value in medians(times).items()})
     measured["cells.operations"] = max(ours / eager for ours, _, eager in operations.values())
     measured["cells.control"] = min(stepwise / eager for _, stepwise, eager in operations.values())
     benchmark.pedantic(ours.advance, args=(block,), rounds=3)
-    measurement.settle(measured, H=size, block=block, operations_per_step=operations, seconds_per_step=seconds)
+    facts.update({f"operations a step, {kind}, ours": ours for kind, (ours, _, _) in operations.items()})
+    facts.update({f"operations a step, {kind}, eager": eager for kind, (_, _, eager) in operations.items()})
+    measurement.settle(measured, H=size, block=block, **facts)
