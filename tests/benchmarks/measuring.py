@@ -38,7 +38,7 @@ class Measurement:
         missed = []
         for name, value in values.items():
             bar = BARS[name]
-            gated = bar.kind == "count" or (self.clock and self.size == "full")
+            gated = bar.kind == "count" or (self.size == "full" and (self.clock or bar.kind == "memory"))
             if gated and bar.holds(value, self.size) is False:
                 bound = bar.bound(self.size)
                 missed.append(f"{name}: {value:.4g}{bar.unit} {bar.text}; the bar is {bar.relation} {bound}")

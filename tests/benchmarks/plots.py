@@ -14,7 +14,7 @@ MARKS = "osD^v"
 
 
 def draw(series: Mapping[str, Any], path: Path) -> None:
-    """One line a side over both axes in powers of ten; the same numbers give the same file.
+    """One line a side over logarithmic axes (steps are linear); the same numbers give the same file.
 
     Raises:
         ImportError: matplotlib is not installed: pip install 'rtrl[bench]'.
@@ -39,13 +39,14 @@ def draw(series: Mapping[str, Any], path: Path) -> None:
         axes = figure.add_subplot()
         for (side, values), colour, mark in zip(series["values"].items(), COLOURS, MARKS, strict=False):
             axes.plot(series["at"], values, color=colour, marker=mark, markersize=4, linewidth=1.8, label=side)
-        axes.set_xscale("log", base=2 if series["over"] != "steps" else 10)
         axes.set_yscale("log")
         lowest, highest = (f(v for values in series["values"].values() for v in values) for f in (min, max))
         if highest < 10 * lowest:  # a flat line in less than a power of ten has no tick
             middle = (lowest * highest) ** 0.5
             axes.set_ylim(middle / 10, middle * 10)
-        axes.set_xticks(series["at"], [f"{at:g}" for at in series["at"]])
+        if series["over"] != "steps":
+            axes.set_xscale("log")
+            axes.set_xticks(series["at"], [f"{at:g}" for at in series["at"]])
         axes.minorticks_off()
         axes.set_title(series["title"], fontsize=10)
         axes.set_xlabel(series["over"])

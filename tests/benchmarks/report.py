@@ -18,8 +18,9 @@ from typing import Any
 from bars import BARS, CLAIMS, Bar
 
 Cited = dict[str, Any]
-"""What a page cites: ``size``, ``threads``, ``machine``, ``load``, ``date``, ``commit``; ``measured``: bar → value and test;
-``series``: plot → numbers; ``facts``: claim → numbers and words; ``others``: test → numbers that no bar judges."""
+"""What a page cites: ``size``, ``threads``, ``machine``, ``load``, ``date``, ``commit``; ``measured``: bar → value and
+test; ``series``: plot → numbers; ``facts``: claim → numbers and words; ``others``: test → numbers that no bar
+judges."""
 
 
 class ReportError(ValueError):
@@ -46,8 +47,8 @@ def cite(results: Mapping[str, Any]) -> Cited:
             "versions": {"Python": info.get("python_version"), **info.get("versions", {})},
         },
         "date": results["datetime"][:10],
-        "commit": results["commit_info"].get("id", "")[:12]
-        + (" and changes" * bool(results["commit_info"].get("dirty"))),
+        "commit": commit.get("id", "unknown")[:12] + " and changes" * bool(commit.get("dirty")),
+        "load": info.get("load_before"),
         "measured": {},
         "series": {},
         "facts": {},

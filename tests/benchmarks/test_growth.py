@@ -68,7 +68,7 @@ def test_over_the_parameters(measurement: Measurement, benchmark: Any) -> None:
 def test_over_time(measurement: Measurement, benchmark: Any) -> None:
     """Exact gradients after every block: BPTT goes back to the beginning each time."""
     check_agreement("gru")
-    hidden, block, counts = 12, 8, (2, 4, 8)
+    hidden, block, counts = 12, 8, measurement.sizes.growth_blocks
     problem = dense("gru", hidden, steps=block * max(counts))
     ours, total, held = Ours(problem, block=block), 0.0, {}
     totals, again = [], []

@@ -37,19 +37,21 @@ def in_a_fresh_process(kind: str, steps: int) -> dict[str, list[Any]]:
 def test_a_long_stream(measurement: Measurement, benchmark: Any, long: bool) -> None:
     check_agreement("gru")
     steps = LONG_STREAM_STEPS if long else measurement.sizes.stream_steps
-    run = in_a_fresh_process if measurement.clock or long else stream.measure
+    alone = measurement.clock or long
+    run = in_a_fresh_process if alone else stream.measure
     ours, control = run("ours", steps), run("bptt", min(steps, 20_000))
     measured = {
         "stream.bytes": ours["held_bytes"][-1] / ours["held_bytes"][0],
         "stream.bytes.control": control["held_bytes"][-1] / control["held_bytes"][0],
     }
-    if measurement.clock and None not in ours["rss_bytes"]:
+    series = []
+    if alone and None not in ours["rss_bytes"]:
         measured["stream.rss"] = max(ours["rss_bytes"]) / ours["rss_bytes"][0]
         measured["stream.rss.control"] = max(control["rss_bytes"]) / control["rss_bytes"][0]
+        resident = {"ours": ours["rss_bytes"]}
+        if control["steps"] == ours["steps"]:
+            resident["BPTT"] = control["rss_bytes"]
+        series = [curve("stream", "GRU, H = 16: the process", "steps", ours["steps"], "bytes resident", resident)]
     problem = dense("gru", stream.HIDDEN)
     benchmark.pedantic(Ours(problem, block=stream.BLOCK).advance, args=(stream.BLOCK,), rounds=3)
-    series = []
-    if measurement.clock:
-        held = {"ours": ours["rss_bytes"]} if None not in ours["rss_bytes"] else {}
-        series = [curve("stream", "GRU, H = 16: the process", "steps", ours["steps"], "bytes resident", held)]
     measurement.settle(measured, *series, steps=ours["steps"][-1], **{"bytes held": ours["held_bytes"][-1]})
