@@ -27,6 +27,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device", default="cpu", help="the torch device that device-agnostic tests run on (default: cpu)"
     )
+    parser.addoption(
+        "--size",
+        choices=("small", "full"),
+        help="of the benchmarks; by default full with --benchmark-only and small without; the runs marked long, of "
+        "10⁶ steps, only where full is asked for",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

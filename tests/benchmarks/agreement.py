@@ -1,0 +1,67 @@
+"""Correctness first: all sides of a comparison give the same gradients, or there is no number.
+
+In float64, at a small size and over more steps than a block has, element by element at the tolerance of the whole
+suite. In float32, at the size that is timed, only roughly: that shows that the right thing was timed, and no more.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+from jax_rivals import Scan, available, bptt, float64, rtrl
+from problems import Problem, dense, mixture
+from rivals import Ours, Textbook, Unrolled
+from tolerances import assert_gradients_equal
+from torch import Tensor
+
+import oracles
+
+STEPS, BLOCK = 17, 5  # three blocks and a part of one
+ROUGH = 1e-3
+
+
+def small(kind: str) -> Problem:
+    """The problem that the exact comparison is made on."""
+    if kind == "mixture":
+        return mixture(6, 5, 6, steps=STEPS, dtype=torch.float64)
+    return dense(kind, 9, 7, steps=STEPS, dtype=torch.float64)
+
+
+@cache
+def check_agreement(kind: str) -> None:
+    """Ours in blocks, ours step by step, the textbook and the unrolled graph against the oracle, in float64.
+
+    What raises is not remembered: as long as it is red, everybody who asks hears it.
+    """
+    problem = small(kind)
+    expected = oracles.bptt(problem.cell, problem.xs, problem.loss)
+    sides: list[Ours | Textbook | Unrolled] = [
+        *(Ours(problem, block=block) for block in (1, BLOCK, STEPS)),
+        Textbook(problem),
+        Unrolled(problem, STEPS),
+    ]
+    for side in sides:
+        side.advance(STEPS)
+        assert_gradients_equal(side.gradients(), expected)
+
+
+@cache
+def check_jax_agreement() -> None:
+    """Both scans in JAX against the same oracle, in float64."""
+    assert available
+    problem = small("rnn")
+    expected = oracles.bptt(problem.cell, problem.xs, problem.loss)
+    with float64():
+        for function in (rtrl, bptt):
+            side = Scan(function, problem, STEPS)
+            side.advance()
+            assert_gradients_equal(side.gradients(), expected)
+
+
+def assert_roughly_equal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """A sanity check in float32, no proof: within a thousandth of a parameter's largest entry."""
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        size = float(gradient.abs().max())
+        assert size > 0, f"{name} has earned nothing, so its gradient shows nothing"
+        assert float((actual[name] - gradient).abs().max()) <= ROUGH * size, name

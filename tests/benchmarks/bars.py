@@ -1,0 +1,174 @@
+"""What is measured, at which sizes, and the bars it is held to: one place, so that a change of any is seen.
+
+A bar of kind ``count`` is judged in every run, one of kind ``clock`` or ``memory`` at full size alone. Times are taken
+by ``pytest --benchmark-only`` and nowhere else.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a measured number must reach.
+
+    Args:
+        text: what is measured, in words that go on after the number.
+        relation: ``"≥"`` or ``"≤"``, as in ``measured ≥ bound``.
+        full, small: the bound at that size; None where it is not judged.
+        kind: ``count``, ``clock`` or ``memory``.
+        unit: after the number.
+        control: whether it is the control of the bar above: built so that it must break that bound.
+    """
+
+    text: str
+    relation: str
+    full: float | None
+    small: float | None = None
+    kind: str = "count"
+    unit: str = " ×"
+    control: bool = False
+
+    def bound(self, size: str) -> float | None:
+        return self.full if size == "full" else self.small
+
+    def holds(self, value: float, size: str) -> bool | None:
+        """Whether a value reaches the bound; None where there is none."""
+        bound = self.bound(size)
+        if bound is None:
+            return None
+        return value >= bound if self.relation == "≥" else value <= bound
+
+
+def _clock(text: str, relation: str, full: float, **options: str | bool) -> Bar:
+    return Bar(text, relation, full, kind="clock", **options)  # type: ignore[arg-type]
+
+
+def _both(text: str, relation: str, bound: float, **options: str | bool) -> Bar:
+    return Bar(text, relation, bound, bound, **options)  # type: ignore[arg-type]
+
+
+# A bar is called "claim.what". Counts at small size are what was counted, with a tenth to spare; at full size they are
+# the claims.
+BARS = {
+    "rnn.faster": _clock("faster a step than textbook RTRL", "≥", 100),
+    "rnn.limit": _clock(
+        "of the limit that 2·(H·P·(1 + H/block) + H³) operations set at the rate of a matrix product",
+        "≥",
+        0.40,
+        unit="",
+    ),
+    "rnn.fewer": Bar("fewer multiply-adds a step than textbook RTRL", "≥", 40, 5.8),
+    "rnn.formula": _both("multiply-adds a step, in units of H·P·(1 + H/block) + H³", "≤", 2.25, unit=""),
+    "rnn.control": _both("the same units at block = 1", "≥", 2.25, unit="", control=True),
+    "jax.32": _clock("faster a step than jitted JAX RTRL, H = 32", "≥", 1),
+    "jax.64": _clock("faster a step than jitted JAX RTRL, H = 64", "≥", 2),
+    "jax.128": _clock("faster a step than jitted JAX RTRL, H = 128", "≥", 10),
+    "jax.256": _clock("faster a step than jitted JAX RTRL, H = 256", "≥", 50),
+    "gru.faster.128": _clock("faster a step than textbook RTRL, H = 128", "≥", 60),
+    "gru.faster.256": _clock("faster a step than textbook RTRL, H = 256", "≥", 60),
+    "gru.time": _clock("exponent of the time a step over H; H·P has 3, H²·P has 4", "≤", 3.3, unit=""),
+    "gru.time.control": _clock("the same of textbook RTRL", "≥", 3.3, unit="", control=True),
+    "gru.fewer": Bar("fewer multiply-adds a step than textbook RTRL, the largest H", "≥", 40, 6.2),
+    "gru.control": Bar("the same at block = 1", "≤", 40, 6.2, control=True),
+    "mixture.faster": _clock("faster a step than full RTRL over all parameters", "≥", 300),
+    "mixture.fewer": Bar("fewer multiply-adds a step than full RTRL over all parameters", "≥", 500, 25),
+    "mixture.control": Bar("the same, if nothing is declared and block = 1", "≤", 500, 25, control=True),
+    "batch.macs": _both("multiply-adds a sample at batch 3, in units of batch 1, block = 1", "≤", 1.1, unit=""),
+    "batch.control": _both(
+        "the same, if every sample declares the union over the batch", "≥", 1.1, unit="", control=True
+    ),
+    "batch.blocks": _both("the same at block = 4, where samples touch unlike numbers of slots", "≤", 1.45, unit=""),
+    "batch.time": _clock("time a sample at batch 8, in units of batch 1", "≤", 1.0, unit=""),
+    "cells.rnn": _clock("time of an eager BPTT step, RNNCell", "≤", 1.5),
+    "cells.gru": _clock("time of an eager BPTT step, GRUCell", "≤", 1.5),
+    "cells.lstm": _clock("time of an eager BPTT step, LSTMCell", "≤", 1.5),
+    "cells.operations": _both("operations launched by an eager BPTT step, the worst of the three", "≤", 5.3),
+    "cells.control": _both("the same at block = 1, the best of the three", "≥", 5.3, control=True),
+    "growth.H": _both("exponent of the multiply-adds a step over H, inputs = H = block", "≤", 3.1, unit=""),
+    "growth.H.control": _both("the same at block = 1", "≥", 3.6, unit="", control=True),
+    "growth.P": _both("exponent over P, H and block fixed", "≤", 1.02, unit=""),
+    "growth.P.slope": _both("multiply-adds a step for one parameter more, in units of H", "≤", 2.3, unit=""),
+    "growth.P.control": _both("the same at block = 1", "≥", 2.3, unit="", control=True),
+    "growth.T": _both("exponent of all multiply-adds over T, exact gradients after every block", "≤", 1.01, unit=""),
+    "growth.T.control": _both("the same by BPTT over all that was", "≥", 1.5, unit="", control=True),
+    "growth.bytes": _both("exponent of the bytes held over T, to nine places", "≤", 0.0, unit=""),
+    "growth.bytes.control": _both("the same of BPTT", "≥", 0.95, unit="", control=True),
+    "growth.block": _both("worst deviation from a + b/block, over blocks of 1 … 2 H", "≤", 0.02, unit=""),
+    "growth.block.slope": _both("b, in units of H²·P", "≤", 1.05, unit=""),
+    "growth.experts": _both("exponent of the multiply-adds a step over the number of experts", "≤", 0.3, unit=""),
+    "growth.experts.control": _both("the same, if nothing is declared and block = 1", "≥", 0.8, unit="", control=True),
+    "stream.bytes": _both("bytes the learner holds at the end, in units of those after warm-up", "≤", 1.0, unit=""),
+    "stream.bytes.control": _both("the same of a BPTT that keeps all steps", "≥", 1.01, unit="", control=True),
+    "stream.rss": Bar("the largest RSS after warm-up, in units of the one then", "≤", 1.01, kind="memory", unit=""),
+    "stream.rss.control": Bar(
+        "the same of a BPTT that keeps all steps", "≥", 1.01, kind="memory", unit="", control=True
+    ),
+}
+
+CLAIMS = ("rnn", "jax", "gru", "mixture", "batch", "cells", "growth", "stream")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """``RecurrentMoE`` and how it is run. ``warm`` is the number of blocks before anything is measured."""
+
+    d_model: int
+    n_slots: int
+    n_experts: int
+    block: int
+    window: int = 2
+    warm: int = 2
+
+    @property
+    def cell(self) -> tuple[int, int, int]:
+        return self.d_model, self.n_slots, self.n_experts
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured at a size."""
+
+    rnn: int
+    peers: tuple[int, ...]
+    gru: tuple[int, ...]
+    mixture: Mixture
+    batch: Mixture
+    cells: int
+    growth: tuple[int, ...]
+    growth_blocks: tuple[int, ...]
+    stream_steps: int
+    rounds: int
+    peer_steps: dict[int, int] = field(default_factory=dict)
+    """H → steps of RTRL in JAX that one round takes; H steps where nothing is said."""
+
+
+SIZES = {
+    "small": Sizes(
+        rnn=32,
+        peers=(32, 64),
+        gru=(16, 24, 32),
+        mixture=Mixture(16, 8, 16, block=64),
+        batch=Mixture(8, 6, 8, block=8, window=8),
+        cells=32,
+        growth=(12, 16, 24, 32),
+        growth_blocks=(2, 4, 8),
+        stream_steps=1_280,
+        rounds=3,
+    ),
+    "full": Sizes(
+        rnn=256,
+        peers=(32, 64, 128, 256),
+        gru=(64, 128, 256),
+        mixture=Mixture(64, 16, 64, block=512, window=1, warm=1),
+        batch=Mixture(32, 8, 16, block=32, window=8, warm=4),
+        cells=32,
+        growth=(12, 16, 24, 32, 48, 64),
+        growth_blocks=(2, 4, 8, 16, 32),
+        stream_steps=20_000,
+        rounds=7,
+        peer_steps={128: 32, 256: 8},
+    ),
+}
+BATCH_COUNTED = Mixture(8, 6, 8, block=1, window=8, warm=5)
+"""The mixture on which the multiply-adds of a batch are counted, at either size."""
+LONG_STREAM_STEPS = 1_000_000

@@ -1,0 +1,43 @@
+"""Small cells, where the arithmetic is nothing and what is launched a step is all: against an eager BPTT of the same
+cell, over the same blocks."""
+
+from typing import Any
+
+from agreement import assert_roughly_equal, check_agreement
+from counting import dispatches
+from measuring import Measurement
+from problems import MODULES, dense
+from rivals import Ours, Unrolled
+from timing import alternate, medians, ratio
+
+
+def test_a_step_of_a_small_cell(measurement: Measurement, benchmark: Any) -> None:
+    block = size = measurement.sizes.cells
+    measured: dict[str, float] = {}
+    operations: dict[str, list[float]] = {}
+    facts: dict[str, float] = {}
+    for kind in MODULES:
+        check_agreement(kind)
+        problem = dense(kind, size)
+        ours, eager, stepwise = Ours(problem, block=block), Unrolled(problem, block), Ours(problem, block=1)
+        ours.advance(block)
+        eager.advance(block)
+        assert_roughly_equal(ours.gradients(), eager.gradients())
+        stepwise.advance(2)
+        operations[kind] = [dispatches(ours, block), dispatches(stepwise, 4), dispatches(eager, block)]
+        if measurement.clock:
+            times = alternate(
+                {
+                    "ours": lambda ours=ours: ours.advance(4 * block),
+                    "eager": lambda eager=eager: eager.advance(4 * block),
+                },
+                3 * measurement.sizes.rounds,
+            )
+            measured[f"cells.{kind}"] = ratio(times["ours"], times["eager"])
+            facts.update({f"µs a step, {kind}, {side}": 1e6 * value for side, value in medians(times).items()})
+    measured["cells.operations"] = max(ours / eager for ours, _, eager in operations.values())
+    measured["cells.control"] = min(stepwise / eager for _, stepwise, eager in operations.values())
+    benchmark.pedantic(ours.advance, args=(block,), rounds=3)
+    facts.update({f"operations a step, {kind}, ours": ours for kind, (ours, _, _) in operations.items()})
+    facts.update({f"operations a step, {kind}, eager": eager for kind, (_, _, eager) in operations.items()})
+    measurement.settle(measured, H=size, block=block, **facts)
