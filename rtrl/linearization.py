@@ -85,7 +85,7 @@ class Linearization:
 def joined(pieces: Sequence[Linearization]) -> list[Linearization]:
     """Consecutive runs of steps of one kind as one, so that what is done a tap is done once a block; pieces whose taps
     differ stay apart."""
-    if len(pieces) == 1 or len({_form(piece) for piece in pieces}) > 1:
+    if len(pieces) == 1 or len({_form(piece) for piece in pieces}) > 1 or not _form(pieces[0])[1]:
         return list(pieces)
     first = pieces[0]
     spans = [len(piece.times) for piece in pieces]

@@ -64,7 +64,9 @@ class Linearizer:
         found: list[Linearization] = []
         try:
             for key, times in groups.items():
-                span = self._span(steps[times[0]])
+                # A closed form has no graph to be kept small.
+                closed = self._knows and _dense(steps[times[0]].sparsity)
+                span = len(times) if closed else self._span(steps[times[0]])
                 pieces = [
                     self._group(key, own, [steps[t] for t in own], [after[t] for t in own])
                     for own in (times[start : start + span] for start in range(0, len(times), span))

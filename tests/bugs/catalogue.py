@@ -767,4 +767,13 @@ BUGS = [
         ((birth._batches, ("for start in range(0, longest, limit):", "for start in range(0, 1):")),),
         "long_blocks",
     ),
+    Bug(
+        77,
+        "pieces of a block are joined without their closed forms",
+        (
+            (linearization.joined, (" or not _form(pieces[0])[1]", "")),
+            (linearize.Linearizer.__call__, ("closed = self._knows and", "closed = False and")),
+        ),
+        "long_blocks",
+    ),
 ]

@@ -259,10 +259,21 @@ def long_blocks() -> None:
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in limits:
             patch.setattr(module, name, value)
-        streams = (scheduled_stream(0), dense_stream(0), unusual_stream(0), sleeping_stream(0))
-        for stream in streams:
-            for block in (5, 11, len(stream.xs)):
-                equals_oracles(stream.cell, stream.xs, block, window=3)
+        streams = (
+            scheduled_stream(0),
+            dense_stream(0),
+            dense_stream(0, batch=1),
+            unusual_stream(0),
+            sleeping_stream(0),
+        )
+        cases = [(stream.cell, stream.xs) for stream in streams]
+        for size in (1, 2):  # derivatives in closed form, and a cell that has none after all
+            gru = seeded(rtrl.cells.from_torch(nn.GRUCell(2, 3)), 4)
+            known = [seeded(KnownCell(wrong), 3) for wrong in ("nothing", "none")]
+            cases += [(cell, normal(6, 13, size, 2)) for cell in (gru, *known)]
+        for cell, xs in cases:
+            for block in (5, 11, len(xs)):
+                equals_oracles(cell, xs, block, window=3)
 
 
 def tiny_losses() -> None:
