@@ -159,7 +159,7 @@ SIZES = {
         rnn=256,
         peers=(32, 64, 128, 256),
         gru=(64, 128, 256),
-        mixture=Mixture(64, 16, 64, block=512, window=1, warm=1),
+        mixture=Mixture(64, 16, 64, block=1024, window=1, warm=1),
         batch=Mixture(32, 8, 16, block=32, window=8, warm=4),
         cells=32,
         growth=(12, 16, 24, 32, 48, 64),
