@@ -69,7 +69,7 @@ class _Product(torch.autograd.Function):
         ctx.shared = inputs[0].shape[1] == 1 and inputs[1].shape[1] > 1
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (chosen,) = ctx.saved_tensors
         back: Tensor = _Back.apply(gradient, chosen)  # type: ignore[no-untyped-call]
         return (back.sum(dim=1, keepdim=True) if ctx.shared else back), None
@@ -87,13 +87,13 @@ class _Back(torch.autograd.Function):
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (chosen,) = ctx.saved_tensors
         back: Tensor = _Product.apply(gradient, chosen)  # type: ignore[no-untyped-call]
         return back, None
 
     @staticmethod
-    def vmap(  # type: ignore[override]
+    def vmap(
         info: Any, in_dims: tuple[int | None, int | None], gradient: Tensor, chosen: Tensor
     ) -> tuple[Tensor, int]:
         if in_dims[0] is None or in_dims[1] is not None:  # not as the engine batches
