@@ -74,8 +74,8 @@ def cite(results: Mapping[str, Any]) -> Cited:
             cited["measured"][name] = {"value": value, "test": test["fullname"]}
         for series in extra["series"]:
             cited["series"][series["name"]] = {**series, "test": test["fullname"]}
-        claim = next(iter(extra["measured"]), "").split(".")[0]
-        cited["facts"].setdefault(claim, {}).update(extra["facts"])
+        for claim in {name.split(".")[0] for name in extra["measured"]}:
+            cited["facts"].setdefault(claim, {}).update(extra["facts"])
     return cited
 
 
