@@ -158,7 +158,7 @@ SIZES = {
     "full": Sizes(
         rnn=256,
         peers=(32, 64, 128, 256),
-        gru=(64, 128, 256),
+        gru=(128, 192, 256),
         mixture=Mixture(64, 16, 64, block=1024, window=1, warm=1),
         batch=Mixture(32, 8, 16, block=32, window=8, warm=4),
         cells=32,

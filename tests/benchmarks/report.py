@@ -74,8 +74,8 @@ def cite(results: Mapping[str, Any]) -> Cited:
             cited["measured"][name] = {"value": value, "test": test["fullname"]}
         for series in extra["series"]:
             cited["series"][series["name"]] = {**series, "test": test["fullname"]}
-        claim = next(iter(extra["measured"]), "").split(".")[0]
-        cited["facts"].setdefault(claim, {}).update(extra["facts"])
+        for claim in {name.split(".")[0] for name in extra["measured"]}:
+            cited["facts"].setdefault(claim, {}).update(extra["facts"])
     return cited
 
 
@@ -101,7 +101,7 @@ def number(value: float) -> str:
         return str(value)
     if value == int(value) and abs(value) < 1e7:
         return str(int(value))
-    if 1e-3 <= abs(value) < 1e5:
+    if 1e-3 <= abs(value) < 1e7:
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     mantissa, power = f"{value:.2e}".split("e")
     return f"{mantissa}·10{str(int(power)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
@@ -165,7 +165,7 @@ def section(cited: Cited, claim: str) -> str:
             parts.append(series_table(series))
             parts.append(f"![{series['title']}, {series['unit']}](performance-{series['name']}.svg)")
     commands = sorted({test.split("[")[0] for test in tests})
-    parts.extend(f"    pytest --benchmark-only --size={cited['size']} {command}" for command in commands)
+    parts.append("\n".join(f"    pytest --benchmark-only --size={cited['size']} {command}" for command in commands))
     return "\n\n".join(parts)
 
 
@@ -173,7 +173,7 @@ def machine(cited: Cited) -> str:
     info = cited["machine"]
     memory = info["memory_bytes"]
     rows = [
-        ["processor", f"{info['processor']}, {info['processors']} of them, {cited['threads']} threads used"],
+        ["processor", f"{info['processor']}, {info['processors']} of them; threads used: {cited['threads']}"],
         ["memory", "unknown" if memory is None else f"{memory / 2**30:.1f} GiB"],
         ["system", info["system"]],
         ["versions", ", ".join(f"{name} {version}" for name, version in info["versions"].items() if version)],
