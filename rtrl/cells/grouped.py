@@ -93,9 +93,7 @@ class _Back(torch.autograd.Function):
         return back, None
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, int | None], gradient: Tensor, chosen: Tensor
-    ) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], gradient: Tensor, chosen: Tensor) -> tuple[Tensor, int]:
         if in_dims[0] is None or in_dims[1] is not None:  # not as the engine batches
             gradient, chosen = (
                 t.unsqueeze(0).expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
