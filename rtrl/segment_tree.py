@@ -248,12 +248,13 @@ class CircularSegmentTree(Generic[T]):
         self._credits[node.place] = (node.start, self.credit(node) + saved)
 
     def memory(self) -> list[list[int]]:
-        """What plans depend on beside the elements held, as numbers: [node, first step, composed or not, credit]."""
+        """What plans depend on beside the elements held, as numbers: [node, first step, composed or not, credit]. What is
+        composed needs no credit any more."""
         found = []
         for index, made in enumerate(self._made):
             start, credit = self._credits.get(index, (-1, 0))
             if made >= self.oldest or start >= self.oldest:
-                found.append([index, max(made, start), int(made >= start), credit if start >= made else 0])
+                found.append([index, max(made, start), int(made >= start), credit if start > made else 0])
         return found
 
     def recall(self, memory: Sequence[Sequence[int]]) -> None:
