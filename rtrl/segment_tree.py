@@ -248,8 +248,8 @@ class CircularSegmentTree(Generic[T]):
         self._credits[node.place] = (node.start, self.credit(node) + saved)
 
     def memory(self) -> list[list[int]]:
-        """What plans depend on beside the elements held, as numbers: [node, first step, composed or not, credit]. What is
-        composed needs no credit any more."""
+        """What plans depend on beside the elements held, as numbers: [node, first step, composed or not, credit]; what
+        is composed needs no credit any more."""
         found = []
         for index, made in enumerate(self._made):
             start, credit = self._credits.get(index, (-1, 0))
