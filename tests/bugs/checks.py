@@ -16,7 +16,7 @@ from toy_cells import PlainRNN, seeded
 
 import oracles
 import rtrl
-from rtrl import birth, influence, linearize, sweep
+from rtrl import birth, influence, linearize, scratch, sweep
 from rtrl.errors import CellError, ParameterChangedError, SparsityError
 from rtrl.testing import LearnerSpec, cell_checks, check_cell, check_learner, learner_checks
 from rtrl.testing.specs import ERRORS, PROMISES
@@ -252,6 +252,9 @@ def long_blocks() -> None:
         (linearize, "_SPAN_NUMBERS", 1),
         (linearize, "_LEAST_SPAN", 3),
         (birth, "_CHUNK", 60),
+        (birth, "_ROWS_CHUNK", 60),
+        (birth, "_LEAST_ROWS", 2),
+        (scratch, "_LEAST_BYTES", 1),
         (influence, "_SCRATCH", 30),
         (sweep, "_CHUNK", 40),
         (sweep, "_LAUNCH_MACS", {"cpu": 0}),
