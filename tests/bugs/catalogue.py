@@ -793,4 +793,15 @@ BUGS = [
         ((sweep._start, ("reach[:, -1] = 0.0", "pass")),),
         "long_blocks",
     ),
+    Bug(
+        80,
+        "the slope of a gate is taken for the gate",
+        (
+            (
+                derivatives.derivatives,
+                ("by_update = (h - new) * update * (1 - update)", "by_update = (h - new) * update"),
+            ),
+        ),
+        "cell: linearize",
+    ),
 ]
