@@ -46,7 +46,8 @@ def draw_pictures(record: Record, folder: Path, forms: Sequence[str] = ("svg", "
         for form in dict.fromkeys(forms)
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if files:
+            folder.mkdir(parents=True, exist_ok=True)
         for path, content in files.items():
             path.write_bytes(content)
     except OSError as error:

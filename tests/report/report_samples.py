@@ -36,7 +36,9 @@ CURVE = {
     "title": "Learning",
     "x_label": "step",
     "y_label": "loss, bits a byte",
-    "series": [{"name": f"seed {i}", "x": list(range(300)), "y": [8 / (1 + t) + i for t in range(300)]} for i in range(7)],
+    "series": [
+        {"name": f"seed {i}", "x": list(range(300)), "y": [8 / (1 + t) + i for t in range(300)]} for i in range(7)
+    ],
 }
 
 
@@ -79,7 +81,8 @@ def sample() -> dict[str, Any]:
                 "memory",
                 grids=[grid, long_grid],
                 plots=[MEMORY],
-                explanation="Claim: memory stays.\n\n    S = J S + B\n\nBytes of ``rtrl.BlockRTRL`` (:func:`sync`).\n\n- one\n- two",
+                explanation="Claim: memory stays.\n\n    S = J S + B\n\nBytes of ``rtrl.BlockRTRL`` (:func:`sync`).\n\n"
+                "- one\n- two",
             ),
             claim("depends", "holds when", condition="B ≤ 4; from H = 64 on", plots=[RASTER, CURVE]),
             claim("slow_thing", "does not hold", condition="it is slower", failures=["gradients differ at step 3"]),
