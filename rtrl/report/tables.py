@@ -39,7 +39,7 @@ def numbers(plot: Plot) -> Numbers:
     every = -(-len(grid.rows) // ROWS)
     if every <= 1:
         return Numbers(grid, "")
-    note = f"Every {every}th row of {len(grid.rows)}; the results file has them all."
+    note = f"One row in {every} of {len(grid.rows)}; the results file has them all."
     return Numbers(Grid(grid.title, grid.columns, grid.rows[::every]), note)
 
 

@@ -76,6 +76,16 @@ def test_all_of_the_record_is_there() -> None:
     assert "4 claims: 1 holds, 1 holds when a condition is met, 1 does not hold, 1 not measured. 1 failure" in page.text
 
 
+def test_the_first_table_has_all_claims() -> None:
+    rows = html().split("<tbody>")[1].split("</tbody>")[0].strip().splitlines()
+    assert [Page(row).text for row in rows] == [
+        "memory ✓ holds what memory claims 3.1 × of memory ≥ 2.72 ×",
+        "depends ◐ holds when B ≤ 4; from H = 64 on what depends claims 3.1 × of depends ≥ 2.72 ×",
+        "slow_thing ✗ does not hold it is slower what slow_thing claims 3.1 × of slow_thing ≥ 2.72 ×",
+        "absent ○ not measured no device what absent claims ≥ 2.72 ×",
+    ]
+
+
 def test_verdicts_are_told_by_word_and_sign() -> None:
     text = Page(html()).text
     for verdict in ("✓ holds", "◐ holds when", "✗ does not hold", "○ not measured"):

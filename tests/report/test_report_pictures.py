@@ -129,7 +129,8 @@ def test_numbers_behind_lines() -> None:
     assert grid.rows == [[10, 5e5, 0, 1e4], [100, 5.1e5, 1e5, None], [1000, 5e5, None, 1e6]]
     many = numbers(plot_of(MEMORY, series=series(list(range(1000)), [0] * 1000)))
     assert len(many.grid.rows) == 200
-    assert many.note == "Every 5th row of 1000; the results file has them all."
+    assert many.note == "One row in 5 of 1000; the results file has them all."
+    assert len(numbers(plot_of(MEMORY, series=series(list(range(201)), [0] * 201))).grid.rows) == 101
 
 
 @pytest.mark.parametrize("kind", ["line", "raster"])
@@ -172,7 +173,7 @@ def test_the_users_settings_of_matplotlib_change_nothing(record: Record) -> None
     import matplotlib
 
     before = inline(names(record)["depends-1"], "k")
-    with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 30, "text.usetex": False, "lines.linewidth": 9}):
+    with matplotlib.rc_context({"font.size": 30, "xtick.major.size": 20, "axes.xmargin": 0.4}):
         assert inline(names(record)["depends-1"], "k") == before
         assert matplotlib.rcParams["font.size"] == 30
 
