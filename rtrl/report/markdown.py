@@ -157,17 +157,22 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence
 
 
 def _prose(text: str) -> str:
-    found = []
+    """A docstring as Markdown; items of a list stand together."""
+    out, before = "", ""
     for block in prose.blocks(text):
         if block.kind == "lines":
-            found.append("\n".join(f"    {line}".rstrip() for line in block.pieces[0].text.splitlines()))
+            part = "\n".join(f"    {line}".rstrip() for line in block.pieces[0].text.splitlines())
         else:
-            words = "".join(
-                f"`` {p.text} ``" if "`" in p.text else f"`{p.text}`" if p.code else escape_words(p.text)
-                for p in block.pieces
-            )
-            found.append(f"- {words}" if block.kind == "item" else words)
-    return "\n\n".join(found)
+            part = ("- " if block.kind == "item" else "") + "".join(map(_piece, block.pieces))
+        out += ("" if not out else "\n" if block.kind == before == "item" else "\n\n") + part
+        before = block.kind
+    return out
+
+
+def _piece(piece: prose.Piece) -> str:
+    if piece.kind == "code":
+        return f"`` {piece.text} ``" if "`" in piece.text else f"`{piece.text}`"
+    return f"**{escape(piece.text)}**" if piece.kind == "strong" else escape_words(piece.text)
 
 
 def escape_words(text: str) -> str:

@@ -1,17 +1,17 @@
-"""The few signs that docstrings use: paragraphs, indented equations, lists, and code between backticks."""
+"""The few signs that docstrings use: paragraphs, indented equations, lists, code in backticks, **strong** words."""
 
 import re
 import textwrap
 from typing import Literal, NamedTuple
 
-_CODE = re.compile(r"(`+)(.+?)\1", re.DOTALL)
+_MARKED = re.compile(r"(`+)(?P<code>.+?)\1|\*\*(?P<strong>\S(?:.*?\S)?)\*\*", re.DOTALL)
 
 
 class Piece(NamedTuple):
-    """A piece of a line: text, or code."""
+    """A piece of a line, and what it is."""
 
     text: str
-    code: bool
+    kind: Literal["text", "code", "strong"]
 
 
 class Block(NamedTuple):
@@ -28,7 +28,7 @@ def blocks(text: str) -> list[Block]:
         if not part.strip():
             continue
         if all(line.startswith("    ") for line in part.splitlines() if line.strip()):
-            found.append(Block("lines", [Piece(textwrap.dedent(part).strip("\n"), code=True)]))
+            found.append(Block("lines", [Piece(textwrap.dedent(part).strip("\n"), "code")]))
         else:
             for item in re.split(r"^(?=[ ]{0,3}[-*] )", part, flags=re.MULTILINE):
                 listed = re.match(r"[ ]{0,3}[-*] ", item)
@@ -39,13 +39,17 @@ def blocks(text: str) -> list[Block]:
 
 
 def pieces(text: str) -> list[Piece]:
-    """Text and code in turns; a role before code, as in :func:`name`, is dropped."""
-    found, at = [], 0
-    for match in _CODE.finditer(text):
-        before = re.sub(r":\w+:$", "", text[at : match.start()])
-        found += [Piece(before, code=False)] * bool(before) + [Piece(match[2].strip(), code=True)]
+    """Text, code and strong words in turns; a role before code, as in :func:`name`, is dropped."""
+    found: list[Piece] = []
+    at = 0
+    for match in _MARKED.finditer(text):
+        code = match["code"]
+        before = text[at : match.start()]
+        found.append(Piece(before if code is None else re.sub(r":\w+:$", "", before), "text"))
+        found.append(Piece(match["strong"], "strong") if code is None else Piece(code.strip(), "code"))
         at = match.end()
-    return found + [Piece(text[at:], code=False)] * bool(text[at:])
+    found.append(Piece(text[at:], "text"))
+    return [piece for piece in found if piece.text]
 
 
 def dedent(text: str) -> str:

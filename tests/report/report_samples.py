@@ -81,8 +81,8 @@ def sample() -> dict[str, Any]:
                 "memory",
                 grids=[grid, long_grid],
                 plots=[MEMORY],
-                explanation="Claim: memory stays.\n\n    S = J S + B\n\nBytes of ``rtrl.BlockRTRL`` (:func:`sync`).\n\n"
-                "- one\n- two",
+                explanation="Claim: memory **stays**.\n\n    S = J S + B\n\n"
+                "Bytes of ``rtrl.BlockRTRL`` (:func:`sync`).\n\n- one\n- two",
             ),
             claim("depends", "holds when", condition="B ≤ 4; from H = 64 on", plots=[RASTER, CURVE]),
             claim("slow_thing", "does not hold", condition="it is slower", failures=["gradients differ at step 3"]),
