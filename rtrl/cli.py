@@ -1,4 +1,4 @@
-"""The command line: ``rtrl verify``, ``rtrl check``."""
+"""The command line: ``rtrl verify``, ``rtrl check``, ``rtrl report``."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import rtrl
+from rtrl.commands.report import report
 from rtrl.errors import ConfigError
 
 app = typer.Typer(name="rtrl", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -30,6 +31,9 @@ def main(
     ] = False,
 ) -> None:
     """Exact real-time recurrent learning for sparse recurrent cells."""
+
+
+app.command()(report)
 
 
 @app.command()

@@ -1,0 +1,101 @@
+"""``rtrl report``: a page, pictures and tables from what ``rtrl verify --json`` wrote."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rtrl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rtrl.report import Record
+
+
+def report(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS.json", help="What rtrl verify --json wrote.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The HTML page to write.  [default: report.html, if nothing else is asked for]",
+            show_default=False,
+        ),
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write every picture into this folder.", show_default=False)
+    ] = None,
+    form: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            metavar="svg|pdf|png",
+            help="Of the pictures; may be repeated.  [default: svg and pdf]",
+            show_default=False,
+        ),
+    ] = None,
+    update: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PAGE.md",
+            help="Write what stands between the markers <!-- rtrl:claims-table -->, <!-- rtrl:claims --> or "
+            "<!-- rtrl:run --> and their ends anew; may be repeated. With --pictures, claims show theirs.",
+            show_default=False,
+        ),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Write nothing; exit code 1 if --update or --pictures would change a file."),
+    ] = False,
+) -> None:
+    """Turn results into one self-contained HTML page, into pictures for a paper, and into tables of a README.
+
+    The results are validated before anything is written. Exit code 0: done, or up to date; 1: --check found something
+    that is not up to date; 2: the command cannot be carried out.
+    """
+    from rtrl.report import draw_pictures, load_record, render_page, update_markdown
+
+    forms = tuple(form or ("svg", "pdf"))
+    pages = update or []
+    try:
+        record = load_record(results)
+        if check:
+            if output is not None or not (pages or pictures):
+                raise ConfigError("--check goes with --update and --pictures, and not with --output")
+            raise typer.Exit(1 if _outdated(record, pages, pictures, forms) else 0)
+        if output is None and pictures is None and not pages:
+            output = Path("report.html")
+        for path in (output, *pages):
+            if path is not None and path.exists() and path.samefile(results):
+                raise ConfigError(f"{path} holds the results; the page needs another name")
+        # All is made before any of it is written: what cannot be made leaves no half behind.
+        texts = {path: new for path, (_, new) in update_markdown(record, pages, pictures).items()}
+        if output is not None:
+            texts[output] = render_page(record)
+        drawn = [] if pictures is None else draw_pictures(record, pictures, forms)
+        for path, text in texts.items():
+            _write(path, text)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+    if pictures is not None:
+        typer.echo(f"{pictures}: {len(drawn)} pictures")
+    for path in texts:
+        typer.echo(f"{path}: {len(record.claims)} claims")
+
+
+def _outdated(record: "Record", pages: list[Path], folder: Path | None, forms: tuple[str, ...]) -> bool:
+    """Names every file that is not what the record makes of it, and says whether there is one."""
+    from rtrl.report import outdated_pictures, update_markdown
+
+    found = [path for path, (old, new) in update_markdown(record, pages, folder).items() if old != new]
+    found += [] if folder is None else outdated_pictures(record, folder, forms)
+    for path in found:
+        typer.echo(f"{path} is not what the results say; write it anew without --check", err=True)
+    return bool(found)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_bytes(text.encode())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,181 @@
+"""What stands between the markers of a page in Markdown, written anew from a record.
+
+``<!-- rtrl:claims-table -->`` … ``<!-- /rtrl:claims-table -->`` holds the table of all claims, ``rtrl:claims`` a
+section a claim, ``rtrl:run`` how, when and where it was measured. All else on the page is left as it is.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rtrl.errors import ConfigError
+from rtrl.report import numbers, prose, tables
+from rtrl.report.load import Cell, Claim, Grid, Record
+
+LONG = 12  # rows that a table may have in the open
+NAMES = ("claims-table", "claims", "run")
+_MARKER = re.compile(r"<!-- (/?)rtrl:([\w-]+) -->")
+
+
+def update_markdown(record: Record, pages: Sequence[Path], folder: Path | None = None) -> dict[Path, tuple[str, str]]:
+    """Every page's text as it is, and as the record has it; nothing is written.
+
+    Where one of the pages holds the claims' sections, tables of claims link to them. With the ``folder`` of pictures,
+    sections show them.
+
+    Raises:
+        ConfigError: a page cannot be read, has no marker, or its markers do not stand in pairs.
+    """
+    texts = {page: _read(page) for page in pages}
+    spans = {page: _spans(text, page) for page, text in texts.items()}
+    sections = next((page for page, found in spans.items() if "claims" in found), None)
+    new = {}
+    for page, text in texts.items():
+        link = None if sections is None else "" if sections == page else _path(sections, page)
+        images = None if folder is None else _path(folder, page)
+        parts, at = [], 0
+        for name, (begin, end) in spans[page].items():
+            parts += [text[at:begin], f"\n\n{_content(record, name, link, images)}\n\n"]
+            at = end
+        new[page] = (text, "".join([*parts, text[at:]]))
+    return new
+
+
+def _read(page: Path) -> str:
+    try:
+        return page.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{page} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _spans(text: str, page: Path) -> dict[str, tuple[int, int]]:
+    """What is between the markers of each name, in the order of the page."""
+    found: dict[str, tuple[int, int]] = {}
+    opened: re.Match[str] | None = None
+    for marker in _MARKER.finditer(text):
+        closes, name = marker[1], marker[2]
+        line = text.count("\n", 0, marker.start()) + 1
+        if name not in NAMES:
+            raise ConfigError(f"{page}:{line}: there is no marker rtrl:{name}; there are rtrl:{', rtrl:'.join(NAMES)}")
+        if not closes and opened is None and name not in found:
+            opened = marker
+        elif closes and opened is not None and opened[2] == name:
+            found[name] = (opened.end(), marker.start())
+            opened = None
+        else:
+            raise ConfigError(
+                f"{page}:{line}: {marker[0]} does not belong here; markers stand in pairs, each pair once"
+            )
+    if opened is not None:
+        raise ConfigError(f"{page}: {opened[0]} is never closed by <!-- /rtrl:{opened[2]} -->")
+    if not found:
+        raise ConfigError(
+            f"{page} has no marker; put <!-- rtrl:claims-table --> and <!-- /rtrl:claims-table --> into it"
+        )
+    return found
+
+
+def _path(target: Path, page: Path) -> str:
+    return Path(os.path.relpath(target.resolve(), page.resolve().parent)).as_posix()
+
+
+def _content(record: Record, name: str, link: str | None, images: str | None) -> str:
+    if name == "claims-table":
+        return claims_table(record, link)
+    if name == "claims":
+        return "\n\n".join(section(claim, images) for claim in record.claims)
+    return _table(["", ""], [[escape(entry), escape(text)] for entry, text in tables.run(record)])
+
+
+def claims_table(record: Record, link: str | None) -> str:
+    """All claims, a row each; ``link`` is the page with their sections, "" this one, None no page."""
+    rows = [
+        [
+            f"`{claim.id}`" if link is None else f"[`{claim.id}`]({link}#{anchor(claim.id)})",
+            escape(claim.claimed),
+            escape(claim.figure),
+            escape(claim.threshold),
+            _verdict(claim),
+        ]
+        for claim in record.claims
+    ]
+    return _table(["claim", "claimed", "measured", "threshold", "verdict"], rows)
+
+
+def section(claim: Claim, images: str | None) -> str:
+    """A claim: what was claimed and found, how it was measured, its tables, and its pictures or links to none."""
+    head = [[escape(claim.figure), escape(claim.threshold), _verdict(claim)]]
+    parts = [f"## `{claim.id}`", escape(claim.claimed), _table(["measured", "threshold", "verdict"], head)]
+    if claim.failures:
+        lines = "\n".join(f"- {escape(line)}" for line in claim.failures)
+        parts.append(f"**✗ The code does not do what it says:**\n\n{lines}")
+    if claim.explanation.strip():
+        parts.append(_prose(claim.explanation))
+    parts += [_grid(grid) for grid in claim.grids]
+    if images is not None:
+        parts += [
+            f"![{escape(plot.title or claim.id)}]({images}/{claim.id}-{i}.svg)" for i, plot in enumerate(claim.plots, 1)
+        ]
+    return "\n\n".join(parts)
+
+
+def anchor(heading: str) -> str:
+    """The name under which a heading is linked to."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def escape(text: str) -> str:
+    """The text on one line with nothing in it that Markdown or HTML would take for its own."""
+    entities: Mapping[str, str] = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+    line = re.sub("[&<>]", lambda sign: entities[sign[0]], " ".join(text.split()))
+    return re.sub(r"([\\`*\[\]|~$])|((?<!\w)_|_(?!\w))", lambda sign: f"\\{sign[0]}", line)
+
+
+def _verdict(claim: Claim) -> str:
+    word = f"**{claim.verdict}**" if claim.verdict == "does not hold" else claim.verdict
+    return f"{tables.SIGNS[claim.verdict]} {word}" + (f": {escape(claim.condition)}" if claim.condition else "")
+
+
+def _grid(grid: Grid) -> str:
+    right = numbers.numeric(grid.columns, grid.rows)
+    rows = [[_cell(value) for value in row] for row in grid.rows]
+    body = _table([escape(name) for name in grid.columns], rows, right)
+    title = escape(grid.title)
+    if len(rows) <= LONG:
+        return f"{title}:\n\n{body}" if title else body
+    return f"<details>\n<summary>{title or 'Table'} ({len(rows)} rows)</summary>\n\n{body}\n\n</details>"
+
+
+def _cell(value: Cell) -> str:
+    return escape(numbers.cell(value)) if isinstance(value, str) else numbers.cell(value)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool] = ()) -> str:
+    rule = ["---:" if i < len(right) and right[i] else "---" for i in range(len(header))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
+
+
+def _prose(text: str) -> str:
+    """A docstring as Markdown; items of a list stand together."""
+    out, before = "", ""
+    for block in prose.blocks(text):
+        if block.kind == "lines":
+            part = "\n".join(f"    {line}".rstrip() for line in block.pieces[0].text.splitlines())
+        else:
+            part = ("- " if block.kind == "item" else "") + "".join(map(_piece, block.pieces))
+        out += ("" if not out else "\n" if block.kind == before == "item" else "\n\n") + part
+        before = block.kind
+    return out
+
+
+def _piece(piece: prose.Piece) -> str:
+    if piece.kind == "code":
+        return f"`` {piece.text} ``" if "`" in piece.text else f"`{piece.text}`"
+    return f"**{escape(piece.text)}**" if piece.kind == "strong" else escape_words(piece.text)
+
+
+def escape_words(text: str) -> str:
+    """As :func:`escape`, with the spaces at both ends kept."""
+    begin, end = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
+    return f"{begin}{escape(text)}{end}" if text.strip() else text

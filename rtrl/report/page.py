@@ -1,0 +1,54 @@
+"""One HTML page of a record that needs nothing but itself: no script, no font, no picture from elsewhere."""
+
+import jinja2
+from markupsafe import Markup
+
+import rtrl
+from rtrl.report import numbers, pictures, prose, tables
+from rtrl.report.load import Claim, Record
+from rtrl.report.style import DARK, LIGHT
+
+
+def render_page(record: Record) -> str:
+    """The page: a table of all claims, then every claim with its pictures, tables and explanation, then the run.
+
+    The same record gives the same page, with one version of matplotlib. All text of the record is escaped.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("rtrl.report", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(cell=numbers.cell, duration=numbers.duration)
+    environment.tests["numeric"] = numbers.is_number
+    return environment.get_template("page.html.j2").render(
+        record=record,
+        claims=[(claim, _figures(claim), prose.blocks(claim.explanation)) for claim in record.claims],
+        failures=[(claim, line) for claim in record.claims for line in claim.failures],
+        run=tables.run(record),
+        summary=tables.summary(record),
+        sign=tables.SIGNS,
+        numeric=numbers.numeric,
+        light=LIGHT,
+        dark=DARK,
+        version=rtrl.__version__,
+    )
+
+
+def _figures(claim: Claim) -> list[tuple[str, Markup, str, tables.Numbers]]:
+    """Of every plot: its title, its picture, what the picture cannot show, and its numbers."""
+    return [
+        (
+            plot.title,
+            Markup(pictures.inline(plot, f"{claim.id}-{i}")),  # an element tree wrote it, and escaped it
+            pictures.note(plot).strip(),
+            tables.numbers(plot),
+        )
+        for i, plot in enumerate(claim.plots, 1)
+    ]

@@ -1,0 +1,89 @@
+"""Tables of a record: the run, and the numbers behind a picture."""
+
+from datetime import datetime
+from typing import NamedTuple
+
+from rtrl.report.draw import runs, spacing
+from rtrl.report.load import VERDICTS, Cell, Claim, Grid, Plot, Record
+from rtrl.report.numbers import bytes_text, cell, duration, number
+
+ROWS = 200  # of a table of numbers behind a picture; the results file has them all
+
+SIGNS = {"holds": "✓", "holds when": "◐", "does not hold": "✗", "not measured": "○"}
+
+
+class Numbers(NamedTuple):
+    """The numbers behind a picture; ``note`` says what was left out, if anything was."""
+
+    grid: Grid
+    note: str
+
+
+def numbers(plot: Plot) -> Numbers:
+    """One row an x with a column a series; for a raster a row an unbroken run; else a row a point."""
+    if plot.kind == "raster" and all(y is None or y == int(y) for series in plot.series for y in series.y):
+        rows: list[list[Cell]] = [
+            [series.name, y, _span(begin, end)]
+            for i, series in enumerate(plot.series)
+            for y, begin, end in runs(plot, i)
+        ]
+        grid = Grid(plot.title, ["series", plot.y_label, f"{plot.x_label}, in steps of {number(spacing(plot))}"], rows)
+    elif plot.kind == "line" and all(len(set(series.x)) == len(series.x) for series in plot.series):
+        found = [dict(zip(series.x, series.y, strict=True)) for series in plot.series]
+        xs = sorted({x for line in found for x in line if x is not None})
+        names = [f"{s.name} (predicted)" if s.dashed else s.name for s in plot.series]
+        grid = Grid(plot.title, [plot.x_label, *names], [[x, *(line.get(x) for line in found)] for x in xs])
+    else:
+        points = [[s.name, x, y] for s in plot.series for x, y in zip(s.x, s.y, strict=True)]
+        grid = Grid(plot.title, ["series", plot.x_label, plot.y_label], points)
+    every = -(-len(grid.rows) // ROWS)
+    if every <= 1:
+        return Numbers(grid, "")
+    note = f"One row in {every} of {len(grid.rows)}; the results file has them all."
+    return Numbers(Grid(grid.title, grid.columns, grid.rows[::every]), note)
+
+
+def _span(begin: float, end: float) -> str:
+    return number(begin) if begin == end else f"{number(begin)} – {number(end)}"
+
+
+def run(record: Record) -> list[tuple[str, str]]:
+    """How, when and where the record was made: names and texts."""
+    when = datetime.fromisoformat(record.created)
+    zone = when.tzname() or ""
+    return [
+        ("command", record.command),
+        ("measured", f"{when:%Y-%m-%d %H:%M} {zone}".strip()),
+        ("took", duration(record.duration_s)),
+        ("form", f"{record.mode}, seed {record.seed}"),
+        *(
+            (name.replace("_bytes", "").replace("_", " "), _entry(name, value))
+            for name, value in record.machine.items()
+        ),
+        (
+            "versions",
+            ", ".join(f"{name} {cell(value)}" for name, value in record.versions.items() if value is not None),
+        ),
+    ]
+
+
+def _entry(name: str, value: Cell) -> str:
+    if value is None:
+        return "unknown"
+    return bytes_text(float(value)) if name.endswith("_bytes") and isinstance(value, (int, float)) else cell(value)
+
+
+def summary(record: Record) -> str:
+    """How many claims came to what, and how many failures there are: "12 claims: 9 hold, 2 hold when …"."""
+    plural = {"holds": "hold", "holds when": "hold when a condition is met", "does not hold": "do not hold"}
+    counts = [(verdict, sum(claim.verdict == verdict for claim in record.claims)) for verdict in VERDICTS]
+    parts = [f"{n} {plural.get(verdict, verdict) if n > 1 else verdict}" for verdict, n in counts if n]
+    parts = [part.replace("1 holds when", "1 holds when a condition is met") for part in parts]
+    failed = sum(len(claim.failures) for claim in record.claims)
+    text = f"{len(record.claims)} claim{'s' * (len(record.claims) > 1)}: {', '.join(parts)}."
+    return text + f" {failed} failure{'s' * (failed > 1)}: the code does not do what it says." * bool(failed)
+
+
+def verdict(claim: Claim) -> str:
+    """Sign and word: "✓ holds"."""
+    return f"{SIGNS[claim.verdict]} {claim.verdict}"
