@@ -1,16 +1,17 @@
-"""The command line: ``rtrl verify``, ``rtrl check``."""
+"""The command line: ``rtrl verify``, ``rtrl check``, ``rtrl plan``."""
 
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import rtrl
-from rtrl.errors import ConfigError
+from rtrl.errors import ConfigError, RTRLError
 
 app = typer.Typer(name="rtrl", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -179,6 +180,115 @@ def check(
     raise typer.Exit(1 if failed or not judged else 0)
 
 
+@app.command()
+def plan(
+    steps: Annotated[int, typer.Option(help="T, of the run.", min=1)],
+    cell: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACKAGE.MODULE:NAME",
+            help="A function that makes a cell, or a pair of a cell and the inputs of some steps. The present folder "
+            "is looked in, too.",
+            show_default=False,
+        ),
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="In place of --cell: rnn, gru, lstm or moe.", show_default=False)
+    ] = None,
+    hidden: Annotated[int, typer.Option(help="Of --kind: its state; of moe, one slot.", min=1)] = 64,
+    inputs: Annotated[int, typer.Option(help="Of --kind: the width of x, and of y.", min=1)] = 64,
+    slots: Annotated[int, typer.Option(help="Of --kind moe.", min=1)] = 8,
+    experts: Annotated[int, typer.Option(help="Of --kind moe.", min=1)] = 16,
+    topk: Annotated[int, typer.Option(help="Of --kind moe.", min=1)] = 2,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="B.  [default: that of the inputs, or 1]", min=1, show_default=False),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="The budget: 4GiB, 512MB, a number of bytes.", show_default=False)
+    ] = None,
+    block: Annotated[
+        list[int] | None,
+        typer.Option(help="Steps a block; may be repeated.  [default: powers of two, and H]", show_default=False),
+    ] = None,
+    window: Annotated[
+        list[int] | None,
+        typer.Option(help="Blocks remembered; may be repeated.  [default: 4 16 64]", show_default=False),
+    ] = None,
+    horizon: Annotated[
+        list[int] | None,
+        typer.Option(help="Of truncated BPTT; may be repeated.  [default: 16 64 256]", show_default=False),
+    ] = None,
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=MACS_PER_S",
+            help="A device of your own, 'cluster=2e13'; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    measure: Annotated[bool, typer.Option(help="Time a matrix product on the devices that are here.")] = True,
+    json_path: Annotated[
+        str | None,
+        typer.Option(
+            "--json", metavar="PATH", help="Write the plan there; '-' for standard output, the table then to stderr."
+        ),
+    ] = None,
+) -> None:
+    """Predict multiply-adds, bytes and the least time of full RTRL, BPTT, truncated BPTT and BlockRTRL for a cell.
+
+    Exit code 0: something exact fits the budget; 1: nothing does; 2: the command cannot be carried out.
+    """
+    from rtrl.planning import kinds, measured_rates, nominal_rates, units
+
+    try:
+        if (cell is None) == (kind is None):
+            raise ConfigError("give --cell, a function that makes a cell, or --kind, one of rnn, gru, lstm, moe")
+        if cell is not None:
+            made, xs = kinds.from_target(cell)
+        else:
+            made, xs = kinds.make(str(kind), hidden, inputs, slots=slots, experts=experts, topk=topk), None
+        path = None if json_path in (None, "-") else _writable(Path(str(json_path)))
+        dtype = next((p.dtype for p in made.parameters()), torch.float32)
+        own = dict(_rate(text) for text in rate or [])
+        devices = {
+            **own,
+            **(measured_rates(dtype) if measure else {}),
+            **nominal_rates(str(dtype).removeprefix("torch.")),
+        }
+        found = rtrl.plan(
+            made,
+            steps=steps,
+            batch_size=batch_size,
+            memory_bytes=None if memory is None else units.parse_bytes(memory),
+            xs=xs,
+            blocks=block or None,
+            windows=window or None,
+            horizons=horizon or None,
+            devices=devices,
+        )
+    except RTRLError as error:
+        raise typer.BadParameter(str(error)) from error
+
+    stderr = json_path == "-"
+    _show(found.render(), stderr=stderr)
+    text = json.dumps(found.to_dict(), indent=2, allow_nan=False)
+    if path is not None:
+        path.write_text(text + "\n", encoding="utf-8")
+    elif stderr:
+        typer.echo(text)
+    raise typer.Exit(0 if found.best is not None else 1)
+
+
+def _rate(text: str) -> tuple[str, float]:
+    """A device and its multiply-adds a second."""
+    name, _, number = text.rpartition("=")
+    try:
+        return name.strip() or text, float(number)
+    except ValueError:
+        raise ConfigError(f"--rate takes NAME=MACS_PER_S, such as cluster=2e13, got {text!r}") from None
+
+
 def _list_breaks(faults: dict[str, str]) -> None:
     listing = Table("--break", "what is wrong then")
     for name, fault in faults.items():
@@ -201,7 +311,7 @@ def _console(stderr: bool) -> Console:
     return console if console.is_terminal else Console(stderr=stderr, width=_WIDTH)
 
 
-def _show(what: Table, stderr: bool = False) -> None:
+def _show(what: RenderableType, stderr: bool = False) -> None:
     _console(stderr).print(what)
 
 

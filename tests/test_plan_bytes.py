@@ -1,0 +1,160 @@
+"""Planned bytes against those really held and alive, and faults in the formulas against both."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from planned import (
+    BASELINES,
+    BLOCKS,
+    DENSE,
+    SPARSE,
+    Way,
+    block,
+    expect_bytes,
+    expect_counts,
+    inputs,
+    mixture,
+    torch_cell,
+    truncated,
+    watched,
+)
+from torch import Tensor, nn
+from toy_cells import PlainRNN, seeded
+
+import rtrl
+from rtrl.alive import peak_of
+from rtrl.baselines import BPTT
+from rtrl.planning import block_bytes, block_macs, block_peak, linear, sleep, textbook, unrolled
+from rtrl.planning.profile import Series, profile
+
+CELLS = DENSE | SPARSE
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 6, 11])
+@pytest.mark.parametrize("way", [*BASELINES, *BLOCKS], ids=lambda way: way.name)
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "layers", "embedding", "mixture", "rows and slices in x"])
+def test_what_is_held_is_planned_to_the_byte(kind: str, way: Way, steps: int) -> None:
+    cell = CELLS[kind]()
+    xs = inputs(cell, steps, 2)
+    planned = way.planned(profile(cell, list(xs), 2), steps)
+    assert dict(planned.held) == watched(way.make, cell, xs).held
+
+
+BIG: dict[str, Callable[[], nn.Module]] = {  # what is alive at once is worth planning from some kilobytes on
+    "RNN": lambda: torch_cell(nn.RNNCell, 40),
+    "GRU": lambda: torch_cell(nn.GRUCell, 24),
+    "LSTM": lambda: torch_cell(nn.LSTMCell, 16),
+    "layers": lambda: seeded(rtrl.cells.from_torch(nn.LSTM(3, 10, num_layers=2)), 0),
+    "no closed form": lambda: seeded(PlainRNN(3, 24), 0),
+    "mixture": lambda: mixture(d_model=12),
+}
+
+
+@pytest.mark.parametrize("way", [*BASELINES, *BLOCKS, block(16, 8)], ids=lambda way: way.name)
+@pytest.mark.parametrize("kind", BIG)
+def test_what_is_alive_at_once_is_planned_within_a_tenth(kind: str, way: Way) -> None:
+    if way.name == "textbook" and kind == "mixture":
+        pytest.skip("thousands of backward passes")
+    for size, steps in ((1, 9), (3, 33)) if way.name != "textbook" else ((2, 3),):
+        cell = BIG[kind]()
+        expect_bytes(way, cell, inputs(cell, steps, size))
+
+
+def test_bytes_alive_are_those_the_allocator_gives() -> None:
+    """What the plan is held against, held against PyTorch's own account."""
+    cell, xs = torch_cell(nn.GRUCell, 24).float(), inputs(torch_cell(nn.GRUCell), 20, 2).float()
+
+    def run() -> None:
+        learner = rtrl.BlockRTRL(cell, 2, block=8)
+        for x in xs:
+            learner.backward(learner.step(x).square().sum())
+        learner.sync()
+        for parameter in cell.parameters():
+            parameter.grad = None
+
+    run()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiled:
+        run()
+    now = peak = 0
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    assert peak_of(run) == pytest.approx(peak, rel=0.01)
+
+
+# ------------------------------------------------------------------ T*
+
+
+def test_bptt_needs_more_beyond_the_crossover_and_less_before() -> None:
+    cell = torch_cell(nn.GRUCell, 12)
+    xs = inputs(cell, 1, 2)
+    found = rtrl.plan(cell, xs[0], steps=1_000, blocks=[6])
+    (row,) = [row for row in found.rows if row.method == "BlockRTRL"]
+    last = found.crossover_steps
+    assert last == row.crossover_steps
+    assert 10 < last < 1_000
+    learner = watched(block(6).make, cell, inputs(cell, 40, 2))
+    for steps, more in ((round(0.8 * last), False), (round(1.25 * last), True)):
+        assert (watched(BPTT, cell, inputs(cell, steps, 2)).peak > learner.peak) == more
+    for steps in (row.crossover_held_steps, row.crossover_held_steps + 1):
+        held = sum(watched(BPTT, cell, inputs(cell, steps, 2)).held.values())
+        assert (held > sum(learner.held.values())) == (steps > row.crossover_held_steps)
+
+
+# ------------------------------------------------------------------ wrong formulas
+
+
+def without(name: str) -> Callable[[Any], Any]:
+    """A formula that leaves out what a call of it gives."""
+    return lambda formula: lambda *args, **kwargs: 0
+
+
+def scaled(factor: float) -> Callable[[Any], Any]:
+    return lambda formula: lambda *args, **kwargs: int(factor * formula(*args, **kwargs))
+
+
+Check = Callable[[Way, nn.Module, Tensor], None]
+FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any], Check, Way, str]] = {
+    "bytes without the influence": (block_bytes, "influence_of", without(""), expect_bytes, block(3), "GRU"),
+    "bytes without the tree": (block_bytes, "tree", without(""), expect_bytes, block(3), "mixture"),
+    "a closing that needs nothing": (block_peak, "closing", without(""), expect_bytes, block(16), "GRU"),
+    "a closing without its sweep": (block_peak, "_sweeping", without(""), expect_bytes, block(16), "RNN"),
+    "BPTT without its graph": (Series, "__call__", lambda formula: lambda *_: 0, expect_bytes, BASELINES[0], "GRU"),
+    "a window one step too short": (unrolled, "_moments", lambda f: lambda p, t, k, s: f(p, t, k - 1, s),
+                                    expect_bytes, truncated(4, True), "GRU"),
+    "multiply-adds without the sweep": (block_macs, "sweep", without(""), expect_counts, block(3), "GRU"),
+    "births counted once a block": (block_macs, "births", lambda f: lambda p, m, e: f(p, 1, e), expect_counts,
+                                    block(3), "GRU"),
+    "checks forgotten": (block_macs, "checks", lambda f: lambda *_: {}, expect_counts, block(3), "GRU"),
+    "sleepers not paid": (sleep.Sleepers, "_pay", without(""), expect_counts, block(3), "mixture"),
+    "sleepers not moved": (sleep.Sleepers, "_advance", without(""), expect_counts, block(3), "mixture"),
+    "no padding": (block_macs, "padded", lambda f: lambda s, n: sum(s.uses), expect_counts, block(7), "mixture"),
+    "a pass too few": (linear, "_passes", lambda f: lambda n: max(f(n) - 1, 0), expect_counts, block(3), "GRU"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_formula_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name, wrong, check, way, kind = FAULTS[fault]
+    cell = (BIG if check is expect_bytes else CELLS)[kind]()
+    xs = inputs(cell, 33, 3) if check is expect_bytes else inputs(cell, 17, 3)
+    check(way, cell, xs)  # as it is, it holds
+    monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
+    with pytest.raises(AssertionError):
+        check(way, cell, xs)
+
+
+def test_a_textbook_influence_counted_three_times_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its peak it is there four times."""
+    cell = torch_cell(nn.GRUCell, 24)
+    xs, way = inputs(cell, 3, 2), BASELINES[1]
+    planned = textbook.dense_rtrl(profile(cell, list(xs), 2), 3)
+    less = replace(planned, peak_bytes=planned.peak_bytes - planned.held["influence"])
+    monkeypatch.setattr(textbook, "dense_rtrl", lambda *_: less)
+    with pytest.raises(AssertionError):
+        expect_bytes(Way("less", way.make, lambda *_: less), cell, xs)
