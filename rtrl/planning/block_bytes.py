@@ -75,13 +75,13 @@ def at_moment(
     block: int,
     window: int,
     lazy: bool,
-    during: bool = False,
+    laid_out: bool = False,
 ) -> dict[str, int]:
-    """What is held after so many steps whose blocks have closed and so many that are open; ``during``: while the open
-    ones close, their influence laid out."""
+    """What is held after so many steps whose blocks have closed and so many that are open; ``laid_out``: while the open
+    ones close, once there is room for their influence."""
     kept = profile.x_bytes + profile.state_bytes + profile.choice_bytes + 2 * profile.output_bytes
     return {
-        "influence": influence(profile, touched, closed + open_steps if during else closed),
+        "influence": influence(profile, touched, closed + open_steps if laid_out else closed),
         "tree": tree(profile, touched, block, window, lazy),
         "block": open_steps * kept,
         "gradient": profile.parameter_bytes if closed and open_steps else 0,

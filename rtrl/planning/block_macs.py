@@ -82,8 +82,10 @@ def closing(profile: Profile, steps: int, extent: Extent, first: bool) -> int:
     return macs
 
 
-def span(profile: Profile, extent: Extent) -> int:
-    """How many steps are linearised at a time."""
+def span(profile: Profile, extent: Extent, steps: int) -> int:
+    """How many of m steps are linearised at a time: all of them in closed form, which has no graph to be kept small."""
+    if profile.linear.parts is not None:
+        return steps
     numbers = extent.writes * profile.width * profile.batch_size * profile.state_size
     return max(linearize._LEAST_SPAN, linearize._SPAN_NUMBERS // max(1, numbers))
 
@@ -91,8 +93,9 @@ def span(profile: Profile, extent: Extent) -> int:
 def checks(profile: Profile, steps: int, extent: Extent) -> dict[int, int]:
     """Multiply-adds of the checks before a block is closed, by the number of steps of each piece it is linearised in:
     each number is checked once a learner."""
-    whole, rest = divmod(steps, span(profile, extent))
-    pieces = ([span(profile, extent)] if whole else []) + ([rest] if rest else [])
+    most = span(profile, extent, steps)
+    whole, rest = divmod(steps, most)
+    pieces = ([most] if whole else []) + ([rest] if rest else [])
     return {piece: profile.linear.first(profile.batch_size, piece) for piece in pieces}
 
 
@@ -100,11 +103,8 @@ def sweep(profile: Profile, steps: int, extent: Extent) -> int:
     """Suffix products and adjoints."""
     size, full = profile.batch_size, profile.state_size
     rows = extent.rows * profile.width + 1
-    one_kind = steps <= span(profile, extent) or profile.linear.parts is None  # else its pieces stay apart
-    if not extent.all_rows or not one_kind:
-        return steps * (
-            size * rows * extent.writes * extent.reach * profile.width**2 + _written(profile, 1, single=True)
-        )
+    if not extent.all_rows:
+        return steps * size * rows * extent.writes * extent.reach * profile.width**2
     if not scans(profile, steps):
         at_once = max(1, sweeping._CHUNK // (size * full * full))
         chunks = [at_once] * (steps // at_once) + ([steps % at_once] if steps % at_once else [])
@@ -127,7 +127,7 @@ def scan_pieces(steps: int) -> tuple[int, int]:
     return length, -(-steps // length)
 
 
-def _written(profile: Profile, steps: int, single: bool = False) -> int:
+def _written(profile: Profile, steps: int) -> int:
     """Writing out Jacobians that are known in closed form: an outer product for the first gate of each part."""
     parts, samples = profile.linear.parts, profile.batch_size * steps
     if parts is None or samples * parts == 1:  # a product of equal sizes is none

@@ -17,16 +17,19 @@ from rtrl.planning.linear import Use
 from rtrl.planning.profile import Profile
 
 
-def closing(profile: Profile, touched: Touched, steps: int, extent: Extent, catching_up: int, closed: int) -> int:
-    """Bytes at the height of closing a block.
+def closing(
+    profile: Profile, touched: Touched, steps: int, extent: Extent, moved: tuple[int, int], closed: int
+) -> tuple[int, int]:
+    """Bytes at the height of closing a block: before the influence of what became active in it is laid out, and after.
 
     Args:
-        steps: m. catching_up: bytes that leading sleeping slices to the present takes. closed: the steps closed before.
+        steps: m. moved: bytes that leading sleeping slices to the present takes, before and after. closed: the steps
+            closed before.
     """
     item, size = profile.itemsize, profile.batch_size
     rows, writes = extent.rows * profile.width + 1, extent.writes * profile.width
     linear = profile.linear
-    span = min(steps, block_macs.span(profile, extent))
+    span = min(steps, block_macs.span(profile, extent, steps))
     kept, pieces = linear.kept(steps), -(-steps // span)
     linearising = linear.kept(max(steps - span, 1)) * (pieces > 1) + linear.peak(span)
     if pieces > 1:
@@ -48,7 +51,8 @@ def closing(profile: Profile, touched: Touched, steps: int, extent: Extent, catc
         names = {use.name for use in uses}
         loose = sum(shape.numel() for name, shape in profile.shapes.items() if name not in names)
         general = 2 * size * rows * loose * item
-    return max(linearising, sweep + earned + general, left_over + general + max(advance, births, growing, catching_up))
+    before = max(linearising, sweep + earned + general, left_over + general + moved[0])
+    return before, left_over + general + max(advance, births, growing, moved[1])
 
 
 def _growing(profile: Profile, touched: Touched, closed: int, steps: int) -> int:

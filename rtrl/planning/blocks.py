@@ -1,5 +1,7 @@
 """What ``rtrl.BlockRTRL`` costs over a run: block after block, each as ``block_macs`` and ``block_peak`` have it."""
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -17,24 +19,37 @@ MOST_BLOCKS, MOST_STEPS = 96, 2048
 """So much of a routing cell's run is gone through block by block; the rest costs what the second half of it does."""
 
 
+@dataclass(frozen=True)
+class _Closing:
+    """A block that closes: the steps closed before, those in it, what it touches, and the bytes that leading sleeping
+    slices to the present takes, before there is room for its births and after."""
+
+    closed: int
+    steps: int
+    extent: Extent
+    moved: tuple[int, int] = (0, 0)
+
+
 def block_rtrl(profile: Profile, steps: int, block: int, window: int, lazy: bool = True) -> Choice:
     """``BlockRTRL(block=..., window=..., lazy=...)``."""
     go = _one_by_one if profile.declares else _alike
-    macs, largest, scratch, guessed = go(profile, steps, block, window, lazy)
+    macs, closings, guessed = go(profile, steps, block, window, lazy)
     macs += profile.forward(1) + profile.forward(steps)
     touched = Touched.of(profile, steps)
     parts = held(profile, touched, steps, block, window, lazy)
-    peak = 0
-    for closed, m in _moments(steps, block):
-        there = at_moment(profile, touched, closed, m, block, window, lazy, during=True)
-        peak = max(peak, sum(there.values()) + block_peak.closing(profile, touched, m, largest, scratch, closed))
+    peak = sum(parts.values())
+    for one in closings:
+        phases = block_peak.closing(profile, touched, one.steps, one.extent, one.moved, one.closed)
+        for laid_out, needed in zip((False, True), phases, strict=True):
+            there = at_moment(profile, touched, one.closed, one.steps, block, window, lazy, laid_out)
+            peak = max(peak, sum(there.values()) + needed)
     return Choice(
         "BlockRTRL",
         True,
         macs,
         steps,
         parts,
-        max(peak, sum(parts.values())),
+        peak,
         block=block,
         window=window if touched.awake and lazy else None,
         estimated=guessed or not profile.steady,
@@ -42,13 +57,14 @@ def block_rtrl(profile: Profile, steps: int, block: int, window: int, lazy: bool
 
 
 def _moments(steps: int, block: int) -> list[tuple[int, int]]:
-    """The blocks whose closing may be the height of a run: steps closed before, and steps in it."""
+    """The blocks whose closing may be the height of a run of blocks that are alike: steps closed before, and steps in
+    it."""
     last = (steps - 1) // block * block
     starts = sorted({0, max(last - block, 0), last})
     return [(start, min(block, steps - start)) for start in starts]
 
 
-def _alike(profile: Profile, steps: int, block: int, window: int, lazy: bool) -> tuple[int, Extent, int, bool]:
+def _alike(profile: Profile, steps: int, block: int, window: int, lazy: bool) -> tuple[int, list[_Closing], bool]:
     """A cell that declares nothing: all blocks are alike."""
     extent = block_macs.dense(profile)
     whole, rest = divmod(steps, block)
@@ -58,36 +74,36 @@ def _alike(profile: Profile, steps: int, block: int, window: int, lazy: bool) ->
         macs += (whole - 1) * block_macs.closing(profile, block, extent, first=False)
     if rest:
         macs += block_macs.closing(profile, rest, extent, first=not whole)
-    sizes = ([block] if whole else []) + ([rest] if rest else [])
-    return macs + _checks(profile, [(m, extent) for m in sizes]), extent, 0, False
+    closings = [_Closing(closed, m, extent) for closed, m in _moments(steps, block)]
+    return macs + _checks(profile, closings), closings, False
 
 
-def _checks(profile: Profile, closed: list[tuple[int, Extent]]) -> int:
+def _checks(profile: Profile, closings: list[_Closing]) -> int:
     checked: dict[int, int] = {}
-    for m, extent in closed:
-        checked.update(block_macs.checks(profile, m, extent))
+    for one in closings:
+        checked.update(block_macs.checks(profile, one.steps, one.extent))
     return sum(checked.values())
 
 
-def _one_by_one(profile: Profile, steps: int, block: int, window: int, lazy: bool) -> tuple[int, Extent, int, bool]:
+def _one_by_one(profile: Profile, steps: int, block: int, window: int, lazy: bool) -> tuple[int, list[_Closing], bool]:
+    """A cell whose steps touch less than all: block after block."""
     routing = Routing(profile, steps)
     sleepers = Sleepers(routing.groups, profile.batch_size, profile.rows, profile.width, profile.itemsize, window, lazy)
     total = -(-steps // block)
     count = total if routing.given else min(total, MOST_BLOCKS, max(8, MOST_STEPS // block))
-    macs, sizes, largest = 0, [], None
-    spent = [0]
+    macs, closings, spent = 0, list[_Closing](), [0]
     for i in range(count):
         start, stop = i * block, min((i + 1) * block, steps)
         extent, pattern, keys = _closed(profile, routing, start, stop)
-        macs += block_macs.closing(profile, stop - start, extent, first=i == 0) + sleepers.close(pattern, keys)
+        moved = sleepers.close(pattern, keys)
+        macs += block_macs.closing(profile, stop - start, extent, first=i == 0) + moved.macs
         spent.append(macs)
-        sizes.append((stop - start, extent))
-        if largest is None or (stop - start) * extent.rows * extent.cols >= largest[0]:
-            largest = (stop - start) * extent.rows * extent.cols, extent
+        closings.append(_Closing(start, stop - start, extent, (moved.before, moved.after)))
     if count < total:
         macs += round((steps / block - count) * (spent[-1] - spent[count // 2]) / (count - count // 2))
-    assert largest is not None
-    return macs + sleepers.sync() + _checks(profile, sizes), largest[1], sleepers.scratch_bytes, not routing.given
+        # The end of the run: as the largest of the blocks gone through, with all of the influence there.
+        closings += [replace(one, closed=steps - one.steps) for one in closings[count // 2 :]]
+    return macs + sleepers.sync() + _checks(profile, closings), closings, not routing.given
 
 
 def _closed(profile: Profile, routing: Routing, start: int, stop: int) -> tuple[Extent, Pattern, list[Tensor]]:

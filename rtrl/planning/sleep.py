@@ -4,14 +4,45 @@ Clocks, and a segment tree of index sets instead of Jacobians; every product tha
 by the same planner, so that its multiply-adds are known.
 """
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from rtrl import _rows
 from rtrl.catch_up import CHUNK_BYTES
 from rtrl.planning.routing import Group
+from rtrl.route import Plan
 from rtrl.segment_tree import CircularSegmentTree
 from rtrl.transition import Pattern, merge
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What sleeping slices cost when a block closes.
+
+    Attributes:
+        macs: multiply-adds. before, after: bytes alive at once while those that the tree forgets are led to the
+            present, and while those that wake are, once there is room for what is born.
+    """
+
+    macs: int
+    before: int
+    after: int
+
+
+class _Rows(NamedTuple):
+    """Rows of one clock and one parameter, as many of each of some samples: ``count`` of ``size`` columns."""
+
+    clock: int
+    place: int
+    count: int
+    size: int
+
+    @property
+    def width(self) -> int:
+        return self.count * self.size
 
 
 class Sleepers:
@@ -20,15 +51,12 @@ class Sleepers:
     Args:
         groups: parameters whose slices are active together. window: of the tree. lazy: as for ``BlockRTRL``.
         batch_size, rows, width: of the state. itemsize: of a number.
-
-    Attributes:
-        scratch_bytes: of the columns that have been led to the present at once, at most, gathered and multiplied.
     """
 
     def __init__(
         self, groups: list[Group], batch_size: int, rows: int, width: int, itemsize: int, window: int, lazy: bool
     ) -> None:
-        self._itemsize, self.scratch_bytes = itemsize, 0
+        self._itemsize = itemsize
         self._groups, self._lazy, self._size = groups, lazy, batch_size
         self._full = rows * width
         none = torch.empty(batch_size, 0, dtype=torch.int64)
@@ -41,17 +69,17 @@ class Sleepers:
         )
         self._clocks = [torch.full((batch_size * group.slices,), -1, dtype=torch.int64) for group in groups]
 
-    def close(self, block: Pattern, active: list[Tensor]) -> int:
-        """Multiply-adds of what slices cost when a block closes, but for what is born.
+    def close(self, block: Pattern, active: list[Tensor]) -> Moved:
+        """What slices cost when a block closes, but for what is born.
 
         Args:
             block: where the block's transition has its numbers. active: for each group, the keys
                 ``sample · slices + slice`` that were active in the block.
         """
-        macs = 0
+        early = late = 0, 0
         if len(self._tree) == self._tree.capacity:
             oldest = self._tree.oldest
-            macs += self._advance([((clock >= 0) & (clock <= oldest)) for clock in self._clocks])
+            early = self._advance([((clock >= 0) & (clock <= oldest)) for clock in self._clocks])
         now = self._tree.stop
         self._tree.append(block)
         awake = []
@@ -60,75 +88,91 @@ class Sleepers:
             mask[keys] = True
             clock[mask & (clock < 0)] = now
             awake.append(mask if self._lazy else clock >= 0)
-        return macs + self._advance(awake)
+        late = self._advance(awake)
+        return Moved(early[0] + late[0], early[1], late[1])
 
     def sync(self) -> int:
         """Multiply-adds of paying all that is owed."""
         return self._pay([clock >= 0 for clock in self._clocks])
 
-    def _advance(self, rows: list[Tensor]) -> int:
-        macs = self._pay(rows)
-        columns: dict[int, int] = {}
-        together = self._together(rows)
+    def _advance(self, rows: list[Tensor]) -> tuple[int, int]:
+        """Multiply-adds and bytes of leading these slices to the present."""
+        macs, columns = self._pay(rows), dict[int, int]()
+        layouts = self._layouts(rows)
         for group, clock, mine in zip(self._groups, self._clocks, rows, strict=True):
             times, counts = clock[mine & (clock < self._tree.stop)].unique(return_counts=True)
             for time, count in zip(times.tolist(), counts.tolist(), strict=True):
                 columns[time] = columns.get(time, 0) + count * group.width
             clock[mine] = self._tree.stop
-        return macs + self._planned(columns, together=together)
+        if not columns:
+            return macs, 0
+        plan, products = self._planned(columns)
+        return macs + plan.cost, max(self._scratch(plan, products, *layout) for layout in layouts.items())
 
-    def _together(self, rows: list[Tensor]) -> int:
-        """Columns that are led on at once, at most: samples that have equally many rows of each clock go together,
-        parameter by parameter, as many as fill a chunk."""
-        layouts: dict[tuple[tuple[int, int, int], ...], int] = {}
+    def _layouts(self, rows: list[Tensor]) -> dict[tuple[_Rows, ...], int]:
+        """Samples that have equally many rows of each clock and parameter go together: what they have, and how many
+        samples these are."""
+        layouts: dict[tuple[_Rows, ...], int] = {}
         for sample in range(self._size):
-            blocks = []
-            for group, clock, mine in zip(self._groups, self._clocks, rows, strict=True):
+            mine: list[_Rows] = []
+            for group, clock, chosen in zip(self._groups, self._clocks, rows, strict=True):
                 own = slice(sample * group.slices, (sample + 1) * group.slices)
-                times, counts = clock[own][mine[own] & (clock[own] < self._tree.stop)].unique(return_counts=True)
+                times, counts = clock[own][chosen[own] & (clock[own] < self._tree.stop)].unique(return_counts=True)
                 for time, count in zip(times.tolist(), counts.tolist(), strict=True):
-                    blocks += [(time, at, count * size) for at, size in zip(group.places, group.sizes, strict=True)]
-            key = tuple(sorted(blocks))
-            layouts[key] = layouts.get(key, 0) + 1
-        return max((samples * self._chunk(layout, samples) for layout, samples in layouts.items()), default=0)
-
-    def _chunk(self, layout: tuple[tuple[int, int, int], ...], samples: int) -> int:
-        room = limit = max(1, CHUNK_BYTES // (samples * self._full * self._itemsize))
-        most = 0
-        for _, _, width in layout:
-            if width > limit:
-                return limit
-            room = limit - width if width > room else room - width
-            most = max(most, limit - room)
-        return most
+                    mine += [_Rows(time, at, count, size) for at, size in zip(group.places, group.sizes, strict=True)]
+            if mine:
+                key = tuple(sorted(mine))
+                layouts[key] = layouts.get(key, 0) + 1
+        return layouts
 
     def _pay(self, rows: list[Tensor]) -> int:
         """Nothing has been paid before the sync at the end, so what is owed reaches back to each clock."""
-        macs, times = 0, set()
+        macs, times = 0, set[int]()
         for group, clock, mine in zip(self._groups, self._clocks, rows, strict=True):
             late = clock[mine & (clock < self._tree.stop)]
             times |= set(late.unique().tolist())
             macs += late.numel() * self._full * group.width
-        return macs + self._planned(dict.fromkeys(times, self._size), shared=True)
+        return macs + (self._planned(dict.fromkeys(times, self._size), shared=True)[0].cost if times else 0)
 
-    def _planned(self, columns: dict[int, int], shared: bool = False, together: int = 0) -> int:
-        if not columns:
-            return 0
+    def _planned(self, columns: dict[int, int], shared: bool = False) -> tuple[Plan, list[Pattern]]:
+        """How the learner would lead these columns to the present; its products count as composed from now on."""
         plan = self._tree.plan(
             columns, self._tree.stop, lambda p: p.apply_macs, lambda p: p.compose_macs, shared=shared
         )
-        products = self._tree.products(plan)  # from now on they count as composed
-        if together:
-            self.scratch_bytes = max(self.scratch_bytes, self._scratch(products, together))
-        return plan.cost
+        return plan, self._tree.products(plan)
 
-    def _scratch(self, products: list[Pattern], columns: int) -> int:
-        """Bytes of columns gathered, side by side, and of the last product's part of them, read and multiplied."""
-        n, width, near = products[0].n, products[0].width, products[0].cols
-        masks = None if near is None else _rows.mask(near, n)
+    def _scratch(self, plan: Plan, products: list[Pattern], layout: tuple[_Rows, ...], samples: int) -> int:
+        """Bytes of the chunk of columns that takes most: gathered, put side by side, and what a product reads of them
+        and makes of it."""
+        n, width = products[0].n, products[0].width
+        touched = products[0].cols
         for product in products[1:]:
-            masks = _rows.union(masks, product.cols, n)
-        touched = n if masks is None else int(masks.sum(dim=1).max())
-        last = products[-1]  # which all of them go through
-        part = last.u + (0 if last.cols is None else last.c)
-        return columns * (2 * touched + part) * width * self._itemsize
+            touched = _rows.union(touched, product.cols, n)
+        if touched is not None:
+            touched = touched if touched.dtype == torch.bool else _rows.mask(touched, n)
+        reach = n if touched is None else int(touched.sum(dim=1).max())
+        most = 0
+        for chunk in self._chunks(layout, samples):
+            numbers = 0  # of rows of the state
+            if len(chunk) > 1 or chunk[0].count * samples > 1:
+                numbers = reach * sum(rows.width for rows in chunk) * (2 if len(chunk) > 1 else 1)
+                numbers += reach * chunk[-1].width if chunk[-1].count > 1 else 0  # turned
+            numbers += max(
+                sum(rows.width for rows in chunk if leg.since <= rows.clock <= leg.start)
+                * (product.u + (0 if product.cols is None else product.c))
+                for leg, product in zip(plan.legs, products, strict=True)
+            )
+            most = max(most, numbers)
+        return samples * most * width * self._itemsize
+
+    def _chunks(self, layout: tuple[_Rows, ...], samples: int) -> list[list[_Rows]]:
+        """As ``rtrl.catch_up`` cuts them; rows wider than a chunk fill one, and are not gone through part by part."""
+        room = limit = max(1, CHUNK_BYTES // (samples * self._full * self._itemsize))
+        chunks: list[list[_Rows]] = [[]]
+        for rows in layout:
+            if chunks[-1] and rows.width > room:
+                chunks.append([])
+                room = limit
+            chunks[-1].append(rows if rows.width <= limit else rows._replace(count=1, size=limit))
+            room -= rows.width
+        return chunks
