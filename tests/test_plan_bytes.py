@@ -17,6 +17,7 @@ from planned import (
     expect_counts,
     inputs,
     mixture,
+    profiled,
     torch_cell,
     truncated,
     watched,
@@ -33,14 +34,15 @@ from rtrl.planning.profile import Series, profile
 CELLS = DENSE | SPARSE
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 6, 11])
-@pytest.mark.parametrize("way", [*BASELINES, *BLOCKS], ids=lambda way: way.name)
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "layers", "embedding", "mixture", "rows and slices in x"])
-def test_what_is_held_is_planned_to_the_byte(kind: str, way: Way, steps: int) -> None:
-    cell = CELLS[kind]()
-    xs = inputs(cell, steps, 2)
-    planned = way.planned(profile(cell, list(xs), 2), steps)
-    assert dict(planned.held) == watched(way.make, cell, xs).held
+def test_what_is_held_is_planned_to_the_byte(kind: str) -> None:
+    for steps in (1, 2, 5, 6, 11) if kind == "RNN" else (2, 11):
+        cell = CELLS[kind]()
+        xs = inputs(cell, steps, 2)
+        found = profiled(cell, xs)
+        for way in (*BASELINES, *BLOCKS):
+            if (way.name, kind) != ("textbook", "mixture"):  # thousands of backward passes
+                assert dict(way.planned(found, steps).held) == watched(way.make, cell, xs).held, (way.name, steps)
 
 
 BIG: dict[str, Callable[[], nn.Module]] = {  # what is alive at once is worth planning from some kilobytes on
@@ -53,14 +55,21 @@ BIG: dict[str, Callable[[], nn.Module]] = {  # what is alive at once is worth pl
 }
 
 
-@pytest.mark.parametrize("way", [*BASELINES, *BLOCKS, block(16, 8)], ids=lambda way: way.name)
+@pytest.mark.parametrize(("size", "steps"), [(1, 9), (2, 20)])
 @pytest.mark.parametrize("kind", BIG)
-def test_what_is_alive_at_once_is_planned_within_a_tenth(kind: str, way: Way) -> None:
-    if way.name == "textbook" and kind == "mixture":
-        pytest.skip("thousands of backward passes")
-    for size, steps in ((1, 9), (3, 33)) if way.name != "textbook" else ((2, 3),):
-        cell = BIG[kind]()
-        expect_bytes(way, cell, inputs(cell, steps, size))
+def test_what_is_alive_at_once_is_planned_within_a_tenth(kind: str, size: int, steps: int) -> None:
+    cell = BIG[kind]()
+    xs = inputs(cell, steps, size)
+    found = profiled(cell, xs)
+    for way in (*BASELINES, *BLOCKS, block(16, 8)):
+        if way.name != "textbook":
+            expect_bytes(way, cell, xs, found)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BIG if kind != "mixture"])
+def test_textbook_rtrl_is_alive_at_once_as_planned(kind: str) -> None:
+    cell = BIG[kind]()
+    expect_bytes(BASELINES[1], cell, inputs(cell, 3, 2))
 
 
 def test_bytes_alive_are_those_the_allocator_gives() -> None:
@@ -109,32 +118,33 @@ def test_bptt_needs_more_beyond_the_crossover_and_less_before() -> None:
 # ------------------------------------------------------------------ wrong formulas
 
 
-def without(name: str) -> Callable[[Any], Any]:
+def nothing(formula: Callable[..., Any]) -> Callable[..., Any]:
     """A formula that leaves out what a call of it gives."""
-    return lambda formula: lambda *args, **kwargs: 0
 
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        found = formula(*args, **kwargs)
+        return tuple(0 for _ in found) if isinstance(found, tuple) else 0
 
-def scaled(factor: float) -> Callable[[Any], Any]:
-    return lambda formula: lambda *args, **kwargs: int(factor * formula(*args, **kwargs))
+    return wrong
 
 
 Check = Callable[[Way, nn.Module, Tensor], None]
 FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any], Check, Way, str]] = {
-    "bytes without the influence": (block_bytes, "influence_of", without(""), expect_bytes, block(3), "GRU"),
-    "bytes without the tree": (block_bytes, "tree", without(""), expect_bytes, block(3), "mixture"),
-    "a closing that needs nothing": (block_peak, "closing", without(""), expect_bytes, block(16), "GRU"),
-    "a closing without its sweep": (block_peak, "_sweeping", without(""), expect_bytes, block(16), "RNN"),
+    "bytes without the influence": (block_bytes, "influence_of", nothing, expect_bytes, block(3), "GRU"),
+    "bytes without the tree": (block_bytes, "tree", nothing, expect_bytes, block(3), "mixture"),
+    "a closing that needs nothing": (block_peak, "closing", nothing, expect_bytes, block(16), "GRU"),
+    "a closing without its sweep": (block_peak, "_sweeping", nothing, expect_bytes, block(16), "RNN"),
     "BPTT without its graph": (Series, "__call__", lambda formula: lambda *_: 0, expect_bytes, BASELINES[0], "GRU"),
     "a window one step too short": (unrolled, "_moments", lambda f: lambda p, t, k, s: f(p, t, k - 1, s),
                                     expect_bytes, truncated(4, True), "GRU"),
-    "multiply-adds without the sweep": (block_macs, "sweep", without(""), expect_counts, block(3), "GRU"),
+    "multiply-adds without the sweep": (block_macs, "sweep", nothing, expect_counts, block(3), "GRU"),
     "births counted once a block": (block_macs, "births", lambda f: lambda p, m, e: f(p, 1, e), expect_counts,
                                     block(3), "GRU"),
     "checks forgotten": (block_macs, "checks", lambda f: lambda *_: {}, expect_counts, block(3), "GRU"),
-    "sleepers not paid": (sleep.Sleepers, "_pay", without(""), expect_counts, block(3), "mixture"),
-    "sleepers not moved": (sleep.Sleepers, "_advance", without(""), expect_counts, block(3), "mixture"),
+    "sleepers not paid": (sleep.Sleepers, "_pay", nothing, expect_counts, block(3), "mixture"),
+    "sleepers not moved": (sleep.Sleepers, "_advance", nothing, expect_counts, block(3), "mixture"),
     "no padding": (block_macs, "padded", lambda f: lambda s, n: sum(s.uses), expect_counts, block(7), "mixture"),
-    "a pass too few": (linear, "_passes", lambda f: lambda n: max(f(n) - 1, 0), expect_counts, block(3), "GRU"),
+    "passes that do not grow": (linear, "_passes", lambda f: lambda n: 1, expect_counts, block(3), "GRU"),
 }  # fmt: skip
 
 
