@@ -2,13 +2,11 @@
 checked against, the same on every machine."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from rtrl import _tree
 
 
 class AliveBytes(TorchDispatchMode):
@@ -37,10 +35,10 @@ class AliveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for leaf in _tree.tensors((args, kwargs)):
+        for leaf in _flat(args, kwargs.values()):
             self._meet(leaf, new=False)
         out = func(*args, **kwargs)
-        for leaf in _tree.tensors(out):
+        for leaf in _flat((out,)):
             self._meet(leaf, new=True)
         return out
 
@@ -61,6 +59,16 @@ class AliveBytes(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, gone)
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+def _flat(*many: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors that an operation takes or gives, which lie in lists and tuples at most."""
+    for values in many:
+        for value in values:
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, list | tuple):
+                yield from _flat(value)
 
 
 def peak_of(call: Callable[[], Any]) -> int:

@@ -11,10 +11,12 @@ from planned import (
     BLOCKS,
     DENSE,
     SPARSE,
+    TRUNCATED,
     Way,
     block,
     expect_bytes,
     expect_counts,
+    held,
     inputs,
     mixture,
     profiled,
@@ -36,22 +38,22 @@ CELLS = DENSE | SPARSE
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "layers", "embedding", "mixture", "rows and slices in x"])
 def test_what_is_held_is_planned_to_the_byte(kind: str) -> None:
-    for steps in (1, 2, 5, 6, 11) if kind == "RNN" else (2, 11):
+    for steps in (1, 2, 5, 6, 11) if kind == "RNN" else (11,):
         cell = CELLS[kind]()
         xs = inputs(cell, steps, 2)
         found = profiled(cell, xs)
         for way in (*BASELINES, *BLOCKS):
-            if (way.name, kind) != ("textbook", "mixture"):  # thousands of backward passes
-                assert dict(way.planned(found, steps).held) == watched(way.make, cell, xs).held, (way.name, steps)
+            if way.name != "textbook" or kind != "mixture":  # thousands of backward passes
+                assert dict(way.planned(found, steps).held) == held(way.make, cell, xs), (way.name, steps)
 
 
 BIG: dict[str, Callable[[], nn.Module]] = {  # what is alive at once is worth planning from some kilobytes on
-    "RNN": lambda: torch_cell(nn.RNNCell, 40),
+    "RNN": lambda: torch_cell(nn.RNNCell, 32),
     "GRU": lambda: torch_cell(nn.GRUCell, 24),
     "LSTM": lambda: torch_cell(nn.LSTMCell, 16),
     "layers": lambda: seeded(rtrl.cells.from_torch(nn.LSTM(3, 10, num_layers=2)), 0),
     "no closed form": lambda: seeded(PlainRNN(3, 24), 0),
-    "mixture": lambda: mixture(d_model=12),
+    "mixture": lambda: mixture(d_model=8),
 }
 
 
@@ -61,9 +63,8 @@ def test_what_is_alive_at_once_is_planned_within_a_tenth(kind: str, size: int, s
     cell = BIG[kind]()
     xs = inputs(cell, steps, size)
     found = profiled(cell, xs)
-    for way in (*BASELINES, *BLOCKS, block(16, 8)):
-        if way.name != "textbook":
-            expect_bytes(way, cell, xs, found)
+    for way in (BASELINES[0], *TRUNCATED[:: 1 if kind == "GRU" else 2], *BLOCKS, block(16, 8)):
+        expect_bytes(way, cell, xs, found)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in BIG if kind != "mixture"])
@@ -99,20 +100,37 @@ def test_bytes_alive_are_those_the_allocator_gives() -> None:
 # ------------------------------------------------------------------ T*
 
 
-def test_bptt_needs_more_beyond_the_crossover_and_less_before() -> None:
-    cell = torch_cell(nn.GRUCell, 12)
-    xs = inputs(cell, 1, 2)
-    found = rtrl.plan(cell, xs[0], steps=1_000, blocks=[6])
+CROSSING: dict[str, Callable[[], nn.Module]] = {
+    "GRU": lambda: torch_cell(nn.GRUCell),
+    "layers": lambda: seeded(rtrl.cells.from_torch(nn.LSTM(3, 3, num_layers=2)), 0),
+    "mixture": lambda: mixture(d_model=2, n_slots=3, n_experts=3, topk=1, read_slots=2),
+}
+
+
+@pytest.mark.parametrize("kind", CROSSING)
+def test_bptt_really_holds_more_beyond_the_crossover_and_not_before(kind: str) -> None:
+    """To the step, on runs of as many steps: of both learners, what they hold is measured."""
+    cell = CROSSING[kind]()
+    found = rtrl.plan(cell, inputs(cell, 1, 2)[0], steps=10, blocks=[6], windows=[2])
     (row,) = [row for row in found.rows if row.method == "BlockRTRL"]
     last = found.crossover_steps
     assert last == row.crossover_steps
-    assert 10 < last < 1_000
-    learner = watched(block(6).make, cell, inputs(cell, 40, 2))
+    assert 20 < last < 1_000
+    for steps, more in ((last, False), (last + 1, True)):
+        xs = inputs(cell, steps, 2)
+        mine, theirs = (sum(held(make, cell, xs).values()) for make in (block(6, 2).make, BPTT))
+        assert (theirs > mine) == more, (steps, theirs, mine)
+
+
+def test_bptt_really_needs_more_beyond_the_crossover_of_peaks() -> None:
+    cell = torch_cell(nn.GRUCell)
+    found = rtrl.plan(cell, inputs(cell, 1, 2)[0], steps=1_000, blocks=[6])
+    (row,) = [row for row in found.rows if row.method == "BlockRTRL"]
+    last = row.crossover_peak_steps
+    assert last is not None and 10 < last < 1_000
     for steps, more in ((round(0.8 * last), False), (round(1.25 * last), True)):
-        assert (watched(BPTT, cell, inputs(cell, steps, 2)).peak > learner.peak) == more
-    for steps in (row.crossover_held_steps, row.crossover_held_steps + 1):
-        held = sum(watched(BPTT, cell, inputs(cell, steps, 2)).held.values())
-        assert (held > sum(learner.held.values())) == (steps > row.crossover_held_steps)
+        xs = inputs(cell, steps, 2)
+        assert (watched(BPTT, cell, xs).peak > watched(block(6).make, cell, xs).peak) == more
 
 
 # ------------------------------------------------------------------ wrong formulas
@@ -152,7 +170,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any], Check, Way, str]] = {
 def test_a_wrong_formula_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, name, wrong, check, way, kind = FAULTS[fault]
     cell = (BIG if check is expect_bytes else CELLS)[kind]()
-    xs = inputs(cell, 33, 3) if check is expect_bytes else inputs(cell, 17, 3)
+    xs = inputs(cell, 17, 2) if check is expect_bytes else inputs(cell, 11, 3)
     check(way, cell, xs)  # as it is, it holds
     monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
     with pytest.raises(AssertionError):

@@ -17,8 +17,8 @@ class Choice:
         held: bytes held between two steps, at most, by part, as the learner's ``retained_bytes`` counts them.
         peak_bytes: bytes allocated at once, at most, besides the cell, its ``.grad`` and what the user holds.
         block, window, horizon: its arguments, where it takes them.
-        crossover_steps: of a choice that does not grow with the run, the number of steps beyond which BPTT needs more
-            bytes at its peak; crossover_held_steps: beyond which it holds more between two steps.
+        crossover_steps: of a choice that does not grow with the run, T*: on runs of more steps BPTT holds more bytes
+            between two steps; crossover_peak_steps: beyond which it needs more at its peak.
         sliding: of a TBPTT, whether its window slides.
         estimated: whether ``macs`` is an estimate, because the choices of a routing cell had to be guessed or went on
             beyond the stream that was given; else it is what will be counted.
@@ -36,7 +36,7 @@ class Choice:
     sliding: bool | None = None
     estimated: bool = False
     crossover_steps: int | None = None
-    crossover_held_steps: int | None = None
+    crossover_peak_steps: int | None = None
 
     @property
     def macs_per_step(self) -> float:
@@ -74,5 +74,5 @@ class Choice:
             "held": dict(self.held),
             "peak_bytes": self.peak_bytes,
             "crossover_steps": self.crossover_steps,
-            "crossover_held_steps": self.crossover_held_steps,
+            "crossover_peak_steps": self.crossover_peak_steps,
         }

@@ -59,9 +59,8 @@ class Plan:
 
     @property
     def crossover_steps(self) -> int | None:
-        """T*: on runs of more steps, BPTT needs more bytes at its peak than ``best_block``; None if there is no such
-        choice. Each choice's own T* is its ``crossover_steps``, and ``crossover_held_steps`` compares what is held
-        between two steps."""
+        """T*: on runs of more steps, BPTT holds more bytes than ``best_block``; None if there is no such choice. Each
+        choice's own T* is its ``crossover_steps``, and ``crossover_peak_steps`` compares what is needed at once."""
         return None if self.best_block is None else self.best_block.crossover_steps
 
     def seconds_per_step(self, choice: Choice) -> dict[str, float]:
@@ -134,7 +133,7 @@ class Plan:
         from rich.table import Table
 
         table = Table("", "method", "gradient")
-        for title in ("multiply-adds a step", "held", "at its peak", "BPTT needs more beyond"):
+        for title in ("multiply-adds a step", "held", "at its peak", "BPTT holds more beyond"):
             table.add_column(title, justify="right")
         best = self.best
         for choice in self.rows:
@@ -163,7 +162,8 @@ class Plan:
         else:
             words = f"best: {best.name}"
         if block is not None and self.crossover_steps is not None:
-            words += f". Beyond T* = {self.crossover_steps:,} steps, BPTT needs more memory than {block.name}"
+            words += f". Beyond T* = {self.crossover_steps:,} steps, BPTT holds more than {block.name}"
+            words += f"; beyond {block.crossover_peak_steps:,}, it needs more at its peak"
         return Text(words + ".")
 
     def _device_table(self) -> "Table":

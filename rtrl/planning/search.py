@@ -155,10 +155,13 @@ def _compared(profile: Profile, choice: Choice) -> Choice:
     """With the number of steps beyond which BPTT takes more memory."""
     if choice.method not in ("BlockRTRL", "DenseRTRL"):
         return choice
+    grown = choice  # with its influence and full blocks
+    if choice.block is not None and choice.steps <= 2 * choice.block:
+        grown = block_rtrl(profile, 2 * choice.block + 1, choice.block, choice.window or 1)
     return replace(
         choice,
-        crossover_steps=_last(lambda t: bptt(profile, t).peak_bytes <= choice.peak_bytes),
-        crossover_held_steps=_last(lambda t: bptt(profile, t).held_bytes <= choice.held_bytes),
+        crossover_steps=_last(lambda t: bptt(profile, t).held_bytes <= grown.held_bytes),
+        crossover_peak_steps=_last(lambda t: bptt(profile, t).peak_bytes <= grown.peak_bytes),
     )
 
 
