@@ -26,7 +26,8 @@ class AliveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
+        self.now: int = 0
+        self.peak: int = 0
         self._known: dict[int, Any] = {}
 
     @classmethod
@@ -78,6 +79,7 @@ def peak_of(call: Callable[[], Any]) -> int:
     >>> peak_of(lambda: torch.ones(5, 4) + 1.0)
     160
     """
-    with AliveBytes() as alive:
+    alive = AliveBytes()
+    with alive:
         call()
     return alive.peak

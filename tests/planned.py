@@ -24,7 +24,7 @@ Make = Callable[[nn.Module, int], Any]
 
 
 def mixture(**options: Any) -> nn.Module:
-    sizes = {"d_model": 4, "n_slots": 5, "n_experts": 6, "topk": 2, "read_slots": 3, "write_slots": 1} | options
+    sizes = {"d_model": 2, "n_slots": 5, "n_experts": 6, "topk": 2, "read_slots": 3, "write_slots": 1} | options
     return seeded(rtrl.RecurrentMoE(3, 2, **sizes), 1)
 
 
@@ -62,8 +62,8 @@ SPARSE: dict[str, Callable[[], nn.Module]] = {
     "stack of mixtures": lambda: seeded(
         rtrl.cells.Stack(
             [
-                rtrl.RecurrentMoE(3, 8, d_model=4, n_slots=3, n_experts=4, topk=1),
-                rtrl.RecurrentMoE(8, 2, d_model=4, n_slots=4, n_experts=4, topk=2),
+                rtrl.RecurrentMoE(3, 4, d_model=2, n_slots=3, n_experts=4, topk=1),
+                rtrl.RecurrentMoE(4, 2, d_model=2, n_slots=4, n_experts=3, topk=2),
             ]
         ),
         0,

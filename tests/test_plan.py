@@ -303,7 +303,7 @@ def test_a_dense_cell_gets_blocks_of_about_its_state(kind: type[nn.Module], hidd
 def test_where_nothing_is_known_the_block_is_the_state() -> None:
     state = torch.zeros(3, 4, dtype=torch.float64)
     assert rtrl.BlockRTRL(Silent(), 3, block="auto", state=state).block == 4
-    assert rtrl.BlockRTRL(mixture(), 3, block="auto").block == 5 * 4
+    assert rtrl.BlockRTRL(mixture(), 3, block="auto").block == mixture().init_state(1).numel()
 
 
 def test_blocks_stay_within_the_room(monkeypatch: pytest.MonkeyPatch) -> None:

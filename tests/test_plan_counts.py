@@ -6,7 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from planned import BASELINES, BLOCKS, DENSE, SPARSE, block, counted, expect_counts, inputs, mixture, profiled, torch_cell
+from planned import (
+    BASELINES,
+    BLOCKS,
+    DENSE,
+    SPARSE,
+    TRUNCATED,
+    block,
+    counted,
+    expect_counts,
+    inputs,
+    mixture,
+    profiled,
+    torch_cell,
+)
 from torch import nn
 
 import rtrl
@@ -20,8 +33,8 @@ CELLS = DENSE | SPARSE
 
 @pytest.mark.parametrize("kind", CELLS)
 def test_baselines_are_counted_exactly(kind: str) -> None:
-    """Textbook RTRL is as exact a step as its first; of a mixture it takes thousands of backward passes."""
-    for steps, ways in ((2, BASELINES), (6, [way for way in BASELINES if way.name != "textbook"])):
+    """Each step of textbook RTRL is counted as its first one; of a mixture it takes hundreds of backward passes."""
+    for steps, ways in ((2, BASELINES[:2]), (6, [BASELINES[0], *TRUNCATED])):
         cell = CELLS[kind]()
         xs = inputs(cell, steps, 2)
         found = profiled(cell, xs)
@@ -40,7 +53,7 @@ def test_short_and_longer_runs_are_counted_exactly(steps: int) -> None:
 
 @pytest.mark.parametrize("kind", CELLS)
 def test_blocks_are_counted_exactly(kind: str) -> None:
-    for size, steps, ways in ((1, 2, BLOCKS[1:2]), (3, 11, BLOCKS)):
+    for size, steps, ways in ((1, 2, BLOCKS[1:2]), (3, 9, BLOCKS)):
         cell = CELLS[kind]()
         xs = inputs(cell, steps, size)
         found = profiled(cell, xs)
@@ -84,7 +97,7 @@ def test_the_end_of_a_long_run_costs_what_the_middle_does(monkeypatch: pytest.Mo
 
 def test_choices_drawn_at_random_cost_what_random_choices_cost() -> None:
     """Planned from one step, against a run whose routing is laid down at random."""
-    cell, size, steps = mixture(n_experts=12), 2, 60
+    cell, size, steps = mixture(n_experts=12), 2, 42
     xs = inputs(cell, steps, size)
     planned = block_rtrl(profile(cell, [xs[0]], size), steps, 3, 8)
     generator = torch.Generator().manual_seed(9)
@@ -122,8 +135,8 @@ def per_step(hidden: int, m: int, way: Callable[..., Any] = block_rtrl) -> float
 
 
 def test_textbook_rtrl_grows_with_the_fourth_power_and_blocks_with_the_third() -> None:
-    """P = 2·H²: a step of block 1 takes H²·P, one of a block of H steps about 2·H·P + H³, where the states are too large
-    for a scan."""
+    """P = 2·H²: a step of block 1 takes H²·P, one of a block of H steps about 2·H·P + H³; of states too large for a
+    scan."""
     sizes = [96, 192]
     textbook, blocked = ([per_step(h, m) for h, m in zip(sizes, many, strict=True)] for many in ([1, 1], sizes))
     assert 3.9 < exponent(sizes, textbook) < 4.05

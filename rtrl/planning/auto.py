@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from rtrl.cells.protocol import first_state
 from rtrl.errors import ConfigError, PerformanceWarning, RTRLError
 from rtrl.planning import block_macs, block_peak
 from rtrl.planning.block_bytes import Touched, held
@@ -46,9 +47,7 @@ def choose_block(cell: nn.Module, batch_size: int, *, state: Tensor | None = Non
     if not parameters:
         raise ConfigError("the cell has no parameter that requires a gradient")
     if state is None:
-        if not callable(getattr(cell, "init_state", None)):
-            raise ConfigError(f"{type(cell).__name__} has no init_state(batch_size); pass its first state yourself")
-        state = cell.init_state(1)
+        state = first_state(cell, 1)
     full = state[0].numel()
     found = _profiled(cell, state)
     if found is None or found.declares:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -47,7 +48,7 @@ def measured_rates(dtype: torch.dtype = torch.float32, seconds: float = 0.05) ->
     for name, timed in _present().items():
         try:
             square = torch.full((timed.side, timed.side), 1 / timed.side, dtype=dtype, device=timed.device)
-            best = _fastest(lambda square=square: square @ square, timed.wait, seconds)
+            best = _fastest(partial(torch.mm, square, square), timed.wait, seconds)
         except (RuntimeError, TypeError):  # no such dtype there, or no memory left
             continue
         rates[name] = timed.side**3 / best

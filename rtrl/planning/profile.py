@@ -7,7 +7,7 @@ generators are left as they were.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -282,7 +282,7 @@ def _steps(
     taken, macs = [], []
     for number, x in enumerate(xs):
         with torch.no_grad(), MacCounter(rules) as counter:
-            y, h_next, sparsity = _guarded(lambda x=x, h=h: call_cell(values, x, h.clone(), None), x, h)
+            y, h_next, sparsity = _guarded(partial(call_cell, values, x, h.clone(), None), x, h)
         _guard.check_output(y, h, h_next, number)
         check_sparsity(sparsity, h, names)
         step = _Probed(number, x, h, h_next, own_copy(sparsity) if replays else None, values, cut)
@@ -338,7 +338,12 @@ def _graph_bytes(steps: list[_Probed]) -> Series:
     kept: list[Tensor] = []  # alive until all is counted, so that no address comes twice
     found = []
     h = steps[0].h
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.detach()) or t, lambda t: t):
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t.detach())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         for step in steps:
             pairs, h = step.again(h)
             kept += [y.detach() for y, _ in pairs]

@@ -33,16 +33,16 @@ class Moved:
 
 
 class _Rows(NamedTuple):
-    """Rows of one clock and one parameter, as many of each of some samples: ``count`` of ``size`` columns."""
+    """Rows of one clock and one parameter, as many of each of some samples: ``rows`` of ``size`` columns."""
 
     clock: int
     place: int
-    count: int
+    rows: int
     size: int
 
     @property
     def width(self) -> int:
-        return self.count * self.size
+        return self.rows * self.size
 
 
 class Sleepers:
@@ -154,9 +154,9 @@ class Sleepers:
         most = 0
         for chunk in self._chunks(layout, samples):
             numbers = 0  # of rows of the state
-            if len(chunk) > 1 or chunk[0].count * samples > 1:
+            if len(chunk) > 1 or chunk[0].rows * samples > 1:
                 numbers = reach * sum(rows.width for rows in chunk) * (2 if len(chunk) > 1 else 1)
-                numbers += reach * chunk[-1].width if chunk[-1].count > 1 else 0  # turned
+                numbers += reach * chunk[-1].width if chunk[-1].rows > 1 else 0  # turned
             numbers += max(
                 sum(rows.width for rows in chunk if leg.since <= rows.clock <= leg.start)
                 * (product.u + (0 if product.cols is None else product.c))
@@ -173,6 +173,6 @@ class Sleepers:
             if chunks[-1] and rows.width > room:
                 chunks.append([])
                 room = limit
-            chunks[-1].append(rows if rows.width <= limit else rows._replace(count=1, size=limit))
+            chunks[-1].append(rows if rows.width <= limit else rows._replace(rows=1, size=limit))
             room -= rows.width
         return chunks

@@ -83,11 +83,13 @@ def _peak(profile: Profile, held: dict[str, int], kept: int, run: int) -> int:
 
     Beside what is held: the copy of the parameters that the steps were taken with; what each step has beyond what
     ``retained_bytes`` counts, the gradient left at its y and a mark a sample, less the index tensors that it counts
-    twice; and either the graph and the gradient, of which the largest part is being added to, or, the graph being
-    gone, the gradient twice.
+    twice; and either the gradient and the graph, that of the newest step going as its part of the gradient comes (half
+    of it counts), or the largest part of the gradient twice more while it is added to; or, the graph being gone, the
+    gradient twice.
     """
     largest = max(shape.numel() for shape in profile.shapes.values()) * profile.itemsize
     beyond = profile.output_bytes + profile.batch_size - profile.replays * (profile.choice_bytes - profile.shared_bytes)
-    adding = profile.graph_bytes(run - 1) + 2 * largest if run > 1 else profile.graph_bytes(run)
-    walking = profile.parameter_bytes + max(profile.graph_bytes(run), adding)
+    older, every = profile.graph_bytes(run - 1), profile.graph_bytes(run)
+    graph = older + max((every - older) // 2, 2 * largest) if run > 1 else every
+    walking = profile.parameter_bytes + graph
     return sum(held.values()) + kept * beyond + profile.copy_bytes + max(walking, 2 * profile.parameter_bytes)
