@@ -182,7 +182,7 @@ def check(
 
 @app.command()
 def plan(
-    steps: Annotated[int, typer.Option(help="T, of the run.", min=1)],
+    steps: Annotated[int, typer.Option(help="T, how many steps the run has.", min=1)],
     cell: Annotated[
         str | None,
         typer.Option(
@@ -195,35 +195,35 @@ def plan(
     kind: Annotated[
         str | None, typer.Option(help="In place of --cell: rnn, gru, lstm or moe.", show_default=False)
     ] = None,
-    hidden: Annotated[int, typer.Option(help="Of --kind: its state; of moe, one slot.", min=1)] = 64,
+    hidden: Annotated[int, typer.Option(help="Of --kind: units of its state; of moe, of one slot.", min=1)] = 64,
     inputs: Annotated[int, typer.Option(help="Of --kind: the width of x, and of y.", min=1)] = 64,
-    slots: Annotated[int, typer.Option(help="Of --kind moe.", min=1)] = 8,
-    experts: Annotated[int, typer.Option(help="Of --kind moe.", min=1)] = 16,
-    topk: Annotated[int, typer.Option(help="Of --kind moe.", min=1)] = 2,
+    slots: Annotated[int, typer.Option(help="Of --kind moe: slots of the state.", min=1)] = 8,
+    experts: Annotated[int, typer.Option(help="Of --kind moe: how many there are.", min=1)] = 16,
+    topk: Annotated[int, typer.Option(help="Of --kind moe: experts a step uses.", min=1)] = 2,
     batch_size: Annotated[
         int | None,
-        typer.Option(help="B.  [default: that of the inputs, or 1]", min=1, show_default=False),
+        typer.Option(help="B; by default that of the inputs, or 1.", min=1, show_default=False),
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="The budget: 4GiB, 512MB, a number of bytes.", show_default=False)
+        str | None, typer.Option(help="The budget, for what is needed at once: 4GiB, 512MB, or a number of bytes. By default none.", show_default=False)
     ] = None,
     block: Annotated[
         list[int] | None,
-        typer.Option(help="Steps a block; may be repeated.  [default: powers of two, and H]", show_default=False),
+        typer.Option(help="Steps a block to try; may be repeated. By default powers of two, and H.", show_default=False),
     ] = None,
     window: Annotated[
         list[int] | None,
-        typer.Option(help="Blocks remembered; may be repeated.  [default: 4 16 64]", show_default=False),
+        typer.Option(help="Blocks to remember; may be repeated. By default 4, 16 and 64.", show_default=False),
     ] = None,
     horizon: Annotated[
         list[int] | None,
-        typer.Option(help="Of truncated BPTT; may be repeated.  [default: 16 64 256]", show_default=False),
+        typer.Option(help="Of truncated BPTT; may be repeated. By default 16, 64 and 256.", show_default=False),
     ] = None,
     rate: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=MACS_PER_S",
-            help="A device of your own, 'cluster=2e13'; may be repeated.",
+            help="A device of your own and its multiply-adds a second, 'cluster=2e13'; may be repeated.",
             show_default=False,
         ),
     ] = None,

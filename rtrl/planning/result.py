@@ -124,8 +124,8 @@ class Plan:
 
         budget = "" if self.memory_bytes is None else f", at most {show_bytes(self.memory_bytes)}"
         return Text(
-            f"{self.cell}: H = {self.state_size}, P = {self.parameter_size:,}, {self.dtype}; {self.steps:,} steps of "
-            f"{self.batch_size} samples{budget}",
+            f"{self.cell}: H = {self.state_size}, P = {self.parameter_size:,}, {self.dtype}; {self.steps:,} steps, "
+            f"batch size {self.batch_size}{budget}",
             style="bold",
         )
 
@@ -133,7 +133,7 @@ class Plan:
         from rich.table import Table
 
         table = Table("", "method", "gradient")
-        for title in ("multiply-adds a step", "held", "at its peak", "BPTT holds more beyond"):
+        for title in ("multiply-adds a step", "held", "at its peak", "T*: BPTT holds more beyond"):
             table.add_column(title, justify="right")
         best = self.best
         for choice in self.rows:
