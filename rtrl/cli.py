@@ -284,9 +284,11 @@ def _rate(text: str) -> tuple[str, float]:
     """A device and its multiply-adds a second."""
     name, _, number = text.rpartition("=")
     try:
-        return name.strip() or text, float(number)
+        if name.strip():
+            return name.strip(), float(number)
     except ValueError:
-        raise ConfigError(f"--rate takes NAME=MACS_PER_S, such as cluster=2e13, got {text!r}") from None
+        pass
+    raise ConfigError(f"--rate takes NAME=MACS_PER_S, such as cluster=2e13, got {text!r}")
 
 
 def _list_breaks(faults: dict[str, str]) -> None:

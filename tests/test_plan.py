@@ -362,7 +362,7 @@ def command(*arguments: str) -> Any:
 @pytest.mark.parametrize("kind", kinds.KINDS)
 def test_the_command_plans_for_usual_kinds(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    sizes = ("--hidden", "4", "--inputs", "3", "--slots", "3", "--experts", "4", "--topk", "1")
+    sizes = ("--hidden", "3", "--inputs", "3", "--slots", "1", "--experts", "4", "--topk", "1")
     found = command("--kind", kind, *sizes, "--steps", "300", "--batch-size", "2", "--block", "4", "--json", str(path))
     assert found.exit_code == 0, found.output
     assert "best: BPTT" in found.output
@@ -426,6 +426,7 @@ def test_the_command_fails_where_nothing_fits(folder: Path) -> None:
         (["--steps", "5", "--cell", "planned_by_me:nobody"], "nobody"),
         (["--steps", "5", "--kind", "gru", "--memory", "much"], "no number of bytes"),
         (["--steps", "5", "--kind", "gru", "--rate", "cluster"], "MACS_PER_S"),
+        (["--steps", "5", "--kind", "gru", "--rate", "=3"], "MACS_PER_S"),
         (["--steps", "5", "--kind", "gru", "--rate", "cluster=-1"], "cluster"),
         (["--steps", "5", "--kind", "gru", "--block", "0"], "block"),
         (["--steps", "5", "--kind", "moe", "--topk", "20"], "topk"),

@@ -103,6 +103,12 @@ def influence_of(profile: Profile, touched: Touched, name: str, closed: int) -> 
     return rows * (row + 3 * _INDEX) + profile.batch_size * slices * _INDEX
 
 
+def reach(profile: Profile, steps: int, rows: int, writes: int) -> int:
+    """Bytes of what the sweep through m steps leaves behind: u·width + 1 rows (``rows``) by w·width entries
+    (``writes``) a step and sample. It is made when a block closes and goes with it, so it counts in the peak alone."""
+    return steps * profile.batch_size * rows * writes * profile.itemsize
+
+
 def tree(profile: Profile, touched: Touched, block: int, window: int, lazy: bool = True) -> int:
     """Bytes of the tree: reserved at the first step, for as much as its nodes can ever hold; one leaf if nothing can
     sleep."""

@@ -11,7 +11,7 @@ In the words of ``rtrl.planning.block_macs``, in numbers, for m steps:
 from rtrl import birth, influence
 from rtrl import sweep as sweeping
 from rtrl.planning import block_macs
-from rtrl.planning.block_bytes import Touched, influence_of
+from rtrl.planning.block_bytes import Touched, influence_of, reach
 from rtrl.planning.block_macs import Extent
 from rtrl.planning.linear import Use
 from rtrl.planning.profile import Profile
@@ -34,12 +34,12 @@ def closing(
     linearising = linear.kept(max(steps - span, 1)) * (pieces > 1) + linear.peak(span)
     if pieces > 1:
         linearising = max(linearising, 2 * kept)
-    reach = steps * size * rows * writes * item
-    sweep = kept + reach + _sweeping(profile, steps, extent)
+    swept = reach(profile, steps, rows, writes)
+    sweep = kept + swept + _sweeping(profile, steps, extent)
     written = 0 if linear.parts is not None else steps * size * writes * extent.reach * profile.width * item
     both = size * rows * extent.cols * profile.width * item
     earned = profile.parameter_bytes
-    left_over = max(kept - written, 0) + reach + both + earned
+    left_over = max(kept - written, 0) + swept + both + earned
     widest = max((shape.numel() for name, shape in profile.shapes.items() if name not in extent.sliced), default=0)
     scratch = min(max(1, influence._SCRATCH // (size * rows)), widest) * size * rows * item
     advance = both + scratch + widest * item if closed else 0

@@ -29,7 +29,7 @@ def make(
 
     Args:
         kind: one of ``KINDS``. hidden: of the cell; of one slot of a mixture. inputs, outputs: of x and y; as many
-            outputs as inputs by default. slots, experts, topk: of a mixture.
+            outputs as inputs by default. slots, experts, topk: of a mixture, which reads and writes two slots a step.
 
     Raises:
         ConfigError: there is no such kind, or a size is not positive.
@@ -43,7 +43,9 @@ def make(
             raise ConfigError(f"{name} must be a positive integer, got {size!r}")
     with torch.random.fork_rng(devices=[]):  # the weights do not matter, and PyTorch's random numbers stay as they are
         if kind == "moe":
-            return RecurrentMoE(inputs, outputs, hidden, slots, experts, topk, dtype=dtype)
+            few = min(2, slots)
+            heads = 1 if hidden % 2 else 2
+            return RecurrentMoE(inputs, outputs, hidden, slots, experts, topk, heads, few, few, dtype=dtype)
         if kind not in _TORCH:
             raise ConfigError(f"there is no kind {kind!r}; there are: {', '.join(KINDS)}")
         return from_torch(_TORCH[kind](inputs, hidden, dtype=dtype), nn.Linear(hidden, outputs, dtype=dtype))
