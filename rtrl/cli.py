@@ -205,11 +205,17 @@ def plan(
         typer.Option(help="B; by default that of the inputs, or 1.", min=1, show_default=False),
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="The budget, for what is needed at once: 4GiB, 512MB, or a number of bytes. By default none.", show_default=False)
+        str | None,
+        typer.Option(
+            help="The budget, for what is needed at once: 4GiB, 512MB, or a number of bytes. By default none.",
+            show_default=False,
+        ),
     ] = None,
     block: Annotated[
         list[int] | None,
-        typer.Option(help="Steps a block to try; may be repeated. By default powers of two, and H.", show_default=False),
+        typer.Option(
+            help="Steps a block to try; may be repeated. By default powers of two, and H.", show_default=False
+        ),
     ] = None,
     window: Annotated[
         list[int] | None,

@@ -26,10 +26,11 @@ def gru() -> nn.Module:
 
 
 def test_the_best_is_the_cheapest_exact_one_that_fits() -> None:
-    free = rtrl.plan(gru(), steps=2_000)
+    sizes: dict[str, Any] = {"steps": 2_000, "blocks": [1, 4, 16], "horizons": [16]}
+    free = rtrl.plan(gru(), **sizes)
     assert free.best is not None and free.best.method == "BPTT"
     for budget in sorted({row.peak_bytes for row in free.rows}):
-        found = rtrl.plan(gru(), steps=2_000, memory_bytes=budget)
+        found = rtrl.plan(gru(), **sizes, memory_bytes=budget)
         fitting = [row for row in found.rows if row.exact and row.peak_bytes <= budget]
         best = found.best
         assert (best is None) == (not fitting)
@@ -37,7 +38,7 @@ def test_the_best_is_the_cheapest_exact_one_that_fits() -> None:
             assert best in fitting
             assert best.macs == min(row.macs for row in fitting)
     least = min(row.peak_bytes for row in free.rows if row.exact)
-    nothing = rtrl.plan(gru(), steps=2_000, memory_bytes=least - 1)
+    nothing = rtrl.plan(gru(), **sizes, memory_bytes=least - 1)
     assert nothing.best is None
     assert nothing.best_block is not None  # there is still a T* to be told
     assert "nothing exact fits" in str(nothing)

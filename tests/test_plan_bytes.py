@@ -31,7 +31,7 @@ import rtrl
 from rtrl.alive import peak_of
 from rtrl.baselines import BPTT
 from rtrl.planning import block_bytes, block_macs, block_peak, linear, sleep, textbook, unrolled
-from rtrl.planning.profile import Series, profile
+from rtrl.planning.profile import Profile, Series, profile
 
 CELLS = DENSE | SPARSE
 
@@ -60,13 +60,13 @@ BIG: dict[str, Callable[[], nn.Module]] = {  # what is alive at once is worth pl
 WAYS = [BASELINES[0], TRUNCATED[0], TRUNCATED[2], *BLOCKS, block(16, 8)]
 
 
-@pytest.mark.parametrize(("size", "steps"), [(1, 9), (2, 20)])
+@pytest.mark.parametrize(("size", "steps"), [(1, 9), (2, 17)])
 @pytest.mark.parametrize("kind", [kind for kind in BIG if kind != "mixture"])
 def test_what_is_alive_at_once_is_planned_within_a_tenth(kind: str, size: int, steps: int) -> None:
     cell = BIG[kind]()
     xs = inputs(cell, steps, size)
     found = profiled(cell, xs)
-    for way in (*TRUNCATED, *WAYS) if kind == "GRU" else WAYS:
+    for way in (*TRUNCATED, *WAYS) if (kind, size) == ("GRU", 1) else WAYS:
         expect_bytes(way, cell, xs, found)
 
 
@@ -162,7 +162,7 @@ def nothing(formula: Callable[..., Any]) -> Callable[..., Any]:
     return wrong
 
 
-Check = Callable[[Way, nn.Module, Tensor], None]
+Check = Callable[[Way, nn.Module, Tensor, Profile], None]
 FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any], Check, Way, str]] = {
     "bytes without the influence": (block_bytes, "influence_of", nothing, expect_bytes, block(3), "GRU"),
     "bytes without the tree": (block_bytes, "tree", nothing, expect_bytes, block(3), "mixture"),
@@ -187,10 +187,11 @@ def test_a_wrong_formula_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch)
     owner, name, wrong, check, way, kind = FAULTS[fault]
     cell = (BIG if check is expect_bytes else CELLS)[kind]()
     xs = inputs(cell, 9 if kind == "mixture" else 20, 2)
-    check(way, cell, xs)  # as it is, it holds
+    found = profiled(cell, xs)
+    check(way, cell, xs, found)  # as it is, it holds
     monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
     with pytest.raises(AssertionError):
-        check(way, cell, xs)
+        check(way, cell, xs, found)
 
 
 def test_a_textbook_influence_counted_three_times_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
