@@ -18,6 +18,8 @@ from rtrl.taps import segment_products
 from rtrl.transition import Transition
 
 _CHUNK = 2**22  # numbers of ``left`` that are written out at a time
+_ROWS_CHUNK = 2**20  # the same where that costs nothing: few enough to stay in a processor's cache
+_LEAST_ROWS = 8
 
 
 class Stores:
@@ -32,9 +34,12 @@ class Stores:
     ) -> None:
         self.influences, self.rows, self.block = influences, rows, block
 
-    def add(self, name: str, which: slice, left: Tensor, right: Tensor, transposed: bool = False) -> None:
-        """Add ``leftᵀ right`` to the rows ``which`` of a parameter: left (C, X, R·O), right (C, X, I)."""
-        self.influences[name].add_products(self.rows[name][which], self.block, left, right, transposed)
+    def add(
+        self, name: str, which: slice, left: Tensor, right: Tensor, transposed: bool = False, part: slice = slice(None)
+    ) -> None:
+        """Add ``leftᵀ right`` to the rows ``which`` of a parameter: left (C, X, R·O), right (C, X, I), R being those of
+        the state's entries that ``part`` names."""
+        self.influences[name].add_products(self.rows[name][which], self.block, left, right, transposed, part)
 
     def add_dense(self, name: str, born: Tensor) -> None:
         """Add born (R, u·width, p) to all rows of a parameter."""
@@ -61,7 +66,10 @@ class WholeBirth:
         k, length, o = self.taps[0].tap.shape
         if not r * length:
             return
-        for start, stop in _spans(m, size * k * length * r * o):
+        if stores.block.rows is None and all(tap.tap.index is None for tap in self.taps):
+            self._add_by_rows(stores)
+            return
+        for start, stop in _spans(m, size * k * length * r * o, _CHUNK):
             reach = self.reach[:, start:stop, :-1]
             at: Tensor | slice = slice(None)
             if stop - start < m:
@@ -76,6 +84,19 @@ class WholeBirth:
                 rows = left.reshape(size, (stop - start) * length, r * o)
                 factors = _ones(rows) if right is None else right.reshape(size, rows.shape[1], right.shape[3])
                 stores.add(use.name, slice(None), rows, factors, use.transposed)
+
+    def _add_by_rows(self, stores: Stores) -> None:
+        """The same for influences all rows of which grow: some rows at a time, so that each is written once."""
+        size, m, r = self.reach.shape[0], self.reach.shape[1], self.reach.shape[2] - 1
+        _, length, o = self.taps[0].tap.shape
+        reach = self.reach.flatten(0, 1)
+        for start, stop in _spans(r, size * m * length * o, _ROWS_CHUNK, _LEAST_ROWS):
+            left = self.response.left(reach[:, start:stop], slice(None))
+            left = left.reshape(size, m * length, (stop - start) * o)
+            for tap in self.taps:
+                right = tap.tap.inputs
+                factors = _ones(left) if right is None else right.reshape(size, m * length, right.shape[3])
+                stores.add(tap.tap.name, slice(None), left, factors, tap.tap.transposed, slice(start, stop))
 
     def _spread(self, stores: Stores, name: str, index: Tensor, left: Tensor, right: Tensor | None) -> None:
         """Slices picked from a parameter that is kept whole."""
@@ -260,9 +281,9 @@ def _ones(rows: Tensor) -> Tensor:
     return rows.new_ones(1, 1, 1).expand(rows.shape[0], rows.shape[1], 1)
 
 
-def _spans(steps: int, numbers: int) -> Iterator[tuple[int, int]]:
-    span = max(1, _CHUNK // max(1, numbers))
-    return ((start, min(start + span, steps)) for start in range(0, steps, span))
+def _spans(count: int, numbers: int, chunk: int, least: int = 1) -> Iterator[tuple[int, int]]:
+    span = max(least, chunk // max(1, numbers))
+    return ((start, min(start + span, count)) for start in range(0, count, span))
 
 
 def _places(size: int, m: int, start: int, stop: int, device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ from rtrl.birth import SlicedBirth, Stores, WholeBirth, active, births, may_over
 from rtrl.errors import SparsityError
 from rtrl.influence import ParameterInfluence
 from rtrl.linearization import Linearization, LinearTap
+from rtrl.scratch import Scratch
 from rtrl.sweep import sweep
 from rtrl.taps import segment_products
 from rtrl.transition import Transition
@@ -56,7 +57,11 @@ class BlockResult:
 
 
 def close_block(
-    groups: Sequence[Linearization], state: Tensor, parameters: Mapping[str, Tensor], sliced: Sequence[str]
+    groups: Sequence[Linearization],
+    state: Tensor,
+    parameters: Mapping[str, Tensor],
+    sliced: Sequence[str],
+    scratch: Scratch,
 ) -> BlockResult:
     """Sweep a block of linearised steps.
 
@@ -65,6 +70,7 @@ def close_block(
         state: any state of the block, for its shape, dtype and device.
         parameters: name → parameter.
         sliced: the parameters whose influence is kept slice by slice.
+        scratch: lends memory that is needed until the result is no more.
 
     Raises:
         SparsityError: a slice was used that was not declared active.
@@ -74,7 +80,7 @@ def close_block(
         times ``u·width``.
     """
     size = state.shape[0]
-    swept = sweep(groups, state)
+    swept = sweep(groups, state, scratch)
     losses = not all(group.lossless for group in groups)
     slices = {name: parameter.shape[0] if parameter.ndim else 1 for name, parameter in parameters.items()}
 

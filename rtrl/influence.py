@@ -156,37 +156,42 @@ class ParameterInfluence:
             torch.sum(moved[:, -1], dim=0, out=paid[start : start + span])
         gradient += paid.view(gradient.shape)
 
-    def add_products(self, rows: Tensor, block: Transition, left: Tensor, right: Tensor, transposed: bool) -> None:
+    def add_products(
+        self, rows: Tensor, block: Transition, left: Tensor, right: Tensor, transposed: bool, part: slice = slice(None)
+    ) -> None:
         """``S += leftᵀ right`` on the state rows that ``block`` writes.
 
         Args:
             rows: LongTensor (C,), CPU. left: (C, X, R·O), R = u·width. right: (C, X, I).
             transposed: the parameter's entries stand in the order (I, O), not (O, I).
+            part: where ``block`` writes all rows, only these R entries of the state.
 
         Cost: ``C·X·R·O·I`` multiply-adds; scratch memory of the result's size where it does not lie in one piece.
         """
         first, count = int(rows[0]), rows.numel()
         together = count == 1 or bool((rows == torch.arange(first, first + count, device="cpu")).all())
         if together and block.rows is None and not transposed:
-            target = self.values[first : first + count].view(count, left.shape[2], right.shape[2])
+            target = self.values[first : first + count, part].unflatten(2, (-1, right.shape[2])).flatten(1, 2)
             if count == 1:
                 target[0].addmm_(left[0].mT, right[0])
             else:
                 target.baddbmm_(left.mT, right)
             return
         born = torch.bmm(left.mT, right)
+        entries = born.shape[1] * right.shape[2] // self.values.shape[2]
         if transposed:
-            born = born.unflatten(1, (block.jacobian.shape[1], -1)).transpose(2, 3)
-        self.add(rows, block, born.reshape(count, block.jacobian.shape[1], self.values.shape[2]))
+            born = born.unflatten(1, (entries, -1)).transpose(2, 3)
+        self.add(rows, block, born.reshape(count, entries, self.values.shape[2]), part)
 
-    def add(self, rows: Tensor, block: Transition, born: Tensor) -> None:
-        """``S += born`` on the state rows that ``block`` writes; born is (R, u·width, p)."""
+    def add(self, rows: Tensor, block: Transition, born: Tensor, part: slice = slice(None)) -> None:
+        """``S += born`` on the state rows that ``block`` writes; born is (R, u·width, p), or of fewer entries of the
+        state, see ``add_products``."""
         whole = not self.sliced and rows.numel() == self.batch_size
         if block.rows is None:
             if whole:
-                self.values.add_(born)
+                self.values[:, part].add_(born)
             else:
-                self.values.index_add_(0, rows.to(self.values.device), born)
+                self.values[:, part].index_add_(0, rows.to(self.values.device), born)
             return
         here = rows.to(self.values.device)
         state_rows = block.rows[self.sample[here]]

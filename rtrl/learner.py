@@ -17,6 +17,7 @@ from rtrl.history import History
 from rtrl.influence import ParameterInfluence
 from rtrl.linearization import Step
 from rtrl.linearize import Linearizer
+from rtrl.scratch import Scratch
 from rtrl.watch import ParameterWatch
 
 
@@ -97,6 +98,8 @@ class BlockRTRL:
         self._paid = 0  # sleeping slices have been paid for the blocks before this one
         self._influences: dict[str, ParameterInfluence] = {}  # filled at the first step, when the sparsity is known
         self._history: History | None = None
+        count = sum(p.numel() for p in self._parameters.values())
+        self._scratch = Scratch(count * self._state.numel() * self._state.element_size())  # the influence's size
         self._earned: dict[str, Tensor] = {}  # not yet delivered to .grad
 
     # ------------------------------------------------------------------ going forward
@@ -287,7 +290,8 @@ class BlockRTRL:
         self._state = torch.where(rows.reshape(shape), first, self._state)
 
     def retained_bytes(self) -> dict[str, int]:
-        """Bytes held between steps, by part: influence, tree, open block, gradient not yet delivered, state."""
+        """Bytes held between steps, by part: influence, tree, open block, gradient not yet delivered, state, and
+        memory that large dense blocks use again."""
         open_block = [step.x for step in self._steps], [tuple(step.sparsity) for step in self._steps]
         leaves = [leaf for step in self._steps for leaf in step.outputs]
         grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
@@ -298,6 +302,7 @@ class BlockRTRL:
             "block": _tree.n_bytes([open_block, leaves, grads, states]),
             "gradient": _tree.n_bytes(self._earned),
             "state": _tree.n_bytes(self._state),
+            "scratch": self._scratch.n_bytes,
         }
 
     # ------------------------------------------------------------------ saving
@@ -360,7 +365,7 @@ class BlockRTRL:
             groups = self._linearizer(self._steps, self._state)
         sliced = [name for name, influence in self._influences.items() if influence.sliced]
         try:
-            result = close_block(groups, self._state, self._parameters, sliced)
+            result = close_block(groups, self._state, self._parameters, sliced, self._scratch)
         except SparsityError as error:
             raise SparsityError(f"{span}: {error}") from error
         del groups  # and with it the graph
@@ -388,6 +393,8 @@ class BlockRTRL:
         """Bring rows of influences, by parameter, up to date together, and pay them what they are owed. Parameters kept
         whole never sleep."""
         assert self._history is not None
+        if not rows:
+            return
         self._pay(rows)
         behind = [(self._influences[name], own) for name, own in rows.items()]
         catch_up(self._history, [(influence, own) for influence, own in behind if influence.sliced])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rtrl import _rows
 from rtrl.linearization import Linearization
+from rtrl.scratch import Scratch
 from rtrl.transition import Transition, flushed
 
 # Up to so many multiply-adds, a product takes about as long as its launch: then fewer launches are worth more products.
@@ -34,24 +35,25 @@ class Sweep:
     reach: list[Tensor]
 
 
-def sweep(groups: Sequence[Linearization], state: Tensor) -> Sweep:
+def sweep(groups: Sequence[Linearization], state: Tensor, scratch: Scratch) -> Sweep:
     """Go through a block from its end.
 
     Args:
         groups: the linearised steps. state: any state of the block (B, n, ...), for its shape, dtype and device.
+        scratch: where ``reach`` of dense steps may lie; what it had been lent for is then overwritten.
 
     Cost: a step and sample, ``(u·width + 1)·w·c·width²`` multiply-adds; twice that for small dense states, in
         O(√steps) launches. Bytes: ``(u·width + 1)·w·width`` numbers a step and sample are kept.
     """
     if len(groups) == 1 and groups[0].writes is None and groups[0].cols is None:
-        return _dense(groups[0], state)
+        return _dense(groups[0], state, scratch)
     return _rows_by_rows(groups, state)
 
 
-def _dense(group: Linearization, state: Tensor) -> Sweep:
+def _dense(group: Linearization, state: Tensor, scratch: Scratch) -> Sweep:
     size, n = state.shape[:2]
     full, width, m = state[0].numel(), state[0, 0].numel(), len(group.times)
-    reach = state.new_empty(size, m, full + 1, full)
+    reach = scratch.empty(state, size, m, full + 1, full)
     macs = size * full**3
     if m > 3 and macs <= _LAUNCH_MACS.get(state.device.type, _LAUNCH_MACS_ELSEWHERE):
         last = _scan(group, reach)

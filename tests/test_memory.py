@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from toy_cells import ForcedMoE, PlainRNN, seeded
 
 import rtrl
+from rtrl import scratch
 
 
 def live_tensor_bytes() -> int:
@@ -86,13 +87,36 @@ def test_a_growing_history_is_noticed() -> None:
     assert reached[1] > reached[0]
 
 
+def test_memory_that_large_blocks_use_again_is_counted_and_kept() -> None:
+    """Lent from block to block above a size, never larger than the influence; shorter blocks take less of it."""
+    learner, xs = dense_learner(block=4)
+    lent = 4 * 4 * 3 * 8  # (B, block, H + 1, H) numbers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scratch, "_LEAST_BYTES", lent)
+        held, places = [], []
+        for t in range(11):
+            learner.backward(learner.step(xs[t]).square().sum())
+            if t in (2, 4, 8):
+                held.append(learner.retained_bytes()["scratch"])
+                places.append(None if learner._scratch._kept is None else learner._scratch._kept.data_ptr())
+        learner.sync()
+        assert held == [0, lent, lent]
+        assert places[1] == places[2]
+        assert learner.retained_bytes()["scratch"] == lent
+        patch.setattr(scratch, "_LEAST_BYTES", lent + 1)
+        learner, xs = dense_learner(block=4)
+        for t in range(5):
+            learner.backward(learner.step(xs[t]).square().sum())
+        assert learner.retained_bytes()["scratch"] == 0
+
+
 def test_retained_bytes_of_every_part() -> None:
     """Counted by hand, part by part, in the middle of a block with a loss at one of its two steps."""
     moe = rtrl.RecurrentMoE(2, 3, d_model=4, n_slots=3, n_experts=6, topk=1, expert_hidden=2, ffn_hidden=2)
     cell = seeded(ForcedMoE(moe, (2, 1, 1)), 5)
     learner = rtrl.BlockRTRL(cell, 1, block=2, window=1)
     state = 1 * 3 * 4 * 8
-    nothing = {"influence": 0, "tree": 0, "block": 0, "gradient": 0, "state": state}
+    nothing = {"influence": 0, "tree": 0, "block": 0, "gradient": 0, "state": state, "scratch": 0}
     assert learner.retained_bytes() == nothing
 
     x = torch.cat([normal(0, 4, 1, 2), torch.tensor([[[0.0, 1.0, 0.0, 5.0]]] * 4).double()], dim=-1)

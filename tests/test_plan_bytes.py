@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from toy_cells import PlainRNN, seeded
 
 import rtrl
+from rtrl import scratch
 from rtrl.alive import peak_of
 from rtrl.baselines import BPTT
 from rtrl.planning import block_bytes, block_macs, block_peak, linear, sleep, textbook, unrolled
@@ -87,6 +88,21 @@ def test_what_a_mixture_has_alive_at_once_is_planned_within_a_tenth(size: int, s
 def test_textbook_rtrl_is_alive_at_once_as_planned(kind: str) -> None:
     cell = BIG[kind]()
     expect_bytes(BASELINES[1], cell, inputs(cell, 3, 2))
+
+
+@pytest.mark.parametrize("steps", [6, 8, 20])
+@pytest.mark.parametrize("least", [1, 2**13, 2**14])
+def test_memory_kept_for_the_next_block_is_planned(least: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for large states, at a size where it is kept for no block, for whole ones, or for the rest of a run, too."""
+    monkeypatch.setattr(scratch, "_LEAST_BYTES", least)
+    cell = torch_cell(nn.GRUCell, 8)
+    xs = inputs(cell, steps, 2)
+    found = profiled(cell, xs)
+    kept = [block(m) for m in (1, 6, 12)]
+    for way in kept:
+        expect_bytes(way, cell, xs, found)
+    largest = block_bytes.reach(found, min(steps, 12), 9, 8)
+    assert any(way.planned(found, steps).held["scratch"] for way in kept) == (least <= largest)
 
 
 def test_bytes_alive_are_those_the_allocator_gives() -> None:

@@ -64,7 +64,10 @@ def choose_block(cell: nn.Module, batch_size: int, *, state: Tensor | None = Non
     extent, touched = block_macs.dense(found), Touched.of(found, steps)
     while block > 1:
         room = max(batch_size * sum(held(found, touched, steps, block, window=1).values()), ROOM_BYTES)
-        if batch_size * max(block_peak.closing(found, touched, block, extent, (0, 0), closed=block)) <= room:
+        if (
+            batch_size * max(block_peak.closing(found, touched, block, extent, (0, 0), closed=block, kept_bytes=0))
+            <= room
+        ):
             break
         block //= 2
     return block

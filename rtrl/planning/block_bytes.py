@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from rtrl import scratch
 from rtrl.cells.protocol import Sparsity
 from rtrl.planning.profile import Profile
 
@@ -86,6 +87,7 @@ def at_moment(
         "block": open_steps * kept,
         "gradient": profile.parameter_bytes if closed and open_steps else 0,
         "state": profile.state_bytes,
+        "scratch": max(kept_for_sweeps(profile, m) for m in {min(closed, block), closed % block}),
     }
 
 
@@ -105,8 +107,18 @@ def influence_of(profile: Profile, touched: Touched, name: str, closed: int) -> 
 
 def reach(profile: Profile, steps: int, rows: int, writes: int) -> int:
     """Bytes of what the sweep through m steps leaves behind: u·width + 1 rows (``rows``) by w·width entries
-    (``writes``) a step and sample. It is made when a block closes and goes with it, so it counts in the peak alone."""
+    (``writes``) a step and sample."""
     return steps * profile.batch_size * rows * writes * profile.itemsize
+
+
+def kept_for_sweeps(profile: Profile, steps: int) -> int:
+    """Bytes of the same that are kept for the next block, as ``rtrl.scratch`` keeps them: of dense steps, on a CPU."""
+    full = profile.state_size
+    if profile.device != "cpu" or profile.choices[0].writes is not None:
+        return 0
+    size = reach(profile, steps, full + 1, full)
+    most = profile.parameter_size * profile.batch_size * full * profile.itemsize
+    return size if scratch._LEAST_BYTES <= size <= most else 0
 
 
 def tree(profile: Profile, touched: Touched, block: int, window: int, lazy: bool = True) -> int:

@@ -181,11 +181,19 @@ def births(profile: Profile, steps: int, extent: Extent) -> int:
             macs += entries * use.length * rows * outputs * inputs
             continue
         if (use.response, None) not in done:
-            macs += _left(profile, use, samples, rows, extent)
+            span = birth_rows(profile, steps, use, rows) if extent.rows == profile.rows and not use.indexed else rows
+            macs += rows // span * _left(profile, use, samples, span, extent)
+            macs += _left(profile, use, samples, rows % span, extent)
         done.add((use.response, None))
         entries, inputs = (samples * use.k, use.inputs) if use.indexed else (samples, max(use.inputs, 1))
         macs += entries * use.length * rows * use.outputs * inputs
     return macs
+
+
+def birth_rows(profile: Profile, steps: int, use: Use, rows: int) -> int:
+    """How many entries of the state are born into at a time, where all of them are and no slices are picked."""
+    numbers = profile.batch_size * steps * use.length * use.outputs
+    return min(rows, max(birth._LEAST_ROWS, birth._ROWS_CHUNK // max(1, numbers)))
 
 
 def padded(slices: Slices, numbers: int) -> int:

@@ -11,20 +11,20 @@ In the words of ``rtrl.planning.block_macs``, in numbers, for m steps:
 from rtrl import birth, influence
 from rtrl import sweep as sweeping
 from rtrl.planning import block_macs
-from rtrl.planning.block_bytes import Touched, influence_of, reach
-from rtrl.planning.block_macs import Extent
+from rtrl.planning.block_bytes import Touched, influence_of, kept_for_sweeps, reach
+from rtrl.planning.block_macs import Extent, birth_rows
 from rtrl.planning.linear import Use
 from rtrl.planning.profile import Profile
 
 
 def closing(
-    profile: Profile, touched: Touched, steps: int, extent: Extent, moved: tuple[int, int], closed: int
+    profile: Profile, touched: Touched, steps: int, extent: Extent, moved: tuple[int, int], closed: int, kept_bytes: int
 ) -> tuple[int, int]:
     """Bytes at the height of closing a block: before the influence of what became active in it is laid out, and after.
 
     Args:
         steps: m. moved: bytes that leading sleeping slices to the present takes, before and after. closed: the steps
-            closed before.
+            closed before. kept_bytes: held for sweeps already.
     """
     item, size = profile.itemsize, profile.batch_size
     rows, writes = extent.rows * profile.width + 1, extent.writes * profile.width
@@ -35,6 +35,8 @@ def closing(
     if pieces > 1:
         linearising = max(linearising, 2 * kept)
     swept = reach(profile, steps, rows, writes)
+    if kept_for_sweeps(profile, steps):  # it lies there, or in the place of a smaller one
+        swept = max(swept - kept_bytes, 0)
     sweep = kept + swept + _sweeping(profile, steps, extent)
     written = 0 if linear.parts is not None else steps * size * writes * extent.reach * profile.width * item
     both = size * rows * extent.cols * profile.width * item
@@ -103,6 +105,11 @@ def _birth(profile: Profile, steps: int, extent: Extent, use: Use) -> int:
             born = count * rows * slice_size * (0 if every and not use.transposed else 2 if every else 3)
             most = max(most, count * longest * entry + max(count * longest * factors, born))
         return most * profile.itemsize
+    if every and not use.indexed:  # some rows at a time; the old ones go when the new are there
+        entry = size * steps * use.length * use.outputs
+        span = birth_rows(profile, steps, use, rows)
+        born = 2 * size * span * shape.numel() if use.transposed else 0
+        return (entry * min(2 * span, rows) + born) * profile.itemsize
     step = size * use.k * use.length * rows * use.outputs
     at_once = min(steps, max(1, birth._CHUNK // max(1, step)))
     left = at_once * step
@@ -111,5 +118,5 @@ def _birth(profile: Profile, steps: int, extent: Extent, use: Use) -> int:
     ):  # a piece at a time, with a copy of its suffix products; the old piece goes when the new is there
         copied = step + (size * rows * writes if size > 1 else 0)
         left += max(at_once * (copied - step), min(steps - at_once, at_once) * copied)
-    born = size * rows * shape.numel() * (0 if every and not use.transposed and not use.indexed else 2 if every else 3)
+    born = size * rows * shape.numel() * (2 if every else 3)
     return (left + born) * profile.itemsize

@@ -39,10 +39,13 @@ def block_rtrl(profile: Profile, steps: int, block: int, window: int, lazy: bool
     parts = held(profile, touched, steps, block, window, lazy)
     peak = sum(parts.values())
     for one in closings:
-        phases = block_peak.closing(profile, touched, one.steps, one.extent, one.moved, one.closed)
-        for laid_out, needed in zip((False, True), phases, strict=True):
-            there = at_moment(profile, touched, one.closed, one.steps, block, window, lazy, laid_out)
-            peak = max(peak, sum(there.values()) + needed)
+        moments = [
+            at_moment(profile, touched, one.closed, one.steps, block, window, lazy, laid_out)
+            for laid_out in (False, True)
+        ]
+        kept = moments[0]["scratch"]
+        phases = block_peak.closing(profile, touched, one.steps, one.extent, one.moved, one.closed, kept)
+        peak = max(peak, *(sum(there.values()) + needed for there, needed in zip(moments, phases, strict=True)))
     return Choice(
         "BlockRTRL",
         True,

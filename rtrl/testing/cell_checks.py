@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from rtrl import _guard, _rows, _tree
+from rtrl.cells.closed_form import Linearizes
 from rtrl.cells.protocol import same_choices
+from rtrl.closed import check_closed_form
 from rtrl.errors import CellError
 from rtrl.testing._compare import STATE, differs, first_line, gradients, not_finite, only, same_bits, stray
 from rtrl.testing._probe import Point, Subject, cast, lay_out, leaves
@@ -288,3 +290,17 @@ def _dtype(subject: Subject) -> Iterator[Found]:
 
 
 _check("torch.func")(torch_func_failures)
+
+
+@_check("linearize")
+def _linearize(subject: Subject) -> Iterator[Found]:
+    """Derivatives in closed form, where the cell supplies them, are those of autograd."""
+    for point in (p.fresh() for p in subject.points):
+        declared = point.sparsity
+        if not isinstance(point.cell, Linearizes) or not (declared.reads is declared.writes is None):
+            continue  # the learner asks for them at dense steps alone
+        trained = {name: p for name, p in point.cell.named_parameters() if p.requires_grad}
+        try:
+            check_closed_form(point.cell, trained, point.x, point.h, point.step)
+        except CellError as error:
+            yield Found(str(error).removeprefix(f"step {point.step}: "), point.step, where="linearize")

@@ -776,4 +776,32 @@ BUGS = [
         ),
         "long_blocks",
     ),
+    Bug(
+        78,
+        "what is born some rows of the state at a time goes to the first rows every time",
+        (
+            (
+                birth.WholeBirth._add_by_rows,
+                ("tap.tap.transposed, slice(start, stop))", "tap.tap.transposed, slice(stop - start))"),
+            ),
+        ),
+        "long_blocks",
+    ),
+    Bug(
+        79,
+        "memory that is used again is taken to be empty",
+        ((sweep._start, ("reach[:, -1] = 0.0", "pass")),),
+        "long_blocks",
+    ),
+    Bug(
+        80,
+        "the slope of a gate is taken for the gate",
+        (
+            (
+                derivatives.derivatives,
+                ("by_update = (h - new) * update * (1 - update)", "by_update = (h - new) * update"),
+            ),
+        ),
+        "cell: linearize",
+    ),
 ]

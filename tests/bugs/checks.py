@@ -16,7 +16,7 @@ from toy_cells import PlainRNN, seeded
 
 import oracles
 import rtrl
-from rtrl import birth, influence, linearize, sweep
+from rtrl import birth, influence, linearize, scratch, sweep
 from rtrl.errors import CellError, ParameterChangedError, SparsityError
 from rtrl.testing import LearnerSpec, cell_checks, check_cell, check_learner, learner_checks
 from rtrl.testing.specs import ERRORS, PROMISES
@@ -39,11 +39,14 @@ def learner_check(name: str) -> None:
 
 
 def cell_check(name: str) -> None:
-    """A check of a user's, on a RecurrentMoE whose samples go separate ways."""
-    cell = seeded(rtrl.RecurrentMoE(2, 2, d_model=4, n_slots=4, n_experts=4, topk=2, read_slots=3, write_slots=2), 7)
-    report = check_cell(copy.deepcopy(cell), list(normal(1, 3, 3, 2)), state=normal(2, 3, 4, 4), on_fail="return")
-    assert name in report.checks or report.failures, f"not judged: {report.skipped}"
-    assert not [failure for failure in report.failures if failure.check == name], str(report)
+    """A check of a user's, on a RecurrentMoE whose samples go separate ways, and on a GRU."""
+    moe = rtrl.RecurrentMoE(2, 2, d_model=4, n_slots=4, n_experts=4, topk=2, read_slots=3, write_slots=2)
+    gru = rtrl.cells.from_torch(nn.GRUCell(2, 3))
+    for cell, shape in ((moe, (3, 4, 4)), (gru, (3, 3))):
+        xs, state = list(normal(1, 3, 3, 2)), normal(2, *shape)
+        report = check_cell(copy.deepcopy(seeded(cell, 7)), xs, state=state, on_fail="return")
+        assert name in report.checks or report.failures, f"not judged: {report.skipped}"
+        assert not [failure for failure in report.failures if failure.check == name], str(report)
 
 
 class _ByHand(nn.Module):
@@ -252,6 +255,9 @@ def long_blocks() -> None:
         (linearize, "_SPAN_NUMBERS", 1),
         (linearize, "_LEAST_SPAN", 3),
         (birth, "_CHUNK", 60),
+        (birth, "_ROWS_CHUNK", 60),
+        (birth, "_LEAST_ROWS", 2),
+        (scratch, "_LEAST_BYTES", 1),
         (influence, "_SCRATCH", 30),
         (sweep, "_CHUNK", 40),
         (sweep, "_LAUNCH_MACS", {"cpu": 0}),

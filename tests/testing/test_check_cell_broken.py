@@ -13,6 +13,7 @@ from test_bad_cells import CLOSING
 from torch import Tensor, nn
 
 from rtrl import Sparsity
+from rtrl.cells import ClosedForm, UnitTap
 from rtrl.testing import cell_checks, check_cell
 
 F64 = torch.float64
@@ -149,6 +150,24 @@ class Crowded(Router):
         return self.step(x, h, writes if x.shape[0] <= 3 else (writes + 1) % 3)
 
 
+class Known(nn.Module):
+    """``tanh(x₀ + W h)``, with derivatives of its own: those by h times ``slope``, and the value off by ``shift``."""
+
+    def __init__(self, slope: float, shift: float = 0.0) -> None:
+        super().__init__()
+        self.slope, self.shift = slope, shift
+        self.weight = nn.Parameter(torch.eye(4, dtype=F64))
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(x[:, :1] + h @ self.weight.T)
+        return h, h
+
+    def linearize(self, x: Tensor, h: Tensor) -> ClosedForm:
+        h_next = (self(x, h)[1].detach() + self.shift).requires_grad_()
+        slope = self.slope * (1 - h_next.detach().square())[:, None, None]
+        return ClosedForm(h_next, h_next, [UnitTap(self.weight, None, h.detach(), slope, part=0)])
+
+
 BROKEN: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
     "a list": ("returns", lambda: broken(lambda c, x, h: [x, h]), "got list"),
     "raises": ("returns", lambda: broken(lambda c, x, h: 1 // 0), "ZeroDivisionError"),
@@ -239,6 +258,8 @@ BROKEN: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
     ),
     "old-style function": ("torch.func", lambda: broken(dense(_Old.apply)), "setup_context|autograd.Function"),
     "aliased": ("torch.func", Aliased, "functional_call gives another h_next"),
+    "half a derivative": ("linearize", lambda: Known(0.5), "another derivative with respect to the state"),
+    "another value": ("linearize", lambda: Known(1.0, 1e-3), "another value of the next state"),
 }
 
 
@@ -254,6 +275,10 @@ def test_a_broken_cell_is_caught_by_exactly_its_check(name: str) -> None:
 
 def test_every_check_catches_a_broken_cell() -> None:
     assert {check for check, _, _ in BROKEN.values()} == set(cell_checks())
+
+
+def test_derivatives_in_closed_form_that_are_right_pass() -> None:
+    assert check_cell(Known(1.0), XS, state=torch.ones(3, 4, dtype=F64)).passed
 
 
 def test_an_unbroken_cell_passes_what_its_broken_kin_do_not() -> None:
