@@ -4,8 +4,19 @@ from rtrl import cells, errors
 from rtrl.cells import RecurrentMoE, Sparsity
 from rtrl.errors import RTRLError
 from rtrl.learner import BlockRTRL
+from rtrl.planning import Plan, plan
 from rtrl.segment_tree import CircularSegmentTree
 
 __version__ = "0.1.0"
 
-__all__ = ["BlockRTRL", "CircularSegmentTree", "RTRLError", "RecurrentMoE", "Sparsity", "cells", "errors"]
+__all__ = [
+    "BlockRTRL",
+    "CircularSegmentTree",
+    "Plan",
+    "RTRLError",
+    "RecurrentMoE",
+    "Sparsity",
+    "cells",
+    "errors",
+    "plan",
+]

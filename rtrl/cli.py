@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import rtrl
+from rtrl.commands.plan import plan
 from rtrl.commands.report import report
 from rtrl.errors import ConfigError
 
@@ -34,6 +35,7 @@ def main(
 
 
 app.command()(report)
+app.command()(plan)
 
 
 @app.command()

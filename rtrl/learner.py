@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ class BlockRTRL:
         cell: a ``torch.nn.Module`` with ``forward(x, h) -> (y, h_next)`` or ``(y, h_next, Sparsity)``; see
             ``rtrl.cells.protocol``.
         batch_size: B, the number of samples, each a stream of its own.
-        block: how many steps are worked off together; about H is cheapest for a dense cell.
+        block: how many steps are worked off together; about H is cheapest for a dense cell. ``"auto"`` has
+            ``rtrl.planning.choose_block`` choose; ``learner.block`` is the number.
         window: how many blocks the tree holds. It bounds memory, never exactness.
         lazy: False advances every slice at every block and keeps no tree.
         state: (B, n, ...), the first state; ``cell.init_state(batch_size)`` by default.
@@ -65,17 +66,23 @@ class BlockRTRL:
         cell: nn.Module,
         batch_size: int,
         *,
-        block: int = 1,
+        block: int | Literal["auto"] = 1,
         window: int = 64,
         lazy: bool = True,
         state: Tensor | None = None,
     ) -> None:
-        for name, size in (("batch_size", batch_size), ("block", block), ("window", window)):
+        sizes = [("batch_size", batch_size), ("block", 1 if block == "auto" else block), ("window", window)]
+        for name, size in sizes:
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {size!r}")
         if not isinstance(cell, nn.Module):
             raise ConfigError(f"cell must be a torch.nn.Module, got {type(cell).__name__}")
-        self.cell, self.batch_size, self.block, self.window, self.lazy = cell, batch_size, block, window, bool(lazy)
+        if block == "auto":
+            from rtrl.planning import choose_block  # it needs what this module is made of
+
+            block = choose_block(cell, batch_size, state=state)
+        self.cell, self.batch_size, self.window, self.lazy = cell, batch_size, window, bool(lazy)
+        self.block: int = block
         self._watch = ParameterWatch(cell)
         self._parameters = self._watch.parameters
         self._linearizer = Linearizer(cell, self._parameters)

@@ -29,6 +29,11 @@ class Values:
     def _held(cell: nn.Module) -> dict[str, Tensor]:
         return {**dict(cell.named_parameters()), **dict(cell.named_buffers())}
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that was copied."""
+        return list(self._all.values())
+
     def current(self, cell: nn.Module) -> bool:
         """Whether the cell still holds these values."""
         now = self._held(cell)
