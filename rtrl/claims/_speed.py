@@ -128,12 +128,13 @@ def _measure(sizes: Sizes, claimed: float, settings: Settings, progress: Progres
         steps = 1 if name == "full" else sizes.chunk
         sides[name] = lambda run=run, steps=steps: run.advance(steps)
     seconds = alternate(sides, sizes.rounds, settings.device)
-    del full, sides
 
     progress("more experts", 3, 4)
     sweep = {}
     for experts in sizes.experts:
-        crowd = problem(replace(sizes.mixture, d_model=sizes.small, n_experts=experts), sizes.sleep_steps, settings.seed)
+        crowd = problem(
+            replace(sizes.mixture, d_model=sizes.small, n_experts=experts), sizes.sleep_steps, settings.seed
+        )
         pair = []
         for name in ("lazy=False", "sparse"):
             side = Run(crowd, block=1, window=sizes.sleep_steps, **SIDES[name][0])

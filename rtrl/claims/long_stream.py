@@ -81,9 +81,7 @@ def train(mixture: Mixture, sizes: Sizes, warm: int, steps: int, seed: int) -> T
             peaks.append(meter.peak)
             held.append(between_blocks(run.learner))
     part = max(1, len(losses) // 10)
-    return Trained(
-        (peaks[0], peaks[1]), (held[0], held[1]), (sum(losses[:part]) / part, sum(losses[-part:]) / part)
-    )
+    return Trained((peaks[0], peaks[1]), (held[0], held[1]), (sum(losses[:part]) / part, sum(losses[-part:]) / part))
 
 
 def judge(largest: int | None, limit_reached: bool, failures: list[str]) -> tuple[Verdict, str]:
@@ -133,7 +131,9 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
     wake_all(run)
     told = influence_bytes(sibling) + tree_bytes(sibling, 1, 16) + 4 * sibling.hidden
     if between_blocks(run.learner) != told:
-        failures.append(f"the formula says {told} bytes of config flow's sibling, it holds {between_blocks(run.learner)}")
+        failures.append(
+            f"the formula says {told} bytes of config flow's sibling, it holds {between_blocks(run.learner)}"
+        )
     flow = influence_bytes(FLOW) + tree_bytes(FLOW, 1, 16)
     verdict, condition = judge(None if best is None else count, beyond, failures)
     most = 0 if trained is None else trained.peaks[1]

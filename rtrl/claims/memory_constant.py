@@ -31,7 +31,7 @@ class Sizes:
 
     mixture: Mixture = Mixture("small", 2, 2, 4, 3, 4)  # noqa: RUF009
     moments: tuple[int, ...] = (100, 500, 1000, 10_000)
-    block: int = 4
+    block: int = 20
     window: int = 8
 
 

@@ -48,9 +48,7 @@ def judge(
     bptt: dict[int, float], rtrl: dict[int, float], crossover: float, within: bool, claimed: dict[int, tuple[int, int]]
 ) -> tuple[Verdict, str]:
     """The verdict: the claimed figures hold, or only their shape does, from T* on."""
-    alike = [
-        0.5 <= bptt[t] / old[0] <= 2 and 0.5 <= rtrl[t] / old[1] <= 2 for t, old in claimed.items() if t in bptt
-    ]
+    alike = [0.5 <= bptt[t] / old[0] <= 2 and 0.5 <= rtrl[t] / old[1] <= 2 for t, old in claimed.items() if t in bptt]
     if alike and all(alike):
         return "holds", ""
     if not within:
@@ -155,8 +153,12 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
                 "bytes",
                 [
                     Series("BPTT", [float(t) for t in lengths], [bptt[t] for t in lengths]),
-                    Series("RTRL, influence and tree included", [float(t) for t in lengths], [rtrl[t] for t in lengths]),
-                    Series("BPTT as claimed", [float(t) for t in CLAIMED], [float(b) for b, _ in CLAIMED.values()], True),
+                    Series(
+                        "RTRL, influence and tree included", [float(t) for t in lengths], [rtrl[t] for t in lengths]
+                    ),
+                    Series(
+                        "BPTT as claimed", [float(t) for t in CLAIMED], [float(b) for b, _ in CLAIMED.values()], True
+                    ),
                 ],
                 log_x=True,
                 log_y=True,
