@@ -20,8 +20,7 @@ def episodes(task: Haystack, stream: Stream, count: int) -> list[tuple[list[int]
         assert torch.equal(symbols.sum(dim=2), torch.ones(symbols.shape[:2]))
         asked = torch.stack([m.asked for m in rows])
         assert bool(asked[-1].all()) and int(asked.sum()) == asked.shape[1]  # once, at the last step
-        for b in range(symbols.shape[1]):
-            found.append((symbols[:, b].argmax(dim=1).tolist(), int(rows[-1].target[b])))
+        found.extend((row, int(k)) for row, k in zip(symbols.argmax(dim=2).T.tolist(), rows[-1].target, strict=True))
     return found
 
 
@@ -86,4 +85,9 @@ def test_dtype_and_levels() -> None:
     assert next(task.stream(2, dtype=torch.float64)).x.dtype == torch.float64
 
 
-FIRST: list[tuple[list[int], int]] = []
+FIRST = [
+    ([4, 3, 0, 3, 5, 2, 6, 3, 7], 2),
+    ([4, 3, 5, 2, 6, 2, 3, 3, 7], 2),
+    ([4, 0, 1, 2, 5, 3, 6, 0, 7], 3),
+    ([4, 3, 5, 0, 6, 1, 1, 0, 7], 0),
+]
