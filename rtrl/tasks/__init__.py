@@ -1,7 +1,10 @@
-"""Streams to learn from: every task gives one (input, target) pair a step, for a batch of samples."""
+"""Streams to learn from: every task gives one moment a step for a batch of samples, without end."""
 
 from rtrl.tasks.anbn import AnBn
 from rtrl.tasks.bytes import ByteStream
+from rtrl.tasks.copy import Copy
 from rtrl.tasks.haystack import Haystack
+from rtrl.tasks.protocol import Moment, Stream, Task
+from rtrl.tasks.registry import TASKS, make
 
-__all__ = ["AnBn", "ByteStream", "Haystack"]
+__all__ = ["TASKS", "AnBn", "ByteStream", "Copy", "Haystack", "Moment", "Stream", "Task", "make"]

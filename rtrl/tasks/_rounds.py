@@ -17,8 +17,9 @@ class Round(NamedTuple):
     """One episode for each of B samples, T steps long.
 
     Attributes:
-        symbols: LongTensor (T, B), the symbol at every step; −1 for none (x is zero).
-        targets: LongTensor (T, B). asked: Boolean (T, B).
+        symbols: LongTensor (T, B), the symbol at every step, given as its one-hot; −1 for none (x is zero). Or numbers
+            (T, B, d_in), which are x itself.
+        targets: LongTensor (T, B) of classes, or (T, B, d_out) of numbers. asked: Boolean (T, B).
     """
 
     symbols: Tensor
@@ -27,7 +28,7 @@ class Round(NamedTuple):
 
 
 class RoundTask(Task, ABC):
-    """A classification of episodes of one-hot symbols. Round r of a stream is drawn from its own generator, seeded by
+    """A classification of episodes. Round r of a stream is drawn from its own generator, seeded by
     the SHA-256 of task, seed and r, so that a place in a stream is two small numbers."""
 
     measure = "accuracy"
@@ -90,13 +91,16 @@ class RoundStream(Stream):
         if self._round is None:
             self._round = self._draw()
         symbols, targets, asked = (part[self._step] for part in self._round)
-        x = F.one_hot(symbols + 1, self._task.d_in + 1)[:, 1:]  # the first column is that of no symbol
+        x = symbols
+        if not x.is_floating_point():
+            x = F.one_hot(symbols + 1, self._task.d_in + 1)[:, 1:]  # the first column is that of no symbol
         fresh = torch.full((self._batch_size,), self._step == 0)
         self._step += 1
         if self._step == len(self._round.symbols):
             self._number, self._step, self._round = self._number + 1, 0, None
         on = self._device
-        return Moment(x.to(on, self._dtype), targets.to(on), asked.to(on), fresh.to(on))
+        targets = targets.to(on, self._dtype if targets.is_floating_point() else None)
+        return Moment(x.to(on, self._dtype), targets, asked.to(on), fresh.to(on))
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._identity(), "round": self._number, "step": self._step}
