@@ -3,7 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class RoundTask(Task, ABC):
     """A classification of episodes. Round r of a stream is drawn from its own generator, seeded by
     the SHA-256 of task, seed and r, so that a place in a stream is two small numbers."""
 
-    measure = "accuracy"
+    measure: Literal["accuracy", "bits per symbol", "squared error"] = "accuracy"
 
     @abstractmethod
     def draw(self, batch_size: int, held_out: bool, generator: torch.Generator) -> Round:
