@@ -33,4 +33,7 @@ def call(kind: str, name: str, makers: Mapping[str, Callable[..., Any]], options
     missing = [option for option in missing if option not in options]
     if missing:
         raise ConfigError(f"the {kind} {name!r} needs the option {missing[0]!r}")
-    return makers[name](**options)
+    try:
+        return makers[name](**options)
+    except TypeError as error:  # a value of a kind that the maker did not think of
+        raise ConfigError(f"the {kind} {name!r} does not take these options: {error}") from error

@@ -1,20 +1,24 @@
-"""The command line: ``rtrl verify``, ``rtrl check``."""
+"""The command line: ``rtrl verify``, ``rtrl check``, ``rtrl train``."""
 
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import rtrl
+from rtrl.commands._console import make_console as _console
+from rtrl.commands._console import progress as _progress
+from rtrl.commands._console import show as _show
+from rtrl.commands._console import writable as _writable
+from rtrl.commands.train import train
 from rtrl.errors import ConfigError
 
-app = typer.Typer(name="rtrl", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+__all__ = ["_console", "_progress", "_show", "_writable", "app"]
 
-_WIDTH = 150  # of tables that go to a file or a pipe, which has no width of its own
+app = typer.Typer(name="rtrl", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(train)
 
 
 def _version(wanted: bool) -> None:
@@ -184,29 +188,3 @@ def _list_breaks(faults: dict[str, str]) -> None:
     for name, fault in faults.items():
         listing.add_row(name, fault)
     _show(listing)
-
-
-def _writable(path: Path) -> Path:
-    """The path, if a file can be written there; asked before the work and not after it."""
-    try:
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
-    return path
-
-
-def _console(stderr: bool) -> Console:
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=_WIDTH)
-
-
-def _show(what: Table, stderr: bool = False) -> None:
-    _console(stderr).print(what)
-
-
-def _progress() -> Progress:
-    """A bar on stderr; nothing where that is no terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)

@@ -1,0 +1,1 @@
+"""Commands of ``rtrl`` that have a module of their own."""
