@@ -13,8 +13,7 @@ class AnBn(RoundTask):
 
     x is the one-hot of a (0) or b (1). No marks are needed: a string begins with a fresh state and ends where an answer
     is asked. Half of the strings are accepted (class 1); in the others (class 0) m differs from n by 1 to ``slack``,
-    the nearest being the hardest. The samples of a batch have the same n and, where m differs, wait with x = 0 for the
-    longest.
+    the nearest being the hardest. Samples whose string has ended wait with x = 0 for the longest of their batch.
 
     Args:
         train_n: the n of training. held_out_n: the n of held-out strings, in none of the training.
@@ -54,14 +53,14 @@ class AnBn(RoundTask):
             raise ConfigError(f"n = {both} is both in train_n and in held_out_n; a held-out n is in no training")
 
     def draw(self, batch_size: int, held_out: bool, generator: torch.Generator) -> Round:
-        choices = self.held_out_n if held_out else self.train_n
-        n = choices[int(draw_integers(0, len(choices) - 1, (1,), generator))]
+        choices = torch.tensor(self.held_out_n if held_out else self.train_n)
+        n = choices[draw_integers(0, len(choices) - 1, (batch_size,), generator)]
         accepted = draw_integers(0, 1, (batch_size,), generator)
         sign = 2 * draw_integers(0, 1, (batch_size,), generator) - 1
-        m = n + (1 - accepted) * sign * draw_integers(1, min(n, self.slack), (batch_size,), generator)
-        t = torch.arange(n + int(m.max()))[:, None]
-        symbols = (t >= n).long().expand(-1, batch_size)
-        symbols = torch.where(t < n + m, symbols, -1)
+        least = draw_integers(1, self.slack, (batch_size,), generator)
+        m = n + (1 - accepted) * sign * least.minimum(n)
+        t = torch.arange(int((n + m).max()))[:, None]
+        symbols = torch.where(t < n + m, (t >= n).long(), -1)
         return Round(symbols, accepted.expand_as(symbols), t == n + m - 1)
 
     def __repr__(self) -> str:

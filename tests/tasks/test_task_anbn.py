@@ -120,4 +120,4 @@ def _parts(moment: Moment) -> list[torch.Tensor]:
     return [moment.x, moment.target, moment.asked, moment.fresh]
 
 
-FIRST = ["aaabbb", "aaabbb", "aab", "aabb", "aabb", "aabb"]
+FIRST = ["aaabbb", "aaaabbbb", "aabb", "aaaabb", "aabb", "aabbbb"]
