@@ -94,7 +94,7 @@ class RoundStream(Stream):
         x = symbols
         if not x.is_floating_point():
             x = F.one_hot(symbols + 1, self._task.d_in + 1)[:, 1:]  # the first column is that of no symbol
-        fresh = torch.full((self._batch_size,), self._step == 0)
+        fresh = torch.full((self._batch_size,), self._step == 0, device="cpu")
         self._step += 1
         if self._step == len(self._round.symbols):
             self._number, self._step, self._round = self._number + 1, 0, None

@@ -20,7 +20,9 @@ class AnBn(RoundTask):
         slack: the largest difference of a rejected string; of strings with n < slack at most n.
 
     Attributes:
-        chance: 0.5, since half of the strings are accepted. solved: 0.99.
+        chance: of whoever sees the last symbol alone: 0.5, since half of the strings are accepted, and more by the
+            share of strings of training that end in a and so give themselves away (m = 0): 0.571 as it comes. solved:
+            0.99.
 
     Raises:
         ConfigError: a number is out of range, or an n is in both lists.
@@ -35,7 +37,7 @@ class AnBn(RoundTask):
 
     name = "anbn"
     d_in, d_out = 2, 2
-    chance, solved = 0.5, 0.99
+    solved = 0.99
 
     def __init__(
         self,
@@ -51,6 +53,8 @@ class AnBn(RoundTask):
         both = sorted(set(self.train_n) & set(self.held_out_n))
         if both:
             raise ConfigError(f"n = {both} is both in train_n and in held_out_n; a held-out n is in no training")
+        without_b = [max(self.slack - n + 1, 0) / self.slack / 4 for n in self.train_n]
+        self.chance = 0.5 + sum(without_b) / len(without_b)
 
     def draw(self, batch_size: int, held_out: bool, generator: torch.Generator) -> Round:
         choices = torch.tensor(self.held_out_n if held_out else self.train_n)

@@ -78,8 +78,9 @@ class ByteStream:
             )
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
         self.device = torch.device("cpu" if device is None else device)
-        self._text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        self._starts = torch.arange(batch_size) * section + offset
+        with torch.device("cpu"):  # whatever the default is
+            self._text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            self._starts = torch.arange(batch_size) * section + offset
 
     def __len__(self) -> int:
         return self._length
