@@ -63,7 +63,7 @@ class Adding(RoundTask):
 
     def score(self, y: Tensor, moment: Moment) -> tuple[float, int]:
         """The sum of the squared errors of the samples asked, and how many were asked."""
-        return float((y - moment.target)[moment.asked].square().sum()), int(moment.asked.sum())
+        return float((y.detach() - moment.target)[moment.asked].square().sum()), int(moment.asked.sum())
 
     def __repr__(self) -> str:
         return f"Adding(length={self.length})"

@@ -83,7 +83,7 @@ class ByteModel(Task):
 
     def score(self, y: Tensor, moment: Moment) -> tuple[float, int]:
         """The sum over samples of the bits that the next byte takes, and how many samples there are."""
-        return float(F.cross_entropy(y, moment.target, reduction="sum")) / math.log(2), len(y)
+        return float(F.cross_entropy(y.detach(), moment.target, reduction="sum")) / math.log(2), len(y)
 
     def __repr__(self) -> str:
         return f"ByteModel({self.source!r}, sha256={self.digest[:12]})"
