@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rtrl.commands._console import progress
+from rtrl.commands._console import progress, writable
 from rtrl.errors import ConfigError, NonFiniteError, RTRLError
 
 if TYPE_CHECKING:
@@ -134,6 +134,8 @@ def train(
                     f"{checkpoint} is there already: go on with it by --resume {shlex.quote(str(checkpoint))}, begin "
                     "anew by --overwrite, or name another by --checkpoint"
                 )
+            if log.exists() and not overwrite:
+                raise ConfigError(f"{log} is there already: begin it anew by --overwrite, or name another by --log")
             trainer = settings.build()
         session = _Session(settings, trainer, steps, checkpoint, save_every, log, tensorboard, resume is not None)
     except RTRLError as error:
@@ -165,9 +167,10 @@ class _Session:
             "tensorboard": None if tensorboard is None else str(tensorboard),
         }
         after = trainer.steps_taken if resumed else None
-        self._board: TensorBoard | None = None if tensorboard is None else logs.TensorBoard(tensorboard, after)
         if log.resolve() == checkpoint.resolve():
             raise ConfigError(f"{log} cannot be both the checkpoint and the log")
+        self._board: TensorBoard | None = None if tensorboard is None else logs.TensorBoard(tensorboard, after)
+        writable(log)
         if not resumed:
             self._save()  # so that there is always one to go on from, and a path that cannot be written is known now
         self._saved = trainer.steps_taken
