@@ -1,6 +1,8 @@
 """``rtrl train``: what it writes, how it stops, and how it goes on."""
 
 import json
+import re
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -11,7 +13,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from rtrl.cli import app
-from rtrl.training import Trainer
+from rtrl.tasks import TASKS
+from rtrl.training import LEARNERS, Trainer
 
 SMALL = ["anbn", "--cell", "gru", "-C", "hidden=3", "--batch-size", "2", "--log-every", "5", "--evaluate", "0"]
 
@@ -214,3 +217,20 @@ def test_without_tensorboard_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     result = train(*SMALL, "--steps", 5, "--tensorboard", "board")
     assert result.exit_code == 2 and "pip install 'rtrl[tensorboard]'" in said(result)
     assert not Path("rtrl-anbn.pt").exists()
+
+
+def test_the_commands_of_the_guide_work() -> None:
+    guide = Path(__file__).parents[2] / "docs" / "train.md"
+    commands = re.findall(r"^```sh\nrtrl train (.*)\n```", guide.read_text(), re.MULTILINE)
+    assert commands
+    for command in commands:
+        result = train(*shlex.split(command), "--steps", 2, "--evaluate", 0)
+        assert result.exit_code == 0, result.output
+
+
+def test_the_guide_lists_every_task_and_learner() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
+    for head, names in (("task", TASKS), ("learner", LEARNERS)):
+        (table,) = re.findall(rf"^\| {head} \|.*?(?=\n\n)", guide, re.MULTILINE | re.DOTALL)
+        first = [row.split("|")[1] for row in table.splitlines()[2:]]
+        assert sorted(re.findall(r"`(\w+)`", " ".join(first))) == sorted(names)
