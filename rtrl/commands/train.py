@@ -186,9 +186,7 @@ class _Session:
         blank: dict[str, Any] = dict.fromkeys(("loss", "score", "speed", "held"), "")
         try:
             with _stop_between_steps() as asked, progress(*columns) as bar:
-                name = bar.add_task(
-                    f"{task.name}, {self._settings.learner}", total=self._steps, completed=trainer.steps_taken, **blank
-                )
+                name = bar.add_task(task.name, total=self._steps, completed=trainer.steps_taken, **blank)
                 self._walk(asked, bar, name)
                 if asked:
                     self._save()
@@ -237,7 +235,7 @@ class _Session:
     def _glance(self, row: "Row | None", speed: float) -> dict[str, Any]:
         rows = self._trainer.curve.rows
         shown = row or (rows[-1] if rows else self._trainer.unfinished())
-        fields = {"speed": f"{speed:.0f} steps/s", "held": _bytes(shown.bytes_held)}
+        fields = {"speed": f"{speed:.0f}/s", "held": _bytes(shown.bytes_held)}
         fields["loss"] = "" if shown.loss is None else f"loss {shown.loss:.4g}"
         fields["score"] = "" if shown.score is None else f"{self._trainer.task.measure} {shown.score:.4g}"
         return fields
@@ -331,4 +329,4 @@ def _bytes(count: int) -> str:
     size, units = float(count), ["B", "KiB", "MiB", "GiB"]
     while size >= 1024 and len(units) > 1:
         size, units = size / 1024, units[1:]
-    return f"{size:.4g} {units[0]} held"
+    return f"{size:.3g} {units[0]}"
