@@ -8,6 +8,7 @@ import rtrl
 from rtrl.commands.check import check
 from rtrl.commands.plan import plan
 from rtrl.commands.report import report
+from rtrl.commands.train import train
 from rtrl.commands.verify import verify
 
 app = typer.Typer(name="rtrl", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -30,5 +31,6 @@ def main(
 
 app.command()(verify)
 app.command()(check)
+app.command()(train)
 app.command()(plan)
 app.command()(report)
