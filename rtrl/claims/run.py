@@ -1,10 +1,12 @@
 """Measure a selection of claims and put the results on record."""
 
 import gc
+import inspect
 import math
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -98,6 +100,7 @@ def record(outcomes: Sequence[Outcome], settings: Settings, command: str, durati
             {
                 "id": outcome.claim.id,
                 "claimed": outcome.claim.claimed,
+                "explanation": inspect.getdoc(sys.modules[outcome.claim.measure.__module__]) or "",
                 **asdict(outcome.finding),
                 "duration_s": round(outcome.duration_s, 3),
             }
