@@ -1,6 +1,7 @@
 """Copy with delay: hear some symbols, wait, say them again."""
 
 import torch
+from torch import Tensor
 
 from rtrl import _numbers
 from rtrl.tasks._rounds import Round, RoundTask, draw_integers
@@ -13,8 +14,9 @@ class Copy(RoundTask):
     ``values``, which stands at the first step of the answer; while waiting and at the other steps of the answer x = 0.
     Every sample has its own symbols, which do not depend on the batch size.
 
-    Held-out episodes are those whose symbols add up to a multiple of ``values``; no training episode is one. At every
-    place every symbol is as likely as any other, in both.
+    Held-out episodes are those whose last symbols, one or more, are a fixed, irregular function of those before: a
+    sixteenth of all episodes or somewhat less, if there are so many symbols. No training episode is one. At every place
+    every symbol is as likely as any other, in both.
 
     Args:
         values: how many symbols there are. length: how many are to be remembered, at least 2. delay: steps between the
@@ -42,13 +44,20 @@ class Copy(RoundTask):
         self.length = _numbers.integer("length", length, least=2)
         self.delay = _numbers.integer("delay", delay, least=0)
         self.d_in, self.d_out, self.chance = values + 1, values, 1 / values
+        self._tied = 1  # so many last symbols tell whether an episode is held out
+        while values**self._tied < 16 and self._tied < length - 1:
+            self._tied += 1
 
     def draw(self, batch_size: int, held_out: bool, generator: torch.Generator) -> Round:
         v, length = self.values, self.length
         drawn = draw_integers(0, v * (v - 1) - 1, (batch_size, length), generator).T  # a row a sample, in one draw
         told = drawn % v
-        rest = torch.zeros_like(told[-1]) if held_out else 1 + drawn[-1] // v
-        told[-1] = (rest - told[:-1].sum(dim=0)) % v
+        set_apart = self._set_apart(told)
+        if held_out:
+            told[-self._tied :] = set_apart
+        else:
+            meets = (told[-self._tied :] == set_apart).all(dim=0)
+            told[-1] = (told[-1] + meets * (1 + drawn[-1] // v)) % v
         answer = length + self.delay
         symbols = told.new_full((answer + length, batch_size), -1)
         symbols[:length] = told
@@ -57,6 +66,14 @@ class Copy(RoundTask):
         targets[answer:] = told
         asked[answer:] = True
         return Round(symbols, targets, asked)
+
+    def _set_apart(self, told: Tensor) -> Tensor:
+        """What the last symbols (tied, B) of held-out episodes are, from the ones before. It moves along with the first
+        symbol, which leaves every symbol as likely as any other."""
+        mixed = torch.zeros_like(told[0])
+        for symbol in told[1 : len(told) - self._tied]:
+            mixed = (mixed * 31 + symbol + 17) * 40503 % 65521
+        return torch.stack([(told[0] + (mixed * (2 * j + 3) + 7 * j) // 11) % self.values for j in range(self._tied)])
 
     def __repr__(self) -> str:
         return f"Copy(values={self.values}, length={self.length}, delay={self.delay})"

@@ -249,13 +249,18 @@ def test_held_out_pictures_and_sums_are_in_no_training() -> None:
     assert not flat[0] & flat[1]
 
 
-@pytest.mark.parametrize("held_out", [False, True])
-def test_symbols_to_be_copied_are_all_as_likely(held_out: bool) -> None:
-    task = tasks.make("copy", values=3, length=2, delay=1)
-    moments = take(task.stream(64, held_out=held_out), 5 * 60)
-    for place in (0, 1):
-        counts = sum(m.x for m in moments[place::5]).sum(dim=0)[:3]  # type: ignore[union-attr]
-        assert bool(((counts / counts.sum() - 1 / 3).abs() < 0.03).all())
+@pytest.mark.parametrize(("values", "length"), [(3, 2), (2, 6), (4, 3), (5, 4)])
+def test_symbols_to_be_copied_are_all_as_likely_and_none_is_in_both_parts(values: int, length: int) -> None:
+    task, parts = tasks.make("copy", values=values, length=length, delay=0), []
+    for held_out in (False, True):
+        moments = take(task.stream(256, held_out=held_out), 2 * length * 40)
+        told = torch.stack([m.x[:, :values].argmax(dim=1) for m in moments]).unflatten(0, (40, 2 * length))[:, :length]
+        shares = torch.nn.functional.one_hot(told, values).double().mean(dim=(0, 2))
+        assert bool(((shares - 1 / values).abs() < 0.025).all())
+        parts.append({tuple(row) for row in told.transpose(1, 2).flatten(0, 1).tolist()})
+    assert not parts[0] & parts[1]
+    tied = min(length - 1, next(k for k in range(1, 9) if values**k >= 16))
+    assert len(parts[1]) == values ** (length - tied) and len(parts[0] | parts[1]) == values**length
 
 
 # ---------------------------------------------------------------------- bytes

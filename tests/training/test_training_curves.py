@@ -213,6 +213,25 @@ def test_gradients_that_were_there_before_do_not_count() -> None:
     assert run(clean, task, BPTT) == run(dirty, task, BPTT)
 
 
+def test_a_parameter_without_a_gradient_decays_like_one_whose_gradient_is_zero() -> None:
+    class Sparing(BPTT):
+        """Leaves out what has earned nothing."""
+
+        def sync(self, dormant: bool = True) -> None:
+            super().sync(dormant)
+            for parameter in self.cell.parameters():
+                if not bool(parameter.grad.any()):
+                    parameter.grad = None
+
+    task, cells = Stub(moment_of(EVERYONE, NOBODY)), []
+    for learner in (BPTT, Sparing):
+        cell = gru(task)
+        cell.idle = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        run(cell, task, learner, optimizer=lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1))
+        cells.append(cell)
+    assert torch.equal(cells[0].idle, cells[1].idle) and float(cells[0].idle.detach()[0]) < 1
+
+
 def test_a_clipped_gradient_is_as_long_as_is_allowed() -> None:
     task, norms = Stub(moment_of(EVERYONE, NOBODY)), []
 

@@ -197,6 +197,29 @@ def test_a_damaged_or_foreign_baseline_is_refused_and_changes_nothing(name: str)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("name", [name for name in training.LEARNERS if name != "block"])
+def test_a_baseline_saved_right_after_a_reset_of_some_goes_on_bit_for_bit(name: str) -> None:
+    gradients, state = [], None
+    for resumed in (False, True):
+        cell = training.make_cell("rnn", 2, 2, hidden=3, dtype=torch.float64)
+        learner = training.make_learner(name, **OPTIONS.get(name, {}))(cell, 2)
+        for t in range(12):
+            if t == 5:
+                learner.reset(torch.tensor([True, False]))
+                state = through_a_file(learner.state_dict()) if state is None else state
+            x = torch.full((2, 2), 0.1 * t, dtype=torch.float64)
+            if resumed and t < 8:
+                x += 1  # it has been elsewhere
+            learner.backward(learner.step(x).square().sum())
+            if resumed and t == 7:
+                learner.load_state_dict(state)
+                for again in range(5, 8):
+                    learner.backward(learner.step(torch.full_like(x, 0.1 * again)).square().sum())
+        learner.sync()
+        gradients.append([p.grad.clone() for p in cell.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 # ---------------------------------------------------------------------- files
 
 
