@@ -28,7 +28,7 @@ class Sizes:
     """The configurations, the lengths of which two are fitted and the last checks, and how long BPTT is really run."""
 
     configs: tuple[str, ...] = tuple(CONFIGS)
-    lengths: tuple[int, int, int] = (16, 64, 128)
+    lengths: tuple[int, int, int] = (8, 24, 48)
     told: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     really: int | None = None
 

@@ -28,6 +28,9 @@ from rtrl.claims.claim import Claim, Finding, Grid, Plot, Progress, Series, Sett
 CLAIMED = {32: (16_000, 500), 128: (62_000, 500), 512: (250_000, 500), 1024: (500_000, 500), 100_000: (48_800_000, 500)}
 """T → (BPTT, RTRL) as claimed, bytes."""
 
+METERED = 512
+"""Up to so many steps the online learner runs under the meter, which slows it; after that, what it holds is compared."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
@@ -84,11 +87,11 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
         run = Run(stream, block=sizes.block, window=sizes.window)
         wake_all(run)
         for t in sizes.lengths:
-            if t <= 4096:
+            if t <= METERED:
                 run.advance(t - run.t)
                 run.deliver()
                 rtrl[t], held[t] = meter.peak, between_blocks(run.learner)
-    for t in (t for t in sizes.lengths if t > 4096):  # no meter: it is slow, and what is held shows any growth
+    for t in (t for t in sizes.lengths if t > METERED):  # no meter: it is slow, and what is held shows any growth
         run.advance(t - run.t)
         run.deliver()
         rtrl[t], held[t] = max(rtrl.values()), between_blocks(run.learner)
