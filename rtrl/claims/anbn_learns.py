@@ -49,15 +49,15 @@ class Sizes:
         broken: a break put on trial.
     """
 
-    train_n: tuple[int, ...] = (1, 2, 4, 5)
+    train_n: tuple[int, ...] = (1, 2, 4)
     between_n: tuple[int, ...] = (3,)
-    beyond_n: tuple[int, ...] = (6, 7)
+    beyond_n: tuple[int, ...] = (5, 6)
     width: int = 8
     hidden: int = 8
     block: int = 6
-    batch_size: int = 16
-    rate: float = 3e-3
-    rounds: int = 300
+    batch_size: int = 32
+    rate: float = 2e-3
+    rounds: int = 250
     seeds: int = 1
     twin_width: int = 32
     twin_updates: int = 3

@@ -45,10 +45,10 @@ class Sizes:
     hidden: int = 8
     rates: tuple[float, float] = (2e-3, 1e-2)
     seeds: int = 2
-    batch_size: int = 16
-    rounds: int = 300
+    batch_size: int = 32
+    rounds: int = 250
     every: int = 50
-    train_n: tuple[int, ...] = (1, 2, 4, 5)
+    train_n: tuple[int, ...] = (1, 2, 4)
 
     @property
     def task(self) -> AnBn:
