@@ -1,6 +1,7 @@
 """A step that was taken, with all that is needed to run it once more under a graph."""
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from rtrl import _guard, _tree
 from rtrl._functional import functional_call
 from rtrl.cells.protocol import Sparsity, call_cell
-from rtrl.errors import CellError
+from rtrl.errors import CellError, ConfigError
 
 
 class Values:
@@ -21,9 +22,32 @@ class Values:
     """
 
     def __init__(self, cell: nn.Module) -> None:
+        self._take(cell, self._held(cell))
+
+    def _take(self, cell: nn.Module, held: Mapping[str, Tensor]) -> None:
         self._cell = cell
-        self._all = {name: value.detach().clone() for name, value in self._held(cell).items()}
+        self._all = {name: value.detach().clone() for name, value in held.items()}
         self.trainable = {n: self._all[n].requires_grad_() for n, p in cell.named_parameters() if p.requires_grad}
+
+    @classmethod
+    def of(cls, cell: nn.Module, copies: Mapping[str, Tensor]) -> "Values":
+        """The values that ``copies`` gave, on the devices of the cell.
+
+        Raises:
+            ConfigError: they are not those of such a cell.
+        """
+        held = cls._held(cell)
+        if held.keys() != copies.keys() or any(
+            copies[n].shape != v.shape or copies[n].dtype != v.dtype for n, v in held.items()
+        ):
+            raise ConfigError("the saved parameters are not those of this cell")
+        values = cls.__new__(cls)
+        values._take(cell, {name: copies[name].to(value.device) for name, value in held.items()})
+        return values
+
+    def copies(self) -> dict[str, Tensor]:
+        """Name → a copy of the value."""
+        return {name: value.detach().clone() for name, value in self._all.items()}
 
     @staticmethod
     def _held(cell: nn.Module) -> dict[str, Tensor]:

@@ -2,12 +2,14 @@
 
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rtrl import _guard, _tree
+from rtrl.baselines import _checkpoint
 from rtrl.baselines._again import Step, Values
 from rtrl.cells.protocol import Cell, call_cell, check_input, first_state, own_copy, takes_replay
 from rtrl.errors import CellError, ConfigError, LossError, NonFiniteError, RTRLError, ShapeError
@@ -212,14 +214,37 @@ class Baseline(ABC):
             "state": _tree.n_bytes(self._state),
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on bit for bit, as tensors, numbers and containers of such; save the cell's
+        parameters beside it.
+
+        Losses of a step must be given before it is saved: the ``y`` of steps taken before the save takes no more
+        losses after a load.
+        """
+        return _checkpoint.save(self)
+
+    @torch.inference_mode(False)
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from where ``state_dict`` was taken, with the same cell, parameters and arguments.
+
+        Raises:
+            ConfigError: it was taken of a learner with other arguments or another cell. Nothing has changed then.
+        """
+        _checkpoint.load(self, saved)
+
+    def _give_up_step(self) -> None:
+        """Let the newest step take no more losses."""
+        if self._open is not None:
+            self._open.open_.now = False
+        self._open = None
+
     def _close(self) -> None:
         """Work off the newest step. It takes no more losses then."""
         if self._open is None:
             return
         self._open.take_adjoints()
         self._work_off(self._open)
-        self._open.open_.now = False
-        self._open = None
+        self._give_up_step()
 
     def _earn(self, gradients: dict[str, Tensor]) -> None:
         for name, gradient in gradients.items():
@@ -244,6 +269,29 @@ class Baseline(ABC):
 
     def _kept_steps(self) -> list[Step]:
         return []
+
+    def _keep_steps(self, steps: list[Step]) -> None:
+        """Take over what ``_kept_steps`` gave."""
+        return
+
+    def _memory(self) -> dict[str, Tensor]:
+        """The tensors that are carried from step to step, by name."""
+        return {}
+
+    def _remember(self, memory: dict[str, Tensor]) -> None:
+        """Take over what ``_memory`` gave."""
+        return
+
+    def _arguments(self) -> dict[str, Any]:
+        """The arguments beside cell and batch_size, as plain values."""
+        return {}
+
+    def _draws(self) -> Tensor | None:
+        """The state of the learner's own generator, if it has one."""
+        return None
+
+    def _set_draws(self, state: Tensor) -> None:
+        return
 
     def _influence_bytes(self) -> int:
         return 0

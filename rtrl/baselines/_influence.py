@@ -74,5 +74,11 @@ class InfluenceLearner(Baseline):
             value.masked_fill(rows.reshape(-1, *[1] * (value.ndim - 1)), 0.0) for value in self._carried
         )
 
+    def _memory(self) -> dict[str, Tensor]:
+        return {f"carried {place}": value for place, value in enumerate(self._carried)}
+
+    def _remember(self, memory: dict[str, Tensor]) -> None:
+        self._carried = tuple(memory[f"carried {place}"] for place in range(len(self._carried)))
+
     def _influence_bytes(self) -> int:
         return _tree.n_bytes(self._carried)

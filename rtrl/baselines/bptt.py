@@ -1,5 +1,7 @@
 """Backpropagation through time, full and truncated, with the interface of an online learner."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +52,9 @@ class _Unrolled(Baseline):
 
     def _kept_steps(self) -> list[Step]:
         return self._steps
+
+    def _keep_steps(self, steps: list[Step]) -> None:
+        self._steps = steps
 
 
 class BPTT(_Unrolled):
@@ -125,6 +130,9 @@ class TBPTT(_Unrolled):
     ) -> None:
         self.horizon, self.sliding = check_count("horizon", horizon), bool(sliding)
         super().__init__(cell, batch_size, state=state)
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"horizon": self.horizon, "sliding": self.sliding}
 
     @property
     def at_block_end(self) -> bool:

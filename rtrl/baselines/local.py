@@ -1,6 +1,7 @@
 """Local approximations: what a parameter does to an entry of the state stays with that entry."""
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -75,6 +76,9 @@ class RFLO(InfluenceLearner):
             raise ConfigError(f"leak must be a number in 0 … 1, got {leak!r}")
         self.leak = float(leak)
         super().__init__(cell, batch_size, state=state)
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"leak": self.leak}
 
     def _advance(self, dynamics: Tensor, immediate: Tensor) -> tuple[Tensor, ...]:
         return ((1 - self.leak) * self._carried[0] + immediate,)

@@ -1,5 +1,7 @@
 """The sparse n-step approximation of the influence."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +60,16 @@ class SnAp(InfluenceLearner):
         """
         self.influence(name)
         return self._by_name(self._mask)[name].clone()
+
+    def _memory(self) -> dict[str, Tensor]:
+        return {**super()._memory(), "reaches": self._reaches, "drives": self._drives, "mask": self._mask}
+
+    def _remember(self, memory: dict[str, Tensor]) -> None:
+        super()._remember(memory)
+        self._reaches, self._drives, self._mask = (memory[name] for name in ("reaches", "drives", "mask"))
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"order": self.order}
 
     def _advance(self, dynamics: Tensor, immediate: Tensor) -> tuple[Tensor, ...]:
         reaches = self._reaches | (dynamics != 0).any(dim=0)

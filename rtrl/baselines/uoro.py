@@ -1,5 +1,7 @@
 """Unbiased online recurrent optimization: a random influence of rank one whose mean is the exact one."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +63,16 @@ class UORO(InfluenceLearner):
     def _first(self) -> tuple[Tensor, ...]:
         new = self._state.new_zeros
         return new(self.batch_size, self._size), new(self.batch_size, self._n_theta)
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"generator": self._generator is not None}
+
+    def _draws(self) -> Tensor | None:
+        return None if self._generator is None else self._generator.get_state()
+
+    def _set_draws(self, state: Tensor) -> None:
+        if self._generator is not None:
+            self._generator.set_state(state)
 
     def _advance(self, dynamics: Tensor, immediate: Tensor) -> tuple[Tensor, ...]:
         by_state, by_theta = self._carried

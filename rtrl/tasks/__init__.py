@@ -1,5 +1,26 @@
-"""Streams to learn from: every task gives one (input, target) pair a step, for a batch of samples."""
+"""Streams to learn from: every task gives one moment a step for a batch of samples, without end."""
 
+from rtrl.tasks.adding import Adding
+from rtrl.tasks.anbn import AnBn
+from rtrl.tasks.byte_model import ByteModel
 from rtrl.tasks.bytes import ByteStream
+from rtrl.tasks.copy import Copy
+from rtrl.tasks.digits import Digits
+from rtrl.tasks.haystack import Haystack
+from rtrl.tasks.protocol import Moment, Stream, Task
+from rtrl.tasks.registry import TASKS, make
 
-__all__ = ["ByteStream"]
+__all__ = [
+    "TASKS",
+    "Adding",
+    "AnBn",
+    "ByteModel",
+    "ByteStream",
+    "Copy",
+    "Digits",
+    "Haystack",
+    "Moment",
+    "Stream",
+    "Task",
+    "make",
+]

@@ -29,10 +29,11 @@ class ByteStream:
         batch_size: B, how many samples read at once.
         offset: where in its section every sample begins.
         steps: how many steps there must be at least.
+        span: the part of the text that is cut into sections, as fractions of its length.
         dtype, device: of the inputs; the targets are LongTensors on the same device.
 
     Attributes:
-        source: what was read, in words. digest: SHA-256 of the bytes that were read.
+        source: what was read, in words. digest: SHA-256 of the bytes that were read, whatever the span.
 
     Raises:
         ConfigError: a number is out of range; the file is missing, unreadable, empty or too short; or no standard
@@ -53,6 +54,7 @@ class ByteStream:
         *,
         offset: int = 0,
         steps: int = 1,
+        span: tuple[float, float] = (0.0, 1.0),
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -62,8 +64,11 @@ class ByteStream:
         text = _standard_library() if path is None else _read(Path(path))
         self.source = "the Python standard library" if path is None else str(path)
         self.digest = hashlib.sha256(text).hexdigest()
+        if not 0 <= span[0] < span[1] <= 1:
+            raise ConfigError(f"span must be (start, stop) with 0 ≤ start < stop ≤ 1, got {span}")
+        text = text[int(span[0] * len(text)) : int(span[1] * len(text))]
         self.batch_size, self.offset = batch_size, offset
-        section = (len(text) - 1) // batch_size
+        section = max(len(text) - 1, 0) // batch_size
         self._length = section - offset
         if self._length < steps:
             raise ConfigError(
@@ -91,6 +96,10 @@ class ByteStream:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return (self[t] for t in range(self._length))
+
+    def text(self) -> bytes:
+        """The part of the text that is read."""
+        return self._text.numpy().tobytes()
 
     def first(self, steps: int) -> tuple[Tensor, Tensor]:
         """The first steps at once: inputs (steps, B, 256) and targets (steps, B); IndexError if there are not that

@@ -1,0 +1,151 @@
+"""Any file as a stream of bytes, each to be foretold from those before it."""
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rtrl import _numbers
+from rtrl.errors import ConfigError
+from rtrl.tasks.bytes import ByteStream
+from rtrl.tasks.protocol import Moment, Stream, Task
+
+_SAMPLE = 2**24  # bytes that the levels are taken from
+
+
+class ByteModel(Task):
+    """Read a file a byte a step and give, at every step, the logits of the next byte.
+
+    Each sample reads a section of its own and starts from its beginning again, with a fresh state, when it comes to its
+    end. The seed says at which byte of their sections all samples begin. The last tenth of the file is held out.
+
+    Args:
+        path: the file to read; None for the sources of Python's standard library (see ``ByteStream``).
+
+    Attributes:
+        chance: bits a byte of the table of all pairs of bytes, fitted to the text of training itself: no answer that
+            looks at the present byte alone is better on it. solved: those of the table of all triples, likewise: to be
+            better, a model must look back beyond the present byte. Of a file beyond 16 MiB, both are those of the first
+            16 MiB.
+        digest: SHA-256 of the file.
+
+    Raises:
+        ConfigError: the file is missing, unreadable or too short.
+
+    Cost: the file is held in memory, and once more for each stream.
+
+    >>> task = ByteModel()
+    >>> next(task.stream(batch_size=2)).x.shape
+    torch.Size([2, 256])
+    """
+
+    name = "bytes"
+    d_in, d_out = 256, 256
+    measure = "bits per symbol"
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.path = path
+        text = ByteStream(path, span=_span(False), steps=3)
+        self.digest, self.source = text.digest, text.source
+        ByteStream(path, span=_span(True))  # long enough, too
+        sample = text.text()[:_SAMPLE]
+        self.chance, self.solved = (conditional_entropy(sample, order) for order in (1, 2))
+
+    def stream(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        held_out: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "ByteModelStream":
+        """An endless stream; the same seed gives the same one on every machine that has the file.
+
+        Raises:
+            ConfigError: ``batch_size`` or ``seed`` is out of range; the text is too short for so many samples; or the
+                file is no longer what it was.
+        """
+        _numbers.integer("seed", seed, least=0)
+        stream = ByteStream(self.path, batch_size, span=_span(held_out), dtype=dtype, device=device)
+        if stream.digest != self.digest:
+            raise ConfigError(f"{self.source} has changed since this task was made; make it anew")
+        return ByteModelStream(stream, seed, held_out)
+
+    def loss(self, y: Tensor, moment: Moment) -> Tensor | None:
+        """Cross-entropy in nats, the mean over samples."""
+        return F.cross_entropy(y, moment.target)
+
+    def score(self, y: Tensor, moment: Moment) -> tuple[float, int]:
+        """The sum over samples of the bits that the next byte takes, and how many samples there are."""
+        return float(F.cross_entropy(y, moment.target, reduction="sum")) / math.log(2), len(y)
+
+    def __repr__(self) -> str:
+        return f"ByteModel({self.source!r}, sha256={self.digest[:12]})"
+
+
+class ByteModelStream(Stream):
+    """The sections of a text, over and over."""
+
+    def __init__(self, text: ByteStream, seed: int, held_out: bool) -> None:
+        self._text, self._seed, self._held_out = text, seed, held_out
+        draws = torch.Generator("cpu").manual_seed(seed)
+        self._place = int(torch.randint(len(text), (), generator=draws, device="cpu"))  # of the next byte
+        self._begun = False
+
+    def __next__(self) -> Moment:
+        x, target = self._text[self._place]
+        fresh = not self._begun or self._place == 0
+        self._place, self._begun = (self._place + 1) % len(self._text), True
+        return Moment(x, target, torch.ones_like(target, dtype=torch.bool), torch.full_like(target, fresh).bool())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._identity(), "place": self._place, "begun": self._begun}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to where another stream of the same task stood.
+
+        Raises:
+            ConfigError: it was a stream of another text, seed, batch size or part. Nothing has changed then.
+        """
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise ConfigError(f"the state is of a stream with {name} {state.get(name)!r}; this one has {value!r}")
+        place = state.get("place")
+        if not isinstance(place, int) or not 0 <= place < len(self._text):
+            raise ConfigError(f"'place' must lie in 0 … {len(self._text) - 1}, got {place!r}")
+        self._place, self._begun = place, bool(state.get("begun"))
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "task": "bytes",
+            "digest": self._text.digest,
+            "batch_size": self._text.batch_size,
+            "seed": self._seed,
+            "held_out": self._held_out,
+        }
+
+
+def _span(held_out: bool) -> tuple[float, float]:
+    return (0.9, 1.0) if held_out else (0.0, 0.9)
+
+
+def conditional_entropy(text: bytes, order: int) -> float:
+    """Bits that a byte takes on average, foretold by the table of all runs of ``order`` + 1 bytes of this very text
+    from the ``order`` before it."""
+    symbols = np.frombuffer(text, dtype=np.uint8).astype(np.int64)
+    runs = len(symbols) - order
+    contexts = np.zeros(runs, dtype=np.int64)
+    for place in range(order):
+        contexts = contexts * 256 + symbols[place : place + runs]
+    return _entropy(contexts * 256 + symbols[order:]) - _entropy(contexts)
+
+
+def _entropy(keys: "np.ndarray[Any, np.dtype[np.int64]]") -> float:
+    shares = np.unique(keys, return_counts=True)[1] / len(keys)
+    return float(-(shares * np.log2(shares)).sum())

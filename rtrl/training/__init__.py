@@ -1,0 +1,8 @@
+"""Train any cell on any task with any learner, and go on later exactly where it was left."""
+
+from rtrl.training.curve import Curve, Progress, Row
+from rtrl.training.evaluation import evaluate
+from rtrl.training.learners import LEARNERS, make_learner
+from rtrl.training.trainer import Learner, Trainer, train
+
+__all__ = ["LEARNERS", "Curve", "Learner", "Progress", "Row", "Trainer", "evaluate", "make_learner", "train"]
