@@ -198,7 +198,18 @@ def test_breaks_are_listed() -> None:
 def test_the_app_is_a_group() -> None:
     assert run("--version").stdout == f"rtrl {rtrl.__version__}\n"
     assert "verify" in run("--help").stdout
-    for option in ("--only", "--list", "--full", "--file", "--seed", "--steps", "--quick", "--device", "--break", "--json"):
+    for option in (
+        "--only",
+        "--list",
+        "--full",
+        "--file",
+        "--seed",
+        "--steps",
+        "--quick",
+        "--device",
+        "--break",
+        "--json",
+    ):
         assert option in run("verify", "--help").stdout
 
 

@@ -118,7 +118,7 @@ def _measure(sizes: Sizes, claimed: float, settings: Settings, progress: Progres
     full.deliver()
     failures += agree(full.gradients(), unrolled(brief), "full, float32", ROUGH)[1]
     least = sizes.mixture.hidden**2 * stream.parameters
-    if not least <= counted["full"] <= 1.2 * least:
+    if not least <= counted["full"] <= 1.5 * least:
         failures.append(f"full updates took {counted['full']:.3g} multiply-adds a step, H²·P is {least:.3g}")
 
     progress("timing", 2, 4)

@@ -45,12 +45,17 @@ def judge(bptt: dict[int, int], rtrl: dict[int, int]) -> tuple[Verdict, str]:
     return "does not hold", f"up to T = {longest} BPTT takes less: {show_bytes(bptt[longest])}"
 
 
+def _device(settings: Settings) -> str:
+    """The CUDA device that was asked for, the present one if another kind was."""
+    return settings.device if settings.device.startswith("cuda") else "cuda"
+
+
 def measure(settings: Settings, progress: Progress, sizes: Sizes | None = None) -> Finding:
     """The table, where there is a device; ``sizes`` to run less."""
     if not torch.cuda.is_available():
         return Finding("—", "allocator peaks", "not measured", "no device")
     sizes = sizes or (FULL if settings.full else QUICK)
-    device = settings.device if settings.device.startswith("cuda") else "cuda"
+    device = _device(settings)
     failures: list[str] = []
     stream = problem(sizes.mixture, 256, settings.seed, device=device)
     bptt_peak(stream, 2, lambda: CudaPeak(device))  # what libraries allocate once
