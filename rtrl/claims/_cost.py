@@ -41,7 +41,8 @@ class Mixture:
         """The cell, its weights drawn from the seed."""
         generator = torch.Generator().manual_seed(seed)
         sizes = (self.d_in, self.d_out, self.d_model, self.n_slots, self.n_experts, 2)
-        return RecurrentMoE(*sizes, generator=generator, dtype=dtype).to(device)
+        cell = RecurrentMoE(*sizes, generator=generator, dtype=dtype)
+        return cell.to(device)
 
     @property
     def hidden(self) -> int:
@@ -67,7 +68,8 @@ class Problem:
 
     def loss(self, t: int, y: Any) -> Tensor:
         """The squared error of step t."""
-        return (y - self.targets[t % len(self.targets)]).square().sum()
+        error: Tensor = y - self.targets[t % len(self.targets)]
+        return error.square().sum()
 
     @property
     def parameters(self) -> int:

@@ -1,7 +1,7 @@
 """Sparse updates were said to be 2.72 × faster than full updates on a mixture with d_model 64, 8 slots, 16 experts.
 
-**How it is measured.** Three learners take the same 50 steps (30 in the quick form) of the same cell (config *speed*: H = 512, 330 thousand
-parameters), one step at a time:
+**How it is measured.** Three learners take the same 50 steps (30 in the quick form) of the same cell (config *speed*:
+H = 512, 330 thousand parameters), one step at a time:
 
 - *sparse*: ``BlockRTRL(block=1, window=32)`` with what the cell declares: two of eight slots, two of sixteen experts;
 - *lazy=False*: the same sparse Jacobians, but every expert is advanced at every step;

@@ -1,9 +1,9 @@
 """How much memory does a GPU really need? Left open by the earlier work.
 
-**How it is measured.** Where PyTorch finds a CUDA device, the table of *memory-table* once more, config *quick*, but by
-the allocator's own peaks (``torch.cuda.max_memory_allocated`` above what was allocated before): backpropagation through
-time at each T, and ``BlockRTRL`` after as many steps, every expert and slot laid down once at the beginning. The online
-learner's peak may not grow with T.
+**How it is measured.** Where PyTorch finds a CUDA device, the table of *memory-table* once more, config *quick*, but
+by the allocator's own peaks (``torch.cuda.max_memory_allocated`` above what was allocated before): backpropagation
+through time at each T, and ``BlockRTRL`` after as many steps, every expert and slot laid down once at the beginning.
+The online learner's peak may not grow with T.
 
 **Why that is fair.** The allocator counts whatever it hands out, rounding and scratch memory of kernels included, on
 both sides alike.

@@ -3,10 +3,10 @@
 **How it is measured.** Models of one family (4 slots, 4 experts, top-2, 2 inputs and outputs, float32) grow slot by
 slot width until learning no longer fits into 10⁶ bytes. Everything counts: parameters, their gradients, Adam's two
 moments, influence, tree, open block, and whatever exists only while a block is closed or the optimizer runs: the peak
-of all tensor bytes alive at once, every expert and slot laid down once at the beginning. The largest that fits is then
-trained with Adam on a stream that asks for the last input but one, 600 steps (100 000 in the full form), and neither
-its peak nor what it holds may grow after the first 200. For config *flow* the bytes are told by a formula, which must
-give exactly what ``retained_bytes`` says of a sibling with smaller slots.
+of all tensor bytes alive at once, every expert and slot laid down once at the beginning. The largest that fits is
+then trained with Adam on a stream that asks for the last input but one, 600 steps (100 000 in the full form), and
+neither its peak nor what it holds may grow after the first 200. For config *flow* the bytes are told by a formula,
+which must give exactly what ``retained_bytes`` says of a sibling with smaller slots.
 
 **Why that is fair.** The claim named no model; any model small enough makes it true, so the size of the largest is
 what can be measured. The process itself (Python, PyTorch) takes hundreds of megabytes and is not counted.

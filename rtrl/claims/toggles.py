@@ -1,15 +1,14 @@
 """Each sparsity, so it was claimed, can be switched off on its own.
 
-**How it is measured.** A mixture (8 slots of 8, 32 experts, top-2, float64) runs over a drawn stream, and the learner is
-run with everything on, with one thing off, and with all off: *reads* (every slot counts as read), *writes*, *experts*
-(every slice of every parameter counts as active), *tree* (``lazy=False``: nobody sleeps), *blocks* (``block=1``). Every
-run's gradients are compared with BPTT to 1e-10, and its multiply-adds counted with the delivery of all gradients. A run
-that differs shuts the gate.
+**How it is measured.** A mixture (8 slots of 8, 32 experts, top-2, float64) runs over a drawn stream, and the learner
+is run with everything on, with one thing off, and with all off: *reads* (every slot counts as read), *writes*,
+*experts* (every slice of every parameter counts as active), *tree* (``lazy=False``: nobody sleeps), *blocks*
+(``block=1``). Every run's gradients are compared with BPTT to 1e-10, and its multiply-adds counted with the delivery
+of all gradients. A run that differs shuts the gate.
 
 **Why that is fair.** What is switched off is what the cell declares, or an argument of the learner: the cell computes
 the same throughout, its own choices written down once and laid down in every run, and over-declaring is documented to
-be slow and right. With nothing off and with all off stand at
-the ends of the table.
+be slow and right. With nothing off and with all off stand at the ends of the table.
 
 **What it leaves open.** What each is worth depends on the model; it is one here, and no claim was made about it.
 """
@@ -88,8 +87,8 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
     usual = macs["nothing"]
     dearest = max((name for name in macs if name not in ("nothing", "everything")), key=lambda name: macs[name])
     return Finding(
-        f"{len(table)} of {len(table)} settings give BPTT's gradient, error {max(errors.values()):.1e} at most; without "
-        f"{dearest} {times(macs[dearest] / usual)} the cost, without all {times(macs['everything'] / usual)}"
+        f"{len(table)} of {len(table)} settings give BPTT's gradient, error {max(errors.values()):.1e} at most; "
+        f"without {dearest} {times(macs[dearest] / usual)} the cost, without all {times(macs['everything'] / usual)}"
         if not failures
         else f"{len(failures)} comparisons fail",
         "same gradients, to 1e-10",
