@@ -38,33 +38,35 @@ class Sizes:
     """What is measured: the cell's width, the rates, how many seeds for each, and how long.
 
     Attributes:
-        every: accuracies are taken over so many rounds. train_n: the n of the strings.
+        every: accuracies are taken over so many rounds. train_n, slack: of the strings.
     """
 
     width: int = 8
     hidden: int = 8
     rates: tuple[float, float] = (2e-3, 1e-2)
     seeds: int = 2
-    batch_size: int = 32
-    rounds: int = 250
-    every: int = 50
+    slack: int = 2
+    batch_size: int = 16
+    rounds: int = 275
+    every: int = 25
     train_n: tuple[int, ...] = (1, 2, 4)
 
     @property
     def task(self) -> AnBn:
-        return AnBn(self.train_n, (3,))
+        return AnBn(self.train_n, (3,), self.slack)
 
 
 QUICK = Sizes()
-FULL = Sizes(width=32, hidden=64, seeds=4, batch_size=32, rounds=1500, every=100)
+FULL = Sizes(width=32, hidden=64, seeds=4, slack=3, batch_size=32, rounds=1500, every=100, train_n=(1, 2, 4, 5))
 
 
 def make_cell(width: int, hidden: int, seed: int, dtype: torch.dtype | None = None) -> rtrl.RecurrentMoE:
-    """Config "quick" where the width is 32: 2 heads, 4 slots, 4 experts, top-2."""
-    return rtrl.RecurrentMoE(
+    """Config "quick" where the width is 32: 2 heads, 4 slots, 4 experts, top-2. The same weights in every dtype."""
+    cell = rtrl.RecurrentMoE(
         2, 2, d_model=width, n_heads=2, n_slots=4, n_experts=4, topk=2, expert_hidden=hidden, ffn_hidden=hidden,
-        generator=torch.Generator().manual_seed(seed), dtype=dtype,
+        generator=torch.Generator().manual_seed(seed), dtype=torch.float32,
     )  # fmt: skip
+    return cell.to(dtype or torch.get_default_dtype())
 
 
 def stacked_runs(cells: Sequence[nn.Module], rates: Sequence[float], sizes: Sizes, seed: int, tell: Tell) -> Tensor:
