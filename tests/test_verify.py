@@ -80,6 +80,9 @@ def test_the_real_learner_passes(tmp_path: Path) -> None:
     assert record["duration_s"] > 0
     rows = record["rows"]
     assert len(table_lines(result.stdout)) == len(rows)
+    (claim,) = record["claims"]  # the file is also one of results, as the whole table writes them
+    assert (record["schema"], claim["id"], claim["verdict"]) == (1, "gradient-equivalence", "holds")
+    assert len(claim["grids"][0]["rows"]) == len(rows)
     assert {row["oracle"] for row in rows} == {"BPTT", "dense RTRL", "finite differences"}
     assert {row["window"] for row in rows} == {1, 3}
     for row in rows:
@@ -195,7 +198,18 @@ def test_breaks_are_listed() -> None:
 def test_the_app_is_a_group() -> None:
     assert run("--version").stdout == f"rtrl {rtrl.__version__}\n"
     assert "verify" in run("--help").stdout
-    for option in ("--file", "--seed", "--steps", "--quick", "--device", "--break", "--json"):
+    for option in (
+        "--only",
+        "--list",
+        "--full",
+        "--file",
+        "--seed",
+        "--steps",
+        "--quick",
+        "--device",
+        "--break",
+        "--json",
+    ):
         assert option in run("verify", "--help").stdout
 
 

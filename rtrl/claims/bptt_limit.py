@@ -1,0 +1,109 @@
+"""BPTT was said to be impossible beyond 10 000 tokens.
+
+**How it is measured.** For each of the four configurations, one sample and float32, the peak of all tensor bytes alive
+during plain backpropagation through time is measured at three lengths (autograd's saved tensors and the backward pass;
+parameters are not counted). Growth is linear, which the third length checks, so that the bytes at 10⁴, 10⁵ and 10⁶
+steps and the length at which this machine's memory is full follow from a line. In the full form config *quick* is really
+run over 10⁴ steps.
+
+**Why that is fair.** It is this machine's physical memory that is compared, all of it. BPTT is what autograd does by
+itself; checkpointing every √T steps would lengthen the limit a hundred-fold at twice the time, and truncation would make
+it another gradient.
+
+**What it leaves open.** A batch of B divides the limit by B; a GPU usually has less memory than its host.
+"""
+
+import os
+from dataclasses import dataclass
+
+from rtrl.claims._cost import CONFIGS, line, one_thread, problem, show_bytes
+from rtrl.claims._memory import bptt_on_cpu
+from rtrl.claims.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
+
+CLAIMED = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The configurations, the lengths of which two are fitted and the last checks, and how long BPTT is really run."""
+
+    configs: tuple[str, ...] = tuple(CONFIGS)
+    lengths: tuple[int, int, int] = (8, 24, 48)
+    told: tuple[int, ...] = (10_000, 100_000, 1_000_000)
+    really: int | None = None
+
+
+QUICK = Sizes()
+FULL = Sizes(lengths=(64, 256, 1024), really=10_000)
+
+
+def physical_bytes() -> int | None:
+    """The memory of this machine; None where the system does not tell."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def judge(limits: dict[str, float]) -> tuple[Verdict, str]:
+    """The verdict from the longest stream that fits, by configuration."""
+    told = ", ".join(f"{limit:,.0f} steps for {name}" for name, limit in limits.items())
+    beyond = [name for name, limit in limits.items() if limit > CLAIMED]
+    if not beyond:
+        return "holds", ""
+    if len(beyond) == len(limits):
+        return "does not hold", f"this machine's memory is full at {told}"
+    return "holds when", f"the model is larger than {', '.join(beyond)}: memory is full at {told}"
+
+
+def measure(settings: Settings, progress: Progress, sizes: Sizes | None = None) -> Finding:
+    """Bytes and limits; ``sizes`` to run less."""
+    with one_thread():
+        return _measure(settings, progress, sizes or (FULL if settings.full else QUICK))
+
+
+def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
+    memory = physical_bytes()
+    if memory is None:
+        return Finding("", "> 10 000 steps do not fit", "not measured", "this system does not tell its memory")
+    rows: list[list[str | int | float | None]] = []
+    limits: dict[str, float] = {}
+    curves = []
+    for done, name in enumerate(sizes.configs):
+        progress(f"config {name}", done, len(sizes.configs) + 1)
+        stream = problem(CONFIGS[name], 64, settings.seed)
+        peaks = [bptt_on_cpu(stream, t) for t in sizes.lengths]
+        start, rate = line(sizes.lengths[:2], peaks[:2])
+        off = (start + rate * sizes.lengths[2]) / peaks[2] - 1
+        limits[name] = (memory - start) / rate
+        told = [start + rate * t for t in sizes.told]
+        rows.append([name, stream.parameters, rate, off, *told, limits[name]])
+        curves.append(Series(name, [float(t) for t in sizes.told], told, dashed=True))
+    really = None
+    if sizes.really:
+        progress(f"{sizes.really} steps", len(sizes.configs), len(sizes.configs) + 1)
+        really = bptt_on_cpu(problem(CONFIGS[sizes.configs[0]], 64, settings.seed), sizes.really)
+        rows.append(
+            [f"{sizes.configs[0]}, really run over {sizes.really} steps", None, None, None, really, None, None, None]
+        )
+    verdict, condition = judge(limits)
+    curves.append(Series("this machine", [float(t) for t in sizes.told], [float(memory)] * len(sizes.told)))
+    return Finding(
+        ", ".join(f"{name} {limit:,.0f}" for name, limit in limits.items()) + f" steps fill {show_bytes(memory)}",
+        "no more than 10 000 steps",
+        verdict,
+        condition,
+        [],
+        [
+            Grid(
+                "Peak bytes of BPTT, one sample, float32",
+                ["config", "P", "a step", "error of the line at the third length", *(f"T = {t:,}" for t in sizes.told)]
+                + ["longest T here"],
+                rows,
+            )
+        ],
+        [Plot("BPTT against this machine's memory", "T, steps", "bytes", curves, log_x=True, log_y=True)],
+        {"limits": limits, "memory_bytes": memory, "really_bytes": really},
+    )
+
+
+CLAIM = Claim("bptt-limit", "BPTT is impossible beyond 10 000 tokens", measure)

@@ -1,0 +1,1 @@
+"""The commands of ``rtrl``, a module each; ``rtrl.cli`` puts them together."""
