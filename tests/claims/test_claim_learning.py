@@ -25,7 +25,7 @@ LONG = haystack_long.Sizes(gaps=(70, 72), batch_size=4, rounds=1, exam_steps=80)
 ANBN = anbn_learns.Sizes(
     batch_size=4, rounds=2, twin_width=4, twin_updates=2, whole_width=4, whole_rounds=1, exam_steps=12
 )
-RATES = anbn_lr.Sizes(width=4, hidden=4, batch_size=4, rounds=2, every=1)
+RATES = anbn_lr.Sizes(width=4, hidden=4, seeds=2, batch_size=4, rounds=2, every=1)
 BYTES = byte_stream.Sizes(steps=120, hidden=2, block=8, points=6)
 
 
