@@ -135,6 +135,19 @@ def test_memory_that_grows_is_a_failure() -> None:
     assert memory_constant.judge(flat, [None] * 4)[0] == "holds when"
 
 
+def test_a_learner_that_holds_more_and_more_fails_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def growing(learner: Any) -> int:
+        asked.append(1)
+        return _memory.between_blocks(learner) + len(asked)
+
+    monkeypatch.setattr(memory_table, "between_blocks", growing)
+    finding = memory_table.measure(Settings(), quiet, memory_table.Sizes(TINY, (4, 8), (), 4, 4))
+    assert any("changes with T" in failure for failure in finding.failures)
+    assert any("the formula says" in failure for failure in finding.failures)
+
+
 def test_a_long_run_here_and_in_a_process_of_its_own() -> None:
     told = (TINY, (8, 16, 24), 4, 2, 3)
     here = _long_run.run(*told)
@@ -146,7 +159,7 @@ def test_a_long_run_here_and_in_a_process_of_its_own() -> None:
 
 def test_what_a_process_of_its_own_cannot_do_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_long_run, "__name__", "json.no_such_module")
-    with pytest.raises(RuntimeError, match="ended with 1: .*no_such_module"):
+    with pytest.raises(RuntimeError, match=r"ended with 1: .*no_such_module"):
         _long_run.in_a_fresh_process(TINY, (4,), 4, 2, 0)
 
 
