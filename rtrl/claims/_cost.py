@@ -41,7 +41,8 @@ class Mixture:
         """The cell, its weights drawn from the seed."""
         generator = torch.Generator().manual_seed(seed)
         sizes = (self.d_in, self.d_out, self.d_model, self.n_slots, self.n_experts, 2)
-        return RecurrentMoE(*sizes, generator=generator, dtype=dtype).to(device)
+        cell = RecurrentMoE(*sizes, generator=generator, dtype=dtype)
+        return cell.to(device)
 
     @property
     def hidden(self) -> int:
@@ -67,7 +68,8 @@ class Problem:
 
     def loss(self, t: int, y: Any) -> Tensor:
         """The squared error of step t."""
-        return (y - self.targets[t % len(self.targets)]).square().sum()
+        error: Tensor = y - self.targets[t % len(self.targets)]
+        return error.square().sum()
 
     @property
     def parameters(self) -> int:
@@ -94,12 +96,15 @@ def problem(
 class Declares(nn.Module):
     """A mixture that keeps some of what it touches to itself; what it does not name counts as touched.
 
-    It chooses by itself whenever it runs, and takes no replay.
+    It takes no replay: it chooses by itself whenever it runs, or, with ``laid``, as x says: x = [features | two reads |
+    two writes | two experts], as ``lay_down`` makes it.
     """
 
-    def __init__(self, cell: nn.Module, reads: bool = True, writes: bool = True, experts: bool = True) -> None:
+    def __init__(
+        self, cell: nn.Module, reads: bool = True, writes: bool = True, experts: bool = True, laid: bool = False
+    ) -> None:
         super().__init__()
-        self.cell, self._told = cell, (reads, writes, experts)
+        self.cell, self._told, self._laid = cell, (reads, writes, experts), laid
 
     def init_state(self, batch_size: int) -> Tensor:
         """The first state of the mixture."""
@@ -108,10 +113,25 @@ class Declares(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Sparsity]:
         """A step of the mixture."""
-        y, h_next, used = self.cell(x, h)
+        if self._laid:
+            x, *chosen = x.split([x.shape[-1] - 6, 2, 2, 2], dim=-1)
+            laid = self.cell.choices(*(index.long() for index in chosen))  # type: ignore[operator]
+            y, h_next, used = self.cell(x, h, replay=laid)
+        else:
+            y, h_next, used = self.cell(x, h)
         reads, writes, experts = self._told
-        told = Sparsity(used.reads if reads else None, used.writes if writes else None, used.active if experts else {})
-        return y, h_next, told
+        active = {f"cell.{name}": index for name, index in used.active.items()} if experts else {}
+        return y, h_next, Sparsity(used.reads if reads else None, used.writes if writes else None, active)
+
+
+def lay_down(problem: Problem) -> Problem:
+    """The stream with what the mixture chooses on it written into x, for ``Declares(..., laid=True)``."""
+    h, rows = problem.cell.init_state(1), []  # type: ignore[operator]
+    with torch.no_grad():
+        for x in problem.xs:
+            _, h, used = problem.cell(x, h)
+            rows.append(torch.cat([x, used.reads, used.writes, used.active["expert_up"]], dim=-1))
+    return Problem(problem.cell, torch.stack(rows), problem.targets)
 
 
 NOTHING = {"reads": False, "writes": False, "experts": False}

@@ -82,7 +82,7 @@ def bptt_peak(problem: Problem, steps: int, meter: Callable[[], "Meter"]) -> int
     for t in range(steps):
         y, h, _ = cell(problem.xs[t % len(problem.xs)], h)
         total = total + problem.loss(t, y)
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     peak = measured.peak
     cell.zero_grad()
     return peak

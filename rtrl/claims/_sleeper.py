@@ -126,7 +126,7 @@ def counted(sleep: Sleep) -> Counted:
     full = sleep.n * sleep.hidden**2 * sleep.k * sleep.hidden
     return Counted(
         full,
-        count(lambda: Sleeper(sleep).one_by_one(sleep.n)),
+        sleep.n * count(lambda: Sleeper(sleep).one_by_one(1)),
         count(lambda: Sleeper(sleep).composed()),
         count(lambda: Sleeper(sleep).planned()),
     )

@@ -1,12 +1,12 @@
 """Claim: a sparse mixture of experts reaches 100 % on aⁿbⁿ, by BPTT and by `BlockRTRL` alike.
 
 **How it is measured.** `RecurrentMoE` (2 heads, 4 slots, 4 experts, top-2) reads aⁿbᵐ, one symbol a step, and says at
-the last symbol whether m = n; half of the strings are accepted, the others differ by 1 to 3. It is trained twice from
-the same weights on the same strings with the same Adam, in float64: by BPTT, and by `BlockRTRL` with blocks of 6 steps,
-which is shorter than most batches of strings. A lesson ends when the accuracy in training over 25 updates is 99.5 %.
-Then both are examined on strings of the n that were trained, of an n left out between them, and of larger n. *Beside:*
-two copies of the cell at full width (`d_model` 32) take some updates in step, one by each learner, and the distance of
-their weights is taken after each.
+the last symbol whether m = n; half of the strings are accepted, the others differ by 1 to 2 (in the full run 3). It is
+trained twice from the same weights on the same strings with the same Adam, in float64: by BPTT, and by `BlockRTRL` with
+blocks of 5 steps, which is shorter than most batches of strings. A lesson ends when the accuracy in training over 25
+updates is 99.5 %. Then both are examined on strings of the n that were trained, of an n left out between them, and of
+larger n. *Beside:* two copies of the cell at full width (`d_model` 32) take some updates in step, one by each learner,
+and the distance of their weights is taken after each.
 
 **Why that is fair.** The n that are left out have no part in training or in when it ends. The strings of the trained n
 are few and the cell has seen them all, so that 100 % there may be memory; the left-out n say whether it has learned to
@@ -42,22 +42,24 @@ class Sizes:
     """What is measured.
 
     Attributes:
-        train_n, between_n, beyond_n: the n of training; one left out between them; larger ones.
+        train_n, between_n, beyond_n: the n of training; one left out between them; larger ones. slack: the largest
+            difference of a rejected string.
         width, hidden: of the cell that both learners train. seeds: counted from the settings' seed.
         twin_width, twin_updates, twin_batch: of the copies that take updates in step.
         whole_width, whole_rounds: of a cell trained to the end by BPTT alone; no rounds for none.
         broken: a break put on trial.
     """
 
-    train_n: tuple[int, ...] = (1, 2, 4, 5)
+    train_n: tuple[int, ...] = (1, 2, 4)
     between_n: tuple[int, ...] = (3,)
-    beyond_n: tuple[int, ...] = (6, 7)
+    beyond_n: tuple[int, ...] = (5, 6)
     width: int = 8
     hidden: int = 8
-    block: int = 6
+    block: int = 5
+    slack: int = 2
     batch_size: int = 16
-    rate: float = 3e-3
-    rounds: int = 300
+    rate: float = 2e-3
+    rounds: int = 250
     seeds: int = 1
     twin_width: int = 32
     twin_updates: int = 3
@@ -69,11 +71,14 @@ class Sizes:
 
     @property
     def task(self) -> AnBn:
-        return AnBn(self.train_n, (*self.between_n, *self.beyond_n))
+        return AnBn(self.train_n, (*self.between_n, *self.beyond_n), self.slack)
 
 
 QUICK = Sizes()
-FULL = Sizes(rounds=1000, seeds=4, twin_updates=30, twin_batch=2, whole_rounds=2000, exam_steps=1000)
+FULL = Sizes(
+    train_n=(1, 2, 4, 5), beyond_n=(6, 7), slack=3, batch_size=32, rounds=1000, seeds=4, twin_updates=30, twin_batch=2,
+    whole_rounds=2000, exam_steps=1000,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ def _mean(marks: Sequence[Marks], what: str) -> str:
 
 def examined(cell: nn.Module, learner: str, width: int, seed: int, course: Course, sizes: Sizes) -> Marks:
     """The marks of a trained cell."""
-    between, beyond = (AnBn(sizes.train_n, held_out) for held_out in (sizes.between_n, sizes.beyond_n))
+    between, beyond = (AnBn(sizes.train_n, held_out, sizes.slack) for held_out in (sizes.between_n, sizes.beyond_n))
     return Marks(
         learner, width, seed,
         exam(cell, sizes.task, held_out=False, steps=sizes.exam_steps),

@@ -1,7 +1,7 @@
 """A slice asleep for 100 steps was said to be caught up by about log₂ n products.
 
-**How it is measured.** The segment tree that the learner uses, over a monoid that counts its combinations. For sleeps of
-n = 1 … 1000 steps, three numbers: combinations when the tree is asked for the first time; when every inner node is
+**How it is measured.** The segment tree that the learner uses, over a monoid that counts its combinations. For sleeps
+of n = 1 … 1000 steps, three numbers: combinations when the tree is asked for the first time; when every inner node is
 there already; and, step by step over a long stream in which something that has slept for n steps wakes at every step
 (as in a mixture with n/2 experts, top-2), the mean for each wake-up. The result of every query is compared with the
 product taken one by one: exactly over strings, where any error of order shows, and in float64 to 1e-12 over the
@@ -140,8 +140,8 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
     told = 100 if 100 in counts else max(counts)
     at = [float(n) for n in counts]
     return Finding(
-        f"a sleep of {told}: {counts[told][2]:.1f} products a wake-up where others share them, {counts[told][1]} with all "
-        f"inner nodes there, {counts[told][0]} the first time; log₂ n = {math.log2(told):.1f}",
+        f"a sleep of {told}: {counts[told][2]:.1f} products a wake-up where others share them, {counts[told][1]} with "
+        f"all inner nodes there, {counts[told][0]} the first time; log₂ n = {math.log2(told):.1f}",
         "about log₂ n products",
         verdict,
         condition,

@@ -1,16 +1,17 @@
 """With 64 experts, 5 % of the parameters were said to be active a step, and 128 of 1024 rows of the state written.
 
-**How it is measured.** Config *flow* (64 experts, top-2; 16 slots of 64, two read and two written; H = 1024) runs forward
-on a drawn stream and chooses by itself. At every step the ``Sparsity`` that it returns says which slices of which
-parameters are active and which slots are written; entries are counted from it, and that the slots outside are copied
-bit for bit is compared at every step. That the cell declares no less than it touches is then proven by ``check_cell``,
-which looks at derivatives, on a sibling of the same structure with smaller slots (on *flow* itself in the full form).
+**How it is measured.** Config *flow* (64 experts, top-2; 16 slots of 64, two read and two written; H = 1024) runs
+forward on a drawn stream and chooses by itself. At every step the ``Sparsity`` that it returns says which slices of
+which parameters are active and which slots are written; entries are counted from it, and that the slots outside are
+copied bit for bit is compared at every step. That the cell declares no less than it touches is then proven by
+``check_cell``, which looks at derivatives, on a sibling of the same structure with smaller slots (on *flow* itself in
+the full form).
 
 **Why that is fair.** A parameter that is not sliced counts as active at every step, the readout's too. Nothing is
 estimated.
 
-**What it leaves open.** The share depends on how much of the model is experts; the width of an expert from which 5 % is
-reached is searched for, with everything else as it is.
+**What it leaves open.** The share depends on how much of the model is experts; the width of an expert from which 5 %
+is reached is searched for, with everything else as it is.
 """
 
 from dataclasses import dataclass, replace
@@ -96,10 +97,9 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
 
     share, written = max(shares), max(rows)
     by_width = {}
-    fixed = {"n_heads": 2, "read_slots": 2, "write_slots": 2}
     sizes_of = (sizes.mixture.d_in, sizes.mixture.d_out, sizes.mixture.d_model, sizes.mixture.n_slots)
     for width in sizes.widths:
-        other = RecurrentMoE(*sizes_of, sizes.mixture.n_experts, 2, expert_hidden=width, **fixed, device="meta")
+        other = RecurrentMoE(*sizes_of, sizes.mixture.n_experts, 2, expert_hidden=width, device="meta")
         by_width[width] = active_entries(other, active) / sum(p.numel() for p in other.parameters())
     reached = next((width for width, value in by_width.items() if value <= SHARE), None)
     experts = {n: p.numel() for n, p in cell.named_parameters() if n.startswith("expert")}

@@ -1,9 +1,9 @@
 """How much memory does a GPU really need? Left open by the earlier work.
 
-**How it is measured.** Where PyTorch finds a CUDA device, the table of *memory-table* once more, config *quick*, but by
-the allocator's own peaks (``torch.cuda.max_memory_allocated`` above what was allocated before): backpropagation through
-time at each T, and ``BlockRTRL`` after as many steps, every expert and slot laid down once at the beginning. The online
-learner's peak may not grow with T.
+**How it is measured.** Where PyTorch finds a CUDA device, the table of *memory-table* once more, config *quick*, but
+by the allocator's own peaks (``torch.cuda.max_memory_allocated`` above what was allocated before): backpropagation
+through time at each T, and ``BlockRTRL`` after as many steps, every expert and slot laid down once at the beginning.
+The online learner's peak may not grow with T.
 
 **Why that is fair.** The allocator counts whatever it hands out, rounding and scratch memory of kernels included, on
 both sides alike.
@@ -45,12 +45,17 @@ def judge(bptt: dict[int, int], rtrl: dict[int, int]) -> tuple[Verdict, str]:
     return "does not hold", f"up to T = {longest} BPTT takes less: {show_bytes(bptt[longest])}"
 
 
+def _device(settings: Settings) -> str:
+    """The CUDA device that was asked for, the present one if another kind was."""
+    return settings.device if settings.device.startswith("cuda") else "cuda"
+
+
 def measure(settings: Settings, progress: Progress, sizes: Sizes | None = None) -> Finding:
     """The table, where there is a device; ``sizes`` to run less."""
     if not torch.cuda.is_available():
         return Finding("—", "allocator peaks", "not measured", "no device")
     sizes = sizes or (FULL if settings.full else QUICK)
-    device = settings.device if settings.device.startswith("cuda") else "cuda"
+    device = _device(settings)
     failures: list[str] = []
     stream = problem(sizes.mixture, 256, settings.seed, device=device)
     bptt_peak(stream, 2, lambda: CudaPeak(device))  # what libraries allocate once

@@ -71,7 +71,7 @@ class Result:
 
 
 def make_cell(case: Case, seed: int, dtype: torch.dtype | None = None) -> nn.Module:
-    """The cell of a case, with the weights of a seed."""
+    """The cell of a case, with the weights of a seed, the same in every dtype."""
     task = case.task
     if case.cell == "GRU":
         torch.manual_seed(seed)
@@ -79,11 +79,11 @@ def make_cell(case: Case, seed: int, dtype: torch.dtype | None = None) -> nn.Mod
         return rtrl.cells.from_torch(gru, head).to(dtype or torch.get_default_dtype())
     cell = rtrl.RecurrentMoE(
         task.d_in, task.d_out, d_model=case.width, n_slots=4, n_experts=8, topk=2,
-        generator=torch.Generator().manual_seed(seed), dtype=dtype,
+        generator=torch.Generator().manual_seed(seed), dtype=torch.float32,
     )  # fmt: skip
     with torch.no_grad():
         cell.gate.bias.fill_(-3.0)
-    return cell
+    return cell.to(dtype or torch.get_default_dtype())
 
 
 def lesson_of(case: Case, seed: int) -> Lesson:

@@ -16,7 +16,7 @@ from rtrl.claims._cost import HAYSTACK
 from rtrl.claims.claim import Claim, Finding, Progress, Settings
 
 CLAIMED = 1.51
-QUICK = _speed.Sizes(HAYSTACK, steps=24, chunk=6, experts=(8, 64), sleep_steps=48)
+QUICK = _speed.Sizes(HAYSTACK, steps=16, chunk=4, experts=(8, 64), sleep_steps=48)
 FULL = _speed.Sizes(HAYSTACK, steps=128, chunk=16, rounds=7, experts=(8, 16, 32, 64, 128), sleep_steps=384)
 
 

@@ -1,15 +1,16 @@
-"""Memory was claimed to differ by 0.5 % between T = 100, 500 and 1000; here it must not differ at all, up to 10⁶ steps.
+"""Memory was claimed to differ by 0.5 % between T = 100, 500 and 1000; here it must not differ at all, up to 10⁶
+steps.
 
 **How it is measured.** A small mixture (3 slots of 4, 4 experts, top-2, float32) runs through a stream with a loss at
 every step, in a process that does nothing else, its gradients delivered every eight blocks. Every expert and slot is
 laid down once at the beginning. At T = 100, 500, 1000 and ten-fold up to 10⁴ (10⁶ in the full form), right after a
 delivery, two numbers are taken: the bytes the learner holds (``retained_bytes``: influence, tree, open block,
-gradients, state; a test holds that count against the tensors alive), and the resident memory of the process. Bytes must
-be the same to the last one; the process may not grow by more than 1 % from T = 1000 on.
+gradients, state; a test holds that count against the tensors alive), and the resident memory of the process. Bytes
+must be the same to the last one; the process may not grow by more than 1 % from T = 1000 on.
 
-**Why that is fair.** What is held is counted with the influence and the tree, experts sleep and wake all the time, and
-the process would show what the count forgets. A control, a list that keeps every state, would grow by 48 bytes a step
-and a Python object each.
+**Why that is fair.** What is held is counted with the influence and the tree, experts sleep and wake all the time,
+and the process would show what the count forgets. A control, a list that keeps every state, would grow by 48 bytes a
+step and a Python object each.
 
 **What it leaves open.** Before every slice has been active once, the learner holds less, so a stream that wakes an
 expert late sees one step upward then; a learner on a GPU is in *gpu*.

@@ -1,17 +1,20 @@
 """Which parameters are active when? Left open by the earlier work; here is the picture, from a real run.
 
-**How it is measured.** A byte model (8 experts, 4 slots, float64) learns to predict real text by ``BlockRTRL`` and Adam.
-Over the last steps, whatever the cell itself chooses is noted from the ``Sparsity`` that it returns: experts used,
-slots read, slots written, one mark each. At some steps the gradient of the next state and of the loss is taken by
-plain autograd, and every slice that is not marked must have a gradient of exactly zero in every parameter, and every
-unmarked slot must be copied bit for bit: the picture shows all that is active, or the claim fails.
+**How it is measured.** A byte model (8 experts, 4 slots, float64) learns to predict real text by ``BlockRTRL`` and
+Adam. Over the last steps, whatever the cell itself chooses is noted from the ``Sparsity`` that it returns: experts
+used, slots read, slots written, one mark each. At some steps the gradient of the next state and of the loss is taken
+by plain autograd, and every slice that is not marked must have a gradient of exactly zero in every parameter, and
+every unmarked slot must be copied bit for bit: the picture shows all that is active, or the claim fails.
 
-**Why that is fair.** Nothing is laid down; the run is one that learns, and autograd knows nothing of what is declared.
+**Why that is fair.** Nothing is laid down; the run is one that learns, and autograd knows nothing of what is
+declared.
 
-**What it leaves open.** Whether a use of experts is a good one: the table tells how even it is and how long they sleep.
+**What it leaves open.** Whether a use of experts is a good one: the table tells how even it is and how long they
+sleep.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch.nn import functional as F
@@ -54,8 +57,8 @@ class Mark:
 def strays(cell: RecurrentMoE, x: torch.Tensor, h: torch.Tensor, used: Sparsity) -> tuple[int, int]:
     """(entries of gradients and state outside what is declared that are not what they should be, entries looked at),
     by plain autograd of one step."""
-    y, h_next, again = cell(x, h)
-    assert used.writes is not None and again.writes is not None
+    y, h_next, _ = cell(x, h)
+    assert used.writes is not None
     total = y.square().sum() + (h_next * torch.linspace(1, 2, h_next.numel(), dtype=h.dtype).view_as(h_next)).sum()
     gradients = torch.autograd.grad(total, list(cell.parameters()), materialize_grads=True)
     wrong = looked = 0
@@ -99,7 +102,8 @@ def run(sizes: Sizes, seed: int, progress: Progress) -> tuple[list[Mark], int, i
         seen.clear()
         loss = F.cross_entropy(y, target)
         if t >= sizes.steps - sizes.drawn:
-            assert used.reads is not None and used.writes is not None
+            assert used.reads is not None
+            assert used.writes is not None
             experts = used.active["expert_up"][0].tolist()
             marks.append(Mark(t, experts, used.reads[0].tolist(), used.writes[0].tolist()))
             bits += float(loss.detach()) / 0.6931471805599453 / sizes.drawn
@@ -120,7 +124,7 @@ def sleeps(marks: list[Mark], experts: int) -> dict[int, tuple[int, int]]:
     for expert in range(experts):
         used = [i for i, mark in enumerate(marks) if expert in mark.experts]
         edges = [-1, *used, len(marks)]
-        found[expert] = len(used), max(b - a - 1 for a, b in zip(edges, edges[1:], strict=False))
+        found[expert] = len(used), max(b - a - 1 for a, b in pairwise(edges))
     return found
 
 

@@ -159,6 +159,7 @@ def _table(only: list[str], full: bool, seed: int, device: str, json_path: str |
             console.print(f"{'':{wide}}  {line}", highlight=False, markup=False, soft_wrap=True)
         for line in found.failures:
             console.print(f"{'':{wide}}  FAIL: {line}", highlight=False, markup=False, soft_wrap=True, style="bold red")
+        console.file.flush()  # a file or a pipe is to show a claim as soon as it is measured
 
     began = time.perf_counter()
     with progress() as bar:
