@@ -4,8 +4,7 @@ import copy
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,17 +197,6 @@ def count(work: Callable[[], Any]) -> int:
     with MacCounter() as counter:
         work()
     return counter.macs
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread: a second one waits at every barrier for whoever else is on its processor, and makes times scatter."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def alternate(sides: Mapping[str, Callable[[], int]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:

@@ -3,7 +3,6 @@ at the parameters it is used for."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,17 +153,6 @@ def distance(one: nn.Module, other: nn.Module) -> float:
 def exam(cell: nn.Module, task: Task, *, held_out: bool = True, seed: int = 1, steps: int = 400) -> float:
     """The score of a cell on a stream that it was not taught with, over at least ``steps`` steps of 64 samples."""
     return evaluate(cell, task, batch_size=64, steps=steps, seed=10_000 + seed, held_out=held_out)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Of tensors this small, a second thread only makes the first one wait."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def percent(value: float) -> str:

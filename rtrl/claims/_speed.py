@@ -14,12 +14,12 @@ from rtrl.claims._cost import (
     agree,
     alternate,
     count,
-    one_thread,
     problem,
     ratio,
     times,
     unrolled,
 )
+from rtrl.claims._threads import one_thread
 from rtrl.claims.claim import Finding, Grid, Plot, Progress, Series, Settings, Verdict
 
 SIDES: dict[str, tuple[dict[str, Any], dict[str, bool] | None]] = {

@@ -26,7 +26,8 @@ import torch
 from torch import nn
 
 from rtrl.baselines import BPTT
-from rtrl.claims._lessons import Course, Lesson, MakeLearner, exam, in_step, one_thread, percent, plain, teach
+from rtrl.claims._lessons import Course, Lesson, MakeLearner, exam, in_step, percent, plain, teach
+from rtrl.claims._threads import one_thread
 from rtrl.claims.anbn_lr import make_cell
 from rtrl.claims.breaks import learner_type
 from rtrl.claims.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings

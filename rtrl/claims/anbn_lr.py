@@ -26,7 +26,8 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 import rtrl
-from rtrl.claims._lessons import Tell, one_thread, percent, plain
+from rtrl.claims._lessons import Tell, percent, plain
+from rtrl.claims._threads import one_thread
 from rtrl.claims.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings
 from rtrl.tasks.anbn import AnBn
 

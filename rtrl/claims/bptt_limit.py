@@ -16,8 +16,9 @@ make it another gradient.
 import os
 from dataclasses import dataclass
 
-from rtrl.claims._cost import CONFIGS, line, one_thread, problem, show_bytes
+from rtrl.claims._cost import CONFIGS, line, problem, show_bytes
 from rtrl.claims._memory import bptt_on_cpu
+from rtrl.claims._threads import one_thread
 from rtrl.claims.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
 
 CLAIMED = 10_000

@@ -33,7 +33,8 @@ from torch.nn import functional as F
 
 import rtrl
 from rtrl.baselines import TBPTT
-from rtrl.claims._lessons import one_thread, plain
+from rtrl.claims._lessons import plain
+from rtrl.claims._threads import one_thread
 from rtrl.claims.breaks import learner_type
 from rtrl.claims.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings
 from rtrl.tasks.bytes import ByteStream

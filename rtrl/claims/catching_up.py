@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rtrl.claims._cost import alternate, one_thread, ratio, times
+from rtrl.claims._cost import alternate, ratio, times
 from rtrl.claims._sleeper import Counted, Sleep, Sleeper, counted, worst_error
+from rtrl.claims._threads import one_thread
 from rtrl.claims.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
 from rtrl.history import History
 

@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from rtrl.cells.moe import RecurrentMoE
 from rtrl.cells.protocol import Sparsity
 from rtrl.claims._compare import compare_gradients
-from rtrl.claims._cost import one_thread
 from rtrl.claims._model import byte_model
+from rtrl.claims._threads import one_thread
 from rtrl.claims.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
 from rtrl.learner import BlockRTRL
 from rtrl.tasks import ByteStream

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 import oracles
-from rtrl.claims._cost import one_thread
+from rtrl.claims._threads import one_thread
 from rtrl.claims.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
 from rtrl.segment_tree import CircularSegmentTree
 from rtrl.transition import Transition, compose, identity

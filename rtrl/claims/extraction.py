@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from rtrl.cells.moe import RecurrentMoE
-from rtrl.claims._cost import FLOW, Mixture, one_thread, problem
+from rtrl.claims._cost import FLOW, Mixture, problem
+from rtrl.claims._threads import one_thread
 from rtrl.claims.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
 from rtrl.testing import check_cell
 

@@ -42,6 +42,7 @@ from rtrl.claims._compare import Comparison, compare_gradients, compare_influenc
 from rtrl.claims._drive import Drive, Interventions, Sleep, Stretch, drive
 from rtrl.claims._model import INERT, SLICED, byte_model, usable_device
 from rtrl.claims._references import Slope, along, dense, differences
+from rtrl.claims._threads import one_thread
 from rtrl.claims.breaks import learner_type
 from rtrl.errors import ConfigError, RTRLError
 from rtrl.tasks import ByteStream
@@ -213,12 +214,8 @@ def measure(settings: Settings, progress: Report | None = None) -> Result:
         f"{type(cell).__name__}({cell.extra_repr()}), normal weights from the seed",
     )
     trial = _Trial(settings, cell, stretch, progress)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of tensors this small, a second thread only makes the first one wait
-    try:
+    with one_thread():
         result.rows = list(trial.rows())
-    finally:
-        torch.set_num_threads(threads)
     result.duration_s = time.perf_counter() - began
     return result
 

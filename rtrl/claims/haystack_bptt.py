@@ -23,7 +23,8 @@ from torch import nn
 
 import rtrl
 from rtrl.baselines import BPTT
-from rtrl.claims._lessons import Course, Lesson, exam, one_thread, percent, plain, teach
+from rtrl.claims._lessons import Course, Lesson, exam, percent, plain, teach
+from rtrl.claims._threads import one_thread
 from rtrl.claims.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings
 from rtrl.tasks.haystack import Haystack
 

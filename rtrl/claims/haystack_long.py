@@ -31,7 +31,8 @@ from torch import nn
 
 import rtrl
 from rtrl.baselines import TBPTT
-from rtrl.claims._lessons import Course, Lesson, MakeLearner, Tell, exam, one_thread, percent, plain, teach
+from rtrl.claims._lessons import Course, Lesson, MakeLearner, Tell, exam, percent, plain, teach
+from rtrl.claims._threads import one_thread
 from rtrl.claims.breaks import learner_type
 from rtrl.claims.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
 from rtrl.tasks.haystack import Haystack

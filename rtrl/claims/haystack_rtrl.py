@@ -25,7 +25,8 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from rtrl.baselines import BPTT
-from rtrl.claims._lessons import Course, Lesson, exam, in_step, one_thread, percent, plain, teach
+from rtrl.claims._lessons import Course, Lesson, exam, in_step, percent, plain, teach
+from rtrl.claims._threads import one_thread
 from rtrl.claims.breaks import learner_type
 from rtrl.claims.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings
 from rtrl.claims.haystack_bptt import Case, lesson_of, make_cell

@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rtrl.claims._cost import FLOW, Mixture, Run, one_thread, problem, show_bytes
+from rtrl.claims._cost import FLOW, Mixture, Run, problem, show_bytes
 from rtrl.claims._memory import alive, between_blocks, influence_bytes, tree_bytes, wake_all
+from rtrl.claims._threads import one_thread
 from rtrl.claims.claim import Claim, Finding, Grid, Progress, Settings, Verdict
 
 LIMIT = 1_000_000

@@ -22,8 +22,9 @@ shows; *gpu* measures an allocator.
 from dataclasses import dataclass
 
 from rtrl.claims import _cost
-from rtrl.claims._cost import Mixture, Run, line, one_thread, problem, show_bytes, slope
+from rtrl.claims._cost import Mixture, Run, line, problem, show_bytes, slope
 from rtrl.claims._memory import alive, between_blocks, bptt_on_cpu, influence_bytes, tree_bytes, wake_all
+from rtrl.claims._threads import one_thread
 from rtrl.claims.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
 
 CLAIMED = {32: (16_000, 500), 128: (62_000, 500), 512: (250_000, 500), 1024: (500_000, 500), 100_000: (48_800_000, 500)}

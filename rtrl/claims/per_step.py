@@ -23,7 +23,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rtrl.claims._cost import FLOW, NOTHING, Mixture, Run, agree, alternate, count, one_thread, problem, ratio, times
+from rtrl.claims._cost import FLOW, NOTHING, Mixture, Run, agree, alternate, count, problem, ratio, times
+from rtrl.claims._threads import one_thread
 from rtrl.claims.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
 
 CLAIMED = 2000.0

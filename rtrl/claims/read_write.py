@@ -19,8 +19,9 @@ from functools import partial
 
 import torch
 
-from rtrl.claims._cost import alternate, count, one_thread, ratio, times
+from rtrl.claims._cost import alternate, count, ratio, times
 from rtrl.claims._sleeper import Sleep, Sleeper, worst_error
+from rtrl.claims._threads import one_thread
 from rtrl.claims.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
 from rtrl.transition import Transition
 

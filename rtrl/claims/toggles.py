@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from rtrl.claims._cost import NOTHING, Mixture, Run, agree, count, lay_down, one_thread, problem, times, unrolled
+from rtrl.claims._cost import NOTHING, Mixture, Run, agree, count, lay_down, problem, times, unrolled
+from rtrl.claims._threads import one_thread
 from rtrl.claims.claim import Claim, Finding, Grid, Progress, Settings, Verdict
 
 
