@@ -103,7 +103,8 @@ def _measure(sizes: Sizes, claimed: float, settings: Settings, progress: Progres
     stream = problem(sizes.mixture, sizes.steps, settings.seed, device=settings.device)
     rough = unrolled(stream)
     counted: dict[str, float] = {}
-    for name, block in (("sparse", 1), ("lazy=False", 1), ("sparse, blocks of 16", 16)):
+    counting = {"sparse": 1, "lazy=False": 1} | ({"sparse, blocks of 16": 16} if settings.full else {})
+    for name, block in counting.items():
         options, told = SIDES[name.split(",")[0]]
         side = Run(stream, told, block=block, window=sizes.window, **options)
 

@@ -15,7 +15,7 @@ ratios of neighbours stands beside the count. The verdict rests on the counts.
 
 **Why that is fair.** “Full updates” can mean two things, and both are reported: full RTRL, and merely not letting
 experts sleep. All sides are the same code, so that nothing but sparsity differs, and blocks, which would help the
-sparse side more, are left out of the verdict (a row shows them).
+sparse side more, are left out of the verdict (a row of the full form shows them).
 
 **What it leaves open.** The stream is drawn at random and the cell not trained; a trained router may use few experts
 and let the others sleep for longer. How the second ratio depends on the number of experts is counted at a small

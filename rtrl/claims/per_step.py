@@ -37,7 +37,7 @@ class Sizes:
 
     mixture: Mixture = FLOW
     widths: tuple[int, int, int] = (4, 8, 12)
-    blocks: tuple[int, ...] = (1, 16, 256)
+    blocks: tuple[int, ...] = (1, 256)
     warm: int = 64
     steps: int = 32
     window: int = 48
@@ -73,7 +73,8 @@ def judge(ratios: dict[int, float], share: float) -> tuple[Verdict, str]:
     if reached:
         return "holds when", f"steps are worked off in blocks of {reached[0]} or more; {sparsity}; {active}"
     best = max(ratios, key=lambda block: ratios[block])
-    return "does not hold", f"{times(ratios[best])} in blocks of {best}; {sparsity}; {active}"
+    longest = ", the longest tried" if best == max(ratios) else ""
+    return "does not hold", f"{times(ratios[best])} in blocks of {best}{longest}; {sparsity}; {active}"
 
 
 def measure(settings: Settings, progress: Progress, sizes: Sizes | None = None) -> Finding:

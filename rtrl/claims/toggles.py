@@ -28,7 +28,7 @@ class Sizes:
     """The mixture, steps, and the learner's block and window."""
 
     mixture: Mixture = Mixture("toggles", 8, 4, 8, 8, 32)  # noqa: RUF009
-    steps: int = 64
+    steps: int = 48
     block: int = 16
     window: int = 8
 

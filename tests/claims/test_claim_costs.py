@@ -119,11 +119,11 @@ def test_speed_of_a_learner_with_wrong_gradients_is_void(monkeypatch: pytest.Mon
 
 def test_memory_over_time() -> None:
     table = {32: (100, 10), 64: (200, 10)}
-    assert verdict(memory_table.judge({32: 110.0, 64: 190.0}, {32: 11.0, 64: 11.0}, 2, True, table)) == "holds"
-    when = memory_table.judge({32: 110.0, 64: 190.0}, {32: 150.0, 64: 150.0}, 48, True, table)
+    assert verdict(memory_table.judge({32: 110.0, 64: 190.0}, {32: 11.0, 64: 11.0}, 9, 2, True, table)) == "holds"
+    when = memory_table.judge({32: 110.0, 64: 190.0}, {32: 150.0, 64: 150.0}, 90, 48, True, table)
     assert when[0] == "holds when"
     assert "T > 48" in when[1]
-    assert verdict(memory_table.judge({32: 1.0}, {32: 9.0}, 300, False, table)) == "does not hold"
+    assert verdict(memory_table.judge({32: 1.0}, {32: 9.0}, 9, 300, False, table)) == "does not hold"
 
 
 def test_memory_that_grows_is_a_failure() -> None:
