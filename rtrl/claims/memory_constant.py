@@ -3,7 +3,7 @@ steps.
 
 **How it is measured.** A small mixture (3 slots of 4, 4 experts, top-2, float32) runs through a stream with a loss at
 every step, in a process that does nothing else, its gradients delivered every eight blocks. Every expert and slot is
-laid down once at the beginning. At T = 100, 500, 1000 and ten-fold up to 10⁴ (10⁶ in the full form), right after a
+laid down once at the beginning. At T = 100, 500, 1000 and 5000 (10⁴, 10⁵ and 10⁶ in the full form), right after a
 delivery, two numbers are taken: the bytes the learner holds (``retained_bytes``: influence, tree, open block,
 gradients, state; a test holds that count against the tensors alive), and the resident memory of the process. Bytes
 must be the same to the last one; the process may not grow by more than 1 % from T = 1000 on.
@@ -31,7 +31,7 @@ class Sizes:
     """The model, the moments at which bytes are taken, and the learner's sizes."""
 
     mixture: Mixture = Mixture("small", 2, 2, 4, 3, 4)  # noqa: RUF009
-    moments: tuple[int, ...] = (100, 500, 1000, 10_000)
+    moments: tuple[int, ...] = (100, 500, 1000, 5000)
     block: int = 20
     window: int = 8
 
