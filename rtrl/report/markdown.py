@@ -172,7 +172,8 @@ def _prose(text: str) -> str:
 def _piece(piece: prose.Piece) -> str:
     if piece.kind == "code":
         return f"`` {piece.text} ``" if "`" in piece.text else f"`{piece.text}`"
-    return f"**{escape(piece.text)}**" if piece.kind == "strong" else escape_words(piece.text)
+    sign = {"strong": "**", "stress": "*"}.get(piece.kind)
+    return f"{sign}{escape(piece.text)}{sign}" if sign else escape_words(piece.text)
 
 
 def escape_words(text: str) -> str:

@@ -1,17 +1,21 @@
-"""The few signs that docstrings use: paragraphs, indented equations, lists, code in backticks, **strong** words."""
+"""The few signs that docstrings use: paragraphs, indented equations, lists, code in backticks, **strong** and
+*stressed* words."""
 
 import re
 import textwrap
 from typing import Literal, NamedTuple
 
-_MARKED = re.compile(r"(`+)(?P<code>.+?)\1|\*\*(?P<strong>\S(?:.*?\S)?)\*\*", re.DOTALL)
+_MARKED = re.compile(
+    r"(`+)(?P<code>.+?)\1|\*\*(?P<strong>\S(?:.*?\S)?)\*\*|(?<![\w*])\*(?P<stress>[^\s*](?:[^*]*[^\s*])?)\*(?![\w*])",
+    re.DOTALL,
+)
 
 
 class Piece(NamedTuple):
     """A piece of a line, and what it is."""
 
     text: str
-    kind: Literal["text", "code", "strong"]
+    kind: Literal["text", "code", "strong", "stress"]
 
 
 class Block(NamedTuple):
@@ -39,14 +43,17 @@ def blocks(text: str) -> list[Block]:
 
 
 def pieces(text: str) -> list[Piece]:
-    """Text, code and strong words in turns; a role before code, as in :func:`name`, is dropped."""
+    """Text, code, strong and stressed words in turns; a role before code, as in :func:`name`, is dropped."""
     found: list[Piece] = []
     at = 0
     for match in _MARKED.finditer(text):
         code = match["code"]
         before = text[at : match.start()]
         found.append(Piece(before if code is None else re.sub(r":\w+:$", "", before), "text"))
-        found.append(Piece(match["strong"], "strong") if code is None else Piece(code.strip(), "code"))
+        if code is not None:
+            found.append(Piece(code.strip(), "code"))
+        else:
+            found.append(Piece(match["strong"], "strong") if match["strong"] else Piece(match["stress"], "stress"))
         at = match.end()
     found.append(Piece(text[at:], "text"))
     return [piece for piece in found if piece.text]

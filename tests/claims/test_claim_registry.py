@@ -110,6 +110,7 @@ def test_the_record_is_json_without_nan() -> None:
     assert {"rtrl", "torch", "python"} <= record["versions"].keys()
     (one,) = record["claims"]
     assert one.pop("duration_s") >= 0
+    assert one.pop("explanation") == __doc__
     assert one == {
         "id": "one",
         "claimed": "one was claimed",

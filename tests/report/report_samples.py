@@ -81,7 +81,7 @@ def sample() -> dict[str, Any]:
                 "memory",
                 grids=[grid, long_grid],
                 plots=[MEMORY],
-                explanation="Claim: memory **stays**.\n\n    S = J S + B\n\n"
+                explanation="Claim: memory **stays** as *it is*.\n\n    S = J S + B\n\n"
                 "Bytes of ``rtrl.BlockRTRL`` (:func:`sync`).\n\n- one\n- two",
             ),
             claim("depends", "holds when", condition="B ≤ 4; from H = 64 on", plots=[RASTER, CURVE]),

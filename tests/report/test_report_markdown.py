@@ -82,7 +82,7 @@ def test_the_table_of_claims(tmp_path: Path) -> None:
     ]
     assert "## `memory`\n\nwhat memory claims\n\n| measured | threshold | verdict |" in other
     assert "    S = J S + B\n\nBytes of `rtrl.BlockRTRL` (`sync`).\n\n- one\n- two\n\n" in other
-    assert "\n\nClaim: memory **stays**.\n\n" in other
+    assert "\n\nClaim: memory **stays** as *it is*.\n\n" in other
     assert "Costs:\n\n| side | H | multiply-adds | exact |\n| --- | ---: | ---: | --- |\n" in other
     assert "| rtrl | 16 | 131\u202f072 | yes |\n| dense | 16 | 1.5·10⁹ |  |\n\n" in other
     assert "<summary>Every row (40 rows)</summary>\n\n| n | n² |" in other

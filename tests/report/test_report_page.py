@@ -174,7 +174,7 @@ def test_dark_light_and_print() -> None:
 
 def test_explanations_are_set() -> None:
     text = html()
-    assert "<p>Claim: memory <strong>stays</strong>.</p>" in text
+    assert "<p>Claim: memory <strong>stays</strong> as <em>it is</em>.</p>" in text
     assert "<pre>S = J S + B</pre>" in text
     assert "<p>Bytes of <code>rtrl.BlockRTRL</code> (<code>sync</code>).</p>" in text
     assert text.count("How it is measured") == 1
