@@ -13,8 +13,8 @@ from rtrl.report.load import record as read
 from rtrl.report.markdown import anchor, escape
 
 ROOT = Path(__file__).parent.parent.parent
-README, CLAIMS, RESULTS = ROOT / "README.md", ROOT / "docs" / "claims.md", ROOT / "docs" / "results.json"
-PICTURES = ROOT / "docs" / "pictures"
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+CLAIMS, LONG = DOCS / "claims.md", DOCS / "claims-full.md"
 
 
 def pages(folder: Path, **texts: str) -> list[Path]:
@@ -39,14 +39,18 @@ def after(record: Any, paths: list[Path], folder: Path | None = None) -> list[st
 # ---------------------------------------------------------------------- this repository's own pages
 
 
-def test_readme_and_claims_say_what_the_results_say() -> None:
-    record = load_record(RESULTS)
-    for path, (old, new) in update_markdown(record, [README, CLAIMS], PICTURES).items():
+@pytest.mark.parametrize(
+    ("results", "pictures", "written"),
+    [("results.json", "pictures", [README, CLAIMS]), ("results-full.json", "pictures-full", [LONG])],
+)
+def test_readme_and_claims_say_what_the_results_say(results: str, pictures: str, written: list[Path]) -> None:
+    record = load_record(DOCS / results)
+    for path, (old, new) in update_markdown(record, written, DOCS / pictures).items():
         assert old == new, (
-            f"{path.name} is not what docs/results.json says: rtrl report docs/results.json --pictures docs/pictures "
-            "--format svg --update README.md --update docs/claims.md"
+            f"{path.name} is not what docs/{results} says: rtrl report docs/{results} --pictures docs/{pictures} "
+            f"--format svg {' '.join(f'--update {page.relative_to(ROOT)}' for page in written)}"
         )
-    assert outdated_pictures(record, PICTURES, ("svg",)) == []
+    assert outdated_pictures(record, DOCS / pictures, ("svg",)) == []
 
 
 def test_every_link_to_a_claim_leads_to_its_section() -> None:
