@@ -1,26 +1,13 @@
-"""Measure a selection of claims and put the results on record."""
+"""Measure a selection of claims."""
 
 import gc
-import inspect
-import math
-import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-import rtrl
 from rtrl.claims.claim import Claim, Finding, Progress, Settings
-
-SCHEMA = 1
-"""The form of ``record``; it changes whenever a reader of the old form would misread the new one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,95 +64,3 @@ def raised(error: Exception) -> Finding:
     """The finding of a claim that could not be measured because of an error: it fails, whatever it would have found."""
     said = f"{type(error).__name__}: {error}"
     return Finding("", "", "not measured", f"it raised {said}", failures=[said])
-
-
-def failures(outcomes: Sequence[Outcome]) -> list[str]:
-    """Every way in which the code does not behave as documented, "claim: what"; also that nothing was measured."""
-    found = [f"{outcome.claim.id}: {line}" for outcome in outcomes for line in outcome.finding.failures]
-    return found if outcomes else ["no claim was measured"]
-
-
-def record(outcomes: Sequence[Outcome], settings: Settings, command: str, duration_s: float) -> dict[str, Any]:
-    """Everything that was found, as plain JSON values: numbers that are not finite become None."""
-    whole = {
-        "schema": SCHEMA,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "mode": "full" if settings.full else "quick",
-        "seed": settings.seed,
-        "machine": machine(),
-        "versions": versions(),
-        "duration_s": round(duration_s, 3),
-        "claims": [
-            {
-                "id": outcome.claim.id,
-                "claimed": outcome.claim.claimed,
-                "explanation": inspect.getdoc(sys.modules[outcome.claim.measure.__module__]) or "",
-                **asdict(outcome.finding),
-                "duration_s": round(outcome.duration_s, 3),
-            }
-            for outcome in outcomes
-        ],
-    }
-    plain_whole: dict[str, Any] = plain(whole)
-    return plain_whole
-
-
-def plain(value: Any) -> Any:
-    """Containers of JSON values, tuples as lists, numbers that are not finite as None.
-
-    Raises:
-        TypeError: something else is among them.
-    """
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    raise TypeError(f"{type(value).__name__} is no plain JSON value: {value!r}")
-
-
-def machine() -> dict[str, Any]:
-    """The machine that measures."""
-    memory = None
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": memory,
-        "os": platform.platform(),
-    }
-
-
-def versions() -> dict[str, str | None]:
-    """What the results depend on; the commit where the package lies in a clone of its repository."""
-    return {
-        "rtrl": rtrl.__version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "commit": _commit(Path(rtrl.__file__).parents[1]),
-    }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
-
-
-def _commit(root: Path) -> str | None:
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -1,6 +1,7 @@
 """``rtrl verify``: measure the claims, all of them or some, and say what came of each."""
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -8,8 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
+from rtrl.claims.claim import Settings
 from rtrl.commands._console import make_console, progress, show, writable
 from rtrl.errors import ConfigError
 
@@ -35,6 +38,10 @@ def verify(
             "--json", metavar="PATH", help="Write all results there; '-' for standard output, the rest then to stderr."
         ),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Keep what the file of --json holds already of this code; measure the rest."),
+    ] = False,
     file: Annotated[
         Path | None,
         typer.Option(
@@ -105,9 +112,11 @@ def verify(
             raise ConfigError(f"{given[0]} is of {_GATE} alone; leave it or the other --only away")
         if quick and full:
             raise ConfigError("--quick and --full exclude each other")
+        if resume and json_path in {None, "-"}:
+            raise ConfigError("--resume needs --json PATH, the file to go on with")
         if list_:
             _list()
-        elif given or set(only or []) == {_GATE}:
+        elif given or (set(only or []) == {_GATE} and not resume):
             changes: dict[str, Any] = {"file": file, "seed": seed, "device": device, "broken": break_}
             if steps is not None:
                 changes["steps"] = steps
@@ -116,7 +125,7 @@ def verify(
                     changes[name] = tuple(dict.fromkeys(sizes))
             _gate(changes, quick, json_path)
         else:
-            _table(only or [], full, seed, device, json_path)
+            _table(only or [], Settings(full, seed, device), json_path, resume)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -130,36 +139,31 @@ def _list() -> None:
     show(listing)
 
 
-def _table(only: list[str], full: bool, seed: int, device: str, json_path: str | None) -> None:
-    """Measure the claims and print a line as each is done."""
-    from rtrl.claims import run  # the oracles are needed here and nowhere else
+def _table(only: list[str], settings: Settings, json_path: str | None, resume: bool) -> None:
+    """Measure the claims; print a line and write the results as each is done."""
+    from rtrl.claims import record, registry, run  # the oracles are needed here and nowhere else
     from rtrl.claims._model import usable_device
-    from rtrl.claims.claim import Settings
-    from rtrl.claims.registry import select
 
-    chosen = select(only)
-    usable_device(device)
-    settings = Settings(full=full, seed=seed, device=device)
+    chosen = registry.select(only)
+    usable_device(settings.device)
     stderr = json_path == "-"
     target = None if json_path is None or stderr else writable(Path(json_path))
+    found = {entry["id"]: entry for entry in (record.kept(target, settings) if resume and target else [])}
+    chosen = [claim for claim in chosen if claim.id not in found]
+    order = [claim.id for claim in registry.claims()]
     console = make_console(stderr)
-    wide = max(len(claim.id) for claim in chosen)
+    wide = max(map(len, [*found, *(claim.id for claim in chosen)]))
+    for entry in found.values():
+        _say(console, entry, wide)
 
-    def say(outcome: run.Outcome) -> None:
-        found = outcome.finding
-        verdict = "holds when …" if found.verdict == "holds when" else found.verdict
-        asked = f"  (asked: {found.threshold})" if found.threshold else ""
-        style = _STYLES[found.verdict]
-        console.print(
-            f"[bold]{outcome.claim.id:{wide}}[/bold]  [{style}]{verdict:13}[/{style}]", end="  ", highlight=False
-        )
-        text = f"{found.figure}{asked}  {outcome.duration_s:.0f} s"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-        for line in [found.condition] if found.condition else []:
-            console.print(f"{'':{wide}}  {line}", highlight=False, markup=False, soft_wrap=True)
-        for line in found.failures:
-            console.print(f"{'':{wide}}  FAIL: {line}", highlight=False, markup=False, soft_wrap=True, style="bold red")
-        console.file.flush()  # a file or a pipe is to show a claim as soon as it is measured
+    def entries() -> list[record.Entry]:
+        return sorted(found.values(), key=lambda entry: order.index(entry["id"]))
+
+    def each(outcome: run.Outcome) -> None:
+        found[outcome.claim.id] = record.entry(outcome)
+        _say(console, found[outcome.claim.id], wide)
+        if target is not None:  # a run that is cut off loses no claim that is measured
+            _write(record.record(entries(), settings, _command()), target, stderr)
 
     began = time.perf_counter()
     with progress() as bar:
@@ -168,21 +172,36 @@ def _table(only: list[str], full: bool, seed: int, device: str, json_path: str |
         def report(piece: str, done: int, pieces: int) -> None:
             bar.update(task, description=piece, completed=done, total=pieces)
 
-        outcomes = run.measure(chosen, settings, report, say)
+        run.measure(chosen, settings, report, each)
     duration_s = time.perf_counter() - began
-    _write(run.record(outcomes, settings, _command(), duration_s), target, stderr)
-    counts = {name: sum(outcome.finding.verdict == name for outcome in outcomes) for name in _STYLES}
+    whole = record.record(entries(), settings, _command())
+    _write(whole, target, stderr)
+    counts = {name: sum(entry["verdict"] == name for entry in whole["claims"]) for name in _STYLES}
     counted = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
-    failed = run.failures(outcomes)
+    failed = record.failures(whole["claims"])
     opening = f"FAIL: {len(failed)} failures, first: {failed[0]}; " if failed else "PASS: "
-    typer.echo(f"{opening}{len(outcomes)} claims: {counted} ({duration_s:.0f} s)", err=stderr)
+    typer.echo(f"{opening}{len(whole['claims'])} claims: {counted} ({duration_s:.0f} s)", err=stderr)
     raise typer.Exit(1 if failed else 0)
+
+
+def _say(console: Console, found: dict[str, Any], wide: int) -> None:
+    """One line for a claim, more for its condition and its failures."""
+    verdict = "holds when …" if found["verdict"] == "holds when" else found["verdict"]
+    asked = f"  (asked: {found['threshold']})" if found["threshold"] else ""
+    style = _STYLES[found["verdict"]]
+    console.print(f"[bold]{found['id']:{wide}}[/bold]  [{style}]{verdict:13}[/{style}]", end="  ", highlight=False)
+    text = f"{found['figure']}{asked}  {found['duration_s']:.0f} s"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    for line in [found["condition"]] if found["condition"] else []:
+        console.print(f"{'':{wide}}  {line}", highlight=False, markup=False, soft_wrap=True)
+    for line in found["failures"]:
+        console.print(f"{'':{wide}}  FAIL: {line}", highlight=False, markup=False, soft_wrap=True, style="bold red")
+    console.file.flush()  # a file or a pipe is to show a claim as soon as it is measured
 
 
 def _gate(changes: dict[str, Any], quick: bool, json_path: str | None) -> None:
     """The gradient-equivalence gate, with its own sizes, table and results."""
-    from rtrl.claims import _table, breaks, gradient_equivalence, run
-    from rtrl.claims.claim import Settings
+    from rtrl.claims import _table, breaks, gradient_equivalence, record, run
 
     if changes["broken"] == "help":
         listing = Table("--break", "what is wrong then")
@@ -203,15 +222,20 @@ def _gate(changes: dict[str, Any], quick: bool, json_path: str | None) -> None:
     show(_table.table(result), stderr=stderr)
     outcome = run.Outcome(gradient_equivalence.CLAIM, gradient_equivalence.finding(result), result.duration_s)
     common = Settings(full=not quick, seed=settings.seed, device=settings.device)
-    whole = run.record([outcome], common, _command(), result.duration_s)
+    whole = record.record([record.entry(outcome)], common, _command())
     _write({**whole, **result.record(), "versions": whole["versions"]}, target, stderr)
     typer.echo(_table.verdict(result), err=stderr)
     raise typer.Exit(0 if result.passed else 1)
 
 
-def _write(record: dict[str, Any], target: Path | None, to_stdout: bool) -> None:
-    text = json.dumps(record, indent=2, allow_nan=False)
-    if target is not None:
+def _write(whole: dict[str, Any], target: Path | None, to_stdout: bool) -> None:
+    text = json.dumps(whole, indent=2, allow_nan=False)
+    if target is not None and target.is_file():
+        target = target.resolve()
+        half = target.with_name(f".{target.name}.{os.getpid()}")  # whoever cuts this off finds the old file
+        half.write_text(text + "\n", encoding="utf-8")
+        half.replace(target)
+    elif target is not None:  # a device or a pipe
         target.write_text(text + "\n", encoding="utf-8")
     elif to_stdout:
         typer.echo(text)

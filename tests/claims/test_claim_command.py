@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from rtrl.claims import registry
+from rtrl.claims import record, registry
 from rtrl.claims.claim import Claim, Finding, Progress, Settings
 from rtrl.cli import app
 
@@ -87,6 +87,64 @@ def test_options_reach_the_claims(tmp_path: Path) -> None:
     assert "good" in result.stderr
 
 
+def test_a_run_that_is_cut_off_keeps_what_it_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    measured: list[str] = []
+
+    def fine(settings: Settings, progress: Progress) -> Finding:
+        measured.append("fine")
+        return FOUND["good"]
+
+    def cut_off(settings: Settings, progress: Progress) -> Finding:
+        raise KeyboardInterrupt
+
+    def later(settings: Settings, progress: Progress) -> Finding:
+        measured.append("later")
+        return FOUND["wrong"]
+
+    claims = [Claim("fine", "", fine), Claim("long", "", cut_off), Claim("later", "", later)]
+    monkeypatch.setattr(registry, "claims", lambda: claims)
+    assert verify("--json", str(path)).exit_code != 0
+    assert [claim["id"] for claim in json.loads(path.read_text(encoding="utf-8"))["claims"]] == ["fine"]
+    claims[1] = Claim("long", "", later)
+    result = verify("--json", str(path), "--resume", "--only", "later")  # out of order
+    assert result.exit_code == 0, result.output
+    result = verify("--json", str(path), "--resume")
+    assert measured == ["fine", "later", "later"]  # what was there is not measured again
+    assert re.search(r"^fine +holds +2 ×", result.stdout, re.MULTILINE)
+    assert result.stdout.splitlines()[-1].startswith("PASS: 3 claims: 1 holds, 2 does not hold")
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    assert [claim["id"] for claim in whole["claims"]] == ["fine", "long", "later"]
+    assert whole["claims"][0]["figure"] == "2 ×"
+
+
+def test_what_failed_is_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    verify("--json", str(path))
+    given.clear()
+    result = verify("--json", str(path), "--resume")
+    assert len(given) == 1 and result.exit_code == 1
+    assert "broken: gradients differ" in result.stdout
+
+
+def test_only_results_of_the_same_code_are_gone_on_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    verify("--json", str(path), "--only", "good")
+    before = path.read_text(encoding="utf-8")
+    given.clear()
+    for arguments, name in ((["--full"], "mode"), (["--seed", "1"], "seed")):
+        result = verify("--json", str(path), "--resume", *arguments)
+        assert (result.exit_code, given) == (2, [])
+        assert f"its {name} is" in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
+    monkeypatch.setattr(record, "versions", lambda: {"rtrl": "another"})
+    assert verify("--json", str(path), "--resume").exit_code == 2
+    assert path.read_text(encoding="utf-8") == before
+    path.write_text("[]", encoding="utf-8")
+    result = verify("--json", str(path), "--resume")
+    assert (result.exit_code, given) == (2, [])
+    assert "holds no results of rtrl verify" in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
+
+
 def test_the_claims_are_listed() -> None:
     result = verify("--list")
     assert result.exit_code == 0
@@ -103,6 +161,8 @@ def test_the_claims_are_listed() -> None:
         (["--only", "good", "--steps", "90"], "--steps is of gradient-equivalence alone"),
         (["--only", "good", "--quick"], "--quick is of gradient-equivalence alone"),
         (["--quick", "--full"], "exclude each other"),
+        (["--resume"], "--resume needs --json PATH"),
+        (["--resume", "--json", "-"], "--resume needs --json PATH"),
         (["--steps", "0"], "steps must be more than"),
     ],
 )

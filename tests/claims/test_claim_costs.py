@@ -27,6 +27,7 @@ from rtrl.claims import (
     patterns,
     per_step,
     read_write,
+    record,
     run,
     toggles,
 )
@@ -75,8 +76,8 @@ def test_each_is_measured_in_small(module: Any, sizes: Any) -> None:
         assert all(len(row) == len(grid.columns) for row in grid.rows), grid.title
     for plot in finding.plots:
         assert all(len(series.x) == len(series.y) > 0 for series in plot.series), plot.title
-    record = run.record([run.Outcome(module.CLAIM, finding, 0.0)], Settings(), "test", 0.0)
-    json.dumps(record, allow_nan=False)
+    entry = record.entry(run.Outcome(module.CLAIM, finding, 0.0))
+    json.dumps(record.record([entry], Settings(), "test"), allow_nan=False)
     assert torch.get_num_threads() == threads
 
 

@@ -273,3 +273,15 @@ def stream_run(bits: float, held: list[int], horizon: int | None = None) -> byte
 def test_byte_stream_judges(bits: float, held: list[int], verdict: str, fails: bool) -> None:
     finding = byte_stream.judge(BYTES, stream_run(bits, held), [stream_run(3.1, [9], 8), stream_run(4, [9], 16)], 5.0)
     assert finding.verdict == verdict and bool(finding.failures) == fails
+
+
+def test_of_several_byte_streams_the_worst_counts() -> None:
+    good, bad = (
+        byte_stream.judge(BYTES, stream_run(3.0, held), [stream_run(3.1, [9], 8)], 5.0) for held in ([10, 10], [10, 12])
+    )
+    for order in ([good, bad], [bad, good]):
+        whole = byte_stream.together(order)
+        assert (whole.verdict, whole.condition, whole.failures) == ("does not hold", "memory grows", bad.failures)
+        assert whole.figure == f"{order[0].figure}. {order[1].figure}"
+    assert byte_stream.together([good]).verdict == "holds"
+    assert {sizes.steps for sizes in byte_stream.FULL} == {10**5, 10**6}

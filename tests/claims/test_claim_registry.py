@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rtrl.claims import registry, run
+from rtrl.claims import record, registry, run
 from rtrl.claims.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings
 from rtrl.errors import ConfigError
 
@@ -50,9 +50,10 @@ def test_what_one_claim_raises_is_its_own_failure() -> None:
     assert seen == ["bad", "good"]
     assert outcomes[1].finding is GOOD
     assert outcomes[0].finding.verdict == "not measured"
-    assert run.failures(outcomes) == ["bad: ZeroDivisionError: by nothing"]
-    assert run.failures(outcomes[1:]) == []
-    assert run.failures([]) == ["no claim was measured"]
+    entries = [record.entry(outcome) for outcome in outcomes]
+    assert record.failures(entries) == ["bad: ZeroDivisionError: by nothing"]
+    assert record.failures(entries[1:]) == []
+    assert record.failures([]) == ["no claim was measured"]
 
 
 def test_a_stop_by_hand_is_no_failure_of_a_claim() -> None:
@@ -98,17 +99,17 @@ def test_the_record_is_json_without_nan() -> None:
         [Plot("p", "x", "y", [Series("s", [1.0], [math.inf], dashed=True)], kind="raster", log_x=True)],
         {"tuple": (1, 2.5)},
     )  # fmt: skip
-    outcomes = run.measure([made("one", lambda *_: finding)], Settings(full=True, seed=3))
-    record = json.loads(
-        json.dumps(run.record(outcomes, Settings(full=True, seed=3), "rtrl verify", 1.0), allow_nan=False)
-    )
-    assert record.keys() == {
-        "schema", "created", "command", "mode", "seed", "machine", "versions", "duration_s", "claims",
+    (outcome,) = run.measure([made("one", lambda *_: finding)], Settings(full=True, seed=3))
+    made_of = record.record([record.entry(outcome)], Settings(full=True, seed=3), "rtrl verify")
+    whole = json.loads(json.dumps(made_of, allow_nan=False))
+    assert whole.keys() == {
+        "schema", "created", "command", "mode", "seed", "device", "machine", "versions", "duration_s", "claims",
     }  # fmt: skip
-    assert (record["schema"], record["mode"], record["seed"]) == (1, "full", 3)
-    assert record["machine"].keys() == {"cpu", "cores", "threads", "memory_bytes", "os"}
-    assert {"rtrl", "torch", "python"} <= record["versions"].keys()
-    (one,) = record["claims"]
+    assert (whole["schema"], whole["mode"], whole["seed"], whole["device"]) == (1, "full", 3, "cpu")
+    assert whole["machine"].keys() == {"cpu", "cores", "threads", "memory_bytes", "os"}
+    assert {"rtrl", "torch", "python"} <= whole["versions"].keys()
+    (one,) = whole["claims"]
+    assert whole["duration_s"] == one["duration_s"]
     assert one.pop("duration_s") >= 0
     assert one.pop("explanation") == __doc__
     assert one == {
@@ -132,4 +133,4 @@ def test_the_record_is_json_without_nan() -> None:
 
 def test_what_is_no_json_is_refused() -> None:
     with pytest.raises(TypeError, match="Tensor is no plain JSON value"):
-        run.plain({"a": [torch.ones(1)]})
+        record.plain({"a": [torch.ones(1)]})
