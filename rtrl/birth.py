@@ -265,14 +265,18 @@ def active(group: Linearization, name: str, slices: int, size: int, device: torc
     return torch.arange(slices, device=device).expand(size, len(group.times), -1)
 
 
-def may_overflow(birth: WholeBirth | SlicedBirth) -> bool:
-    """Whether a bound, from the largest factors, leaves it open that a sum overflows; NaN leaves it open, too."""
+def may_overflow(birth: WholeBirth | SlicedBirth, largest_reach: Tensor) -> bool:
+    """Whether a bound, from the largest factors, leaves it open that a sum overflows; NaN leaves it open, too.
+
+    Args:
+        largest_reach: the largest absolute value in ``birth.reach``.
+    """
     reach = birth.reach
     kind = torch.finfo(reach.dtype)
     m, w = reach.shape[1], reach.shape[3]
     k, length, _ = birth.taps[0].tap.shape
     inputs = [largest(tap.tap.inputs) for tap in birth.taps if tap.tap.inputs is not None]
-    factors = torch.stack([largest(reach), birth.response.largest(), *inputs]).tolist()
+    factors = torch.stack([largest_reach, birth.response.largest(), *inputs]).tolist()
     bound = float(m * k * length * w) * factors[0] * factors[1] * max([1.0, *factors[2:]])
     return not bound < kind.max / 16
 

@@ -18,6 +18,7 @@ from rtrl.birth import SlicedBirth, Stores, WholeBirth, active, births, may_over
 from rtrl.errors import SparsityError
 from rtrl.influence import ParameterInfluence
 from rtrl.linearization import Linearization, LinearTap
+from rtrl.response import largest
 from rtrl.scratch import Scratch
 from rtrl.sweep import sweep
 from rtrl.taps import segment_products
@@ -120,8 +121,11 @@ def overflowing(
     for name, value in result.dense.items():
         if not bool(torch.isfinite(value).all()):
             return name
+    largest_reach: dict[int, Tensor] = {}  # maps of one group share it
     for birth in result.births:
-        if not may_overflow(birth):
+        if id(birth.reach) not in largest_reach:
+            largest_reach[id(birth.reach)] = largest(birth.reach)
+        if not may_overflow(birth, largest_reach[id(birth.reach)]):
             continue
         names = [tap.tap.name for tap in birth.taps]
         trial, rows = {}, {}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rtrl import _rows
 from rtrl.linearization import Linearization
@@ -19,6 +20,9 @@ from rtrl.transition import Transition, flushed
 _LAUNCH_MACS = {"cpu": 2**18}
 _LAUNCH_MACS_ELSEWHERE = 2**24
 _CHUNK = 2**20  # numbers of Jacobians that are written out at a time
+_FLUSH_EVERY = (
+    4  # steps; between them a product of ordinary size does not become subnormal, and it is a pass over X less
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,26 +83,47 @@ def _onward(product: Tensor, adjoint: Tensor | None, out: Tensor) -> None:
 
 
 def _one_by_one(group: Linearization, reach: Tensor) -> Tensor:
-    """Fill ``reach`` in as many products as steps; returns X before the first step."""
+    """Fill ``reach`` in as many products as steps, each written where it stays; returns X before the first step."""
     size, m, r, full = reach.shape
-    product, last = reach.new_empty(size, r, full), reach.new_empty(size, r, full)
     _start(reach)
+    last = reach.new_empty(size, r, full)
+    product = torch.mm if size == 1 else torch.bmm  # a batch of one would cost more
+    xs = [*_by_step(last.unsqueeze(1)), *_by_step(reach)]  # [j] is X before step j
+    joined = _joined(group)
+    rows = None if joined is None else _by_step(joined)
+    if rows is not None:
+        xs[m][..., -1, :] += rows[m]
     span = max(1, _CHUNK // (size * full * full))
-    after = group.adjoint_next
     for stop in range(m, 0, -span):
         start = max(0, stop - span)
-        jacobians = group.jacobian(start, stop)
+        jacobians = _by_step(group.jacobian(start, stop))
         for j in range(stop - 1, start - 1, -1):
-            here = reach[:, j]
-            if after is not None:
-                here[:, -1] += after[:, j]
-            if size == 1:
-                torch.mm(here[0], jacobians[0, j - start], out=product[0])
-            else:
-                torch.bmm(here, jacobians[:, j - start], out=product)
-            earned = None if group.adjoint is None else group.adjoint[:, j]
-            _onward(product, earned, reach[:, j - 1] if j else last)
+            x = xs[j]
+            product(xs[j + 1], jacobians[j - start], out=x)
+            if j % _FLUSH_EVERY == 0:
+                products = x[..., :-1, :]
+                flushed(products, out=products)
+            if rows is not None:
+                x[..., -1, :].add_(rows[j])
     return last
+
+
+def _by_step(stacked: Tensor) -> Sequence[Tensor]:
+    """(B, m, ...) → views of each step, without B where that is 1."""
+    steps: Sequence[Tensor] = stacked[0].unbind(0) if stacked.shape[0] == 1 else stacked.unbind(1)
+    return steps
+
+
+def _joined(group: Linearization) -> Tensor | None:
+    """What joins the adjoint in each X, (B, m + 1, W), or None: in that before step j what step j earns, and what step
+    j − 1 earns through its next state."""
+    own, after = group.adjoint, group.adjoint_next
+    if own is None:
+        return None if after is None else pad(after, (0, 0, 1, 0))
+    joined = pad(own, (0, 0, 0, 1))
+    if after is not None:
+        joined[:, 1:] += after
+    return joined
 
 
 def _scan(group: Linearization, reach: Tensor) -> Tensor:

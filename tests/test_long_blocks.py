@@ -9,7 +9,8 @@ from toy_cells import seeded
 
 import oracles
 import rtrl
-from rtrl import linearize
+from rtrl import linearize, sweep
+from rtrl.scratch import Scratch
 
 KINDS = [nn.RNNCell, nn.GRUCell, nn.LSTMCell]
 
@@ -49,6 +50,31 @@ def test_a_wide_state_and_a_long_block() -> None:
     learner.sync()
     found = {name: p.grad for name, p in cell.named_parameters()}
     assert_gradients_equal(found, oracles.bptt(cell, xs, loss))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_products_of_a_long_dense_block_do_not_linger_as_subnormal_numbers(
+    monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(sweep, "_LAUNCH_MACS", {"cpu": 0})
+    dropped = sweep._FLUSH_EVERY
+    cell = seeded(rtrl.cells.from_torch(nn.RNNCell(2, 6)), 0).float()
+    xs = normal(0, 300, size, 2).float()
+    counts = []
+    for every in (dropped, 10**9):
+        monkeypatch.setattr(sweep, "_FLUSH_EVERY", every)
+        learner = rtrl.BlockRTRL(cell, size, block=300)
+        for x in xs:
+            learner.step(x)
+        with torch.enable_grad():
+            groups = learner._linearizer(learner._steps, learner.state)
+        with torch.no_grad():
+            (reach,) = sweep.sweep(groups, learner.state, Scratch(0)).reach
+        tiny = torch.finfo(torch.float32).tiny
+        counts.append(int(((reach != 0) & (reach.abs() < tiny)).sum()))
+    few, many = counts
+    assert many > 100, "the control: without care they do"
+    assert few < many / 20
 
 
 def _step(cell: nn.Module, xs: torch.Tensor) -> linearize.Step:

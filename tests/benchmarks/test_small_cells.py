@@ -1,5 +1,5 @@
 """Small cells, where the arithmetic is nothing and what is launched a step is all: against an eager BPTT of the same
-cell, over the same blocks: of 4·H steps, over which what is launched once a block is spread out."""
+cell, over the same blocks: of 16·H steps, over which what is launched once a block is spread out."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from timing import alternate, medians, ratio
 
 def test_a_step_of_a_small_cell(measurement: Measurement, benchmark: Any) -> None:
     size = measurement.sizes.cells
-    block = 4 * size
+    block = 16 * size
     measured: dict[str, float] = {}
     operations: dict[str, list[float]] = {}
     facts: dict[str, float] = {}

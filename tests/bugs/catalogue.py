@@ -159,7 +159,7 @@ BUGS = [
             (sweep._scan, ("jacobians = group.jacobian(0, m)", "jacobians = group.jacobian(0, m).mT")),
             (
                 sweep._one_by_one,
-                ("jacobians = group.jacobian(start, stop)", "jacobians = group.jacobian(start, stop).mT"),
+                ("_by_step(group.jacobian(start, stop))", "_by_step(group.jacobian(start, stop).mT)"),
             ),
         ),
         "learner: layers",
@@ -803,5 +803,23 @@ BUGS = [
             ),
         ),
         "cell: linearize",
+    ),
+    Bug(
+        81,
+        "the adjoint does not travel through a large dense block",
+        ((sweep._one_by_one, ("x[..., -1, :].add_(rows[j])", "x[..., -1, :].copy_(rows[j])")),),
+        "long_blocks",
+    ),
+    Bug(
+        82,
+        "what a step earns through its next state joins the adjoint a step late",
+        ((sweep._joined, ("joined[:, 1:] += after", "joined[:, :-1] += after")),),
+        "long_blocks",
+    ),
+    Bug(
+        83,
+        "adjoints of tiny losses are set to zero in large dense blocks",
+        ((sweep._one_by_one, ("products = x[..., :-1, :]", "products = x")),),
+        "tiny_losses",
     ),
 ]
