@@ -205,7 +205,7 @@ _ELEMENTS = {
         native_dropout_backward native_layer_norm native_layer_norm_backward _fused_rms_norm _fused_rms_norm_backward
         softplus_backward hardtanh_backward elu_backward glu glu_backward log_sigmoid_forward log_sigmoid_backward
         leaky_relu_backward hardshrink mse_loss_backward smooth_l1_loss_backward huber_loss_backward nll_loss_backward
-        binary_cross_entropy_backward""",
+        binary_cross_entropy_backward _thnn_fused_gru_cell _thnn_fused_lstm_cell""",
     ),
     **_aten(
         _taken_in(0),

@@ -1,5 +1,6 @@
 """One step of PyTorch's recurrent layers, written so that every weight is met in a linear map."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -45,8 +46,17 @@ def mode_of(module: nn.Module) -> str:
     return "GRU" if isinstance(module, (nn.GRUCell, nn.GRU)) else "LSTM"
 
 
+_WHOLE: dict[str, Callable[..., Any]] = {
+    "RNN_TANH": torch.rnn_tanh_cell,
+    "RNN_RELU": torch.rnn_relu_cell,
+    "GRU": torch.gru_cell,
+    "LSTM": torch.lstm_cell,
+}
+
+
 def step(mode: str, x: Tensor, state: tuple[Tensor, ...], weights: Weights) -> tuple[Tensor, ...]:
-    """One step of one layer.
+    """One step of one layer: where no gradient is asked for in PyTorch's one call, else so that every weight is met in
+    a linear map.
 
     Equation: that of ``torch.nn.RNNCell``, ``GRUCell`` or ``LSTMCell``; an LSTM with a projection ends in
     ``h' = W_hr (o ⊙ tanh c')``.
@@ -61,6 +71,9 @@ def step(mode: str, x: Tensor, state: tuple[Tensor, ...], weights: Weights) -> t
     Cost: G·H·(I + H) multiply-adds a sample.
     """
     h = state[0]
+    if weights.weight_hr is None and not torch.is_grad_enabled():
+        whole = _WHOLE[mode](x, state if mode == "LSTM" else h, *weights[:4])
+        return whole if mode == "LSTM" else (whole,)
     from_x, from_h = F.linear(x, weights.weight_ih, weights.bias_ih), F.linear(h, weights.weight_hh, weights.bias_hh)
     if mode == "GRU":
         (reset_x, update_x, new_x), (reset_h, update_h, new_h) = from_x.chunk(3, dim=-1), from_h.chunk(3, dim=-1)
