@@ -53,7 +53,7 @@ def record(entries: Sequence[Entry], settings: Settings, command: str) -> dict[s
 
 
 def kept(path: Path, settings: Settings) -> list[Entry]:
-    """The claims in an earlier record that need not be measured again; those that failed do. [] if there is no record.
+    """The claims in an earlier record, [] if there is none.
 
     Raises:
         ConfigError: the file is no record, or its claims were measured by other code, on another machine, in another
@@ -69,8 +69,8 @@ def kept(path: Path, settings: Settings) -> list[Entry]:
         return []
     try:
         old = json.loads(text)
-        entries = [found for found in old["claims"] if not found["failures"]]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        entries: list[Entry] = [dict(found) for found in old["claims"]]
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path} holds no results of rtrl verify; name another file, or leave --resume away"
         ) from error

@@ -40,7 +40,9 @@ def verify(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Keep what the file of --json holds already of this code; measure the rest."),
+        typer.Option(
+            "--resume", help="Keep what the file of --json holds of the same code, but failures; measure the rest."
+        ),
     ] = False,
     file: Annotated[
         Path | None,
@@ -148,12 +150,14 @@ def _table(only: list[str], settings: Settings, json_path: str | None, resume: b
     usable_device(settings.device)
     stderr = json_path == "-"
     target = None if json_path is None or stderr else writable(Path(json_path))
-    found = {entry["id"]: entry for entry in (record.kept(target, settings) if resume and target else [])}
-    chosen = [claim for claim in chosen if claim.id not in found]
     order = [claim.id for claim in registry.claims()]
+    earlier = record.kept(target, settings) if resume and target else []
+    found = {entry["id"]: entry for entry in earlier if entry["id"] in order}
+    chosen = [claim for claim in chosen if claim.id not in found or found[claim.id]["failures"]]
     console = make_console(stderr)
     wide = max(map(len, [*found, *(claim.id for claim in chosen)]))
-    for entry in found.values():
+    again = {claim.id for claim in chosen}
+    for entry in (entry for entry in found.values() if entry["id"] not in again):
         _say(console, entry, wide)
 
     def entries() -> list[record.Entry]:

@@ -125,6 +125,9 @@ def test_what_failed_is_measured_again(tmp_path: Path) -> None:
     result = verify("--json", str(path), "--resume")
     assert len(given) == 1 and result.exit_code == 1
     assert "broken: gradients differ" in result.stdout
+    result = verify("--json", str(path), "--resume", "--only", "good")  # nor is it forgotten
+    assert len(given) == 1 and result.exit_code == 1
+    assert len(json.loads(path.read_text(encoding="utf-8"))["claims"]) == len(FOUND) + 1
 
 
 def test_only_results_of_the_same_code_are_gone_on_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
