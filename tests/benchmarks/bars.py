@@ -97,6 +97,11 @@ BARS = {
     "growth.block.slope": _both("b, in units of H²·P", "≤", 1.05, unit=""),
     "growth.experts": _both("exponent of the multiply-adds a step over the number of experts", "≤", 0.3, unit=""),
     "growth.experts.control": _both("the same, if nothing is declared and block = 1", "≥", 0.8, unit="", control=True),
+    "catchup.fewer.100": _both("fewer multiply-adds than step by step, after 100 steps", "≥", 14),
+    "catchup.faster.100": _clock("faster, after 100 steps", "≥", 14),
+    "catchup.fewer.1000": _both("fewer multiply-adds, after 1000 steps", "≥", 20),
+    "catchup.faster.1000": _clock("faster, after 1000 steps", "≥", 20),
+    "catchup.control": _both("fewer after 100 steps of an expert of H parameters", "≤", 14, control=True),
     "stream.bytes": _both("bytes the learner holds at the end, in units of those after warm-up", "≤", 1.0, unit=""),
     "stream.bytes.control": _both("the same of a BPTT that keeps all steps", "≥", 1.01, unit="", control=True),
     "stream.rss": Bar("the largest RSS after warm-up, in units of the one then", "≤", 1.01, kind="memory", unit=""),
@@ -105,7 +110,7 @@ BARS = {
     ),
 }
 
-CLAIMS = ("rnn", "jax", "gru", "mixture", "batch", "cells", "growth", "stream")
+CLAIMS = ("rnn", "jax", "gru", "mixture", "batch", "catchup", "cells", "growth", "stream")
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,7 @@ class Sizes:
     gru: tuple[int, ...]
     mixture: Mixture
     batch: Mixture
+    catch_up: int
     cells: int
     growth: tuple[int, ...]
     growth_blocks: tuple[int, ...]
@@ -149,6 +155,7 @@ SIZES = {
         gru=(16, 24, 32),
         mixture=Mixture(16, 8, 16, block=64),
         batch=Mixture(8, 6, 8, block=8, window=8),
+        catch_up=64,
         cells=32,
         growth=(12, 16, 24, 32),
         growth_blocks=(2, 4, 8),
@@ -161,6 +168,7 @@ SIZES = {
         gru=(128, 192, 256),
         mixture=Mixture(64, 16, 64, block=1024, window=1, warm=1),
         batch=Mixture(32, 8, 16, block=32, window=8, warm=4),
+        catch_up=1024,
         cells=32,
         growth=(12, 16, 24, 32, 48, 64),
         growth_blocks=(2, 4, 8, 16, 32),

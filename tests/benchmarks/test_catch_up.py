@@ -7,13 +7,15 @@ at n = 1000 needs k > 20.4. Here k = 32. Counts are gated; times are reported be
 the influences of both sides agree in float64.
 """
 
-import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from bars import BARS
+from measuring import Measurement
+from timing import medians, ratio
 from torch import Tensor
 
 import oracles
@@ -22,8 +24,6 @@ from rtrl.history import History
 from rtrl.influence import ParameterInfluence
 from rtrl.macs import MacCounter
 from rtrl.transition import Transition
-
-LEAST = {100: 14.0, 1000: 20.0}  # by the number of steps
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,11 @@ def agree(setup: Setup) -> None:
         assert float((found - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
 
 
+def limit(setup: Setup) -> float:
+    """What no plan can save more than."""
+    return setup.n * setup.k / (setup.n - 1 + setup.k)
+
+
 def counted(setup: Setup) -> float:
     """Multiply-adds of one by one over those of the plan, compositions included."""
     sleeper = Sleeper(setup)
@@ -99,42 +104,39 @@ def counted(setup: Setup) -> float:
     return theirs.macs / mine.macs
 
 
-@pytest.mark.parametrize(("n", "later"), [(100, 0), (100, 37), (1000, 0)])
-def test_catching_up_after_dense_steps(n: int, later: int, benchmark: Any, request: pytest.FixtureRequest) -> None:
-    """At n = 100 and 1000 at least 14 and 20 times fewer multiply-adds; the count ratio does not depend on H."""
-    small = Setup(n, 8, later=later)
+@pytest.mark.parametrize("n", [100, 1000])
+def test_catching_up_after_dense_steps(n: int, measurement: Measurement, benchmark: Any) -> None:
+    """The ratio of the counts does not depend on H."""
+    small = Setup(n, 8)
     agree(small)
-    ratio = counted(small)
-    assert ratio >= LEAST[n]
-    assert ratio <= n * small.k / (n - 1 + small.k)  # more cannot be, and would be a miscount
-
-    if benchmark.disabled:
-        benchmark(Sleeper(small).plan_and_lead)
-        return
-    full = request.config.getoption("--size", default="small") == "full"
-    setup = Setup(n, 1024 if full else 256 if n == 100 else 64, later=later)
-    few = 5  # one by one, each step takes the same time
-    times = []
-    for _ in range(3):
-        sleeper = Sleeper(setup)
-        start = time.perf_counter()
-        sleeper.plan_and_lead()
-        middle = time.perf_counter()
-        sleeper.one_by_one(few)
-        times.append((middle - start, (time.perf_counter() - middle) * n / few))
-    benchmark.extra_info.update(
-        setup={**asdict(setup), "dtype": str(setup.dtype)},
-        macs_ratio=ratio,
-        bound=n * small.k / (n - 1 + small.k),
-        wall_clock_ratio=statistics.median(b for _, b in times) / statistics.median(a for a, _ in times),
-        one_by_one_measured_steps=few,
-    )
-    benchmark.pedantic(sleeper.one_by_one, args=(1,), rounds=1)
+    measured = {f"catchup.fewer.{n}": counted(small)}
+    assert measured[f"catchup.fewer.{n}"] <= limit(small)  # more cannot be, and would be a miscount
+    setup = Setup(n, measurement.sizes.catch_up if measurement.clock else small.size)
+    facts: dict[str, str | float] = {f"at most, n = {n}": limit(setup)}
+    if measurement.clock:
+        few = 5  # one by one, each step takes the same time
+        times: dict[str, list[float]] = {"planned": [], "one by one": []}
+        for _ in range(3):
+            sleeper = Sleeper(setup)
+            start = time.perf_counter()
+            sleeper.plan_and_lead()
+            middle = time.perf_counter()
+            sleeper.one_by_one(few)
+            times["planned"].append(middle - start)
+            times["one by one"].append((time.perf_counter() - middle) * n / few)
+        measured[f"catchup.faster.{n}"] = ratio(times["one by one"], times["planned"])
+        facts.update({f"s, n = {n}, {name}": value for name, value in medians(times).items()})
+    benchmark.pedantic(Sleeper(setup).one_by_one, args=(1,), rounds=1)
+    measurement.settle(measured, H=setup.size, k=setup.k, **facts)
 
 
-def test_with_few_parameters_the_bar_cannot_be_reached(benchmark: Any) -> None:
+def test_a_ring_that_has_wrapped_around_costs_hardly_more() -> None:
+    setup = Setup(100, 8, later=37)
+    agree(setup)
+    assert BARS["catchup.fewer.100"].holds(counted(setup), "full")
+
+
+def test_with_few_parameters_the_bar_cannot_be_reached(measurement: Measurement, benchmark: Any) -> None:
     """The control: k = 1, where a composed product costs as much as the columns it saves."""
-    ratio = counted(Setup(100, 8, k=1))
-    assert ratio < LEAST[100]
-    benchmark.extra_info.update(macs_ratio=ratio)
     benchmark.pedantic(counted, args=(Setup(20, 8, k=1),), rounds=1)
+    measurement.settle({"catchup.control": counted(Setup(100, 8, k=1))})
