@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rtrl.claims.claim import Settings
 from rtrl.commands._console import make_console, progress, show, writable
 from rtrl.errors import ConfigError
 
@@ -127,7 +126,7 @@ def verify(
                     changes[name] = tuple(dict.fromkeys(sizes))
             _gate(changes, quick, json_path)
         else:
-            _table(only or [], Settings(full, seed, device), json_path, resume)
+            _table(only or [], full, seed, device, json_path, resume)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -141,13 +140,15 @@ def _list() -> None:
     show(listing)
 
 
-def _table(only: list[str], settings: Settings, json_path: str | None, resume: bool) -> None:
+def _table(only: list[str], full: bool, seed: int, device: str, json_path: str | None, resume: bool) -> None:
     """Measure the claims; print a line and write the results as each is done."""
     from rtrl.claims import record, registry, run  # the oracles are needed here and nowhere else
     from rtrl.claims._model import usable_device
+    from rtrl.claims.claim import Settings
 
     chosen = registry.select(only)
-    usable_device(settings.device)
+    usable_device(device)
+    settings = Settings(full, seed, device)
     stderr = json_path == "-"
     target = None if json_path is None or stderr else writable(Path(json_path))
     order = [claim.id for claim in registry.claims()]
@@ -206,6 +207,7 @@ def _say(console: Console, found: dict[str, Any], wide: int) -> None:
 def _gate(changes: dict[str, Any], quick: bool, json_path: str | None) -> None:
     """The gradient-equivalence gate, with its own sizes, table and results."""
     from rtrl.claims import _table, breaks, gradient_equivalence, record, run
+    from rtrl.claims.claim import Settings
 
     if changes["broken"] == "help":
         listing = Table("--break", "what is wrong then")
