@@ -50,7 +50,7 @@ class Sizes:
 
 
 QUICK = Sizes()
-FULL = Sizes(lengths=(32, 128, 512, 1024, 4096, 100_000), told=())
+FULL = Sizes(lengths=(32, 128, 512, 1024, 4096, 16_384))
 
 
 def judge(
