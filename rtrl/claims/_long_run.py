@@ -5,28 +5,16 @@
 
 import gc
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import rtrl
 from rtrl.claims._cost import Mixture, Run, problem
 from rtrl.claims._memory import wake_all
-
-
-def rss_bytes() -> int | None:
-    """The resident memory of this process; None where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    except OSError:
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
+from rtrl.claims._process import launch, rss_bytes
 
 
 def run(mixture: Mixture, moments: Sequence[int], block: int, window: int, seed: int) -> dict[str, list[int | None]]:
@@ -54,18 +42,7 @@ def in_a_fresh_process(
 ) -> dict[str, list[int | None]]:
     """The same in a new interpreter, with one thread."""
     told = {"mixture": asdict(mixture), "moments": list(moments), "block": block, "window": window, "seed": seed}
-    home = str(Path(rtrl.__file__).parents[1])
-    paths = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, json.dumps(told)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"the process of its own ended with {done.returncode}: {done.stderr[-500:]}")
-    found: dict[str, list[int | None]] = json.loads(done.stdout)
+    found: dict[str, list[int | None]] = launch(__name__, told)
     return found
 
 

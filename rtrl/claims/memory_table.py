@@ -15,8 +15,9 @@ meets RTRL's level.
 alone for RTRL: it left the influence out, which is nearly all of it. Here both sides are metered by the same counter.
 BPTT is plain; checkpointing would lessen its growth and pay in time.
 
-**What it leaves open.** An allocator rounds up, and operations need scratch memory inside themselves that no tensor
-shows; *gpu* measures an allocator.
+**What it leaves open.** An allocator rounds up, operations need scratch memory inside themselves that no tensor shows,
+and autograd's own nodes are no tensors: a process that runs BPTT grows several times as fast (*bptt-limit*), so that
+its T* is shorter. *gpu* measures an allocator.
 """
 
 from dataclasses import dataclass

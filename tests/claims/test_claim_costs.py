@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rtrl.claims import (
+    _bptt_process,
     _cost,
     _long_run,
     _memory,
@@ -45,7 +46,7 @@ SMALL: list[tuple[Any, Any]] = [
     (catching_up, catching_up.Sizes((3, 100), ((20, 16),), 32, 1, 1)),
     (read_write, read_write.Sizes(16, 4, 2, 8, (3, 20), 4, 1, 1)),
     (per_step, per_step.Sizes(Mixture("small", 2, 2, 16, 4, 6), (4, 8, 6), (1, 4), 4, 4, 8, 4, 1)),
-    (bptt_limit, bptt_limit.Sizes(("quick",), (3, 6, 9))),
+    (bptt_limit, bptt_limit.Sizes(("quick",), (3, 6, 9), process=(50, 150))),
     (toggles, toggles.Sizes(Mixture("small", 2, 2, 4, 4, 6), 8, 4, 2)),
     (conditioning, conditioning.Sizes(8, 1, (4, 8), 4, 2)),
     (patterns, patterns.Sizes(48, 24, 8, 8, 2)),
@@ -264,6 +265,18 @@ def test_the_limit_of_bptt() -> None:
     assert verdict(bptt_limit.judge({"a": 9_000.0})) == "holds"
     assert bptt_limit.judge({"a": 20_000.0, "b": 9_000.0})[0] == "holds when"
     assert bptt_limit.judge({"a": 20_000.0})[0] == "does not hold"
+
+
+def test_a_process_that_runs_bptt_grows_by_more_than_its_tensors() -> None:
+    """And by about as much again when a configuration before it keeps its graph."""
+    alone = _bptt_process.growth(["quick"], (50, 250), 0)["quick"]
+    both = _bptt_process.growth(["haystack", "quick"], (50, 250), 0)["quick"]
+    if alone is None or both is None:
+        pytest.skip("this system does not tell the memory of a process")
+    stream = problem(_cost.CONFIGS["quick"], 64, 0)
+    tensors = (_memory.bptt_on_cpu(stream, 24) - _memory.bptt_on_cpu(stream, 8)) / 16
+    assert alone > tensors
+    assert both == pytest.approx(alone, rel=0.1)
 
 
 def test_conditioning_verdicts() -> None:
