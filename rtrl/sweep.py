@@ -20,9 +20,7 @@ from rtrl.transition import Transition, flushed
 _LAUNCH_MACS = {"cpu": 2**18}
 _LAUNCH_MACS_ELSEWHERE = 2**24
 _CHUNK = 2**20  # numbers of Jacobians that are written out at a time
-_FLUSH_EVERY = (
-    4  # steps; between them a product of ordinary size does not become subnormal, and it is a pass over X less
-)
+_FLUSH_EVERY = 4  # steps: it is a pass over X, and hardly a number becomes subnormal in fewer
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,8 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
             ]
         )
     verdict, condition = judge(limits)
+    if None in grows.values():
+        condition = f"{condition}; by tensors alone, since this system does not tell a process's memory".lstrip("; ")
     curves.append(Series("this machine", [float(t) for t in sizes.told], [float(memory)] * len(sizes.told)))
     return Finding(
         ", ".join(f"{name} {limit:,.0f}" for name, limit in limits.items()) + f" steps fill {show_bytes(memory)}",

@@ -279,6 +279,14 @@ def test_a_process_that_runs_bptt_grows_by_more_than_its_tensors() -> None:
     assert both == pytest.approx(alone, rel=0.1)
 
 
+def test_bptt_limit_says_when_a_process_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = bptt_limit.Sizes(("quick",), (3, 6, 9))
+    for growth, told in ((None, True), (2e5, False)):
+        monkeypatch.setattr(bptt_limit, "growth", lambda *_, growth=growth: {"quick": growth})
+        finding = bptt_limit.measure(Settings(), quiet, sizes)
+        assert ("by tensors alone" in finding.condition) == told
+
+
 def test_conditioning_verdicts() -> None:
     assert verdict(conditioning.judge({"a": 5.0}, {"a": 1e-5})) == "holds"
     assert verdict(conditioning.judge({"a": 5.0, "b": 500.0}, {"a": 1e-5, "b": 1e-5})) == "holds when"
