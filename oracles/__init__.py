@@ -6,9 +6,9 @@
 """
 
 from oracles import moe
-from oracles.dense import dense_rtrl
-from oracles.difference import directional_difference, finite_difference
-from oracles.product import ordered_product
-from oracles.unrolled import bptt
+from oracles.bptt import bptt
+from oracles.dense_rtrl import dense_rtrl
+from oracles.finite_difference import directional_difference, finite_difference
+from oracles.ordered_product import ordered_product
 
 __all__ = ["bptt", "dense_rtrl", "directional_difference", "finite_difference", "moe", "ordered_product"]

@@ -1,13 +1,16 @@
 """Exact real-time recurrent learning for sparse recurrent cells, in memory that does not grow with time."""
 
 from rtrl import cells, errors
-from rtrl.cells import RecurrentMoE, Sparsity
+from rtrl._influence.segment_tree import CircularSegmentTree
+from rtrl._utils import renamed_modules
+from rtrl.cells import RecurrentMoE, Sparsity, Stack, from_torch
+from rtrl.costs import Plan, plan
 from rtrl.errors import RTRLError
-from rtrl.learner import BlockRTRL
-from rtrl.planning import Plan, plan
-from rtrl.segment_tree import CircularSegmentTree
+from rtrl.learners import BlockRTRL
 
 __version__ = "0.1.0"
+
+renamed_modules.install()
 
 __all__ = [
     "BlockRTRL",
@@ -16,7 +19,9 @@ __all__ = [
     "RTRLError",
     "RecurrentMoE",
     "Sparsity",
+    "Stack",
     "cells",
     "errors",
+    "from_torch",
     "plan",
 ]

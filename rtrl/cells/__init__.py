@@ -1,13 +1,13 @@
 """Cells: the protocol, the recurrent mixture of experts, and ways to make cells of other modules."""
 
-from rtrl.cells.adapters import TorchCell, TorchLayers, from_torch
-from rtrl.cells.closed_form import ClosedForm, UnitTap
-from rtrl.cells.grouped import grouped_linear
+from rtrl.cells.analytic import ClosedForm, UnitTap
+from rtrl.cells.grouped_linear import grouped_linear
 from rtrl.cells.module_cell import ModuleCell
 from rtrl.cells.moe import RecurrentMoE
 from rtrl.cells.protocol import Cell, Sparsity
 from rtrl.cells.routing import MoEOutput, RouterStatistics, load_balancing_loss, router_statistics
 from rtrl.cells.stack import Stack
+from rtrl.cells.torch_cells import TorchCell, TorchLayers, from_torch
 
 __all__ = [
     "Cell",

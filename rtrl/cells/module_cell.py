@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rtrl import _tree
+from rtrl._utils import pytrees
 from rtrl.cells.packing import PackedCell, Packing
 from rtrl.cells.protocol import Sparsity
 from rtrl.errors import CellError, SparsityError
@@ -27,7 +27,7 @@ class ModuleCell(PackedCell):
         super().__init__(cell, readout)
         if state is not None and not callable(state):
             Packing(state)  # refuses what is no state of one sample before it is repeated
-            state = _tree.map_tensors(lambda leaf: leaf.detach().clone(), state)
+            state = pytrees.map_tensors(lambda leaf: leaf.detach().clone(), state)
         self._state = state
         self._packing = Packing(self._first(1))
 
@@ -38,11 +38,11 @@ class ModuleCell(PackedCell):
         elif callable(self._state):
             tree = self._state(batch_size)
         else:
-            tree = _tree.map_tensors(lambda leaf: leaf.expand(batch_size, *leaf.shape[1:]), self._state)
+            tree = pytrees.map_tensors(lambda leaf: leaf.expand(batch_size, *leaf.shape[1:]), self._state)
         like = next((p for p in self.parameters() if p.is_floating_point()), None)
         if like is None:
             return tree
-        return _tree.map_tensors(lambda leaf: leaf.to(like) if leaf.is_floating_point() else leaf, tree)
+        return pytrees.map_tensors(lambda leaf: leaf.to(like) if leaf.is_floating_point() else leaf, tree)
 
     def forward(self, x: Any, h: Tensor) -> tuple[Any, Tensor] | tuple[Any, Tensor, Sparsity]:
         """One step: x and the state (B, N) → y, the next state, and what is active, if the module says so."""

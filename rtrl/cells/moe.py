@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rtrl.cells.grouped import grouped_linear
+from rtrl.cells.grouped_linear import grouped_linear
 from rtrl.cells.protocol import Sparsity, check_indices, under_vmap
 from rtrl.cells.routing import MoEOutput, top
 from rtrl.errors import ConfigError, ShapeError, SparsityError

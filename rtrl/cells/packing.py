@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtrl import _tree
+from rtrl._utils import pytrees
 from rtrl.errors import CellError, ConfigError, RTRLError, ShapeError
 
 
@@ -23,7 +23,7 @@ class Packing:
     """
 
     def __init__(self, one: Any) -> None:
-        named = _tree.named_leaves("state", one)
+        named = pytrees.named_leaves("state", one)
         for name, leaf in named.items():
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.ndim == 0 or leaf.shape[0] != 1:
                 raise ConfigError(
@@ -36,7 +36,7 @@ class Packing:
         self.size = self._edges[-1]
         if not self.size:
             raise ConfigError("a state must have at least one entry a sample, this one has none")
-        flat, refill = _tree.flatten(one)
+        flat, refill = pytrees.flatten(one)
         self._places = refill(list(range(len(flat))))  # the bare tree: it can be copied and pickled
 
     def pack(self, tree: Any, batch: int, error: type[RTRLError] = ShapeError, *, like: Tensor | None = None) -> Tensor:
@@ -49,7 +49,7 @@ class Packing:
         Raises:
             error: a leaf is missing, is one too many, or is no tensor of its shape, dtype and device; it is named.
         """
-        named = _tree.named_leaves("state", tree)
+        named = pytrees.named_leaves("state", tree)
         for name in [*self.names, *named]:
             if name not in named or name not in self.names:
                 wrong = "lacks" if name in self.names else "has an unexpected"
@@ -72,7 +72,7 @@ class Packing:
         """
         if h.ndim != 2 or h.shape[1] != self.size:
             raise ShapeError(f"a packed state must have shape (B, {self.size}), got {tuple(h.shape)}")
-        refill = _tree.flatten(self._places)[1]
+        refill = pytrees.flatten(self._places)[1]
         pairs = zip(self.shapes, pairwise(self._edges), strict=True)
         return refill([h[:, low:high].reshape(h.shape[0], *shape) for shape, (low, high) in pairs])
 
@@ -118,7 +118,7 @@ class PackedCell(nn.Module, ABC):
         Raises:
             ShapeError: the tree is not that of the first state: the message names the leaf.
         """
-        tensors = _tree.tensors(state)
+        tensors = pytrees.tensors(state)
         return self._packing.pack(state, tensors[0].shape[0] if tensors and tensors[0].ndim else 1)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rtrl import _numbers
+from rtrl._utils import validation
 from rtrl.tasks._rounds import Round, RoundTask, draw_integers
 from rtrl.tasks.protocol import Moment
 
@@ -42,7 +42,7 @@ class Adding(RoundTask):
     chance, solved = 1 / 6, 0.01
 
     def __init__(self, length: int = 20) -> None:
-        self.length = _numbers.integer("length", length, least=4)
+        self.length = validation.integer("length", length, least=4)
 
     def draw(self, batch_size: int, held_out: bool, generator: torch.Generator) -> Round:
         length, half = self.length, self.length // 2

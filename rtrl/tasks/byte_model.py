@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rtrl import _numbers
+from rtrl._utils import validation
 from rtrl.errors import ConfigError
 from rtrl.tasks.bytes import ByteStream
 from rtrl.tasks.protocol import Moment, Stream, Task
@@ -71,7 +71,7 @@ class ByteModel(Task):
             ConfigError: ``batch_size`` or ``seed`` is out of range; the text is too short for so many samples; or the
                 file is no longer what it was.
         """
-        _numbers.integer("seed", seed, least=0)
+        validation.integer("seed", seed, least=0)
         stream = ByteStream(self.path, batch_size, span=_span(held_out), dtype=dtype, device=device)
         if stream.digest != self.digest:
             raise ConfigError(f"{self.source} has changed since this task was made; make it anew")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rtrl import _numbers
+from rtrl._utils import validation
 from rtrl.tasks._rounds import Round, RoundTask, draw_integers
 
 
@@ -40,9 +40,9 @@ class Copy(RoundTask):
     solved = 0.99
 
     def __init__(self, values: int = 4, length: int = 3, delay: int = 5) -> None:
-        self.values = _numbers.integer("values", values, least=2)
-        self.length = _numbers.integer("length", length, least=2)
-        self.delay = _numbers.integer("delay", delay, least=0)
+        self.values = validation.integer("values", values, least=2)
+        self.length = validation.integer("length", length, least=2)
+        self.delay = validation.integer("delay", delay, least=0)
         self.d_in, self.d_out, self.chance = values + 1, values, 1 / values
         self._tied = 1  # so many last symbols tell whether an episode is held out
         while values**self._tied < 16 and self._tied < length - 1:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rtrl import _options
+from rtrl._utils import named_factories
 from rtrl.tasks.adding import Adding
 from rtrl.tasks.anbn import AnBn
 from rtrl.tasks.byte_model import ByteModel
@@ -33,5 +33,5 @@ def make(name: str, **options: Any) -> Task:
     >>> make("copy", delay=7).d_in
     5
     """
-    task: Task = _options.call("task", name, TASKS, options)
+    task: Task = named_factories.call("task", name, TASKS, options)
     return task

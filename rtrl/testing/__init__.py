@@ -1,13 +1,13 @@
 """Checks for what users bring: a recurrent cell, which must keep the contract that exact online gradients rest on, and
 a learner, which must deliver the gradients that it promises."""
 
-from rtrl.testing._alignment import Alignment, Alignments, alignment
-from rtrl.testing._check_cell import check_cell
-from rtrl.testing._check_learner import check_learner
-from rtrl.testing.cell_checks import cell_checks
+from rtrl.testing.alignment import Alignment, Alignments, alignment
+from rtrl.testing.cell_checks.core import cell_checks
+from rtrl.testing.check_cell import check_cell
+from rtrl.testing.check_learner import check_learner
 from rtrl.testing.laws import Exact, ExactWithin, Law, Masked, Truncated, Unbiased
-from rtrl.testing.learner_checks import learner_checks
-from rtrl.testing.nodes import BoundCheck, bound_checks, parametrize_with_checks
+from rtrl.testing.learner_checks.listing import learner_checks
+from rtrl.testing.pytest_nodes import BoundCheck, bound_checks, parametrize_with_checks
 from rtrl.testing.report import CheckFailed, Failure, Report
 from rtrl.testing.spec import CellSpec, ErrorInput, LearnerSpec
 from rtrl.testing.streams import Stream

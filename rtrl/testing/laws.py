@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import oracles
-from rtrl._functional import functional_call
+from rtrl._utils.functional_call import functional_call
 from rtrl.errors import ConfigError
 from rtrl.testing.streams import Loss, Stream
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtrl import _tree
+from rtrl._utils import pytrees
 from rtrl.cells import RecurrentMoE
 from rtrl.errors import ConfigError
-from rtrl.testing._cells import (
+from rtrl.testing.example_cells import (
     ForcedMoE,
     NearTie,
     OddCell,
@@ -28,7 +28,7 @@ Loss = Callable[[int, Any], Tensor | None]
 
 def squares(t: int, y: Any) -> Tensor:
     """A loss at every step, a sum over samples, that no symmetry makes zero."""
-    leaves = [leaf for leaf in _tree.tensors(y) if leaf.is_floating_point()]
+    leaves = [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
     return torch.stack([(leaf - 0.1 * (t % 7)).square().sum() + leaf.sum() for leaf in leaves]).sum()
 
 

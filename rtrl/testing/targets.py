@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rtrl._targets import WIDTHS, guessed_input, load
+from rtrl._utils.import_target import load
+from rtrl.cells.example_input import WIDTHS, guessed_input
 from rtrl.cells.protocol import first_state
 from rtrl.errors import ConfigError
-from rtrl.testing.nodes import Spec
+from rtrl.testing.pytest_nodes import Spec
 from rtrl.testing.spec import CellSpec, LearnerSpec
 
 _STEPS, _BATCH = 3, 4

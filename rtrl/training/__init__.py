@@ -1,9 +1,9 @@
 """Train any cell on any task with any learner, and go on later exactly where it was left."""
 
-from rtrl.training.cells import CELLS, make_cell
+from rtrl.training.cell_factory import CELLS, make_cell
 from rtrl.training.curve import Curve, Progress, Row
 from rtrl.training.evaluation import evaluate
-from rtrl.training.learners import LEARNERS, make_learner
+from rtrl.training.learner_factory import LEARNERS, make_learner
 from rtrl.training.trainer import Learner, Trainer, train
 
 __all__ = [

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from rtrl import _numbers
+from rtrl._utils import validation
 from rtrl.cells.protocol import call_cell, first_state
 from rtrl.errors import ConfigError, ShapeError
 from rtrl.tasks.protocol import Task
@@ -29,8 +29,8 @@ def evaluate(
 
     Cost: ``steps`` forward passes; one state is held.
     """
-    _numbers.integer("batch_size", batch_size)
-    _numbers.integer("steps", steps)
+    validation.integer("batch_size", batch_size)
+    validation.integer("steps", steps)
     like = parameter_of(cell)
     stream = task.stream(batch_size, seed=seed, held_out=held_out, dtype=like.dtype, device=like.device)
     first = first_state(cell, batch_size).detach()

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from rtrl import _numbers, tasks
+from rtrl import tasks
+from rtrl._utils import validation
 from rtrl.errors import ConfigError, RTRLError
-from rtrl.training.cells import make_cell
-from rtrl.training.learners import make_learner
+from rtrl.training.cell_factory import make_cell
+from rtrl.training.learner_factory import make_learner
 from rtrl.training.trainer import Trainer
 
 FORMAT = 1
@@ -59,8 +60,8 @@ class Settings:
             raise ConfigError(f"there is no optimizer {self.optimizer!r}; there are: {', '.join(OPTIMIZERS)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        lr, dtype, device = _numbers.positive("lr", self.lr), DTYPES[self.dtype], _device(self.device)
-        _numbers.integer("seed", self.seed, least=0)
+        lr, dtype, device = validation.positive("lr", self.lr), DTYPES[self.dtype], _device(self.device)
+        validation.integer("seed", self.seed, least=0)
         learner_options = dict(self.learner_options)
         if self.learner == "uoro":
             learner_options.setdefault("seed", self.seed)

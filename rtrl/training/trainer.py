@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rtrl import _numbers
+from rtrl._utils import validation
 from rtrl.cells.protocol import call_cell, first_state
 from rtrl.errors import ConfigError, NonFiniteError, RTRLError
 from rtrl.tasks.protocol import Task
@@ -93,11 +93,11 @@ class Trainer:
         seed: int = 0,
         log_every: int = 100,
     ) -> None:
-        self.batch_size = _numbers.integer("batch_size", batch_size)
-        self.every = None if every is None else _numbers.integer("every", every)
-        self.clip = None if clip is None else _numbers.positive("clip", clip)
-        self.seed = _numbers.integer("seed", seed, least=0)
-        self.log_every = _numbers.integer("log_every", log_every)
+        self.batch_size = validation.integer("batch_size", batch_size)
+        self.every = None if every is None else validation.integer("every", every)
+        self.clip = None if clip is None else validation.positive("clip", clip)
+        self.seed = validation.integer("seed", seed, least=0)
+        self.log_every = validation.integer("log_every", log_every)
         self.cell, self.task = cell, task
         like = parameter_of(cell)
         self._stream = task.stream(batch_size, seed=seed, dtype=like.dtype, device=like.device)
@@ -319,7 +319,7 @@ def train(
     >>> [row.step for row in curve.rows]
     [100, 200]
     """
-    _numbers.integer("steps", steps)
+    validation.integer("steps", steps)
     trainer = Trainer(
         cell,
         task,

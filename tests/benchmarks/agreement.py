@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from functools import cache
 
 import torch
+from helpers.tolerances import assert_gradients_equal
 from jax_rivals import Scan, available, bptt, float64, rtrl
 from problems import Problem, dense, mixture
 from rivals import Ours, Textbook, Unrolled
-from tolerances import assert_gradients_equal
 from torch import Tensor
 
 import oracles

@@ -7,7 +7,7 @@ import torch
 from rivals import Ours, Textbook, Unrolled
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rtrl.macs import MacCounter
+from rtrl.profiling.macs import MacCounter
 
 
 def macs(side: Ours | Unrolled, steps: int) -> float:

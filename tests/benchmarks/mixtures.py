@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
+from helpers.toy_cells import ForcedMoE
 from problems import Problem
 from torch import Tensor, nn
-from toy_cells import ForcedMoE
 
 from rtrl import Sparsity
 

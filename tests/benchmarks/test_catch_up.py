@@ -19,11 +19,11 @@ from timing import medians, ratio
 from torch import Tensor
 
 import oracles
-from rtrl.catch_up import catch_up
-from rtrl.history import History
-from rtrl.influence import ParameterInfluence
-from rtrl.macs import MacCounter
-from rtrl.transition import Transition
+from rtrl._influence.catch_up import catch_up
+from rtrl._influence.history import History
+from rtrl._influence.store import ParameterInfluence
+from rtrl._influence.transition import Transition
+from rtrl.profiling.macs import MacCounter
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rtrl import BlockRTRL, RecurrentMoE, Sparsity
-from rtrl.macs import MacCounter
+from rtrl.profiling.macs import MacCounter
 
 F64 = torch.float64
 SIZES = (8, 16, 32, 64)

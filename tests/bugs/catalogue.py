@@ -6,31 +6,18 @@ Numbers up to 28 were seen in other people's code; those from 29 on were met, or
 from dataclasses import dataclass
 from typing import Any
 
-from rtrl import (
-    _forward,
-    _guard,
-    _losses,
-    _rows,
-    birth,
-    block,
-    catch_up,
-    checkpoint,
-    closed,
-    history,
-    influence,
-    learner,
-    linearization,
-    linearize,
-    response,
-    segment_tree,
-    sweep,
-    transition,
-)
-from rtrl.cells import derivatives, moe, stack
-from rtrl.watch import ParameterWatch
+from rtrl._engine import analytic, checks, immediate, linearization, linearizer, losses, output_jacobian, reverse_sweep
+from rtrl._engine import block as block_module
+from rtrl._engine import step as forward_step
+from rtrl._engine.parameter_guard import ParameterWatch
+from rtrl._influence import catch_up, history, segment_tree, store, transition
+from rtrl._utils import index_sets
+from rtrl.cells import moe, stack, torch_derivatives
+from rtrl.learners import block_rtrl
+from rtrl.learners import state as saved_state
 
-Tree, Learner = segment_tree.CircularSegmentTree, learner.BlockRTRL
-Influence = influence.ParameterInfluence
+Tree, Learner = segment_tree.CircularSegmentTree, block_rtrl.BlockRTRL
+Influence = store.ParameterInfluence
 
 
 @dataclass(frozen=True)
@@ -86,8 +73,8 @@ BUGS = [
         4,
         "a decaying row passes as unwritten",
         (
-            (_guard.check_copied, ("if bool(changed.any())", "if False")),
-            (linearize.Linearizer._only_written, ("if writes is None:", "if True:")),
+            (checks.check_copied, ("if bool(changed.any())", "if False")),
+            (linearizer.Linearizer._only_written, ("if writes is None:", "if True:")),
         ),
         "under_declared",
     ),
@@ -96,7 +83,7 @@ BUGS = [
         "columns that matter are cut",
         (
             (
-                linearize.Linearizer._group,
+                linearizer.Linearizer._group,
                 ("_rows.union(sparsity.reads, sparsity.writes, n)", "_rows.union(sparsity.writes, sparsity.writes, n)"),
             ),
         ),
@@ -128,7 +115,7 @@ BUGS = [
     Bug(
         9,
         "rows are overwritten while they are still being read",
-        ((_rows.zero, ("values.scatter(", "values.scatter_(")),),
+        ((index_sets.zero, ("values.scatter(", "values.scatter_(")),),
         "learner: sparse rows",
     ),
     Bug(
@@ -156,9 +143,9 @@ BUGS = [
         12,
         "the Jacobian is transposed",
         (
-            (sweep._scan, ("jacobians = group.jacobian(0, m)", "jacobians = group.jacobian(0, m).mT")),
+            (reverse_sweep._scan, ("jacobians = group.jacobian(0, m)", "jacobians = group.jacobian(0, m).mT")),
             (
-                sweep._one_by_one,
+                reverse_sweep._one_by_one,
                 ("_by_step(group.jacobian(start, stop))", "_by_step(group.jacobian(start, stop).mT)"),
             ),
         ),
@@ -201,7 +188,7 @@ BUGS = [
     Bug(
         17,
         "the loss's direct path to the parameters is dropped",
-        ((block._earn, ("if weight is None else weight + tap.earned", "if weight is None else weight")),),
+        ((block_module._earn, ("if weight is None else weight + tap.earned", "if weight is None else weight")),),
         "learner: dense cell",
     ),
     Bug(
@@ -241,7 +228,7 @@ BUGS = [
         "NaN is turned to zero in silence",
         (
             (
-                _guard.check_finite,
+                checks.check_finite,
                 (
                     "if not _tree.finite(value):",
                     "if not _tree.finite(value):\n        value.nan_to_num_(0.0, 0.0, 0.0)\n    if False:",
@@ -259,7 +246,7 @@ BUGS = [
     Bug(
         24,
         "a near tie is decided again",
-        ((linearize.Linearizer._group, ("replay = sparsity if self._replays else None", "replay = None")),),
+        ((linearizer.Linearizer._group, ("replay = sparsity if self._replays else None", "replay = None")),),
         "learner: near ties",
     ),
     Bug(
@@ -292,7 +279,7 @@ BUGS = [
         "the written rows' own columns are dropped",
         (
             (
-                linearize.Linearizer._group,
+                linearizer.Linearizer._group,
                 ("_rows.union(sparsity.reads, sparsity.writes, n)", "_rows.union(sparsity.reads, sparsity.reads, n)"),
             ),
         ),
@@ -329,7 +316,7 @@ BUGS = [
     Bug(
         31,
         "parameters outside linear maps are forgotten",
-        ((block.close_block, ("dense[name] = dense[name] + value if name in dense else value", "pass")),),
+        ((block_module.close_block, ("dense[name] = dense[name] + value if name in dense else value", "pass")),),
         "learner: unusual parameters",
     ),
     Bug(
@@ -337,7 +324,7 @@ BUGS = [
         "of two uses of a parameter the last one wins",
         (
             (
-                birth.births,
+                immediate.births,
                 ("shared.setdefault(id(tap.response), [])", "shared.setdefault(tap.tap.name, [])"),
                 ("append(tap)\n    for taps", "__setitem__(slice(None), [tap])\n    for taps"),
             ),
@@ -347,7 +334,7 @@ BUGS = [
     Bug(
         33,
         "the adjoint does not travel inside a block",
-        ((sweep._onward, ("torch.add(product[:, -1], adjoint, out=out[:, -1])", "out[:, -1] = adjoint")),),
+        ((reverse_sweep._onward, ("torch.add(product[:, -1], adjoint, out=out[:, -1])", "out[:, -1] = adjoint")),),
         "learner: one loss at the end",
     ),
     Bug(
@@ -355,7 +342,7 @@ BUGS = [
         "gradients of an open block are not saved",
         (
             (
-                checkpoint._step_state,
+                saved_state._step_state,
                 (
                     "[None if leaf.grad is None else leaf.grad.clone() for leaf in step.outputs]",
                     "[None for leaf in step.outputs]",
@@ -367,13 +354,13 @@ BUGS = [
     Bug(
         35,
         "a first state of zeros hides that samples mix",
-        ((linearize.Linearizer._group, ("if (*key, m) not in self._verified:", "if False:")),),
+        ((linearizer.Linearizer._group, ("if (*key, m) not in self._verified:", "if False:")),),
         "samples_apart",
     ),
     Bug(
         36,
         "reads that are not declared pass",
-        ((linearize.Linearizer._only_declared, ("if bool(stray.any()):", "if False:")),),
+        ((linearizer.Linearizer._only_declared, ("if bool(stray.any()):", "if False:")),),
         "under_declared",
     ),
     Bug(
@@ -381,7 +368,7 @@ BUGS = [
         "slices that a step does not name count as asleep",
         (
             (
-                birth.active,
+                immediate.active,
                 ("torch.arange(slices, device=device)", "torch.arange(slices if slices == 1 else 0, device=device)"),
             ),
         ),
@@ -392,7 +379,7 @@ BUGS = [
         "y goes through half precision",
         (
             (
-                _forward.take,
+                forward_step.take,
                 (
                     "y = _tree.map_tensors(torch.clone, y)",
                     "y = _tree.map_tensors(lambda value: value.to(torch.bfloat16).to(value.dtype), y)",
@@ -412,7 +399,7 @@ BUGS = [
         "a step without a loss is given that of another",
         (
             (
-                linearize.Linearizer._earn,
+                linearizer.Linearizer._earn,
                 (
                     "torch.zeros_like(step.outputs[place]) if g is None else g",
                     "next(v for v in given if v is not None) if g is None else g",
@@ -424,7 +411,7 @@ BUGS = [
     Bug(
         41,
         "the second loss of a step replaces the first",
-        ((_losses.give, (" if leaf.grad is None else (leaf.grad + gradient).detach()", "")),),
+        ((losses.give, (" if leaf.grad is None else (leaf.grad + gradient).detach()", "")),),
         "learner: several losses a step",
     ),
     Bug(
@@ -473,7 +460,7 @@ BUGS = [
     Bug(
         46,
         "the cell is left in evaluation mode",
-        ((_forward._run, ("    h = h.clone()\n", "    h = h.clone()\n    cell.eval()\n")),),
+        ((forward_step._run, ("    h = h.clone()\n", "    h = h.clone()\n    cell.eval()\n")),),
         "learner: the cell is left alone",
     ),
     Bug(
@@ -656,7 +643,7 @@ BUGS = [
         "samples without a loss take that of the others",
         (
             (
-                _losses.give,
+                losses.give,
                 (
                     "        if gradient is not None:\n",
                     "        if gradient is not None:\n            none = (gradient == 0).flatten(1).all(dim=1).reshape(-1, *[1] * (gradient.ndim - 1))\n            gradient = torch.where(none, gradient.sum(dim=0, keepdim=True), gradient)\n",
@@ -670,7 +657,7 @@ BUGS = [
         "adjoints are clipped",
         (
             (
-                _losses.give,
+                losses.give,
                 ("gradient.detach().clone()", "gradient.detach().clamp(-1000, 1000)"),
             ),
         ),
@@ -679,7 +666,7 @@ BUGS = [
     Bug(
         65,
         "x is kept, not copied",
-        ((_forward._own_input, ("_tree.map_tensors(torch.clone, x)", "_tree.map_tensors(torch.detach, x)")),),
+        ((forward_step._own_input, ("_tree.map_tensors(torch.clone, x)", "_tree.map_tensors(torch.detach, x)")),),
         "learner: odd inputs",
     ),
     Bug(
@@ -691,25 +678,30 @@ BUGS = [
     Bug(
         67,
         "bookkeeping of the CPU is made on the default device",
-        ((influence.ParameterInfluence.claim, ('torch.arange(grow, device="cpu")', "torch.arange(grow)")),),
+        ((store.ParameterInfluence.claim, ('torch.arange(grow, device="cpu")', "torch.arange(grow)")),),
         "whatever_the_default_device",
     ),
     Bug(
         68,
         "outputs after one without a loss are forgotten",
-        ((linearize.Linearizer._earn, ("            continue\n", "            break\n")),),
+        ((linearizer.Linearizer._earn, ("            continue\n", "            break\n")),),
         "losses_of_the_second_output",
     ),
     Bug(
         69,
         "pieces of a scan do not see what comes after them",
-        ((sweep._scan, ("behind[:, 1:].unsqueeze(2)", "behind[:, -1:].expand(-1, pieces, -1, -1).unsqueeze(2)")),),
+        (
+            (
+                reverse_sweep._scan,
+                ("behind[:, 1:].unsqueeze(2)", "behind[:, -1:].expand(-1, pieces, -1, -1).unsqueeze(2)"),
+            ),
+        ),
         "closed_forms",
     ),
     Bug(
         70,
         "a scan over steps that do not fill its pieces begins with zeros",
-        ((sweep._scan, ("torch.eye(full, dtype", "torch.zeros(full, full, dtype")),),
+        ((reverse_sweep._scan, ("torch.eye(full, dtype", "torch.zeros(full, full, dtype")),),
         "closed_forms",
     ),
     Bug(
@@ -717,7 +709,7 @@ BUGS = [
         "adjoints of tiny losses are set to zero with the products",
         (
             (
-                sweep._onward,
+                reverse_sweep._onward,
                 (
                     "flushed(product[:, :-1], out=out[:, :-1])",
                     "flushed(product, out=product)\n    out[:, :-1] = product[:, :-1]",
@@ -730,21 +722,21 @@ BUGS = [
         72,
         "a closed form forgets what a gate does",
         (
-            (derivatives.derivatives, ("by_new * new_h * reset * (1 - reset)", "0 * by_new")),
-            (closed.check_closed_form, ("if form is None:", "if True:")),
+            (torch_derivatives.derivatives, ("by_new * new_h * reset * (1 - reset)", "0 * by_new")),
+            (analytic.check_closed_form, ("if form is None:", "if True:")),
         ),
         "closed_forms",
     ),
     Bug(
         73,
         "a closed form that is wrong is believed",
-        ((closed.check_closed_form, ("if form is None:", "if True:")),),
+        ((analytic.check_closed_form, ("if form is None:", "if True:")),),
         "wrong_closed_forms_are_refused",
     ),
     Bug(
         74,
         "only the first part of the state responds",
-        ((response.UnitResponse.left, ("range(1, s)", "range(1, 1)")),),
+        ((output_jacobian.UnitResponse.left, ("range(1, s)", "range(1, 1)")),),
         "closed_forms",
     ),
     Bug(
@@ -764,7 +756,7 @@ BUGS = [
     Bug(
         76,
         "of many entries of a slice only the first batch counts",
-        ((birth._batches, ("for start in range(0, longest, limit):", "for start in range(0, 1):")),),
+        ((immediate._batches, ("for start in range(0, longest, limit):", "for start in range(0, 1):")),),
         "long_blocks",
     ),
     Bug(
@@ -772,7 +764,7 @@ BUGS = [
         "pieces of a block are joined without their closed forms",
         (
             (linearization.joined, (" or not _form(pieces[0])[1]", "")),
-            (linearize.Linearizer.__call__, ("closed = self._knows and", "closed = False and")),
+            (linearizer.Linearizer.__call__, ("closed = self._knows and", "closed = False and")),
         ),
         "long_blocks",
     ),
@@ -781,7 +773,7 @@ BUGS = [
         "what is born some rows of the state at a time goes to the first rows every time",
         (
             (
-                birth.WholeBirth._add_by_rows,
+                immediate.WholeBirth._add_by_rows,
                 ("tap.tap.transposed, slice(start, stop))", "tap.tap.transposed, slice(stop - start))"),
             ),
         ),
@@ -790,7 +782,7 @@ BUGS = [
     Bug(
         79,
         "memory that is used again is taken to be empty",
-        ((sweep._start, ("reach[:, -1] = 0.0", "pass")),),
+        ((reverse_sweep._start, ("reach[:, -1] = 0.0", "pass")),),
         "long_blocks",
     ),
     Bug(
@@ -798,7 +790,7 @@ BUGS = [
         "the slope of a gate is taken for the gate",
         (
             (
-                derivatives.derivatives,
+                torch_derivatives.derivatives,
                 ("by_update = (h - new) * update * (1 - update)", "by_update = (h - new) * update"),
             ),
         ),
@@ -807,19 +799,19 @@ BUGS = [
     Bug(
         81,
         "the adjoint does not travel through a large dense block",
-        ((sweep._one_by_one, ("x[..., -1, :].add_(rows[j])", "x[..., -1, :].copy_(rows[j])")),),
+        ((reverse_sweep._one_by_one, ("x[..., -1, :].add_(rows[j])", "x[..., -1, :].copy_(rows[j])")),),
         "long_blocks",
     ),
     Bug(
         82,
         "what a step earns through its next state joins the adjoint a step late",
-        ((sweep._joined, ("joined[:, 1:] += after", "joined[:, :-1] += after")),),
+        ((reverse_sweep._joined, ("joined[:, 1:] += after", "joined[:, :-1] += after")),),
         "long_blocks",
     ),
     Bug(
         83,
         "adjoints of tiny losses are set to zero in large dense blocks",
-        ((sweep._one_by_one, ("products = x[..., :-1, :]", "products = x")),),
+        ((reverse_sweep._one_by_one, ("products = x[..., :-1, :]", "products = x")),),
         "tiny_losses",
     ),
 ]

@@ -7,19 +7,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from running import run
-from strategies import normal
-from tolerances import assert_gradients_equal, assert_influences_equal
+from helpers.running import run
+from helpers.strategies import normal
+from helpers.tolerances import assert_gradients_equal, assert_influences_equal
+from helpers.toy_cells import PlainRNN, seeded
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from toy_cells import PlainRNN, seeded
 
 import oracles
 import rtrl
-from rtrl import birth, influence, linearize, scratch, sweep
+from rtrl._engine import buffers, immediate, linearizer, reverse_sweep
+from rtrl._influence import store
 from rtrl.errors import CellError, ParameterChangedError, SparsityError
 from rtrl.testing import LearnerSpec, cell_checks, check_cell, check_learner, learner_checks
-from rtrl.testing.specs import ERRORS, PROMISES
+from rtrl.testing.own_specs import ERRORS, PROMISES
 from rtrl.testing.streams import dense_stream, scheduled_stream, sleeping_stream, unusual_stream
 
 Check = Callable[[], None]
@@ -210,7 +211,7 @@ class KnownCell(nn.Module):
         h_next = torch.tanh(self.inward(x) + self.recurrent(h)) + self.keep * h
         return self.head(torch.cat([h, h_next], dim=1)), h_next
 
-    def linearize(self, x: Tensor, h: Tensor) -> rtrl.cells.ClosedForm | None:
+    def linearizer(self, x: Tensor, h: Tensor) -> rtrl.cells.ClosedForm | None:
         if self.wrong == "none":
             return None
         with torch.no_grad():
@@ -252,15 +253,15 @@ def wrong_closed_forms_are_refused() -> None:
 def long_blocks() -> None:
     """Blocks that are worked off in pieces: the limits are set so low that everything goes in several."""
     limits = (
-        (linearize, "_SPAN_NUMBERS", 1),
-        (linearize, "_LEAST_SPAN", 3),
-        (birth, "_CHUNK", 60),
-        (birth, "_ROWS_CHUNK", 60),
-        (birth, "_LEAST_ROWS", 2),
-        (scratch, "_LEAST_BYTES", 1),
-        (influence, "_SCRATCH", 30),
-        (sweep, "_CHUNK", 40),
-        (sweep, "_LAUNCH_MACS", {"cpu": 0}),
+        (linearizer, "_SPAN_NUMBERS", 1),
+        (linearizer, "_LEAST_SPAN", 3),
+        (immediate, "_CHUNK", 60),
+        (immediate, "_ROWS_CHUNK", 60),
+        (immediate, "_LEAST_ROWS", 2),
+        (buffers, "_LEAST_BYTES", 1),
+        (store, "_SCRATCH", 30),
+        (reverse_sweep, "_CHUNK", 40),
+        (reverse_sweep, "_LAUNCH_MACS", {"cpu": 0}),
     )
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in limits:
@@ -288,7 +289,7 @@ def tiny_losses() -> None:
     for block, scanned in ((2, True), (9, True), (9, False)):
         with pytest.MonkeyPatch.context() as patch:
             if not scanned:
-                patch.setattr(sweep, "_LAUNCH_MACS", {"cpu": 0})
+                patch.setattr(reverse_sweep, "_LAUNCH_MACS", {"cpu": 0})
             found = run(cell, xs, lambda t, y: 1e-296 * y.square().sum(), block=block, influences=False).gradients
         expected = oracles.bptt(cell, xs, lambda t, y: y.square().sum())
         assert_gradients_equal({name: value * 1e296 for name, value in found.items()}, expected)

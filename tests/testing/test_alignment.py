@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from running import trainable
-from strategies import normal
+from helpers.running import trainable
+from helpers.strategies import normal
+from helpers.toy_cells import OddCell, PlainRNN, seeded
 from test_memory import live_tensor_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toy_cells import OddCell, PlainRNN, seeded
 
 import oracles
 import rtrl
-from rtrl.baselines import BPTT, TBPTT, UORO, DenseRTRL
 from rtrl.errors import ConfigError, LossError, NonFiniteError, ParameterChangedError, RTRLError
+from rtrl.learners import BPTT, TBPTT, UORO, DenseRTRL
 from rtrl.testing import Alignment, Alignments, alignment
 
 STEPS = 7

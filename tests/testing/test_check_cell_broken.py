@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attacking import Breakable, Step, rows, stream
+from helpers.adversarial_inputs import Breakable, Step, rows, stream
 from test_bad_cells import CLOSING
 from torch import Tensor, nn
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.toy_cells import ForcedMoE, OddCell, PlainRNN, ScheduledCell, seeded
 from torch import Tensor, nn
-from toy_cells import ForcedMoE, OddCell, PlainRNN, ScheduledCell, seeded
 
 import rtrl
 from rtrl.testing import cell_checks, check_cell

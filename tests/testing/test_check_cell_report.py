@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attacking import Breakable
+from helpers.adversarial_inputs import Breakable
 from torch import Tensor, nn
 
 import rtrl

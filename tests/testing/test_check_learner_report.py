@@ -13,9 +13,9 @@ from torch import Tensor
 
 import oracles
 import rtrl.testing
-from rtrl.baselines import TBPTT
+from rtrl.learners import TBPTT
 from rtrl.testing import CheckFailed, LearnerSpec, Report, Stream, check_learner, learner_checks
-from rtrl.testing._judge import compare
+from rtrl.testing.learner_checks.verdict import compare
 from rtrl.testing.streams import dense_stream, sleeping_stream
 
 

@@ -6,7 +6,7 @@ import third_party
 
 import rtrl
 from rtrl.testing import LearnerSpec, bound_checks, cell_checks, learner_checks, parametrize_with_checks
-from rtrl.testing.specs import ALL, BASELINES, BLOCK_RTRL
+from rtrl.testing.own_specs import ALL, BASELINES, BLOCK_RTRL
 
 OTHERS = [
     LearnerSpec(third_party.textbook, name="somebody's textbook RTRL"),
@@ -21,7 +21,7 @@ def test_conformance(check: Callable[[], None]) -> None:
 
 def test_every_learner_of_the_package_has_a_spec() -> None:
     names = {spec.name for spec in BASELINES}
-    for learner in rtrl.baselines.__all__:
+    for learner in rtrl.learners.__all__:
         assert any(name.startswith(learner) for name in names), learner
     assert len(BLOCK_RTRL) >= 4
 

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import third_party
 import torch
-from tolerances import assert_gradients_equal
+from helpers.tolerances import assert_gradients_equal
+from helpers.toy_cells import Ring, seeded
 from torch import Tensor, nn
-from toy_cells import Ring, seeded
 
 import oracles
 import rtrl
-from rtrl.baselines import TBPTT, UORO, SnAp
 from rtrl.errors import ConfigError
+from rtrl.learners import TBPTT, UORO, SnAp
 from rtrl.testing import (
     BoundCheck,
     CellSpec,

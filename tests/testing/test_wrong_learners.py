@@ -10,7 +10,7 @@ import torch
 from third_party import Textbook
 from torch import Tensor
 
-from rtrl.baselines import TBPTT, DenseRTRL
+from rtrl.learners import TBPTT, DenseRTRL
 from rtrl.testing import ExactWithin, LearnerSpec, check_learner
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import rtrl
 from rtrl import errors, tasks, training
-from rtrl.baselines import BPTT
+from rtrl.learners import BPTT
 from rtrl.tasks.protocol import Moment, Stream, Task
 from rtrl.training import Curve, Progress, Row
 

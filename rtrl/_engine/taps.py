@@ -1,0 +1,212 @@
+"""Taps: where a parameter meets the forward pass through a linear map, its immediate Jacobian is an outer product of
+two factors.
+
+For ``z = W u`` the derivative of anything with respect to W is ``∂/∂z ⊗ u``. While a cell runs under ``TapRecorder``,
+every such use of a watched parameter is cut out of autograd's graph and its two ends are kept, so that no (state ×
+parameters) matrix is ever written a step. Uses that no rule knows stay in the graph; ``general`` names the parameters
+that still have some.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from rtrl.cells.grouped_linear import frozen_grouped_linear, grouped_linear
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """One use of one parameter: ``out = z + …`` with ``z[n, k, l] = W_{index[n, k]} @ inputs[n, k, l]``.
+
+    Attributes:
+        name: the parameter.
+        index: LongTensor (N, K), the slices of the parameter's first dimension that were used; None: K = 1, the whole
+            parameter.
+        inputs: (N, K or 1, L, I), or None for all ones with I = 1 (a bias, or a slice used as it is).
+        output: the tensor z in the graph, of any shape that views as (N, K, L, O).
+        shape: (K, L, O).
+        transposed: the parameter is stored as (I, O), not (O, I).
+    """
+
+    name: str
+    index: Tensor | None
+    inputs: Tensor | None
+    output: Tensor
+    shape: tuple[int, int, int]
+    transposed: bool = False
+
+
+class TapRecorder(TorchFunctionMode):
+    """Records a tap for every linear use of the watched parameters while it is entered.
+
+    Args:
+        parameters: name → parameter; names in ``general`` are left alone.
+        batch: the number N of samples; a use counts only if dimension 0 of its input runs over them (or over all their
+            tokens).
+        general: parameters that must go the general way, because a tap of theirs was found to mix samples.
+        copy: hand out copies of recorded outputs; needed where the cell changes them in place.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], batch: int, general: Iterable[str] = (), *, copy: bool = False
+    ) -> None:
+        super().__init__()
+        skipped = set(general)
+        self._names = {id(p): name for name, p in parameters.items() if name not in skipped}
+        self.batch, self._copy = batch, copy
+        self.taps: list[Tap] = []
+        self._versions: list[int] = []
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        rule = _RULES.get(func)
+        if rule is not None and torch.is_grad_enabled():
+            out = rule(self, *args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        return func(*args, **kwargs)
+
+    @property
+    def changed_in_place(self) -> bool:
+        """Whether the cell overwrote a recorded output, so that its taps are worthless."""
+        return any(tap.output._version != version for tap, version in zip(self.taps, self._versions, strict=True))
+
+    def name(self, tensor: Any) -> str | None:
+        """The name under which a tensor is watched, if it is."""
+        return self._names.get(id(tensor)) if isinstance(tensor, Tensor) else None
+
+    def record(
+        self,
+        out: Tensor,
+        shape: tuple[int, int, int],
+        uses: Iterable[tuple[str, Tensor | None]],
+        index: Tensor | None = None,
+        transposed: bool = False,
+    ) -> Tensor:
+        """Keep ``out`` as the output of the given (parameter, inputs) pairs; returns what the cell is to go on with."""
+        fresh = not out.requires_grad  # nothing before it carries a gradient: it becomes a leaf of its own
+        if fresh:
+            out = out.detach().requires_grad_()
+        for name, inputs in uses:
+            self.taps.append(Tap(name, index, inputs, out, shape, transposed))
+            self._versions.append(out._version)
+        return out.clone() if fresh or self._copy else out
+
+    def tokens(self, leading: torch.Size) -> int | None:
+        """How many tokens a sample has if these leading dimensions run over the samples first; None if they do not."""
+        if leading and leading[0] == self.batch:
+            return leading[1:].numel()
+        if len(leading) == 1 and leading[0] % self.batch == 0:
+            return leading[0] // self.batch
+        return None
+
+
+def _linear(recorder: TapRecorder, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    name, bias_name = recorder.name(weight), recorder.name(bias)
+    tokens = recorder.tokens(input.shape[:-1])
+    if name is None or tokens is None or weight.ndim != 2:
+        return NotImplemented
+    if bias is not None and bias_name is not None:
+        if bias.shape != weight.shape[:1]:  # it broadcasts: no slice of it belongs to a row of z
+            return NotImplemented
+        bias = bias.detach()
+    out = F.linear(input, weight.detach(), bias)
+    inputs = input.detach().reshape(recorder.batch, 1, tokens, input.shape[-1])
+    uses: list[tuple[str, Tensor | None]] = [(name, inputs)]
+    if bias_name is not None:
+        uses.append((bias_name, None))
+    return recorder.record(out, (1, tokens, out.shape[-1]), uses)
+
+
+def _matmul(recorder: TapRecorder, input: Tensor, other: Tensor) -> Any:
+    name = recorder.name(other)
+    if name is None or other.ndim != 2:
+        return NotImplemented
+    tokens = recorder.tokens(input.shape[:-1])
+    if tokens is None:
+        return NotImplemented
+    out = torch.matmul(input, other.detach())
+    inputs = input.detach().reshape(recorder.batch, 1, tokens, input.shape[-1])
+    return recorder.record(out, (1, tokens, out.shape[-1]), [(name, inputs)], transposed=True)
+
+
+def _grouped_linear(recorder: TapRecorder, inputs: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Any:
+    name, bias_name = recorder.name(weight), recorder.name(bias)
+    if name is None or recorder.tokens(inputs.shape[:1]) != 1:
+        return NotImplemented
+    if bias is None or bias_name is not None:
+        out = frozen_grouped_linear(inputs, weight, bias, index)
+    else:  # a bias that is computed from something else
+        out = frozen_grouped_linear(inputs, weight, None, index) + bias[index].unsqueeze(2)
+    uses: list[tuple[str, Tensor | None]] = [(name, inputs.detach())]
+    if bias_name is not None:
+        uses.append((bias_name, None))
+    return recorder.record(out, (out.shape[1], out.shape[2], out.shape[3]), uses, index)
+
+
+def _embedding(
+    recorder: TapRecorder,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    name = recorder.name(weight)
+    tokens = recorder.tokens(input.shape)
+    if (
+        name is None
+        or tokens is None
+        or padding_idx is not None
+        or max_norm is not None
+        or scale_grad_by_freq
+        or sparse
+    ):
+        return NotImplemented
+    out = F.embedding(input, weight.detach())
+    return recorder.record(out, (tokens, 1, out.shape[-1]), [(name, None)], input.reshape(recorder.batch, tokens))
+
+
+_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    grouped_linear: _grouped_linear,
+    F.embedding: _embedding,
+}
+
+
+def segment_products(left: Tensor, right: Tensor | None, segment: Tensor, count: int) -> Tensor:
+    """``out[s] = Σ_{i: segment[i] = s} left[i] · right[i]``, as one padded batched product.
+
+    Args:
+        left: (n, U, L, O). right: (n, L, I), or None for ones with I = 1. segment: LongTensor (n,) in 0 … count − 1.
+
+    Returns:
+        (count, U, O, I).
+
+    Cost: count · (largest segment) · U·L·O·I multiply-adds.
+    """
+    n, u, length, o = left.shape
+    sizes = torch.bincount(segment, minlength=count)
+    longest = int(sizes.max()) if count else 0
+    order = segment.argsort(stable=True)
+    inside = torch.arange(n, device=segment.device) - (sizes.cumsum(0) - sizes)[segment[order]]
+    table = segment.new_full((count, longest), n)  # entry n is a row of zeros
+    table[segment[order], inside] = order
+    rows = torch.cat([left, left.new_zeros(1, u, length, o)])[table]  # (count, longest, U, L, O)
+    rows = rows.permute(0, 2, 4, 1, 3).reshape(count, u * o, longest * length)
+    if right is None:
+        return rows.sum(dim=2).reshape(count, u, o, 1)
+    cols = torch.cat([right, right.new_zeros(1, *right.shape[1:])])[table].reshape(
+        count, longest * length, right.shape[2]
+    )
+    return torch.bmm(rows, cols).reshape(count, u, o, right.shape[2])

@@ -1,0 +1,1 @@
+"""Small helpers without any idea of a cell or a learner."""

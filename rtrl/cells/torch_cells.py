@@ -1,0 +1,220 @@
+"""PyTorch's own recurrent cells and layers, and modules of any kind, as cells of this package."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from rtrl.cells.analytic import ClosedForm
+from rtrl.cells.module_cell import ModuleCell, ReplayingModuleCell
+from rtrl.cells.packing import PackedCell, Packing
+from rtrl.cells.protocol import takes_replay
+from rtrl.cells.torch_derivatives import derivatives
+from rtrl.cells.torch_equations import mode_of, step, weights_of
+from rtrl.errors import ConfigError
+
+_CELLS = (nn.RNNCell, nn.GRUCell, nn.LSTMCell)
+_LAYERED = (nn.RNN, nn.GRU, nn.LSTM)
+
+
+class TorchCell(nn.Module):
+    """One of PyTorch's cells with a readout: ``y = readout(h')``. Made by ``from_torch``."""
+
+    def __init__(self, cell: nn.RNNCell | nn.GRUCell | nn.LSTMCell, readout: nn.Module) -> None:
+        super().__init__()
+        self.cell, self.readout = cell, readout
+
+    def init_state(self, batch_size: int) -> Tensor:
+        """Zeros: (batch_size, H), or (batch_size, 2, H) for the pair (h, c) of an LSTM."""
+        shape = (
+            (batch_size, 2, self.cell.hidden_size)
+            if isinstance(self.cell, nn.LSTMCell)
+            else (batch_size, self.cell.hidden_size)
+        )
+        return self.cell.weight_hh.new_zeros(shape)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """One step: x (B, input_size) and the state → y and the next state."""
+        cell: Any = self._modules["cell"]
+        readout: Any = self._modules["readout"]
+        mode = mode_of(cell)
+        after = step(mode, x, h.unbind(dim=1) if mode == "LSTM" else (h,), weights_of(cell))
+        y = after[0] if _unseen_identity(readout) else readout(after[0])
+        return y, torch.stack(after, dim=1) if mode == "LSTM" else after[0]
+
+    def linearize(self, x: Tensor, h: Tensor) -> ClosedForm | None:
+        """One step with its derivatives; None for a subclass with another ``forward``."""
+        if type(self).forward is not TorchCell.forward:
+            return None
+        mode = mode_of(self.cell)
+        with torch.no_grad():
+            after, taps, direct = derivatives(
+                mode, x, h.unbind(dim=1) if mode == "LSTM" else (h,), weights_of(self.cell)
+            )
+        h_next = (torch.stack(after, dim=1) if mode == "LSTM" else after[0]).requires_grad_()
+        with torch.enable_grad():
+            y = self.readout(h_next[:, 0] if mode == "LSTM" else h_next)
+        return ClosedForm(y, h_next, taps, direct)
+
+
+class TorchLayers(PackedCell):
+    """PyTorch's cells one above the other, with a readout on the last: layer k's h' is layer k + 1's x. Made by
+    ``from_torch``.
+
+    The state (B, N) is packed; ``unpack`` gives a tuple with the state of every layer, bottom first: h (B, H), or the
+    pair (h, c) of an LSTM.
+    """
+
+    def __init__(self, cell: nn.ModuleList | nn.RNNBase, readout: nn.Module) -> None:
+        super().__init__(cell, readout)
+        owners = list(cell) if isinstance(cell, nn.ModuleList) else [cell] * cell.num_layers
+        self._modes = [mode_of(owner) for owner in owners]
+        self._widths = [_widths(owner) for owner in owners]
+        self._packing = Packing(self._first(1))
+
+    def _first(self, batch_size: int) -> Any:
+        like = next(self.cell.parameters())
+        return tuple(_state([like.new_zeros(batch_size, width) for width in widths]) for widths in self._widths)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of all layers: x (B, input_size) and the state (B, N) → y and the next state."""
+        after = []
+        for k, (mode, before) in enumerate(zip(self._modes, self.unpack(h), strict=True)):
+            listed = isinstance(self.cell, nn.ModuleList)
+            weights = weights_of(self.cell[k]) if listed else weights_of(self.cell, f"_l{k}")
+            now = step(mode, x, before if isinstance(before, tuple) else (before,), weights)
+            x = now[0]
+            after.append(_state(now))
+        return self.readout(x), self._packing.pack(tuple(after), h.shape[0])
+
+
+def _unseen_identity(module: nn.Module) -> bool:
+    """Whether calling a module would only cost time."""
+    return type(module) is nn.Identity and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _widths(module: Any) -> tuple[int, ...]:
+    """Of the tensors of one layer's state: of h, and of c if there is one."""
+    h: int = getattr(module, "proj_size", 0) or module.hidden_size
+    return (h, module.hidden_size) if mode_of(module) == "LSTM" else (h,)
+
+
+def _state(tensors: Sequence[Tensor]) -> Any:
+    """One layer's state as PyTorch's cells know it: h alone, or the pair (h, c)."""
+    return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+
+@overload
+def from_torch(cell: nn.RNNCell | nn.GRUCell | nn.LSTMCell, readout: nn.Module | None = None) -> TorchCell: ...  # type: ignore[overload-overlap]
+@overload
+def from_torch(  # type: ignore[overload-overlap]
+    cell: Sequence[nn.Module] | nn.ModuleList | nn.RNN | nn.GRU | nn.LSTM, readout: nn.Module | None = None
+) -> TorchLayers: ...
+@overload
+def from_torch(cell: nn.Module, readout: nn.Module | None = None, *, state: Any = None) -> ModuleCell: ...
+def from_torch(cell: Any, readout: nn.Module | None = None, *, state: Any = None) -> TorchCell | PackedCell:
+    """Make a cell of PyTorch's recurrent cells, of layers of them, or of a module whose state is a tree of tensors.
+
+    Equation, by what ``cell`` is:
+
+    - ``nn.RNNCell``, ``nn.GRUCell``, ``nn.LSTMCell``: its own equations, written so that every weight is met in a
+      linear map; ``y = readout(h')``.
+    - a sequence or ``nn.ModuleList`` of these, mixed as you like: layers, layer k's h' being layer k + 1's x; y of the
+      last.
+    - ``nn.RNN``, ``nn.GRU``, ``nn.LSTM``: one time step of all its layers; ``batch_first`` has no meaning there.
+    - any other module: ``y, s' = cell(x, s)``, the state s a tensor or any tree (tuple, list, dict, nested) of tensors;
+      the output is ``readout(y)``.
+
+    Args:
+        cell: used in place; its parameters keep their names under ``cell.``, with ``cell.0.``, ``cell.1.``, … for a
+            sequence.
+        readout: a module; the identity by default.
+        state: for a module of your own, its first state, ``cell.init_state(batch_size)`` by default: a tree of
+            floating-point tensors (1, ...), repeated for the batch, or a function of the batch size that gives a tree
+            of (batch_size, ...). A constant: no gradient reaches it.
+
+    Shapes: x (B, input_size). The state is (B, H) for one cell, (B, 2, H) for the pair (h, c) of an ``LSTMCell``, and
+    packed to (B, N) for all else: N entries a sample, and ``unpack(h)`` gives the tree (for layers, the tuple of their
+    states). dtype and device are those of the parameters.
+
+    A module of your own may return ``(y, s', rtrl.Sparsity(active=...))``, with its own parameter names, and take
+    ``replay=`` if it routes. It cannot declare reads or writes: a packed state has no rows that would mean something.
+
+    Raises:
+        ConfigError: no such module or no first state; layers that do not fit together; ``bidirectional=True`` (a step
+            would need the future) or ``dropout`` above 0 (a cell draws nothing: set it to 0, or write the layers as a
+            module that takes its masks in x).
+        CellError: at a step, when a module of your own returns something else than above, or changes the structure,
+            shapes, dtype or device of its state: the leaf is named. SparsityError: it declares reads or writes.
+
+    Cost: as the module. Weights that a module of your own meets in ``nn.Linear`` or ``F.linear`` are taps; inside a
+    fused ``nn.GRUCell`` they take the general path, just as exact.
+
+    >>> import torch
+    >>> cell = from_torch(torch.nn.LSTMCell(3, 5), torch.nn.Linear(5, 2))
+    >>> y, h = cell(torch.ones(4, 3), cell.init_state(4))
+    >>> y.shape, h.shape
+    (torch.Size([4, 2]), torch.Size([4, 2, 5]))
+    >>> layers = from_torch([torch.nn.GRUCell(3, 5), torch.nn.LSTMCell(5, 4)])
+    >>> below, (h, c) = layers.unpack(layers.init_state(4))
+    >>> below.shape, h.shape, c.shape
+    (torch.Size([4, 5]), torch.Size([4, 4]), torch.Size([4, 4]))
+    """
+    if state is not None and (_is_list(cell) or type(cell) in _CELLS + _LAYERED):
+        raise ConfigError(
+            "state= is for a module of your own; PyTorch's start from zeros, or from the learner's state="
+        )
+    readout = nn.Identity() if readout is None else readout
+    if type(cell) in _CELLS:
+        return TorchCell(cell, readout)
+    if type(cell) in _LAYERED:
+        _check_layered(cell)
+        return TorchLayers(cell, readout)
+    if _is_list(cell):
+        _check_layers(list(cell))
+        return TorchLayers(cell if isinstance(cell, nn.ModuleList) else nn.ModuleList(cell), readout)
+    if not isinstance(cell, nn.Module) or (state is None and not callable(getattr(cell, "init_state", None))):
+        raise ConfigError(
+            "from_torch takes nn.RNNCell, nn.GRUCell, nn.LSTMCell, a sequence of these, nn.RNN, nn.GRU, nn.LSTM, or a "
+            f"module with init_state(batch_size) or state=..., got {type(cell).__name__}"
+        )
+    return (ReplayingModuleCell if takes_replay(cell) else ModuleCell)(cell, readout, state)
+
+
+def _is_list(cell: Any) -> bool:
+    return type(cell) is nn.ModuleList or (isinstance(cell, Sequence) and not isinstance(cell, str | nn.Module))
+
+
+def _check_layered(module: nn.RNNBase) -> None:
+    if module.bidirectional:
+        raise ConfigError("bidirectional=True: the backward direction needs the future; use a module without it")
+    if module.dropout:
+        raise ConfigError(
+            f"dropout={module.dropout}: a cell draws no random numbers; set it to 0, or write the layers as a module "
+            "of your own that takes its masks in x"
+        )
+
+
+def _check_layers(cells: list[Any]) -> None:
+    if not cells:
+        raise ConfigError("from_torch needs at least one layer, got an empty sequence")
+    for k, cell in enumerate(cells):
+        if type(cell) not in _CELLS:
+            raise ConfigError(
+                f"layers must be nn.RNNCell, nn.GRUCell or nn.LSTMCell, but layer {k} is {type(cell).__name__}; other "
+                "cells are layered by rtrl.cells.Stack"
+            )
+        if any(cell is other for other in cells[:k]):
+            raise ConfigError(
+                f"layer {k} is the same module as one below it; to share weights, let two modules have the same "
+                "parameters: above.weight_ih = below.weight_ih, and so on"
+            )
+    for k, (below, above) in enumerate(pairwise(cells)):
+        if below.hidden_size != above.input_size:
+            raise ConfigError(
+                f"layer {k} gives h of width {below.hidden_size}, but layer {k + 1} takes x of width {above.input_size}"
+            )

@@ -1,1 +1,0 @@
-"""The commands of ``rtrl``, a module each; ``rtrl.cli`` puts them together."""

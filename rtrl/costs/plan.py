@@ -1,0 +1,201 @@
+"""``rtrl.plan``: what each way to learn costs, side by side."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from rtrl._utils import pytrees
+from rtrl.costs.block_rtrl import block_rtrl
+from rtrl.costs.choice import Choice
+from rtrl.costs.devices import nominal_rates
+from rtrl.costs.others import bptt, tbptt
+from rtrl.costs.profile import Profile, profile
+from rtrl.costs.result import Plan
+from rtrl.costs.textbook import dense_rtrl
+from rtrl.errors import ConfigError
+from rtrl.profiling.macs import Rule
+
+WINDOWS = (4, 16, 64)
+HORIZONS = (16, 64, 256)
+
+
+def plan(
+    cell: nn.Module,
+    x: Any = None,
+    *,
+    steps: int,
+    batch_size: int | None = None,
+    memory_bytes: int | None = None,
+    xs: Sequence[Any] | None = None,
+    state: Tensor | None = None,
+    blocks: Sequence[int] | None = None,
+    windows: Sequence[int] | None = None,
+    horizons: Sequence[int] | None = None,
+    devices: Mapping[str, float] | None = None,
+    rules: Mapping[str, Rule] | None = None,
+) -> Plan:
+    """Predict multiply-adds and bytes of full RTRL, BPTT, truncated BPTT and ``BlockRTRL``, and name the cheapest exact
+    one that fits.
+
+    Of a run of T steps with a loss at each of them and one ``sync`` at the end, it predicts what
+    ``macs.MacCounter`` counts, what ``retained_bytes`` gives at most, and how much memory is needed at once. What
+    no formula can know is measured on the cell, with copies of its parameters, on a few steps: the cell, its ``.grad``
+    and PyTorch's random numbers stay as they are.
+
+    Args:
+        cell: as for ``rtrl.BlockRTRL``.
+        x: an example input of one step, a tensor (B, ...) or a tree of such. By default random numbers are drawn, if
+            the cell or a module in it says how wide its x is (``d_in``, ``input_size``, ``in_features`` or an
+            embedding).
+        steps: T, of the run. batch_size: B; that of x, or 1, by default. Samples of x are repeated or cut to it.
+        memory_bytes: the budget of what is needed at once, besides the cell, its ``.grad``, its optimizer, and what the
+            user holds.
+        xs: in place of x, the inputs of several steps in a row. For a cell that routes they say how long its slices
+            sleep; with x alone, choices are taken to be drawn evenly at random.
+        state: the first state (B, n, ...); ``cell.init_state(B)`` by default.
+        blocks, windows: sizes to try for ``BlockRTRL``; powers of two and H, and 4, 16 and 64, by default. A cell none
+            of whose slices can sleep needs no window.
+        horizons: those of truncated BPTT; 16, 64 and 256 by default.
+        devices: device → multiply-adds a second, ``rtrl.costs.measured_rates()`` for instance; a few data sheets by
+            default.
+        rules: how to count operations that ``MacCounter`` does not know, as it takes them.
+
+    Returns:
+        A ``Plan``: ``best``, ``crossover_steps`` (T*), one ``Choice`` for each row; printed, it is a table.
+
+    Raises:
+        ConfigError: a number is not a positive integer, x and xs are both given, or no x can be guessed.
+        ShapeError, CellError, SparsityError, NonFiniteError: as ``BlockRTRL.step``, for the x that was given.
+        UnknownOperationError: the cell runs an operation without a count; ``rules`` can give one.
+
+    Cost: a few forward and backward passes through at most three steps, the Jacobians of three steps, and every step of
+        ``xs`` forward; for a cell with slices also the bookkeeping of some thousand steps, seconds.
+
+    >>> import torch, rtrl
+    >>> cell = rtrl.cells.from_torch(torch.nn.GRUCell(8, 16), torch.nn.Linear(16, 2))
+    >>> found = rtrl.plan(cell, steps=10_000, batch_size=4, memory_bytes=8 * 2**20)
+    >>> found.best.method
+    'BlockRTRL'
+    >>> found.fits(next(row for row in found.rows if row.method == "BPTT"))
+    False
+    """
+    numbers = [("steps", steps), ("batch_size", batch_size), ("memory_bytes", memory_bytes)]
+    numbers += [(name, size) for name, many in _named(blocks, windows, horizons) for size in many]
+    for name, number in numbers:
+        if number is not None:
+            _check(name, number)
+    _check("steps", steps)
+    if not isinstance(cell, nn.Module):
+        raise ConfigError(f"cell must be a torch.nn.Module, got {type(cell).__name__}")
+    for name, rate in (devices or {}).items():
+        if not isinstance(rate, int | float) or not 0 < rate < float("inf"):
+            raise ConfigError(f"the rate of {name!r} must be a positive number of multiply-adds a second, got {rate!r}")
+    stream = _stream(x, xs)
+    if batch_size is None:
+        batch_size = 1 if stream is None else _batch_of(stream[0])
+    found = profile(cell, stream, batch_size, state=state, rules=rules)
+    rows = [bptt(found, steps), dense_rtrl(found, steps)]
+    for horizon in horizons if horizons is not None else [k for k in HORIZONS if k < steps]:
+        rows += [tbptt(found, steps, horizon, sliding) for sliding in (True, False)]
+    for block in dict.fromkeys(blocks if blocks is not None else _blocks(found, steps)):
+        for window in dict.fromkeys(windows if windows is not None else WINDOWS):
+            rows.append(block_rtrl(found, steps, block, window))
+            if rows[-1].window is None:  # nothing can sleep
+                break
+    return Plan(
+        cell=found.cell,
+        steps=steps,
+        batch_size=batch_size,
+        state_size=found.state_size,
+        parameter_size=found.parameter_size,
+        dtype=found.dtype,
+        memory_bytes=memory_bytes,
+        rows=tuple(_compared(found, row) for row in rows),
+        devices=dict(nominal_rates(found.dtype) if devices is None else devices),
+        notes=_notes(found, stream, rows),
+    )
+
+
+def _named(*many: Sequence[int] | None) -> list[tuple[str, Sequence[int]]]:
+    return [(name, own) for name, own in zip(("block", "window", "horizon"), many, strict=True) if own is not None]
+
+
+def _check(name: str, number: Any) -> None:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ConfigError(f"{name} must be a positive integer, got {number!r}")
+
+
+def _stream(x: Any, xs: Sequence[Any] | None) -> list[Any] | None:
+    if x is not None and xs is not None:
+        raise ConfigError("give x, an example of one step, or xs, those of several in a row, and not both")
+    if xs is None:
+        return None if x is None else [x]
+    if not len(xs):
+        raise ConfigError("xs is empty: give the x of at least one step")
+    return list(xs)
+
+
+def _batch_of(x: Any) -> int:
+    leaf = next(iter(pytrees.tensors(x)), None)
+    return leaf.shape[0] if leaf is not None and leaf.ndim and leaf.shape[0] else 1
+
+
+def _blocks(profile: Profile, steps: int) -> list[int]:
+    """Powers of two (of four, where each costs a simulation) up to twice H, and H."""
+    most, factor = min(steps, 2 * profile.state_size), 4 if profile.declares else 2
+    sizes = {1}
+    while max(sizes) * factor <= most:
+        sizes.add(max(sizes) * factor)
+    return sorted(sizes | ({profile.state_size} if profile.state_size <= most else set()))
+
+
+def _compared(profile: Profile, choice: Choice) -> Choice:
+    """With the number of steps beyond which BPTT takes more memory."""
+    if choice.method not in ("BlockRTRL", "DenseRTRL"):
+        return choice
+    grown = choice  # with its influence and full blocks
+    if choice.block is not None and choice.steps <= 2 * choice.block:
+        grown = block_rtrl(profile, 2 * choice.block + 1, choice.block, choice.window or 1)
+    return replace(
+        choice,
+        crossover_steps=_last(lambda t: bptt(profile, t).held_bytes <= grown.held_bytes),
+        crossover_peak_steps=_last(lambda t: bptt(profile, t).peak_bytes <= grown.peak_bytes),
+    )
+
+
+def _last(holds: Any) -> int:
+    """The largest number of steps for which something holds that stops to hold at some number."""
+    if not holds(1):
+        return 0
+    low, high = 1, 2
+    while holds(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def _notes(profile: Profile, stream: list[Any] | None, rows: list[Choice]) -> tuple[str, ...]:
+    notes = [
+        "Counted: a loss at every step, one sync at the end, the checks of the first blocks included. A choice is "
+        "exact if its gradient is that of the whole run.",
+        "Bytes: beside the cell, its .grad and its optimizer. Held: between two steps, at most. At its peak: at once, "
+        "while a block closes or a gradient is delivered.",
+        "Times are lower bounds: multiply-adds over the device's best rate. Memory traffic, launches and Python come "
+        "on top, and on small cells they are most of it.",
+    ]
+    if stream is None:
+        notes.append("x was guessed: random numbers as wide as the cell says. Give x= to be sure.")
+    if any(row.estimated for row in rows):
+        if not profile.steady:
+            notes.append("≈: steps differ in how much they touch; the first one stands for all.")
+        elif len(profile.choices) == 1:
+            notes.append(
+                "≈: after the first step, choices drawn evenly at random. Give xs=, some steps of a real stream."
+            )
+        else:
+            notes.append(f"≈: the {len(profile.choices)} steps of xs= over and over.")
+    return tuple(notes)

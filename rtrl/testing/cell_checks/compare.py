@@ -1,0 +1,127 @@
+"""Comparing what a cell computed with what it must compute, and naming the first place where the two differ."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from rtrl._engine import checks
+from rtrl.testing.cell_checks.points import Point
+from rtrl.testing.report import Found
+
+STATE = "the state"  # beside names of parameters, none of which has a space
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".removesuffix(": ")
+
+
+def same_bits(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors agree in form and in every bit; NaN equals NaN."""
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    return bool(((one == two) | (one.isnan() & two.isnan())).all())
+
+
+def _place(index: list[int], what: str, point: Point, sample: int | None) -> tuple[int | None, str]:
+    """The sample and the words for an index into a tensor whose dimension 0 is the batch, or of a parameter."""
+    spot = "the generic point" if point.generic else "the point as given"
+    if sample is not None:
+        return sample, f"{what}[{', '.join(map(str, index))}] at {spot}"
+    if what == "row":
+        words = f"row {index[1]}" + (f", element {tuple(index[2:])}" if len(index) > 2 else "")
+    else:
+        words = f"{what}, element {tuple(index[1:])}" if len(index) > 1 else what
+    return index[0], f"{words} at {spot}"
+
+
+def _first(bad: Tensor) -> list[int]:
+    return [int(i) for i in bad.nonzero()[0]]
+
+
+def differs(
+    message: str, point: Point, found: Tensor, expected: Tensor, what: str, *, exact: bool = False, offset: int = 0
+) -> Iterator[Found]:
+    """Where two batches differ: in any bit if ``exact``, else by more than rounding in another order explains.
+
+    Args:
+        what: the name of the tensor, or "row" for a state. offset: the sample at index 0.
+    """
+    found, expected = found.detach(), expected.detach()
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        forms = [f"{tuple(t.shape)} {t.dtype}" for t in (found, expected)]
+        yield Found(message, point.step, None, what, *forms)
+        return
+    if same_bits(found, expected) or (not exact and checks.nearly_equal(found, expected)):
+        return
+    bad = (found != expected) & ~(found.isnan() & expected.isnan())
+    if not exact:  # the largest difference, not the first that rounding explains
+        gap = (found - expected).abs().nan_to_num(nan=float("inf"), posinf=float("inf")).where(bad, 0.0)
+        bad = gap == gap.max()
+    index = _first(bad)
+    values = [f"{float(t[tuple(index)]):.17g}" for t in (found, expected)]
+    sample, where = _place([index[0] + offset, *index[1:]], what, point, None)
+    yield Found(message, point.step, sample, where, *values)
+
+
+def stray(
+    message: str, point: Point, grad: Tensor, what: str, *, sample: int | None = None, offset: int = 0
+) -> Iterator[Found]:
+    """The first derivative that is not zero but must be; what is not finite is another check's.
+
+    Args:
+        grad: of a parameter if ``sample`` is given, else (B, ...). offset: the sample at index 0.
+    """
+    bad = torch.isfinite(grad) & (grad != 0)
+    if not bool(bad.any()):
+        return
+    index = _first(bad)
+    value = f"{float(grad[tuple(index)]):.17g}"
+    if sample is None:
+        index = [index[0] + offset, *index[1:]]
+    number, where = _place(index, what, point, sample)
+    yield Found(message, point.step, number, where, value, "0")
+
+
+def not_finite(message: str, point: Point, value: Tensor, what: str, *, samples: bool = True) -> Iterator[Found]:
+    """The first NaN or infinity."""
+    if bool(torch.isfinite(value).all()):
+        return
+    index = _first(~torch.isfinite(value))
+    if samples:
+        sample, where = _place(index, what, point, None)
+    else:
+        sample, where = None, f"parameter {what}[{', '.join(map(str, index))}]"
+    yield Found(message, point.step, sample, where, str(float(value[tuple(index)])), "a finite number")
+
+
+def gradients(
+    point: Point,
+    heads: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    state: bool = False,
+    parameters: bool = True,
+) -> dict[str, Tensor]:
+    """``Σ weights · head`` by every trainable parameter, under its name, and by the state, under ``STATE``; zero where
+    nothing arrives. The graph is kept."""
+    inputs: dict[str, Tensor] = {STATE: point.h} if state else {}
+    if parameters:
+        inputs |= {name: p for name, p in point.cell.named_parameters() if p.requires_grad and p.is_floating_point()}
+    live = {what: head for what, head in heads.items() if head.requires_grad and head.numel()}
+    if not live or not inputs:
+        return {name: torch.zeros_like(value) for name, value in inputs.items()}
+    cotangents = [torch.ones_like(head) if weights is None else weights[what] for what, head in live.items()]
+    grads = torch.autograd.grad(
+        list(live.values()), list(inputs.values()), cotangents, retain_graph=True, allow_unused=True
+    )
+    return {
+        name: torch.zeros_like(value) if grad is None else grad.detach().to_dense() if grad.is_sparse else grad.detach()
+        for (name, value), grad in zip(inputs.items(), grads, strict=True)
+    }
+
+
+def only(i: int, values: Tensor) -> Tensor:
+    """The values of sample i, zero for all others."""
+    return torch.zeros_like(values).index_copy_(0, torch.tensor([i], device=values.device), values[i : i + 1])

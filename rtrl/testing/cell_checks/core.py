@@ -1,0 +1,307 @@
+"""The checks of a cell: each a small function, registered by name in the order in which they are run and reported."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rtrl._engine import checks
+from rtrl._engine.analytic import check_closed_form
+from rtrl._utils import index_sets, pytrees
+from rtrl.cells.analytic import Linearizes
+from rtrl.cells.protocol import same_choices
+from rtrl.errors import CellError
+from rtrl.testing.cell_checks.batching import replay_failures, sample_failures, torch_func_failures
+from rtrl.testing.cell_checks.compare import STATE, differs, first_line, gradients, not_finite, only, same_bits, stray
+from rtrl.testing.cell_checks.points import Point, Subject, cast, lay_out, leaves
+from rtrl.testing.report import Failure, Found, Report
+
+Check = Callable[[Subject], Iterator[Found]]
+_NEEDS_NOTHING, _NEEDS_A_STEP, _NEEDS_POINTS = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Registered:
+    check: Check
+    needs: int
+
+
+_CHECKS: dict[str, _Registered] = {}
+
+
+def _check(name: str, needs: int = _NEEDS_POINTS) -> Callable[[Check], Check]:
+    def register(function: Check) -> Check:
+        _CHECKS[name] = _Registered(function, needs)
+        return function
+
+    return register
+
+
+def cell_checks() -> list[str]:
+    """The names of all checks, in the order in which they are run.
+
+    >>> cell_checks()[:3]
+    ['returns', 'state keeps its form', 'y per sample']
+    """
+    return list(_CHECKS)
+
+
+def run_checks(subject: Subject, report: Report) -> Report:
+    """Run every check that can be judged; a cell that raises fails the check it raised in."""
+    stage = _NEEDS_NOTHING
+    for name, registered in _CHECKS.items():
+        if registered.needs > stage:
+            report.skipped[name] = "because what it rests on failed"
+            continue
+        report.checks.append(name)
+        said: set[str] = set()  # one failure a kind: the first step and sample that shows it
+        before = len(report.failures)
+        try:
+            for found in registered.check(subject):
+                if found.message not in said:
+                    said.add(found.message)
+                    report.failures.append(Failure(name, *found))
+        except Exception as error:
+            report.failures.append(Failure(name, f"the cell raised {first_line(error)}"))
+        passed = len(report.failures) == before
+        if name == "returns" and passed:
+            stage = _NEEDS_A_STEP
+        if name == "state keeps its form" and passed:
+            stage = _NEEDS_POINTS
+    report.notes.extend(dict.fromkeys(subject.notes))
+    return report
+
+
+@_check("returns", _NEEDS_NOTHING)
+def _returns(subject: Subject) -> Iterator[Found]:
+    """(y, h_next) or (y, h_next, Sparsity), well formed, at every point."""
+    if subject.trouble is not None:
+        message, step = subject.trouble
+        yield Found(message, step)
+        return
+    kept = [point for point in subject.given if _form(point.run()[1]) == _form(point.h)]
+    if len(kept) == len(subject.given):
+        lay_out(subject)
+
+
+@_check("state keeps its form", _NEEDS_A_STEP)
+def _state(subject: Subject) -> Iterator[Found]:
+    for point in subject.given:
+        h_next = point.fresh().run()[1]
+        if _form(h_next) != _form(point.h):
+            yield Found(
+                "the next state has another shape, dtype or device than the state",
+                point.step,
+                where="h_next",
+                found=_form(h_next),
+                expected=_form(point.h),
+            )
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} {tensor.device}"
+
+
+@_check("y per sample", _NEEDS_A_STEP)
+def _y(subject: Subject) -> Iterator[Found]:
+    for point in subject.given:
+        y, _, _ = point.fresh().run()
+        for leaf in pytrees.tensors(y):
+            if leaf.ndim == 0 or leaf.shape[0] != point.h.shape[0]:
+                yield Found(
+                    "a tensor of y does not have the batch as dimension 0; reduce in the loss, not here",
+                    point.step,
+                    where="y",
+                    found=f"shape {tuple(leaf.shape)}",
+                    expected=f"shape ({point.h.shape[0]}, ...)",
+                )
+
+
+@_check("finite", _NEEDS_A_STEP)
+def _finite(subject: Subject) -> Iterator[Found]:
+    for point in (p.fresh().leaf() for p in subject.given):
+        y, h_next, _ = point.run(grad=True)
+        values = {"h_next": h_next, **leaves(y, point.h.shape[0])}
+        for what, value in values.items():
+            yield from not_finite(f"NaN or infinity in {what}", point, value, what)
+        if all(pytrees.finite(value) for value in values.values()):
+            heads = {what: value for what, value in values.items() if what != "h_next" or value.dtype == point.h.dtype}
+            for what, grad in gradients(point, heads, state=True).items():
+                yield from not_finite(
+                    f"NaN or infinity in the derivative by {what}", point, grad, what, samples=what == STATE
+                )
+
+
+@_check("pure", _NEEDS_A_STEP)
+def _pure(subject: Subject) -> Iterator[Found]:
+    for point in (p.fresh() for p in subject.given):
+        others = random.getstate(), np.random.get_state()[1:3]  # type: ignore[index]  # noqa: NPY002
+        try:
+            with torch.no_grad():
+                checks.check_purity(point.cell, point.x, point.h, point.replay)
+        except CellError as error:
+            yield Found(str(error), point.step, where="forward")
+        now = random.getstate(), np.random.get_state()[1:3]  # type: ignore[index]  # noqa: NPY002
+        if repr(others) != repr(now):
+            yield Found("the cell draws random numbers of Python or NumPy; pass them in x", point.step, where="forward")
+
+
+@_check("deterministic", _NEEDS_A_STEP)
+def _deterministic(subject: Subject) -> Iterator[Found]:
+    for point in (p.fresh() for p in subject.given):
+        (y, h, used), (y_again, h_again, used_again) = point.run(free=True), point.run(free=True)
+        if not same_choices(used, used_again):
+            yield Found("run twice, the cell makes other choices", point.step, where="Sparsity")
+        one, two = ({"h_next": h, **leaves(y, h.shape[0])}, {"h_next": h_again, **leaves(y_again, h.shape[0])})
+        for what, value in one.items():
+            yield from differs(
+                f"run twice, {what} is not the same bit for bit", point, two[what], value, what, exact=True
+            )
+
+
+@_check("unwritten rows are copied")
+def _copied(subject: Subject) -> Iterator[Found]:
+    for point in (p.fresh() for p in subject.points):
+        if point.sparsity.writes is None:
+            continue
+        _, h_next, _ = point.run()
+        kept = index_sets.put(h_next, point.sparsity.writes, index_sets.take(point.h, point.sparsity.writes))
+        yield from differs(
+            "a row that is not declared as written changes (a row that decays is written, too)",
+            point,
+            kept,
+            point.h,
+            "row",
+            exact=True,
+        )
+
+
+@_check("unwritten rows are copied in derivative")
+def _copied_derivative(subject: Subject) -> Iterator[Found]:
+    for point in (p.fresh().leaf() for p in subject.points):
+        if point.sparsity.writes is None:
+            continue
+        _, h_next, _ = point.run(grad=True)
+        heads = {"h": index_sets.zero(h_next, point.sparsity.writes)}
+        for i in range(point.h.shape[0]):
+            weights = {"h": only(i, subject.draw(torch.zeros_like(point.h), 1.0))}
+            for what, grad in gradients(point, heads, weights, state=True).items():
+                if what == STATE:
+                    expected = index_sets.zero(weights["h"], point.sparsity.writes)
+                    mine = slice(i, i + 1)
+                    message = "the derivative of a row that is not declared as written is not that of a copy"
+                    yield from differs(message, point, grad[mine], expected[mine], "row", exact=True, offset=i)
+                else:
+                    message = f"a row that is not declared as written moves with parameter {what!r}"
+                    yield from stray(message, point, grad, f"parameter {what}", sample=i)
+
+
+def _undeclared(point: Point) -> Tensor | None:
+    """The rows (B, n) that are neither read nor written, as a mask; None if there are none."""
+    declared = index_sets.union(point.sparsity.reads, point.sparsity.writes, point.h.shape[1])
+    return None if declared is None or bool(declared.all()) else ~declared
+
+
+@_check("reads are declared")
+def _reads(subject: Subject) -> Iterator[Found]:
+    for point in (p.fresh() for p in subject.points):
+        rows = _undeclared(point)
+        if rows is None:
+            continue
+        at = point.leaf()
+        y, h_next, _ = at.run(grad=True)
+        wide = rows.reshape(*rows.shape, *[1] * (point.h.ndim - 2)).expand_as(point.h)
+        for what, head in at.heads(y, h_next).items():
+            for i in range(point.h.shape[0]):
+                weights = {what: only(i, subject.draw(torch.zeros_like(head), 1.0))}
+                grad = gradients(at, {what: head}, weights, state=True, parameters=False)[STATE]
+                grad = torch.where(wide, grad, 0.0)[i : i + 1]
+                message = f"{what.removeprefix('the ')} depend on a row that is not declared as read (derivative)"
+                yield from stray(message, point, grad, "row", offset=i)
+        yield from _poisoned(subject, point, wide)
+
+
+def _poisoned(subject: Subject, point: Point, wide: Tensor) -> Iterator[Found]:
+    """Other values in the undeclared rows may change nothing. Finite ones decide; a NaN also meets what is multiplied
+    by an exact zero, which is only worth a note."""
+    y, h_next, used = point.run()
+    clean = point.heads(y, h_next)
+    other = subject.draw(torch.zeros_like(point.h), 1.0)
+    for poison in (other, -point.h, 1e3 * other, torch.full_like(other, float("nan"))):
+        moved = replace(point, h=torch.where(wide, poison, point.h))
+        try:
+            y, h_next, now = moved.run()
+        except Exception:
+            if bool(poison.isnan().any()):
+                continue  # a cell may refuse what is not finite
+            raise
+        if not same_choices(used, now):
+            continue  # it chose anew: the check of replay says so where that is wrong
+        for what, value in moved.heads(y, h_next).items():
+            if not bool(poison.isnan().any()):
+                message = f"{what.removeprefix('the ')} depend on a row that is not declared as read (value)"
+                yield from differs(message, point, value, clean[what], what, exact=True)
+            elif not same_bits(value, clean[what]):
+                subject.notes.append(
+                    f"a NaN in a row that is not declared as read reaches {what}: finite values there are multiplied "
+                    "by zero, which is exact; gathering the rows would also be faster"
+                )
+
+
+@_check("active slices are declared")
+def _active(subject: Subject) -> Iterator[Found]:
+    for point in (p.fresh().leaf() for p in subject.points):
+        active = point.sparsity.active
+        if not active:
+            continue
+        for i in range(point.h.shape[0]):
+            lone = point.sample(i)  # so that slices of other samples are not taken for its own where samples meet
+            y, h_next, _ = lone.run(grad=True)
+            heads = {"h_next": h_next, **leaves(y, 1)}
+            weights = {what: subject.draw(torch.zeros_like(head), 1.0) for what, head in heads.items()}
+            for what, grad in gradients(lone, heads, weights).items():
+                if what in active:
+                    asleep = grad.index_fill(0, active[what][i], 0.0)
+                    message = f"a slice of parameter {what!r} is used that Sparsity.active does not declare"
+                    yield from stray(message, point, asleep, f"parameter {what}", sample=i)
+
+
+_check("samples do not meet")(sample_failures)
+_check("replay")(replay_failures)
+
+
+@_check("dtype and device are carried through")
+def _dtype(subject: Subject) -> Iterator[Found]:
+    for first in subject.given:
+        for point in (cast(first, dtype) for dtype in (torch.float32, torch.float64)):
+            try:
+                y, h_next, _ = point.run(free=True)
+            except Exception as error:
+                message = f"the cell does not run in {point.h.dtype}: {first_line(error)}"
+                yield Found(message, point.step, where="forward")
+                continue
+            for what, value in {"h_next": h_next, **leaves(y, point.h.shape[0])}.items():
+                found, expected = (f"{t.dtype} {t.device}" for t in (value, point.h))
+                if found != expected:
+                    message = f"{what} does not keep the dtype and device of the state"
+                    yield Found(message, point.step, None, what, found, expected)
+
+
+_check("torch.func")(torch_func_failures)
+
+
+@_check("linearize")
+def _linearize(subject: Subject) -> Iterator[Found]:
+    """Derivatives in closed form, where the cell supplies them, are those of autograd."""
+    for point in (p.fresh() for p in subject.points):
+        declared = point.sparsity
+        if not isinstance(point.cell, Linearizes) or not (declared.reads is declared.writes is None):
+            continue  # the learner asks for them at dense steps alone
+        trained = {name: p for name, p in point.cell.named_parameters() if p.requires_grad}
+        try:
+            check_closed_form(point.cell, trained, point.x, point.h, point.step)
+        except CellError as error:
+            yield Found(str(error).removeprefix(f"step {point.step}: "), point.step, where="linearize")

@@ -1,0 +1,37 @@
+"""The list of the checks of a learner, and how one is run."""
+
+from rtrl.testing.learner_checks import behaviour, gradients  # they enter their checks
+from rtrl.testing.learner_checks.driver import Stopped, said
+from rtrl.testing.learner_checks.registry import CHECKS, NotJudged, Subject
+from rtrl.testing.report import Failure
+from rtrl.testing.spec import LearnerSpec
+
+_MODULES = [module.__name__ for module in (gradients, behaviour)]
+
+
+def learner_checks() -> list[str]:
+    """The names of all checks, in the order in which they are run.
+
+    >>> learner_checks()[:3]
+    ['interface', 'dense cell', 'unusual parameters']
+    """
+    return sorted(CHECKS, key=lambda name: (name != "interface", _MODULES.index(CHECKS[name].__module__)))
+
+
+def run_check(name: str, spec: LearnerSpec, seed: int) -> list[Failure]:
+    """Run one check; one failure a kind.
+
+    Raises:
+        NotJudged: it does not apply.
+    """
+    failures: dict[str, Failure] = {}
+    try:
+        for found in CHECKS[name](Subject(spec, seed)):
+            failures.setdefault(found.message, Failure(name, *found))
+    except Stopped as stopped:
+        failures.setdefault(str(stopped), Failure(name, str(stopped), stopped.step))
+    except NotJudged:
+        raise
+    except Exception as error:  # whatever a learner, its cell, its mask or its loss does, the other checks go on
+        failures.setdefault("", Failure(name, f"it raised {said(error)}"))
+    return list(failures.values())

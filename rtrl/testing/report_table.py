@@ -1,0 +1,81 @@
+"""Reports as a table for the shell, and as a record for a program."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from rtrl.testing.pytest_nodes import BoundCheck
+from rtrl.testing.report import Failure, Report, stale
+
+
+class Verdict:
+    """The outcome of one check of one spec.
+
+    Attributes:
+        outcome: "passed", "failed", "expected failure" or "not judged". failures: those that count.
+    """
+
+    def __init__(self, check: BoundCheck, report: Report) -> None:
+        self.spec, self.check, self.report = check.spec.name, check.name, report
+        self.failures: list[Failure] = []
+        self.detail = ""
+        if check.name in report.skipped:
+            self.outcome, self.detail = "not judged", report.skipped[check.name]
+        elif report.failures:
+            self.outcome, self.detail = "failed", report.failures[0].place
+            self.failures = report.failures
+        else:
+            self.outcome = "passed"
+        if check.reason is not None:
+            self._expected(check.name, check.reason)
+
+    def _expected(self, name: str, reason: str) -> None:
+        if self.outcome == "failed":
+            self.outcome, self.detail, self.failures = "expected failure", reason, []
+            return
+        instead = "it passes" if self.outcome == "passed" else "it is not judged"
+        self.failures = [Failure(name, stale(reason, instead))]
+        self.outcome, self.detail = "failed", f"expected to fail, but {instead}"
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "spec": self.spec,
+            "check": self.check,
+            "outcome": self.outcome,
+            "detail": self.detail,
+            "seed": self.report.seed,
+            "failures": [dataclasses.asdict(failure) for failure in self.failures],
+        }
+
+
+_COLOURS = {"passed": "green", "failed": "bold red", "expected failure": "yellow", "not judged": "dim"}
+
+
+def table(verdicts: Sequence[Verdict]) -> Table:
+    """One line a check."""
+    shown = Table("spec", "check", "verdict", "where, or why")
+    before = ""
+    for verdict in verdicts:
+        name = verdict.spec if verdict.spec != before else ""
+        colour = _COLOURS[verdict.outcome]
+        shown.add_row(name, verdict.check, f"[{colour}]{verdict.outcome}[/]", escape(verdict.detail))
+        before = verdict.spec
+    return shown
+
+
+def failures(verdicts: Sequence[Verdict]) -> str:
+    """Every failure in full, with what to run to see it again."""
+    texts = []
+    for verdict in verdicts:
+        texts += [f"{verdict.spec}: {failure}" for failure in verdict.failures]
+    return "\n".join(texts)
+
+
+def summary(verdicts: Sequence[Verdict]) -> str:
+    """How many of each outcome."""
+    counts = {outcome: sum(v.outcome == outcome for v in verdicts) for outcome in _COLOURS}
+    return ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)

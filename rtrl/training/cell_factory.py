@@ -1,0 +1,122 @@
+"""Cells by name, or from a module of the user's, as wide as a task needs them."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from rtrl._utils import named_factories, validation
+from rtrl._utils.import_target import load
+from rtrl.cells import RecurrentMoE, from_torch
+from rtrl.errors import ConfigError
+
+MakeCell = Callable[[int, int], nn.Module]
+
+
+def _moe(
+    *,
+    d_model: int = 32,
+    n_slots: int = 8,
+    n_experts: int = 16,
+    topk: int = 2,
+    n_heads: int = 2,
+    read_slots: int = 2,
+    write_slots: int = 2,
+    expert_hidden: int | None = None,
+    ffn_hidden: int | None = None,
+) -> MakeCell:
+    sizes = (d_model, n_slots, n_experts, topk, n_heads, read_slots, write_slots, expert_hidden, ffn_hidden)
+    return lambda d_in, d_out: RecurrentMoE(d_in, d_out, *sizes)
+
+
+def _of_torch(kind: type[nn.RNNCell] | type[nn.GRUCell] | type[nn.LSTMCell]) -> Callable[..., MakeCell]:
+    def maker(*, hidden: int = 32, layers: int = 1) -> MakeCell:
+        validation.integer("hidden", hidden)
+        validation.integer("layers", layers)
+
+        def make(d_in: int, d_out: int) -> nn.Module:
+            cells = [kind(d_in if layer == 0 else hidden, hidden) for layer in range(layers)]
+            return from_torch(cells[0] if layers == 1 else cells, nn.Linear(hidden, d_out))
+
+        return make
+
+    return maker
+
+
+CELLS: Mapping[str, Callable[..., MakeCell]] = {
+    "moe": _moe,
+    "rnn": _of_torch(nn.RNNCell),
+    "gru": _of_torch(nn.GRUCell),
+    "lstm": _of_torch(nn.LSTMCell),
+}
+"""Name → a function of that cell's options that gives ``make(d_in, d_out)``."""
+
+
+def make_cell(
+    name: str,
+    d_in: int,
+    d_out: int,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> nn.Module:
+    """The cell of this name for x of width ``d_in`` and y of width ``d_out``.
+
+    ``moe`` is ``rtrl.RecurrentMoE``, whose sizes are its options; ``rnn``, ``gru`` and ``lstm`` (hidden=32, layers=1)
+    are PyTorch's with a linear readout; ``package.module:name`` is a cell of your own: a module, or a function or class
+    that is called as ``name(d_in, d_out, **options)``, or as ``name(**options)`` if it takes no widths.
+
+    Args:
+        seed: of the first weights, which are drawn on the CPU; PyTorch's global random numbers stay as they are.
+        dtype, device: where the cell goes then.
+
+    Raises:
+        ConfigError: there is no such cell or option, a size is out of range, or a cell of your own cannot be made.
+
+    >>> make_cell("gru", 3, 2, hidden=8).init_state(5).shape
+    torch.Size([5, 8])
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(seed)
+        if ":" in name:
+            cell = _own(name, d_in, d_out, options)
+        elif name in CELLS:
+            make: MakeCell = named_factories.call("cell", name, CELLS, options)
+            cell = make(d_in, d_out)
+        else:
+            raise ConfigError(
+                f"there is no cell {name!r}; there are: {', '.join(CELLS)}, and package.module:name for one of your own"
+            )
+    return cell.to(device=device, dtype=dtype)
+
+
+def _own(target: str, d_in: int, d_out: int, options: Mapping[str, Any]) -> nn.Module:
+    found = load(target)
+    if callable(found) and not isinstance(found, nn.Module):
+        try:
+            signature: inspect.Signature | None = inspect.signature(found)
+        except (TypeError, ValueError):
+            signature = None  # it does not say; then as one that takes widths
+        widths = (d_in, d_out) if signature is None or _binds(signature, (d_in, d_out), options) else ()
+        try:
+            found = found(*widths, **options)
+        except Exception as error:
+            said = ", ".join([*map(str, widths), *(f"{k}={v!r}" for k, v in options.items())])
+            raise ConfigError(f"{target}({said}) raised {type(error).__name__}: {error}") from error
+    elif options:
+        raise ConfigError(f"{target} is a cell that was made already; it takes no options")
+    if not isinstance(found, nn.Module):
+        raise ConfigError(f"{target} must be or give a torch.nn.Module, got {type(found).__name__}")
+    return found
+
+
+def _binds(signature: inspect.Signature, widths: tuple[int, int], options: Mapping[str, Any]) -> bool:
+    try:
+        signature.bind(*widths, **options)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,157 @@
+"""Learners that are wrong on purpose, each in one way: the gate is worth something only if it stops them all."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtrl._influence.catch_up import catch_up
+from rtrl._influence.transition import Transition, compose
+from rtrl.cells.protocol import Sparsity, first_state
+from rtrl.errors import ConfigError
+from rtrl.learners.block_rtrl import BlockRTRL
+
+
+class _Truncates(BlockRTRL):
+    """The influence at the block's start is thrown away: the gradient is cut off at every block border."""
+
+    def _close(self) -> None:
+        if self._steps:
+            for influence in self._influences.values():
+                influence.drop(torch.ones(self.batch_size, dtype=torch.bool))
+        super()._close()
+
+
+class _ForgetsDormantLosses(BlockRTRL):
+    """Slices that slept are not paid for the losses of their sleep."""
+
+    def _pay(self, rows: Mapping[str, Tensor]) -> None:
+        assert self._history is not None
+        last = self._history.now - 1
+        super()._pay({name: own[self._influences[name].clock[own] >= last] for name, own in rows.items()})
+
+
+class _DoesNotCatchUp(BlockRTRL):
+    """The influence of slices that slept is moved by the last block alone."""
+
+    def _advance(self, rows: Mapping[str, Tensor]) -> None:
+        assert self._history is not None
+        self._pay(rows)
+        now = self._history.now
+        for name, own in rows.items():
+            influence = self._influences[name]
+            behind = own[influence.clock[own] < now]
+            influence.move(behind, self._history.cover(now - 1, now) if now else [])
+            influence.clock[own] = now
+
+
+class _AveragesTheBatch(BlockRTRL):
+    """One influence for the whole batch, the mean of the samples' own."""
+
+    def _close(self) -> None:
+        super()._close()
+        for influence in self._influences.values():
+            if not influence.sliced and influence.values.shape[0]:
+                influence.values[:] = influence.values.mean(dim=0, keepdim=True)
+
+
+class _OffByOne(BlockRTRL):
+    """The adjoint meets the influence that a block has already moved, not the one before it."""
+
+    def _advance(self, rows: Mapping[str, Tensor]) -> None:
+        assert self._history is not None
+        catch_up(self._history, [(self._influences[name], own) for name, own in rows.items()])
+        self._pay(rows)
+        for name, own in rows.items():
+            self._influences[name].clock[own] = self._history.now
+
+
+class _DropsExpired(BlockRTRL):
+    """Slices that sleep for longer than the window lose their influence instead of being caught up."""
+
+    def _close(self) -> None:
+        expiring = None if self._history is None or not self._steps else self._history.expiring
+        if expiring is not None:
+            for influence in self._influences.values():
+                held = influence.held()
+                influence.values[held[influence.clock[held] <= expiring].to(influence.values.device)] = 0.0
+        super()._close()
+
+
+class _ReversesProducts(BlockRTRL):
+    """The tree composes blocks latest first."""
+
+    def _prepare(self, sparsity: Sparsity) -> None:
+        super()._prepare(sparsity)
+        self._reverse()
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        super().load_state_dict(saved)
+        self._reverse()
+
+    def _reverse(self) -> None:
+        def backwards(first: Transition, then: Transition) -> Transition:
+            return compose(then, first)
+
+        if self._history is not None:
+            self._history._tree._combine = backwards
+
+
+class _KeepsInfluenceOverResets(BlockRTRL):
+    """A reset starts the state anew, but not the influence."""
+
+    def reset(self, rows: Tensor | None = None, *, state: Tensor | None = None, discard: bool = False) -> None:
+        self._close()
+        first = first_state(self.cell, self.batch_size) if state is None else state
+        self._state = (
+            first if rows is None else torch.where(rows.reshape(-1, *[1] * (first.ndim - 1)), first, self._state)
+        )
+
+
+class _PaysTwice(BlockRTRL):
+    """What a sync paid to sleeping slices is paid to them once more when they wake."""
+
+    def _pay(self, rows: Mapping[str, Tensor]) -> None:
+        paid, self._paid = self._paid, 0
+        super()._pay(rows)
+        self._paid = paid
+
+
+@dataclass(frozen=True, slots=True)
+class Break:
+    """A deliberately broken learner: its name, what is wrong with it, and the class."""
+
+    name: str
+    fault: str
+    learner: type[BlockRTRL]
+
+
+BREAKS: dict[str, Break] = {
+    name: Break(name, (learner.__doc__ or "").strip(), learner)
+    for name, learner in {
+        "truncate": _Truncates,
+        "forget-dormant-losses": _ForgetsDormantLosses,
+        "no-catch-up": _DoesNotCatchUp,
+        "batch-mean": _AveragesTheBatch,
+        "off-by-one": _OffByOne,
+        "drop-expired": _DropsExpired,
+        "reverse-products": _ReversesProducts,
+        "keep-over-resets": _KeepsInfluenceOverResets,
+        "pay-twice": _PaysTwice,
+    }.items()
+}
+
+
+def learner_type(broken: str | None) -> type[BlockRTRL]:
+    """The learner to be judged: the real one for None, else the broken one of this name.
+
+    Raises:
+        ConfigError: no break has this name.
+    """
+    if broken is None:
+        return BlockRTRL
+    if broken not in BREAKS:
+        raise ConfigError(f"no break is called {broken!r}; there are {', '.join(BREAKS)}")
+    return BREAKS[broken].learner

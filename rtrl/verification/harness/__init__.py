@@ -1,0 +1,1 @@
+"""What several claims share: problems, timing, memory, processes and training runs."""

@@ -1,0 +1,104 @@
+"""Dormancy schedules laid down by hand: each names the case that a lazy implementation gets wrong first."""
+
+import itertools
+
+import pytest
+import torch
+from helpers.running import run
+from helpers.strategies import normal
+from helpers.tolerances import assert_gradients_equal, assert_influences_equal
+from helpers.toy_cells import ForcedMoE, seeded
+from torch import Tensor
+
+import oracles
+import rtrl
+
+STEPS, EXPERTS, WINDOW, BLOCK = 40, 6, 4, 2
+SPAN = WINDOW * BLOCK  # steps that the tree holds
+
+# Which expert (of 0 … 5) is used at step t; every schedule sleeps in its own way.
+SCHEDULES = {
+    "always the same": lambda t: 0,
+    "all in turn": lambda t: t % EXPERTS,
+    "long turns": lambda t: t // 7 % EXPERTS,
+    "wakes just inside the window": lambda t: 0 if t % SPAN == 0 else 1,
+    "wakes at the window's edge": lambda t: 0 if t % (SPAN + BLOCK) == 0 else 1,
+    "wakes just past the window": lambda t: 0 if t % (SPAN + BLOCK + 1) == 0 else 1,
+    "once at the first step, never again": lambda t: 2 if t == 0 else 1,
+    "once, then again at the last step": lambda t: 2 if t in (0, STEPS - 1) else 1,
+    "asleep far longer than the window": lambda t: 3 if t in (1, 1 + 4 * SPAN) else 1,
+    "many fall asleep together and wake together": lambda t: t % EXPERTS if t < EXPERTS or t >= STEPS - EXPERTS else 0,
+    "first used at the last step": lambda t: 5 if t == STEPS - 1 else 0,
+}
+
+
+def stream(schedule: str, second_sample_shift: int = 3) -> tuple[ForcedMoE, Tensor]:
+    moe = rtrl.RecurrentMoE(2, 2, d_model=4, n_slots=3, n_experts=EXPERTS, topk=2, expert_hidden=3, ffn_hidden=3)
+    cell = seeded(ForcedMoE(moe, (2, 1, 2)), 11)
+    assert isinstance(cell, ForcedMoE)
+    chosen = []
+    for t, b in itertools.product(range(STEPS), range(2)):
+        first = SCHEDULES[schedule]((t + b * second_sample_shift) % STEPS)
+        slot = t // 5 % 3
+        chosen.append([slot, (slot + 1) % 3, slot, first, (first + 1) % EXPERTS])
+    index = torch.tensor(chosen, dtype=torch.float64).reshape(STEPS, 2, 5)
+    return cell, torch.cat([normal(0, STEPS, 2, 2), index], dim=-1)
+
+
+def every(t: int, y: Tensor) -> Tensor:
+    return y.square().sum() + y[..., 0].sum()
+
+
+def asleep(t: int, y: Tensor) -> Tensor | None:
+    """Losses only where most experts sleep, so that what they earn comes through the tree or not at all."""
+    return every(t, y) if 10 <= t < 30 and t % 3 else None
+
+
+def last(t: int, y: Tensor) -> Tensor | None:
+    return every(t, y) if t == STEPS - 1 else None
+
+
+@pytest.mark.parametrize("loss", [every, asleep, last])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_gradients(schedule: str, loss: object) -> None:
+    cell, xs = stream(schedule)
+    expected = oracles.bptt(cell, xs, loss)
+    for syncs in ({}, dict.fromkeys(range(0, STEPS, 3), False), dict.fromkeys(range(1, STEPS, 5), True)):
+        found = run(cell, xs, loss, block=BLOCK, window=WINDOW, syncs=syncs, influences=False)
+        assert_gradients_equal(found.gradients, expected)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_influences(schedule: str) -> None:
+    """The lazy influence equals that of ``lazy=False``, and at the end of a shorter stream that of full RTRL."""
+    cell, xs = stream(schedule)
+    lazy = run(cell, xs, every, block=BLOCK, window=WINDOW)
+    eager = run(cell, xs, every, block=BLOCK, lazy=False)
+    assert_influences_equal(lazy.influences, eager.influences)
+    short = xs[-2 * SPAN + 3 :]
+    _, influences = oracles.dense_rtrl(cell, short, last_of(len(short)), return_influence=True)
+    assert_influences_equal(
+        run(cell, short, last_of(len(short)), block=BLOCK, window=WINDOW).influences, influences[-1]
+    )
+
+
+def last_of(steps: int) -> object:
+    return lambda t, y: every(t, y) if t == steps - 1 else None
+
+
+def test_a_slice_that_was_never_active_takes_no_memory() -> None:
+    cell, xs = stream("always the same", second_sample_shift=0)
+    held = {}
+    for used in (1, 3, EXPERTS):
+        learner = rtrl.BlockRTRL(cell, 2, block=BLOCK, window=WINDOW)
+        for t, x in enumerate(xs):
+            x = x.clone()
+            x[:, -2] = t % used
+            x[:, -1] = (t + 1) % used if used > 1 else 1 + t % 1
+            learner.step(x)
+        learner.sync()
+        held[used] = {name: store.values.shape[0] for name, store in learner._influences.items() if "expert" in name}
+    # two samples, and the experts that were ever used
+    assert set(held[1].values()) == {2 * 2}
+    assert set(held[3].values()) == {2 * 3}
+    assert set(held[EXPERTS].values()) == {2 * EXPERTS}

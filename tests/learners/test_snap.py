@@ -1,0 +1,75 @@
+"""SnAp-n against its recursion, with Jacobians and masks written out from the equation of the cell."""
+
+import pytest
+import torch
+from helpers.baseline_cells import F64, Ring, differ, earned, normal, squares
+from helpers.tolerances import assert_gradients_equal, assert_influences_equal
+from helpers.toy_cells import PlainRNN, seeded
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import oracles
+from rtrl.learners import DenseRTRL, SnAp
+
+HIDDEN = 5
+
+
+def ring_mask(order: int, hidden: int) -> Tensor:
+    """(H, H, H): may entry i of the state keep the influence of weight (row, column)? Row drives i if i lies less than
+    ``order`` places on along the ring; the column must be the row's own place or the one before."""
+    mask = torch.zeros(hidden, hidden, hidden, dtype=torch.bool)
+    for i in range(hidden):
+        for row in range(hidden):
+            for column in {row, (row - 1) % hidden}:
+                mask[i, row, column] = (i - row) % hidden < order
+    return mask.reshape(hidden, hidden * hidden)
+
+
+@given(st.integers(1, HIDDEN + 1), st.integers(1, 8), st.integers(0, 99))
+def test_the_influence_follows_the_masked_recursion_and_is_zero_outside(order: int, steps: int, seed: int) -> None:
+    cell, xs = seeded(Ring(2, HIDDEN), seed), normal(seed, steps, 1, 2)
+    mask = ring_mask(order, HIDDEN)
+    learner, kept, h = SnAp(cell, 1, order), torch.zeros(HIDDEN, HIDDEN**2, dtype=F64), cell.init_state(1)
+    for x in xs:
+        learner.step(x)
+        weight = (cell.recurrent * cell.ring).detach()
+        slope = 1 - torch.tanh(x @ cell.inward.T + h @ weight.T).detach().square()[0]
+        immediate = torch.einsum("i,ir,rc,c->irc", slope, torch.eye(HIDDEN).to(h), cell.ring, h[0])
+        kept = mask * (slope[:, None] * weight @ kept + immediate.reshape(HIDDEN, -1))
+        h = cell(x, h)[1].detach()
+    assert torch.equal(learner.mask("recurrent"), mask)
+    found = learner.influence("recurrent")[0]
+    assert bool((found[~mask] == 0).all())
+    assert_influences_equal({"recurrent": found[None]}, {"recurrent": kept[None]})
+
+
+def test_one_step_is_exact_inside_the_mask_and_the_next_is_not() -> None:
+    cell, xs = seeded(Ring(2, HIDDEN), 3), normal(3, 2, 2, 2)
+    exact, learner = DenseRTRL(cell, 2), SnAp(cell, 2, 1)
+    for taken, x in enumerate(xs):
+        exact.step(x)
+        learner.step(x)
+        for name in ("inward", "recurrent"):
+            whole, masked, mask = exact.influence(name), learner.influence(name), learner.mask(name)
+            assert bool((masked[:, ~mask] == 0).all())
+            assert bool((whole[:, ~mask] != 0).any()) == (taken > 0), "order 1 drops something from step 2 on"
+            if not taken:
+                assert_influences_equal({name: masked * mask}, {name: whole * mask})
+
+
+@pytest.mark.parametrize("order", range(1, HIDDEN + 1))
+def test_exact_from_the_order_at_which_all_of_the_ring_is_reached(order: int) -> None:
+    cell, xs = seeded(Ring(2, HIDDEN), 4, scale=1.5), normal(4, 9, 2, 2)
+    found, expected = earned(SnAp(cell, 2, order), xs, squares), oracles.bptt(cell, xs, squares)
+    if order < HIDDEN:
+        assert differ(found, expected)
+    else:
+        assert_gradients_equal(found, expected)
+
+
+def test_a_dense_cell_is_exact_from_order_two_on() -> None:
+    cell, xs = seeded(PlainRNN(2, 4), 0), normal(0, 7, 2, 2)
+    expected = oracles.bptt(cell, xs, squares)
+    assert differ(earned(SnAp(cell, 2, 1), xs, squares), expected)
+    assert_gradients_equal(earned(SnAp(cell, 2, 2), xs, squares), expected)

@@ -1,5 +1,0 @@
-"""The small cells of ``rtrl.testing``, by the name that the tests know them by."""
-
-from rtrl.testing._cells import ForcedMoE, Leaky, OddCell, PlainRNN, Ring, ScheduledCell, seeded
-
-__all__ = ["ForcedMoE", "Leaky", "OddCell", "PlainRNN", "Ring", "ScheduledCell", "seeded"]

@@ -1,0 +1,333 @@
+"""``rtrl verify``: the gate opens for the real learner and shuts for every broken one, and no row passes unseen."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import rtrl
+from rtrl.cli import app
+from rtrl.errors import ConfigError, NonFiniteError
+from rtrl.tasks import ByteStream
+from rtrl.verification.gradients import broken_learners, equivalence
+from rtrl.verification.gradients.driver import Sleep
+from rtrl.verification.harness.compare import Comparison, compare_gradients, compare_influences
+
+SMALL = ["verify", "--quick", "--steps", "30", "--block", "3", "--window", "1", "--window", "3"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _references_once() -> Iterator[None]:
+    """The dear references do not depend on the learner: they are computed once for all tests of one size."""
+    kept: dict[Any, Any] = {}
+    dense, differences = equivalence.dense, equivalence.differences
+
+    def once(key: object, stretch: Any, compute: Any) -> Any:
+        place = f"{key} {stretch.inputs.argmax(dim=2).tolist()}"
+        if place not in kept:
+            kept[place] = compute()
+        return kept[place]
+
+    def dense_once(cell: Any, stretch: Any, moments: Any, resets: Any = None, offsets: Any = None) -> Any:
+        if offsets is not None:
+            return dense(cell, stretch, moments, resets, offsets)
+        return once(("dense", moments, resets is None), stretch, lambda: dense(cell, stretch, moments, resets))
+
+    def differences_once(cell: Any, stretch: Any, sliced: Any, seed: int) -> Any:
+        return once(("differences", seed), stretch, lambda: differences(cell, stretch, sliced, seed))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(equivalence, "dense", dense_once)
+        patch.setattr(equivalence, "differences", differences_once)
+        yield
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner(env={"FORCE_COLOR": None, "COLUMNS": None}).invoke(app, list(arguments))
+
+
+def words(text: str) -> str:
+    """The text without boxes, colours and line breaks."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│┃╭╮╰╯─━┏┓┡┩└┘├┤┳╇┬┼┴]", " ", text).split())
+
+
+def table_lines(stdout: str) -> list[list[str]]:
+    lines = [
+        [cell.strip() for cell in line.strip("│").split("│")] for line in stdout.splitlines() if line.startswith("│")
+    ]
+    return [line for line in lines if line[0]]
+
+
+def test_the_real_learner_passes(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    result = run(*SMALL, "--json", str(path))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1].startswith("PASS")
+    assert result.stderr == ""  # no progress bar where there is no terminal
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["passed"] is True
+    assert record["failures"] == []
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["duration_s"] > 0
+    rows = record["rows"]
+    assert len(table_lines(result.stdout)) == len(rows)
+    (claim,) = record["claims"]  # the file is also one of results, as the whole table writes them
+    assert (record["schema"], claim["id"], claim["verdict"]) == (1, "gradient-equivalence", "holds")
+    assert len(claim["grids"][0]["rows"]) == len(rows)
+    assert {row["oracle"] for row in rows} == {"BPTT", "dense RTRL", "finite differences"}
+    assert {row["window"] for row in rows} == {1, 3}
+    for row in rows:
+        assert row["passed"]
+        assert row["block"] < row["steps"]
+        assert row["gradient"]["compared"] > 0
+        assert (row["influence"] is not None) == (row["oracle"] == "dense RTRL")
+        if row["oracle"] != "finite differences":
+            assert row["gradient"]["tolerance"] == 1e-10
+        if row["influence"] is not None:
+            assert row["influence"]["compared"] > 0
+            assert row["influence"]["tolerance"] == 1e-10
+    assert any(row["sleep"]["expired"] > 0 and row["sleep"]["longest"] > row["block"] * row["window"] for row in rows)
+
+
+FIXED, SGD, ADAM, RESETS = (
+    "fixed parameters",
+    "SGD in mid-stream",
+    "Adam in mid-stream, sleepers unpaid",
+    "resets in mid-stream",
+)
+WRONG = {  # where the break must be seen; where it makes no difference, and must not be
+    "truncate": ({FIXED, SGD, ADAM, RESETS}, set()),
+    "forget-dormant-losses": ({FIXED, ADAM}, set()),
+    "no-catch-up": ({FIXED, SGD, ADAM}, set()),
+    "batch-mean": ({FIXED, SGD, ADAM, RESETS}, set()),
+    "off-by-one": ({FIXED, SGD, ADAM, RESETS}, set()),
+    "drop-expired": ({FIXED}, set()),
+    "reverse-products": ({FIXED}, set()),
+    "keep-over-resets": ({RESETS}, {FIXED, SGD, ADAM}),
+    "pay-twice": ({SGD}, {FIXED}),
+}
+
+
+def test_every_break_is_tried() -> None:
+    assert WRONG.keys() == broken_learners.BREAKS.keys()
+
+
+@pytest.mark.parametrize("name", list(broken_learners.BREAKS))
+def test_a_broken_learner_fails(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    result = run(*SMALL, "--break", name, "--json", str(path))
+    assert result.exit_code == 1, result.output
+    assert "FAIL" in result.stdout.splitlines()[-1]
+    assert f"broken on purpose: {name}" in words(result.stdout)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["passed"] is False
+    failed = [row for row in record["rows"] if not row["passed"]]
+    assert len(record["failures"]) == len(failed)
+    shown = [line for line in table_lines(result.stdout) if line[-1] == "FAIL"]
+    assert [(line[0], line[2:5]) for line in shown] == [
+        (row["oracle"], [str(row[part]) for part in ("block", "window", "steps")]) for row in failed
+    ]
+    seen, unseen = WRONG[name]
+    found = {row["learning"] for row in failed}
+    assert seen <= found
+    assert not unseen & found
+    for row in failed:  # each is a wrong number, not an accident
+        assert row["gradient"]["problem"] is None
+        assert row["gradient"]["compared"] > 0
+
+
+def test_what_a_learner_raises_is_a_failure_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Raises(rtrl.BlockRTRL):
+        def sync(self, dormant: bool = True) -> None:
+            raise NonFiniteError("a Jacobian of step 7")
+
+    monkeypatch.setitem(broken_learners.BREAKS, "raises", broken_learners.Break("raises", "", Raises))
+    result = run(*SMALL, "--break", "raises", "--json", "-")
+    assert result.exit_code == 1
+    assert all("NonFiniteError: a Jacobian of step 7" in failure for failure in json.loads(result.stdout)["failures"])
+    assert {line[-1] for line in table_lines(result.stderr)} == {"FAIL"}
+    assert result.stderr.splitlines()[-1].startswith("FAIL")
+
+
+def test_rows_in_which_no_expert_slept_prove_nothing() -> None:
+    settings = equivalence.Settings.quick()
+    row = equivalence.Row("BPTT", FIXED, 1, 1, 80, Comparison(0.0, 1e-10, 5), None, Sleep(1, woken=1, expired=1))
+    assert equivalence.Result(settings, {}, "", [row]).passed
+    assert not equivalence.Result(settings, {}, "", []).passed
+    for sleep in (Sleep(1, asleep=1), Sleep(1, woken=1)):
+        result = equivalence.Result(settings, {}, "", [replace(row, sleep=sleep)])
+        assert not result.passed
+        assert "this text says nothing" in result.failures[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--break", "nope"], "no break is called 'nope'; there are truncate, forget-dormant-losses"),
+        (["--steps", "32"], "steps must be more than 64"),
+        (["--quick", "--block", "0"], "blocks and windows must be positive"),
+        (["--device", "nowhere"], "device 'nowhere' cannot be used"),
+        (["--file", "no such file"], "there is no file"),
+        (["--json", "no/such/folder/x"], "cannot be written"),
+        (["--seed", "x"], "Invalid value for '--seed'"),
+    ],
+)
+def test_usage_errors(arguments: list[str], message: str) -> None:
+    result = run("verify", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in words(result.stderr)
+
+
+def test_breaks_are_listed() -> None:
+    result = run("verify", "--break", "help")
+    assert result.exit_code == 0
+    assert all(name in result.stdout and fault.fault for name, fault in broken_learners.BREAKS.items())
+
+
+def test_the_app_is_a_group() -> None:
+    assert run("--version").stdout == f"rtrl {rtrl.__version__}\n"
+    assert "verify" in run("--help").stdout
+    for option in (
+        "--only",
+        "--list",
+        "--full",
+        "--file",
+        "--seed",
+        "--steps",
+        "--quick",
+        "--device",
+        "--break",
+        "--json",
+    ):
+        assert option in run("verify", "--help").stdout
+
+
+def test_the_command_line_loads_no_oracle() -> None:
+    code = "import sys, rtrl.cli; sys.exit(any(name.split('.')[0] == 'oracles' for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---------------------------------------------------------------------- what a comparison is
+
+
+ONE = {"p": torch.tensor([[1.0, 2.0], [1e-4, 0.0]])}
+
+
+def test_equal_gradients_pass_and_are_counted() -> None:
+    compared = compare_gradients(ONE, ONE, (), 1e-10)
+    assert compared.passed
+    assert (compared.error, compared.compared) == (0.0, 3)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [{}, {"p": None}, {"p": ONE["p"][0]}, {"p": ONE["p"] * math.nan}, {"q": ONE["p"]}, {"p": ONE["p"] + 1e-8}],
+)
+def test_other_gradients_do_not_pass(found: dict[str, torch.Tensor | None]) -> None:
+    assert not compare_gradients(found, ONE, (), 1e-10).passed
+
+
+@pytest.mark.parametrize(
+    "reference", [{}, {"p": torch.zeros(2, 2)}, {"p": torch.full((2, 2), math.inf)}, {"p": torch.full((2, 2), 1e30)}]
+)
+def test_a_reference_that_says_nothing_passes_nobody(reference: dict[str, torch.Tensor]) -> None:
+    compared = compare_gradients(reference, reference, (), 1e-10)
+    assert not compared.passed
+    assert compared.problem
+
+
+def test_a_slice_is_judged_by_its_own_scale() -> None:
+    reference = {"p": ONE["p"].double()}
+    off = {"p": reference["p"] + torch.tensor([[0.0, 0.0], [1e-12, 0.0]], dtype=torch.float64)}
+    assert compare_gradients(off, reference, (), 1e-10).error == pytest.approx(5e-13, rel=1e-3)
+    assert compare_gradients(off, reference, ("p",), 1e-10).error == pytest.approx(1e-8, rel=1e-3)
+
+
+def test_a_column_of_an_influence_is_judged_by_its_own_scale() -> None:
+    reference = torch.tensor([[[1.0, 1e-3], [2.0, 0.0]]], dtype=torch.float64)
+    off = reference + torch.tensor([[[0.0, 0.0], [0.0, 1e-9]]], dtype=torch.float64)
+    assert compare_influences({"p": off}, {"p": reference}, (), 1e-10).error == pytest.approx(1e-6, rel=1e-3)
+    silent = {"p": reference, "r": reference * 0}
+    assert not compare_influences(silent, silent, (), 1e-10).passed
+    assert compare_influences(silent, silent, ("r",), 1e-10).passed
+    assert not compare_influences(silent, silent, ("p", "r"), 1e-10).passed
+    assert not compare_influences({**silent, "r": reference}, silent, ("r",), 1e-10).passed
+    assert not compare_influences({"r": reference * 0}, {"r": reference * 0}, ("r",), 1e-10).passed
+
+
+def test_sleep_is_counted_in_whole_blocks() -> None:
+    sleep = Sleep(window=2)
+    for step, expert in enumerate([0, 1, 1, 1, 0, 2, 2, 2, 2, 0]):  # blocks of two steps
+        sleep.used(step, step // 2, torch.tensor([[expert]]))
+    assert (sleep.woken, sleep.expired, sleep.longest) == (
+        2,
+        0,
+        4,
+    )  # 0 slept through block 1 (3 steps), then through block 3 (4 steps)
+    end = sleep.so_far(9, 4)
+    assert (end.asleep, end.longest) == (1, 6)  # 1 sleeps since step 3; 2 and 0 were used in the last block
+    sleep.restarted([0])
+    assert sleep.so_far(9, 4).asleep == 0
+
+
+# ---------------------------------------------------------------------- the text
+
+
+def test_samples_read_from_different_places(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(bytes(range(21)))
+    stream = ByteStream(path, 2, offset=3, dtype=torch.float64)
+    assert len(stream) == len(list(stream)) == 7
+    for t, (x, target) in enumerate(stream):
+        assert x.dtype == torch.float64
+        assert x.sum(dim=1).tolist() == [1.0, 1.0]
+        assert x.argmax(dim=1).tolist() == [3 + t, 13 + t]
+        assert target.tolist() == [4 + t, 14 + t]
+    assert torch.equal(stream[-1][0], stream[6][0])
+    inputs, targets = stream.first(5)
+    assert inputs.shape == (5, 2, 256)
+    assert targets.shape == (5, 2)
+    with pytest.raises(IndexError):
+        stream[7]
+
+
+def test_the_default_text_is_there_and_stays_the_same() -> None:
+    one, other = ByteStream(batch_size=2, steps=1000), ByteStream(batch_size=2)
+    assert one.digest == other.digest
+    assert not torch.equal(one.first(50)[1][:, 0], one.first(50)[1][:, 1])
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        (None, {}, "there is no file"),
+        (b"", {}, "is empty"),
+        (b"ab", {"batch_size": 2}, "too short: 2 bytes give 0 steps"),
+        (b"abcdef", {"steps": 6}, "at least 6 are needed"),
+        (b"abcdef", {"offset": 5}, "too short"),
+        (b"abcdef", {"batch_size": 0}, "batch_size must be an integer of at least 1"),
+        (b"abcdef", {"offset": -1}, "offset must be"),
+    ],
+)
+def test_texts_that_cannot_be_read(
+    tmp_path: Path, content: bytes | None, arguments: dict[str, int], message: str
+) -> None:
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        ByteStream(path, **arguments)
+
+
+def test_a_folder_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        ByteStream(tmp_path)
