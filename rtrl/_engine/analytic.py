@@ -9,24 +9,24 @@ from torch import Tensor, nn
 
 from rtrl._engine import checks
 from rtrl._engine.linearization import LinearTap
-from rtrl._engine.output_jacobian import UnitResponse
+from rtrl._engine.output_jacobian import UnitwiseOutputJacobian
 from rtrl._engine.taps import Tap
 from rtrl._utils import pytrees
 from rtrl._utils.functional_call import functional_call
-from rtrl.cells.analytic import ClosedForm
+from rtrl.cells.analytic import AnalyticStep
 from rtrl.errors import CellError
 
 
-def taps_of(form: ClosedForm, names: Mapping[int, str]) -> list[LinearTap]:
+def taps_of(form: AnalyticStep, names: Mapping[int, str]) -> list[LinearTap]:
     """The linear maps of a step, as taps with their responses.
 
     Args:
         names: id of a parameter → its name; others are not trained.
     """
     found: list[LinearTap] = []
-    responses: dict[int, UnitResponse] = {}
+    responses: dict[int, UnitwiseOutputJacobian] = {}
     for tap in form.taps:
-        response = responses.setdefault(id(tap.response), UnitResponse(tap.response))
+        response = responses.setdefault(id(tap.response), UnitwiseOutputJacobian(tap.response))
         shape = (1, 1, tap.weight.shape[0])
         inputs = tap.inputs.detach()[:, None, None]
         for parameter, right in ((tap.weight, inputs), (tap.bias, None)):
@@ -36,7 +36,7 @@ def taps_of(form: ClosedForm, names: Mapping[int, str]) -> list[LinearTap]:
     return found
 
 
-def jacobian(form: ClosedForm, places: Tensor | slice) -> Tensor:
+def jacobian(form: AnalyticStep, places: Tensor | slice) -> Tensor:
     """``∂h'/∂h`` of the samples ``places`` written out: (E, S·U, S·U).
 
     Cost: ``E·S·G·U²`` multiplications a tap of the state.
@@ -68,7 +68,7 @@ def jacobian(form: ClosedForm, places: Tensor | slice) -> Tensor:
     return whole.view(count, parts * u, parts * u)
 
 
-def check_closed_form(cell: nn.Module, parameters: Mapping[str, nn.Parameter], x: Any, h: Tensor, step: int) -> None:
+def check_analytic_step(cell: nn.Module, parameters: Mapping[str, nn.Parameter], x: Any, h: Tensor, step: int) -> None:
     """Hold a cell's own derivatives against autograd at a generic point, along a random direction.
 
     Args:
@@ -99,7 +99,7 @@ def check_closed_form(cell: nn.Module, parameters: Mapping[str, nn.Parameter], x
     pairs = [("the next state", form.h_next, after), *(("y", a, b) for a, b in zip(own_outputs, outputs, strict=False))]
     for what, own, wanted in pairs:
         if not checks.nearly_equal(own.detach(), wanted.detach()):
-            raise CellError(f"step {step}: linearize computes another value of {what} than the cell itself")
+            raise CellError(f"step {step}: analytic_step computes another value of {what} than the cell itself")
 
     weights = [drawn(t.shape, t) for t in (after, *outputs)]
     names = [name for name in theta if name in parameters]
@@ -120,18 +120,18 @@ def check_closed_form(cell: nn.Module, parameters: Mapping[str, nn.Parameter], x
         expected = torch.zeros_like(own) if wanted is None else wanted
         if not checks.nearly_equal(own.flatten()[None], expected.flatten()[None]):
             raise CellError(
-                f"step {step}: linearize gives another derivative with respect to {name} than autograd does"
+                f"step {step}: analytic_step gives another derivative with respect to {name} than autograd does"
             )
 
 
-def _pull(form: ClosedForm, adjoint: Tensor, found: list[Tensor], places: Mapping[int, int]) -> None:
+def _pull(form: AnalyticStep, adjoint: Tensor, found: list[Tensor], places: Mapping[int, int]) -> None:
     """Pull an adjoint (N, S·U) at the next state back: to the state, found[0], and the parameters at their places."""
     n, u = adjoint.shape[0], form.h_next.shape[-1]
     back = torch.zeros(n, adjoint.shape[1] // u, u, dtype=adjoint.dtype, device=adjoint.device)
     if form.direct is not None:
         back += torch.einsum("nsi,nsti->nti", adjoint.view(n, -1, u), form.direct)
     for tap in form.taps:
-        left = UnitResponse(tap.response).left(adjoint.unsqueeze(1), slice(None)).reshape(n, -1)
+        left = UnitwiseOutputJacobian(tap.response).left(adjoint.unsqueeze(1), slice(None)).reshape(n, -1)
         if tap.part is not None:
             back[:, tap.part] += left @ tap.weight
         if id(tap.weight) in places:
@@ -142,12 +142,12 @@ def _pull(form: ClosedForm, adjoint: Tensor, found: list[Tensor], places: Mappin
 
 
 class _Linearize(nn.Module):
-    """A cell's ``linearize`` as a forward pass, so that it can be run with other parameters."""
+    """A cell's ``analytic_step`` as a forward pass, so that it can be run with other parameters."""
 
     def __init__(self, cell: nn.Module) -> None:
         super().__init__()
         self.cell = cell
 
-    def forward(self, x: Any, h: Tensor) -> ClosedForm | None:
-        form: ClosedForm | None = self.cell.linearize(x, h)  # type: ignore[operator]
+    def forward(self, x: Any, h: Tensor) -> AnalyticStep | None:
+        form: AnalyticStep | None = self.cell.analytic_step(x, h)  # type: ignore[operator]
         return form

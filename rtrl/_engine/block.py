@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rtrl._engine.buffers import Scratch
-from rtrl._engine.immediate import SlicedBirth, Stores, WholeBirth, active, births, may_overflow
+from rtrl._engine.buffers import ReusableBuffer
+from rtrl._engine.immediate import DenseImmediate, SlicedImmediate, Stores, active, births, may_overflow
 from rtrl._engine.linearization import Linearization, LinearTap
 from rtrl._engine.output_jacobian import largest
 from rtrl._engine.reverse_sweep import sweep
@@ -40,11 +40,11 @@ class BlockResult:
 
     transition: Transition
     keys: dict[str, Tensor]
-    births: list[WholeBirth | SlicedBirth]
+    births: list[DenseImmediate | SlicedImmediate]
     dense: dict[str, Tensor]
     gradient: dict[str, Tensor]
 
-    def add_births(self, influences: Mapping[str, ParameterInfluence], rows: Mapping[str, Tensor]) -> None:
+    def add_immediate(self, influences: Mapping[str, ParameterInfluence], rows: Mapping[str, Tensor]) -> None:
         """Add ``Σ_τ C_τ B_τ`` to the influences, in place.
 
         Args:
@@ -62,7 +62,7 @@ def close_block(
     state: Tensor,
     parameters: Mapping[str, Tensor],
     sliced: Sequence[str],
-    scratch: Scratch,
+    scratch: ReusableBuffer,
 ) -> BlockResult:
     """Sweep a block of linearised steps.
 
@@ -76,9 +76,9 @@ def close_block(
     Raises:
         SparsityError: a slice was used that was not declared active.
 
-    Cost: that of ``reverse_sweep``; for ``add_births``, a step and sample, ``(u·width)·(w·width)`` multiply-adds times
-        the size of each linear map's output (units for closed forms), and one product of the size of the active
-        parameters times ``u·width``.
+    Cost: that of ``reverse_sweep``; for ``add_immediate``, per step and sample, ``(u·width)·(w·width)`` multiply-adds
+        times the size of each linear map's output (units for analytic steps), and one product of the size of the
+        active parameters times ``u·width``.
     """
     size = state.shape[0]
     swept = sweep(groups, state, scratch)
@@ -96,7 +96,7 @@ def close_block(
             gradient[name] = torch.zeros_like(parameter)
 
     own_keys = {name: keys[name] for name in sliced}
-    born: list[WholeBirth | SlicedBirth] = []
+    born: list[DenseImmediate | SlicedImmediate] = []
     dense: dict[str, Tensor] = {}
     for group, reach in zip(groups, swept.reach, strict=True):
         born.extend(births(group, reach, own_keys, slices))

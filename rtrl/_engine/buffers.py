@@ -10,7 +10,7 @@ from torch import Tensor
 _LEAST_BYTES = 2**25
 
 
-class Scratch:
+class ReusableBuffer:
     """Lends the same memory again and again, if it is large enough for that to be worth anything.
 
     Whoever borrows it is done with it before the next one does.

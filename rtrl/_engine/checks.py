@@ -161,7 +161,7 @@ def check_copied(h: Tensor, h_next: Tensor, writes: Tensor | None, step: int) ->
     Raises:
         SparsityError: with the step, sample and row.
     """
-    if writes is None or torch.equal(index_sets.put(h, writes, index_sets.take(h_next, writes)), h_next):
+    if writes is None or torch.equal(index_sets.scatter(h, writes, index_sets.gather(h_next, writes)), h_next):
         return
     changed = (h != h_next).reshape(*h.shape[:2], -1).any(dim=2) & ~index_sets.mask(writes, h.shape[1])
     if bool(changed.any()):  # which one? only on the way to an error

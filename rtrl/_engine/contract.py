@@ -37,7 +37,9 @@ class StepKind:
 
     def written(self, h_next: Tensor) -> Tensor:
         """The written rows of a next state, (N, w·width)."""
-        return index_sets.take(h_next.reshape(*h_next.shape[:2], self.h[0, 0].numel()), self.sparsity.writes).flatten(1)
+        return index_sets.gather(h_next.reshape(*h_next.shape[:2], self.h[0, 0].numel()), self.sparsity.writes).flatten(
+            1
+        )
 
     def sample(self, i: int) -> "StepKind":
         """Sample i alone."""
@@ -55,7 +57,7 @@ class StepKind:
         return call_cell(substituted, self.x, self.h, self.replay)
 
 
-def taps_that_mix(
+def taps_mixing_samples(
     cell: nn.Module, parameters: Mapping[str, nn.Parameter], kind: StepKind, general: Iterable[str]
 ) -> set[str]:
     """The parameters with a tap whose dimension 0 does not run over the samples, found at a generic point.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rtrl._engine.linearization import Linearization, LinearTap
-from rtrl._engine.output_jacobian import DenseResponse, Response, largest
+from rtrl._engine.output_jacobian import DenseOutputJacobian, Response, largest
 from rtrl._engine.taps import segment_products
 from rtrl._influence.store import ParameterInfluence
 from rtrl._influence.transition import Transition
@@ -47,7 +47,7 @@ class Stores:
 
 
 @dataclass(frozen=True, slots=True)
-class WholeBirth:
+class DenseImmediate:
     """What is born through one linear map z = W u of parameters that are kept whole.
 
     Attributes:
@@ -115,11 +115,11 @@ class WholeBirth:
 
 
 @dataclass(frozen=True, slots=True)
-class SlicedBirth:
+class SlicedImmediate:
     """What is born through one linear map of parameters that are kept slice by slice.
 
     Attributes:
-        taps, response, reach: as for ``WholeBirth``; the response is dense.
+        taps, response, reach: as for ``DenseImmediate``; the response is dense.
         place: LongTensor (E,), which of the active slices each entry belongs to, an entry being a slice used by a
             sample at a step.
         at: LongTensor (E,), which of the N samples it is. which: LongTensor (E,), its place in tap.index, or the slice
@@ -128,7 +128,7 @@ class SlicedBirth:
     """
 
     taps: Sequence[LinearTap]
-    response: DenseResponse
+    response: DenseOutputJacobian
     reach: Tensor
     place: Tensor
     at: Tensor
@@ -158,14 +158,14 @@ class SlicedBirth:
                     right = right * there.to(right.dtype)[:, None, None]
                 stores.add(tap.tap.name, keys, left, right.reshape(left.shape[0], longest * length, right.shape[2]))
 
-    def response_of(self, at: Tensor, which: Tensor) -> DenseResponse:
+    def response_of(self, at: Tensor, which: Tensor) -> DenseOutputJacobian:
         """The response of each entry's own part of z: (W, E, 1, L, O)."""
         use, values = self.taps[0].tap, self.response.values
         if use.index is not None:
-            return DenseResponse(values[:, at, which].unsqueeze(2))
+            return DenseOutputJacobian(values[:, at, which].unsqueeze(2))
         if use.transposed:
-            return DenseResponse(values[:, at])
-        return DenseResponse(values[:, at, 0, :, which].permute(1, 0, 2)[:, :, None, :, None])
+            return DenseOutputJacobian(values[:, at])
+        return DenseOutputJacobian(values[:, at, 0, :, which].permute(1, 0, 2)[:, :, None, :, None])
 
     @staticmethod
     def _right(tap: LinearTap, at: Tensor, which: Tensor) -> Tensor | None:
@@ -182,7 +182,7 @@ class SlicedBirth:
 
 def births(
     group: Linearization, reach: Tensor, keys: Mapping[str, Tensor], slices: Mapping[str, int]
-) -> list[WholeBirth | SlicedBirth]:
+) -> list[DenseImmediate | SlicedImmediate]:
     """What the taps of a group give birth to.
 
     Args:
@@ -194,7 +194,7 @@ def births(
         SparsityError: a slice was used that was not declared active.
     """
     size, m = reach.shape[:2]
-    found: list[WholeBirth | SlicedBirth] = []
+    found: list[DenseImmediate | SlicedImmediate] = []
     shared: dict[int, list[LinearTap]] = {}  # by what they share: z
     for tap in group.taps:
         if tap.response is not None and tap.tap.name not in group.general:
@@ -203,7 +203,7 @@ def births(
         whole = [tap for tap in taps if tap.tap.name not in keys]
         if whole:
             assert whole[0].response is not None
-            found.append(WholeBirth(whole, whole[0].response, reach, slices))
+            found.append(DenseImmediate(whole, whole[0].response, reach, slices))
         alike: list[tuple[Tensor, Tensor, list[LinearTap]]] = []
         for tap in taps:
             name = tap.tap.name
@@ -222,11 +222,11 @@ def births(
 
 def _sliced(
     taps: list[LinearTap], reach: Tensor, index: Tensor, keys: Tensor, slices: Mapping[str, int]
-) -> SlicedBirth:
+) -> SlicedImmediate:
     size, m = reach.shape[:2]
     use, response = taps[0].tap, taps[0].response
-    if not isinstance(response, DenseResponse):
-        raise SparsityError(f"parameter {use.name!r} is active slice by slice, which a closed form cannot be")
+    if not isinstance(response, DenseOutputJacobian):
+        raise SparsityError(f"parameter {use.name!r} is active slice by slice, which an analytic step cannot be")
     k = index.shape[1]
     at = torch.arange(size * m, device=reach.device).repeat_interleave(k)
     owner = at // m * slices[use.name] + index.flatten()
@@ -234,7 +234,7 @@ def _sliced(
     if owner.numel() and not bool((keys[place] == owner).all()):
         raise SparsityError(f"a slice of parameter {use.name!r} was used that Sparsity.active does not declare")
     which = torch.arange(k, device=reach.device).repeat(size * m) if use.index is not None else index.flatten()
-    return SlicedBirth(taps, response, reach, place, at, which, keys.numel())
+    return SlicedImmediate(taps, response, reach, place, at, which, keys.numel())
 
 
 def _used(group: Linearization, tap: LinearTap, slices: int, lead: tuple[int, int]) -> Tensor:
@@ -245,7 +245,9 @@ def _used(group: Linearization, tap: LinearTap, slices: int, lead: tuple[int, in
     index = active(group, use.name, slices, lead[0], use.output.device).flatten(0, 1)
     if use.transposed and use.inputs is None:
         raise SparsityError(f"parameter {use.name!r} has no slices along its first dimension")
-    values = use.inputs if use.transposed else tap.response.values if isinstance(tap.response, DenseResponse) else None
+    values = (
+        use.inputs if use.transposed else tap.response.values if isinstance(tap.response, DenseOutputJacobian) else None
+    )
     if values is not None and int(values.count_nonzero()) != _count(values, index):
         raise SparsityError(f"a slice of parameter {use.name!r} was used that Sparsity.active does not declare")
     return index
@@ -265,7 +267,7 @@ def active(group: Linearization, name: str, slices: int, size: int, device: torc
     return torch.arange(slices, device=device).expand(size, len(group.times), -1)
 
 
-def may_overflow(birth: WholeBirth | SlicedBirth, largest_reach: Tensor) -> bool:
+def may_overflow(birth: DenseImmediate | SlicedImmediate, largest_reach: Tensor) -> bool:
     """Whether a bound, from the largest factors, leaves it open that a sum overflows; NaN leaves it open, too.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtrl._engine.output_jacobian import DenseResponse, Response
+from rtrl._engine.output_jacobian import DenseOutputJacobian, Response
 from rtrl._engine.taps import Tap
 from rtrl.cells.protocol import Sparsity
 
@@ -92,15 +92,15 @@ def joined(pieces: Sequence[Linearization]) -> list[Linearization]:
     jacobians = torch.cat([piece.jacobian(0, span) for piece, span in zip(pieces, spans, strict=True)], dim=1)
     size = jacobians.shape[0]
     taps = []
-    shared: dict[int, tuple[DenseResponse | None, Tensor | None]] = {}  # a weight and its bias share theirs
+    shared: dict[int, tuple[DenseOutputJacobian | None, Tensor | None]] = {}  # a weight and its bias share theirs
     for column in zip(*(piece.taps for piece in pieces), strict=True):
         key = id(column[0].response)
         if key not in shared:
             values = _over_samples(
-                [c.response.values if isinstance(c.response, DenseResponse) else None for c in column], size, 1
+                [c.response.values if isinstance(c.response, DenseOutputJacobian) else None for c in column], size, 1
             )
             earned = _filled([c.earned for c in column], [size * span for span in spans], 0)
-            shared[key] = None if values is None else DenseResponse(values), _over_samples(earned, size)
+            shared[key] = None if values is None else DenseOutputJacobian(values), _over_samples(earned, size)
         tap = replace(
             column[0].tap,
             index=_over_samples([c.tap.index for c in column], size),
@@ -141,7 +141,7 @@ def _form(piece: Linearization) -> tuple[Any, ...]:
         (tap.tap.name, tap.tap.shape, tap.tap.transposed, tap.tap.index is None, tap.tap.inputs is None)
         for tap in piece.taps
     )
-    dense = all(isinstance(tap.response, DenseResponse) for tap in piece.taps)
+    dense = all(isinstance(tap.response, DenseOutputJacobian) for tap in piece.taps)
     sets = tuple(None if index is None else index.shape[2] for index in (piece.writes, piece.cols))
     return (uses, dense, sets, tuple(piece.general))
 

@@ -4,6 +4,7 @@ Going forward needs no graph. Afterwards the cell is run once more on all the st
 ``steps · B`` samples, with its choices replayed, and every derivative is taken in one batched backward pass.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from rtrl._engine import checks
-from rtrl._engine.analytic import check_closed_form, jacobian, taps_of
-from rtrl._engine.contract import StepKind, taps_that_mix
+from rtrl._engine.analytic import check_analytic_step, jacobian, taps_of
+from rtrl._engine.contract import StepKind, taps_mixing_samples
 from rtrl._engine.linearization import Linearization, LinearTap, Step, joined
-from rtrl._engine.output_jacobian import DenseResponse
+from rtrl._engine.output_jacobian import DenseOutputJacobian
 from rtrl._engine.taps import TapRecorder
 from rtrl._engine.untapped import jacobian_rows, weighted_jacobians
 from rtrl._utils import index_sets, pytrees
-from rtrl.cells.analytic import Linearizes
+from rtrl.cells.analytic import HasAnalyticStep
 from rtrl.cells.protocol import OTHER_CHOICES, Sparsity, call_cell, same_choices, takes_replay
 from rtrl.errors import CellError, NonFiniteError, SparsityError
 
@@ -41,7 +42,13 @@ class Linearizer:
         self._replays = takes_replay(cell)
         self._general: set[str] = set()  # parameters some tap of which was found to mix samples
         self._verified: set[tuple[Any, ...]] = set()
-        self._knows = isinstance(cell, Linearizes)
+        self._knows = isinstance(cell, HasAnalyticStep)
+        if not self._knows and callable(getattr(cell, "linearize", None)):
+            warnings.warn(
+                f"{type(cell).__name__}.linearize is not used: the method is called analytic_step now",
+                DeprecationWarning,
+                stacklevel=4,
+            )
         self._held_against: set[tuple[Any, ...]] = set()
 
     def __call__(self, steps: Sequence[Step], last: Tensor) -> list[Linearization]:
@@ -65,7 +72,7 @@ class Linearizer:
         found: list[Linearization] = []
         try:
             for key, times in groups.items():
-                # A closed form has no graph to be kept small.
+                # An analytic step has no graph to be kept small.
                 closed = self._knows and _dense(steps[times[0]].sparsity)
                 span = len(times) if closed else self._span(steps[times[0]])
                 pieces = [
@@ -99,12 +106,12 @@ class Linearizer:
 
         if (*key, m) not in self._verified:
             kind = StepKind(x, h.detach(), replay, sparsity, steps[0].number)
-            self._general |= taps_that_mix(self._cell, self._parameters, kind, self._general)
+            self._general |= taps_mixing_samples(self._cell, self._parameters, kind, self._general)
             self._verified.add((*key, m))
         h = h.requires_grad_()
         if self._knows and dense:
             if (*key, m) not in self._held_against:
-                check_closed_form(self._cell, self._parameters, x, h, steps[0].number)
+                check_analytic_step(self._cell, self._parameters, x, h, steps[0].number)
                 self._held_against.add((*key, m))
             closed = self._closed(times, steps, after, x, h)
             if closed is not None:
@@ -112,7 +119,7 @@ class Linearizer:
         y, h_next, recorder = self._run(x, h, replay, sparsity, batch, steps)
         outputs = [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
         self._same(h_next, outputs, after, steps)
-        written = index_sets.take(h_next.reshape(batch, n, width), sparsity.writes).flatten(1)
+        written = index_sets.gather(h_next.reshape(batch, n, width), sparsity.writes).flatten(1)
         # What autograd's graph still leads to has a use that is no tap.
         inside, outside = (checks.reached_leaves(*heads) for heads in ((written,), outputs))
         general, direct_too = (
@@ -125,7 +132,7 @@ class Linearizer:
         jacobian = grads[0].reshape(written.shape[1], batch, n, width)
         cols = None
         if sparsity.reads is not None and sparsity.writes is not None:
-            cols = index_sets.members(index_sets.union(sparsity.reads, sparsity.writes, n))
+            cols = index_sets.mask_to_indices(index_sets.union(sparsity.reads, sparsity.writes, n))
         self._only_declared(jacobian, sparsity, steps)
         if cols is not None:
             jacobian = jacobian.gather(2, cols[None, :, :, None].expand(jacobian.shape[0], -1, -1, width))
@@ -134,18 +141,18 @@ class Linearizer:
         if adjoint is not None:
             adjoint = adjoint.reshape(batch, n, width)
             if cols is not None:
-                if int(adjoint.count_nonzero()) > int(index_sets.take(adjoint, cols).count_nonzero()):
+                if int(adjoint.count_nonzero()) > int(index_sets.gather(adjoint, cols).count_nonzero()):
                     raise SparsityError(
                         f"{self._steps(steps)}: y depends on rows of the state outside the declared reads and writes"
                     )
-                adjoint = index_sets.take(adjoint, cols)
+                adjoint = index_sets.gather(adjoint, cols)
             adjoint = adjoint.reshape(size, m, -1)
 
-        derived: dict[int, tuple[DenseResponse, Tensor | None]] = {}
+        derived: dict[int, tuple[DenseOutputJacobian, Tensor | None]] = {}
         for tap in recorder.taps:
             place = list(ends).index(id(tap.output))
             if id(tap.output) not in derived:
-                response = DenseResponse(grads[1 + place].reshape(written.shape[1], batch, *tap.shape))
+                response = DenseOutputJacobian(grads[1 + place].reshape(written.shape[1], batch, *tap.shape))
                 own = earned[place]
                 derived[id(tap.output)] = response, None if own is None else own.reshape(batch, *tap.shape)
         taps = [LinearTap(tap, *derived[id(tap.output)]) for tap in recorder.taps]
@@ -184,7 +191,7 @@ class Linearizer:
         m, size = len(steps), steps[0].h.shape[0]
         recorder = TapRecorder(self._parameters, m * size, self._general, copy=True)
         with torch.enable_grad(), recorder:
-            form = self._cell.linearize(x, h)  # type: ignore[operator]
+            form = self._cell.analytic_step(x, h)  # type: ignore[operator]
         names = {id(p): name for name, p in self._parameters.items()}
         if form is None or any(not isinstance(tap.weight, nn.Parameter) for tap in form.taps):
             return None  # a weight that is computed from others cannot be told apart here
@@ -345,7 +352,7 @@ class Linearizer:
         if adjoint is not None:
             parts.append(("the adjoint", adjoint.flatten(0, 1)))
         for tap in taps:
-            if isinstance(tap.response, DenseResponse):
+            if isinstance(tap.response, DenseOutputJacobian):
                 parts.append(
                     (f"the immediate Jacobian of parameter {tap.tap.name!r}", tap.response.values.movedim(1, 0))
                 )

@@ -34,7 +34,7 @@ class Response(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class DenseResponse:
+class DenseOutputJacobian:
     """Every entry written out.
 
     Attributes:
@@ -53,7 +53,7 @@ class DenseResponse:
 
 
 @dataclass(frozen=True, slots=True)
-class UnitResponse:
+class UnitwiseOutputJacobian:
     """Unit by unit: state part s of unit i responds to gate g of unit i alone, as in PyTorch's recurrent cells.
 
     Attributes:

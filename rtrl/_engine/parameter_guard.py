@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rtrl.errors import ConfigError, ParameterChangedError
 
 
-class ParameterWatch:
+class ParameterGuard:
     """Remembers a cell's trainable parameters, and from ``begin`` on the versions of all that it computes with.
 
     Attributes:
@@ -26,20 +26,20 @@ class ParameterWatch:
         if not self.parameters:
             raise ConfigError("the cell has no parameter that requires a gradient")
         self._versions: dict[str, tuple[int, int]] = {}
-        self._sight: _Sight | None = None
+        self._sight: _Fingerprint | None = None
 
     def begin(self) -> None:
         """Take the present values for those that an open block is computed with."""
         same = self._same_parameters()
         self._versions = {name: (value.data_ptr(), value._version) for name, value in self._held()}
-        self._sight = _Sight(self._cell) if same else None  # what must be refused must not count as seen
+        self._sight = _Fingerprint(self._cell) if same else None  # what must be refused must not count as seen
 
-    def untouched(self) -> bool:
+    def unchanged(self) -> bool:
         """Whether nothing has changed since the last ``begin``, so that ``check`` has nothing to find.
 
         Cost: a few comparisons a module and parameter; to find out what has changed, all are walked through by name.
         """
-        return self._sight is not None and self._sight.lasts()
+        return self._sight is not None and self._sight.matches()
 
     def check(self, open_steps: list[int]) -> None:
         """Refuse parameters that were replaced, or that changed while the steps of a block are open.
@@ -49,7 +49,7 @@ class ParameterWatch:
         Raises:
             ParameterChangedError: naming them.
         """
-        if self.untouched():
+        if self.unchanged():
             return
         if not self._same_parameters():
             raise ParameterChangedError(
@@ -80,7 +80,7 @@ class ParameterWatch:
 _VERSION = attrgetter("_version", "requires_grad")
 
 
-class _Sight:
+class _Fingerprint:
     """What a cell is made of at one moment: its modules, parameters and buffers under their names, and their versions.
 
     Args:
@@ -98,7 +98,7 @@ class _Sight:
         self._tensors = list(held.values())
         self._versions = self._state()
 
-    def lasts(self) -> bool:
+    def matches(self) -> bool:
         """Whether the cell still looks the same."""
         now = self._entries()
         return (

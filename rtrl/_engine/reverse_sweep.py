@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rtrl._engine.buffers import Scratch
+from rtrl._engine.buffers import ReusableBuffer
 from rtrl._engine.linearization import Linearization
-from rtrl._influence.transition import Transition, flushed
+from rtrl._influence.transition import Transition, flush_subnormals
 from rtrl._utils import index_sets
 
 # Up to so many multiply-adds, a product takes about as long as its launch: then fewer launches are worth more products.
@@ -37,7 +37,7 @@ class Sweep:
     reach: list[Tensor]
 
 
-def sweep(groups: Sequence[Linearization], state: Tensor, scratch: Scratch) -> Sweep:
+def sweep(groups: Sequence[Linearization], state: Tensor, scratch: ReusableBuffer) -> Sweep:
     """Go through a block from its end.
 
     Args:
@@ -52,7 +52,7 @@ def sweep(groups: Sequence[Linearization], state: Tensor, scratch: Scratch) -> S
     return _rows_by_rows(groups, state)
 
 
-def _dense(group: Linearization, state: Tensor, scratch: Scratch) -> Sweep:
+def _dense(group: Linearization, state: Tensor, scratch: ReusableBuffer) -> Sweep:
     size, n = state.shape[:2]
     full, width, m = state[0].numel(), state[0, 0].numel(), len(group.times)
     reach = scratch.empty(state, size, m, full + 1, full)
@@ -73,7 +73,7 @@ def _start(reach: Tensor) -> None:
 def _onward(product: Tensor, adjoint: Tensor | None, out: Tensor) -> None:
     """``product + [0; adjoint]`` without numbers on their way to subnormal ones; but an adjoint may be as small as its
     loss."""
-    flushed(product[:, :-1], out=out[:, :-1])
+    flush_subnormals(product[:, :-1], out=out[:, :-1])
     if adjoint is None:
         out[:, -1] = product[:, -1]
     else:
@@ -100,7 +100,7 @@ def _one_by_one(group: Linearization, reach: Tensor) -> Tensor:
             product(xs[j + 1], jacobians[j - start], out=x)
             if j % _FLUSH_EVERY == 0:
                 products = x[..., :-1, :]
-                flushed(products, out=products)
+                flush_subnormals(products, out=products)
             if rows is not None:
                 x[..., -1, :].add_(rows[j])
     return last
@@ -156,7 +156,7 @@ def _scan(group: Linearization, reach: Tensor) -> Tensor:
         _onward(torch.bmm(behind[:, k + 1], inside[:, k, 0, :-1]), inside[:, k, 0, -1], behind[:, k])
     after = behind[:, 1:].unsqueeze(2).expand(-1, -1, length, -1, -1)
     whole = torch.matmul(after, inside[:, :, 1:, :-1])
-    flushed(whole[..., :-1, :], out=whole[..., :-1, :])
+    flush_subnormals(whole[..., :-1, :], out=whole[..., :-1, :])
     whole[..., -1, :] += inside[:, :, 1:, -1]
     reach.copy_(whole.reshape(size, pieces * length, r, full)[:, lead:])
     if group.adjoint_next is not None:
@@ -173,10 +173,10 @@ def _rows_by_rows(groups: Sequence[Linearization], state: Tensor) -> Sweep:
     for group in groups:
         rows_mask = index_sets.union(rows_mask, _by_sample(group.writes), n)
         cols_mask = index_sets.union(cols_mask, _by_sample(group.cols), n)
-    rows = index_sets.members(rows_mask)
-    cols = None if rows is None else index_sets.members(index_sets.union(cols_mask, rows, n))
+    rows = index_sets.mask_to_indices(rows_mask)
+    cols = None if rows is None else index_sets.mask_to_indices(index_sets.union(cols_mask, rows, n))
     u, c = (n if index is None else index.shape[1] for index in (rows, cols))
-    table = None if cols is None else index_sets.locate(cols, n)
+    table = None if cols is None else index_sets.positions(cols, n)
     first = torch.arange(size, device=state.device)[:, None] * c
 
     def flat(index: Tensor | None) -> Tensor | None:

@@ -55,7 +55,7 @@ def weighted_jacobians(
             return functional_call(cell, {**rest, **values}, args, kwargs)
 
         _, h_next, _ = call_cell(substituted, own_x, own_h, own_replay)
-        return index_sets.take(h_next.reshape(m, h_next.shape[1], own_h[0, 0].numel()), writes).flatten(1)
+        return index_sets.gather(h_next.reshape(m, h_next.shape[1], own_h[0, 0].numel()), writes).flatten(1)
 
     def one(cotangents: Tensor, *mine: Tensor) -> dict[str, Tensor]:
         vjp = torch.func.vjp(lambda values: written(values, mine), theta)[1]

@@ -111,8 +111,8 @@ class _Legs:
         for _, product in legs[1:]:
             reach = index_sets.union(reach, product.cols, first.n)
         if reach is not None and reach.dtype == torch.bool:
-            reach = index_sets.members(reach)
-        self.cols = index_sets.pick(reach, chosen)
+            reach = index_sets.mask_to_indices(reach)
+        self.cols = index_sets.select_samples(reach, chosen)
         self.n, self.width = first.n, first.width
         self._whole = [(leg, _of(product, chosen)) for leg, product in legs]
         self._near = [(leg, _of(product.within(reach), chosen)) for leg, product in legs]
@@ -130,7 +130,7 @@ class _Legs:
 def _of(product: Transition, samples: Tensor | None) -> Transition:
     if samples is None:
         return product
-    rows, cols = (index_sets.pick(t, samples) for t in (product.rows, product.cols))
+    rows, cols = (index_sets.select_samples(t, samples) for t in (product.rows, product.cols))
     return replace(product, rows=rows, cols=cols, jacobian=product.jacobian[samples], adjoint=product.adjoint[samples])
 
 

@@ -78,26 +78,26 @@ class Transition:
     def apply(self, influence: Tensor, sample: Tensor | None) -> Tensor:
         """``Φ S`` for influences (R, H, p) of the samples ``sample`` (LongTensor (R,); None: R = B, in order), out of
         place."""
-        jacobian = index_sets.pick(self.jacobian, sample)
-        rows, cols = index_sets.pick(self.rows, sample), index_sets.pick(self.cols, sample)
+        jacobian = index_sets.select_samples(self.jacobian, sample)
+        rows, cols = index_sets.select_samples(self.rows, sample), index_sets.select_samples(self.cols, sample)
         if rows is None:
             return torch.bmm(jacobian, influence)
         slots = influence.unflatten(1, (self.n, self.width))
-        changed = torch.bmm(jacobian, index_sets.take(slots, cols).flatten(1, 2))
-        return index_sets.put(slots, rows, changed.unflatten(1, (-1, self.width))).flatten(1, 2)
+        changed = torch.bmm(jacobian, index_sets.gather(slots, cols).flatten(1, 2))
+        return index_sets.scatter(slots, rows, changed.unflatten(1, (-1, self.width))).flatten(1, 2)
 
     def pull(self, functional: Tensor | None, *, earn: bool = True) -> Tensor:
         """``v + w Φ`` for a row functional w (B, H), None meaning zero; with ``earn=False``, ``w Φ`` alone."""
         if functional is None:
             nothing = self.adjoint.new_zeros(self.jacobian.shape[0], self.n, self.width)
-            return index_sets.put(nothing, self.cols, self.adjoint.unflatten(1, (-1, self.width)) * earn).flatten(1)
+            return index_sets.scatter(nothing, self.cols, self.adjoint.unflatten(1, (-1, self.width)) * earn).flatten(1)
         slots = functional.unflatten(1, (self.n, self.width))
-        through = torch.bmm(index_sets.take(slots, self.rows).flatten(1).unsqueeze(1), self.jacobian).squeeze(1)
+        through = torch.bmm(index_sets.gather(slots, self.rows).flatten(1).unsqueeze(1), self.jacobian).squeeze(1)
         if earn:
             through = through + self.adjoint
         if self.rows is None:
             return through
-        return index_sets.add(
+        return index_sets.scatter_add(
             index_sets.zero(slots, self.rows), self.cols, through.unflatten(1, (-1, self.width))
         ).flatten(1)
 
@@ -105,12 +105,12 @@ class Transition:
         """The same element, counted in the rows ``cols`` alone (a superset of its own columns; None: all)."""
         if cols is None:
             return self
-        places = index_sets.locate(cols, self.n)
+        places = index_sets.positions(cols, self.n)
         rows, own = (None if t is None else places.gather(1, t) for t in (self.rows, self.cols))
         return replace(self, rows=rows, cols=own, n=cols.shape[1])
 
 
-def flushed(product: Tensor, out: Tensor | None = None) -> Tensor:
+def flush_subnormals(product: Tensor, out: Tensor | None = None) -> Tensor:
     """A product of Jacobians without entries on their way to subnormal numbers: those below tiny / eps become zero.
 
     Products of contracting Jacobians end there, and a CPU multiplies subnormal numbers many times slower than others.
@@ -132,11 +132,11 @@ def identity(batch_size: int, n: int, width: int, like: Tensor) -> Transition:
 def merge(first: Pattern, then: Pattern) -> Pattern:
     """The pattern of ``compose(first, then)``; rows and columns grow only as they must."""
     n, width = first.n, first.width
-    rows = index_sets.members(index_sets.union(first.rows, then.rows, n))
+    rows = index_sets.mask_to_indices(index_sets.union(first.rows, then.rows, n))
     cols = (
         None
         if rows is None
-        else index_sets.members(index_sets.union(index_sets.union(first.cols, then.cols, n), rows, n))
+        else index_sets.mask_to_indices(index_sets.union(index_sets.union(first.cols, then.cols, n), rows, n))
     )
     macs = first.size * (then.u * _meet(first, then)[1] * first.c * width**3 + first.apply_macs)
     return Pattern(rows, cols, n, width, first.size, macs)
@@ -150,7 +150,7 @@ def _meet(first: Pattern, then: Pattern) -> tuple[Tensor | None, int]:
     if then.cols is None:
         return first.rows, first.u
     met = index_sets.mask(first.rows, first.n).gather(1, then.cols)
-    places = index_sets.members(met)
+    places = index_sets.mask_to_indices(met)
     return places, then.c if places is None else places.shape[1]
 
 
@@ -166,7 +166,7 @@ def compose(first: Transition, then: Transition) -> Transition:
     n, width, size = first.n, first.width, first.jacobian.shape[0]
     adjoint = first.pull(then.pull(None))
     if first.rows is None and then.rows is None:
-        return Transition(None, None, flushed(torch.bmm(then.jacobian, first.jacobian)), adjoint, n, width)
+        return Transition(None, None, flush_subnormals(torch.bmm(then.jacobian, first.jacobian)), adjoint, n, width)
     pattern = merge(first.pattern, then.pattern)
     met, _ = _meet(first.pattern, then.pattern)
 
@@ -174,7 +174,7 @@ def compose(first: Transition, then: Transition) -> Transition:
     old = then.jacobian.unflatten(2, (-1, width)).transpose(1, 2)  # (B, c₂, u₂·width, width)
     made = first.jacobian.unflatten(1, (-1, width))  # (B, u₁, width, c₁·width)
     if first.rows is None:
-        made = index_sets.take(made, then.cols)
+        made = index_sets.gather(made, then.cols)
         kept = torch.zeros_like(old)
     else:
         changed = index_sets.mask(first.rows, n)
@@ -182,13 +182,13 @@ def compose(first: Transition, then: Transition) -> Transition:
         rows = first.rows  # those that Φ₂ reads and Φ₁ changes
         if then.cols is not None:
             rows = then.cols if met is None else then.cols.gather(1, met)
-        made = index_sets.take(made, index_sets.locate(first.rows, n).gather(1, rows))
+        made = index_sets.gather(made, index_sets.positions(first.rows, n).gather(1, rows))
         made = made.masked_fill(~changed.gather(1, rows)[:, :, None, None], 0.0)
         kept = old.masked_fill(read[:, :, None, None], 0.0)
-    product = torch.bmm(index_sets.take(old, met).transpose(1, 2).flatten(2), made.flatten(1, 2))
+    product = torch.bmm(index_sets.gather(old, met).transpose(1, 2).flatten(2), made.flatten(1, 2))
 
     # Rows of Φ₂ over the columns of the result: what it reads unchanged, and the product.
-    c, inside = pattern.c, None if pattern.cols is None else index_sets.locate(pattern.cols, n)
+    c, inside = pattern.c, None if pattern.cols is None else index_sets.positions(pattern.cols, n)
 
     def local(index: Tensor | None) -> Tensor | None:
         return index if index is None or inside is None else inside.gather(1, index)
@@ -196,19 +196,19 @@ def compose(first: Transition, then: Transition) -> Transition:
     def spread(blocks: Tensor, cols: Tensor | None) -> Tensor:
         """(B, k, m, width), its columns in front, over all c columns."""
         wide = blocks.new_zeros(size, c, *blocks.shape[2:])
-        return index_sets.put(wide, None if blocks.shape[1] == c and cols is None else local(cols), blocks)
+        return index_sets.scatter(wide, None if blocks.shape[1] == c and cols is None else local(cols), blocks)
 
     late = spread(kept, then.cols)
-    late = index_sets.add(late, local(first.cols), product.unflatten(2, (-1, width)).transpose(1, 2))
+    late = index_sets.scatter_add(late, local(first.cols), product.unflatten(2, (-1, width)).transpose(1, 2))
     late = late.transpose(1, 2).flatten(2)  # (B, u₂·width, c·width)
     if then.rows is None:
-        return Transition(None, None, flushed(late), adjoint, n, width)
+        return Transition(None, None, flush_subnormals(late), adjoint, n, width)
     early = spread(first.jacobian.unflatten(2, (-1, width)).transpose(1, 2), first.cols).transpose(1, 2).flatten(2)
     if first.rows is None:
-        out = index_sets.put(early.unflatten(1, (-1, width)), then.rows, late.unflatten(1, (-1, width)))
-        return Transition(None, None, flushed(out.flatten(1, 2)), adjoint, n, width)
+        out = index_sets.scatter(early.unflatten(1, (-1, width)), then.rows, late.unflatten(1, (-1, width)))
+        return Transition(None, None, flush_subnormals(out.flatten(1, 2)), adjoint, n, width)
 
-    places = None if pattern.rows is None else index_sets.locate(pattern.rows, n)
+    places = None if pattern.rows is None else index_sets.positions(pattern.rows, n)
     device = late.device
     own = torch.arange(n, device=device).expand(size, -1) if pattern.rows is None else local(pattern.rows)
     out = late.new_zeros(size, pattern.u, width, c, width)  # rows that only fill up stay those of the identity
@@ -216,7 +216,9 @@ def compose(first: Transition, then: Transition) -> Transition:
     out[sample, place, :, own] = torch.eye(width, dtype=late.dtype, device=device)
     out = out.flatten(3)
     for index, part in ((first.rows, early), (then.rows, late)):
-        out = index_sets.put(out, index if places is None else places.gather(1, index), part.unflatten(1, (-1, width)))
+        out = index_sets.scatter(
+            out, index if places is None else places.gather(1, index), part.unflatten(1, (-1, width))
+        )
     if pattern.cols is not None:
-        adjoint = index_sets.take(adjoint.unflatten(1, (n, width)), pattern.cols).flatten(1)
-    return Transition(pattern.rows, pattern.cols, flushed(out.flatten(1, 2)), adjoint, n, width)
+        adjoint = index_sets.gather(adjoint.unflatten(1, (n, width)), pattern.cols).flatten(1)
+    return Transition(pattern.rows, pattern.cols, flush_subnormals(out.flatten(1, 2)), adjoint, n, width)

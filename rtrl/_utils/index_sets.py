@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 @overload
-def pick(values: Tensor, sample: Tensor | None) -> Tensor: ...
+def select_samples(values: Tensor, sample: Tensor | None) -> Tensor: ...
 @overload
-def pick(values: None, sample: Tensor | None) -> None: ...
-def pick(values: Tensor | None, sample: Tensor | None) -> Tensor | None:
+def select_samples(values: None, sample: Tensor | None) -> None: ...
+def select_samples(values: Tensor | None, sample: Tensor | None) -> Tensor | None:
     """``values[sample]`` where both are given."""
     return values if values is None or sample is None else values[sample]
 
@@ -20,17 +20,17 @@ def _wide(index: Tensor, values: Tensor) -> Tensor:
     return index.reshape(*index.shape, *[1] * (values.ndim - 2)).expand(-1, -1, *values.shape[2:])
 
 
-def take(values: Tensor, index: Tensor | None) -> Tensor:
+def gather(values: Tensor, index: Tensor | None) -> Tensor:
     """``out[b, j] = values[b, index[b, j]]`` for values (B, n, ...)."""
     return values if index is None else values.gather(1, _wide(index, values))
 
 
-def put(values: Tensor, index: Tensor | None, new: Tensor) -> Tensor:
+def scatter(values: Tensor, index: Tensor | None, new: Tensor) -> Tensor:
     """A copy of ``values`` with ``out[b, index[b, j]] = new[b, j]``."""
     return new if index is None else values.scatter(1, _wide(index, values), new)
 
 
-def add(values: Tensor, index: Tensor | None, extra: Tensor) -> Tensor:
+def scatter_add(values: Tensor, index: Tensor | None, extra: Tensor) -> Tensor:
     """A copy of ``values`` with ``out[b, index[b, j]] += extra[b, j]``."""
     return values + extra if index is None else values.scatter_add(1, _wide(index, values), extra)
 
@@ -52,7 +52,7 @@ def union(a: Tensor | None, b: Tensor | None, n: int) -> Tensor | None:
     return (a if a.dtype == torch.bool else mask(a, n)) | (b if b.dtype == torch.bool else mask(b, n))
 
 
-def members(chosen: Tensor | None) -> Tensor | None:
+def mask_to_indices(chosen: Tensor | None) -> Tensor | None:
     """The index set (B, k) of a mask, k the largest count over the samples; None if that is every row.
 
     Samples with fewer members are filled with rows outside the mask, so that no index occurs twice.
@@ -65,7 +65,7 @@ def members(chosen: Tensor | None) -> Tensor | None:
     return chosen.int().argsort(dim=1, descending=True, stable=True)[:, :k]
 
 
-def locate(index: Tensor, n: int) -> Tensor:
+def positions(index: Tensor, n: int) -> Tensor:
     """Where each of the n rows stands in an index set: (B, n); rows that are not in it get 0."""
     places = torch.arange(index.shape[1], device=index.device).expand_as(index)
     return torch.zeros(index.shape[0], n, dtype=torch.int64, device=index.device).scatter(1, index, places)

@@ -1,6 +1,8 @@
 """Cells: the protocol, the recurrent mixture of experts, and ways to make cells of other modules."""
 
-from rtrl.cells.analytic import ClosedForm, UnitTap
+import warnings
+
+from rtrl.cells.analytic import AnalyticStep, UnitTap
 from rtrl.cells.grouped_linear import grouped_linear
 from rtrl.cells.module_cell import ModuleCell
 from rtrl.cells.moe import RecurrentMoE
@@ -10,8 +12,8 @@ from rtrl.cells.stack import Stack
 from rtrl.cells.torch_cells import TorchCell, TorchLayers, from_torch
 
 __all__ = [
+    "AnalyticStep",
     "Cell",
-    "ClosedForm",
     "MoEOutput",
     "ModuleCell",
     "RecurrentMoE",
@@ -26,3 +28,14 @@ __all__ = [
     "load_balancing_loss",
     "router_statistics",
 ]
+
+
+def __getattr__(name: str) -> type[AnalyticStep]:
+    if name == "ClosedForm":
+        warnings.warn(
+            "rtrl.cells.ClosedForm is called AnalyticStep now; the old name works in this release only",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return AnalyticStep
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

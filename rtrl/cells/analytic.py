@@ -1,8 +1,8 @@
-"""The derivatives of a step in closed form, for cells that know theirs: much cheaper than asking autograd.
+"""The derivatives of a step analytically, for cells that know theirs: much cheaper than asking autograd.
 
 A cell whose units meet only in linear maps, ``h' = f(W₁u₁ + b₁, W₂u₂ + b₂, …, h)`` with f unit by unit, may have a
-method ``linearize(x, h) -> ClosedForm | None``; None says that there is none for this call. It is held against autograd
-at a generic point, for each kind of block once, and refused if it disagrees.
+method ``analytic_step(x, h) -> AnalyticStep | None``; None says that there is none for this call. It is held against
+autograd at a generic point, for each kind of block once, and refused if it disagrees.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class UnitTap:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ClosedForm:
+class AnalyticStep:
     """One step of N samples and its derivatives, over a state of S parts of U units (a state (N, U) has S = 1).
 
     Equation: ``∂h'[s, i]/∂h[s', j] = direct[s, s', i] δ_ij + Σ_taps Σ_g response[s, g, i] W[g·U + i, j]``, the sum over
@@ -51,9 +51,9 @@ class ClosedForm:
 
 
 @runtime_checkable
-class Linearizes(Protocol):
+class HasAnalyticStep(Protocol):
     """A cell that supplies its derivatives."""
 
-    def linearize(self, x: Any, h: Tensor) -> ClosedForm | None:
+    def analytic_step(self, x: Any, h: Tensor) -> AnalyticStep | None:
         """The step from h, with its derivatives."""
         ...

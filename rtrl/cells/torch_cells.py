@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from rtrl.cells.analytic import ClosedForm
+from rtrl.cells.analytic import AnalyticStep
 from rtrl.cells.module_cell import ModuleCell, ReplayingModuleCell
 from rtrl.cells.packing import PackedCell, Packing
 from rtrl.cells.protocol import takes_replay
@@ -44,7 +44,7 @@ class TorchCell(nn.Module):
         y = after[0] if _unseen_identity(readout) else readout(after[0])
         return y, torch.stack(after, dim=1) if mode == "LSTM" else after[0]
 
-    def linearize(self, x: Tensor, h: Tensor) -> ClosedForm | None:
+    def analytic_step(self, x: Tensor, h: Tensor) -> AnalyticStep | None:
         """One step with its derivatives; None for a subclass with another ``forward``."""
         if type(self).forward is not TorchCell.forward:
             return None
@@ -56,7 +56,7 @@ class TorchCell(nn.Module):
         h_next = (torch.stack(after, dim=1) if mode == "LSTM" else after[0]).requires_grad_()
         with torch.enable_grad():
             y = self.readout(h_next[:, 0] if mode == "LSTM" else h_next)
-        return ClosedForm(y, h_next, taps, direct)
+        return AnalyticStep(y, h_next, taps, direct)
 
 
 class TorchLayers(PackedCell):

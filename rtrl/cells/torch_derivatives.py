@@ -18,7 +18,7 @@ def derivatives(
         x: (N, I). state: ``(h,)``, or ``(h, c)`` for an LSTM, each (N, U).
 
     Returns:
-        The next state in the same form, the taps, and ``direct`` (N, S, S, U) or None; see ``ClosedForm``.
+        The next state in the same form, the taps, and ``direct`` (N, S, S, U) or None; see ``AnalyticStep``.
 
     Cost: that of a step, and some multiplications a unit.
     """

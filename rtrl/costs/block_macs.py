@@ -83,7 +83,7 @@ def closing(profile: Profile, steps: int, extent: Extent, first: bool) -> int:
 
 
 def span(profile: Profile, extent: Extent, steps: int) -> int:
-    """How many of m steps are linearised at a time: all of them in closed form, which has no graph to be kept small."""
+    """How many of m steps are linearised at a time: all of them analytically, which has no graph to be kept small."""
     if profile.linear.parts is not None:
         return steps
     numbers = extent.writes * profile.width * profile.batch_size * profile.state_size
@@ -128,7 +128,7 @@ def scan_pieces(steps: int) -> tuple[int, int]:
 
 
 def _written(profile: Profile, steps: int) -> int:
-    """Writing out Jacobians that are known in closed form: an outer product for the first gate of each part."""
+    """Writing out Jacobians that are known analytically: an outer product for the first gate of each part."""
     parts, samples = profile.linear.parts, profile.batch_size * steps
     if parts is None or samples * parts == 1:  # a product of equal sizes is none
         return 0

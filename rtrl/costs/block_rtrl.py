@@ -119,13 +119,15 @@ def _closed(profile: Profile, routing: Routing, start: int, stop: int) -> tuple[
 
     own = None
     if choice.reads is not None and choice.writes is not None:
-        own = index_sets.members(index_sets.union(flat(choice.reads), flat(choice.writes), n))
+        own = index_sets.mask_to_indices(index_sets.union(flat(choice.reads), flat(choice.writes), n))
     by_sample = None if own is None else own.reshape(size, -1)
     nothing = torch.zeros(size, n, dtype=torch.bool)
     written = None if choice.writes is None else choice.writes.reshape(size, -1)
-    rows = index_sets.members(index_sets.union(nothing, written, n))
+    rows = index_sets.mask_to_indices(index_sets.union(nothing, written, n))
     cols = (
-        None if rows is None else index_sets.members(index_sets.union(index_sets.union(nothing, by_sample, n), rows, n))
+        None
+        if rows is None
+        else index_sets.mask_to_indices(index_sets.union(index_sets.union(nothing, by_sample, n), rows, n))
     )
     keys, sliced = [], {}
     for place, group in enumerate(routing.groups):

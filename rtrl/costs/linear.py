@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from rtrl._engine.linearization import Linearization, Step
 from rtrl._engine.linearizer import Linearizer
-from rtrl._engine.output_jacobian import UnitResponse
-from rtrl.profiling.live_bytes import AliveBytes
+from rtrl._engine.output_jacobian import UnitwiseOutputJacobian
+from rtrl.profiling.live_bytes import LiveBytes
 from rtrl.profiling.macs import MacCounter, Rule
 
 
@@ -22,7 +22,7 @@ class Use:
         name: of the parameter. k, length, outputs, inputs: K, L, O, I; inputs is 0 for a bias or a look-up.
         indexed: whether slices were picked by an index. transposed: whether it is stored as (I, O).
         response, earned: which uses share them; None where there is none.
-        gates: G, where a closed form says how unit by unit the state responds; None where it is written out.
+        gates: G, where an analytic step says how unit by unit the state responds; None where it is written out.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Linear:
         general: multiply-adds of the parameters' general path a step: a forward pass, and a row of weights.
         macs: of a step. first_macs: the part of the checks of a new kind of block that is linear in its steps;
             pass_macs: of one of its backward passes, a step; lone_macs: of its forward passes of single samples.
-        parts: S, the parts of a state whose derivatives are known in closed form; own: how many of them meet a linear
+        parts: S, the parts of a state whose derivatives are known analytically; own: how many of them meet a linear
             map. None and 0 else.
         after, before: whether losses earn at the next state, and at the state.
         peak, kept: bytes while so many steps are linearised, and of what is left of it.
@@ -109,7 +109,7 @@ def measure(
     linearizer = Linearizer(cell, parameters)
 
     def run(of: list[Step], after: Tensor) -> tuple[int, int, int, list[Linearization]]:
-        with torch.enable_grad(), MacCounter(rules) as counter, AliveBytes() as alive:
+        with torch.enable_grad(), MacCounter(rules) as counter, LiveBytes() as alive:
             groups = linearizer(of, after)
         return counter.macs, alive.peak, alive.now, groups
 
@@ -118,7 +118,7 @@ def measure(
     one, two = run(steps[:1], after), run(steps, last)
     first, a_pass = _split(checked[0] - one[0], checked[1] - two[0], steps[0].h.shape[0], lone_macs)
     group = one[3][0]
-    closed = [tap.response for tap in group.taps if isinstance(tap.response, UnitResponse)]
+    closed = [tap.response for tap in group.taps if isinstance(tap.response, UnitwiseOutputJacobian)]
     return Linear(
         uses=_uses(group),
         general=_general(group, steps[0].h, rules),
@@ -164,7 +164,7 @@ def _uses(group: Linearization) -> tuple[Use, ...]:
                 transposed=use.transposed,
                 response=place(response if use.name not in group.general else None),
                 earned=place(tap.earned),
-                gates=response.values.shape[2] if isinstance(response, UnitResponse) else None,
+                gates=response.values.shape[2] if isinstance(response, UnitwiseOutputJacobian) else None,
             )
         )
     return tuple(found)
@@ -184,5 +184,5 @@ def _general(group: Linearization, h: Tensor, rules: Mapping[str, Rule] | None) 
 
 def _own(cell: Any, step: Step) -> int:
     """The parts of the state that meet a linear map."""
-    form = cell.linearize(step.x, step.h)
+    form = cell.analytic_step(step.x, step.h)
     return len({tap.part for tap in form.taps if tap.part is not None})

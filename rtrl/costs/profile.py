@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rtrl._engine import checks
 from rtrl._engine.linearization import Step as Kept
-from rtrl._engine.parameter_guard import ParameterWatch
+from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._utils import pytrees
 from rtrl.cells.example_input import WIDTHS, guessed_input
 from rtrl.cells.protocol import (
@@ -173,7 +173,7 @@ def _profile(
     state: Tensor | None,
     rules: Mapping[str, Rule] | None,
 ) -> Profile:
-    parameters = ParameterWatch(cell).parameters
+    parameters = ParameterGuard(cell).parameters
     beside = next(iter(parameters.values()))
     first = first_state(cell, batch_size) if state is None or isinstance(cell, Cell) else None
     if first is not None:

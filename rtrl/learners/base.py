@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rtrl._engine import checks
-from rtrl._engine.parameter_guard import ParameterWatch
+from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._utils import pytrees
 from rtrl.cells.protocol import Cell, call_cell, check_input, first_state, own_copy, takes_replay
 from rtrl.errors import CellError, ConfigError, LossError, NonFiniteError, RTRLError, ShapeError
@@ -48,8 +48,8 @@ class Baseline(ABC):
         if not isinstance(cell, nn.Module):
             raise ConfigError(f"cell must be a torch.nn.Module, got {type(cell).__name__}")
         self.cell, self.batch_size = cell, batch_size
-        self._watch = ParameterWatch(cell)
-        self._parameters = self._watch.parameters
+        self._guard = ParameterGuard(cell)
+        self._parameters = self._guard.parameters
         parameter = next(iter(self._parameters.values()))
         first = first_state(cell, batch_size) if state is None or isinstance(cell, Cell) else None
         if first is not None:
@@ -92,7 +92,7 @@ class Baseline(ABC):
         Cost: one forward pass without a graph, and the working off of the last step.
         """
         number = self._taken
-        self._watch.check([])
+        self._guard.check([])
         if not pytrees.tensors(x):
             raise ShapeError("x holds no tensor")
         for leaf in pytrees.tensors(x):

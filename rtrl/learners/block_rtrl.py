@@ -11,10 +11,10 @@ from torch.utils.weak import TensorWeakRef
 from rtrl._engine import checks, losses
 from rtrl._engine import step as forward_step
 from rtrl._engine.block import BlockResult, close_block, overflowing
-from rtrl._engine.buffers import Scratch
+from rtrl._engine.buffers import ReusableBuffer
 from rtrl._engine.linearization import Step
 from rtrl._engine.linearizer import Linearizer
-from rtrl._engine.parameter_guard import ParameterWatch
+from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._influence.catch_up import catch_up
 from rtrl._influence.history import History
 from rtrl._influence.store import ParameterInfluence
@@ -86,8 +86,8 @@ class BlockRTRL:
             block = choose_block(cell, batch_size, state=state)
         self.cell, self.batch_size, self.window, self.lazy = cell, batch_size, window, bool(lazy)
         self.block: int = block
-        self._watch = ParameterWatch(cell)
-        self._parameters = self._watch.parameters
+        self._guard = ParameterGuard(cell)
+        self._parameters = self._guard.parameters
         self._linearizer = Linearizer(cell, self._parameters)
         self._replays = takes_replay(cell)
         parameter = next(iter(self._parameters.values()))
@@ -102,7 +102,7 @@ class BlockRTRL:
         self._influences: dict[str, ParameterInfluence] = {}  # filled at the first step, when the sparsity is known
         self._history: History | None = None
         count = sum(p.numel() for p in self._parameters.values())
-        self._scratch = Scratch(count * self._state.numel() * self._state.element_size())  # the influence's size
+        self._scratch = ReusableBuffer(count * self._state.numel() * self._state.element_size())  # the influence's size
         self._earned: dict[str, Tensor] = {}  # not yet delivered to .grad
 
     # ------------------------------------------------------------------ going forward
@@ -146,18 +146,18 @@ class BlockRTRL:
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 return self.step(x, replay=replay)
-        if not self._watch.untouched():
-            self._watch.check([step.number for step in self._steps])
+        if not self._guard.unchanged():
+            self._guard.check([step.number for step in self._steps])
         if replay is not None:
-            forward_step.check_replay(replay, self._replays, self._state, self._watch.named)
-        first, named = not self._influences, self._watch.named
+            forward_step.check_replay(replay, self._replays, self._state, self._guard.named)
+        first, named = not self._influences, self._guard.named
         taken, y, h_next = forward_step.take(self.cell, x, self._state, replay, self._taken, first, named)
         if first:
             self._prepare(taken.sparsity)
         if self.at_block_end:
             self._close()
         if not self._steps:
-            self._watch.begin()
+            self._guard.begin()
         self._steps.append(taken)
         self._state = h_next
         self._taken += 1
@@ -330,7 +330,7 @@ class BlockRTRL:
         self._give_up_block()
         self._state, self._taken, self._paid, self._steps = loaded.state, loaded.taken, loaded.paid, loaded.steps
         self._influences, self._history, self._earned = loaded.influences, loaded.history, loaded.earned
-        self._watch.begin()
+        self._guard.begin()
 
     # ------------------------------------------------------------------ the machinery
 
@@ -360,7 +360,7 @@ class BlockRTRL:
             self._close_block()
 
     def _close_block(self) -> None:
-        self._watch.check([step.number for step in self._steps])
+        self._guard.check([step.number for step in self._steps])
         if not self._steps or self._history is None:
             return
         span = f"steps {self._steps[0].number} … {self._steps[-1].number}"
@@ -387,7 +387,7 @@ class BlockRTRL:
                 if known[name]:
                     influence.advance(result.transition, self._gradient(name))
                 influence.clock[rows[name]] = self._history.now
-        result.add_births(self._influences, rows)
+        result.add_immediate(self._influences, rows)
         for name, gradient in result.gradient.items():
             self._gradient(name).add_(gradient)
         self._give_up_block()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class AliveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages made inside ``with``; what was there before is not counted.
 
     What an operation needs inside itself and frees again is not seen, nor what an allocator adds by rounding up.
@@ -18,7 +18,7 @@ class AliveBytes(TorchDispatchMode):
         now, peak: bytes of those alive at this moment, and at most so far.
 
     >>> import torch
-    >>> with AliveBytes() as alive:
+    >>> with LiveBytes() as alive:
     ...     y = torch.ones(5, 4).mul(2.0).sum()
     >>> alive.now, alive.peak
     (4, 160)
@@ -79,7 +79,7 @@ def peak_of(call: Callable[[], Any]) -> int:
     >>> peak_of(lambda: torch.ones(5, 4) + 1.0)
     160
     """
-    alive = AliveBytes()
+    alive = LiveBytes()
     with alive:
         call()
     return alive.peak

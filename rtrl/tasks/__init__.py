@@ -7,7 +7,7 @@ from rtrl.tasks.bytes import ByteStream
 from rtrl.tasks.copy import Copy
 from rtrl.tasks.digits import Digits
 from rtrl.tasks.haystack import Haystack
-from rtrl.tasks.protocol import Moment, Stream, Task
+from rtrl.tasks.protocol import Stream, Task, TaskStep
 from rtrl.tasks.registry import TASKS, make
 
 __all__ = [
@@ -19,8 +19,8 @@ __all__ = [
     "Copy",
     "Digits",
     "Haystack",
-    "Moment",
     "Stream",
     "Task",
+    "TaskStep",
     "make",
 ]

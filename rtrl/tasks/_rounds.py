@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rtrl.errors import ConfigError
-from rtrl.tasks.protocol import Moment, Stream, Task
+from rtrl.tasks.protocol import Stream, Task, TaskStep
 
 
 class Round(NamedTuple):
@@ -53,13 +53,13 @@ class RoundTask(Task, ABC):
         """
         return RoundStream(self, batch_size, seed, held_out, dtype, device)
 
-    def loss(self, y: Tensor, moment: Moment) -> Tensor | None:
+    def loss(self, y: Tensor, moment: TaskStep) -> Tensor | None:
         """Cross-entropy in nats: the sum over the samples asked, divided by B; None if no sample is asked."""
         if not bool(moment.asked.any()):
             return None
         return F.cross_entropy(y[moment.asked], moment.target[moment.asked], reduction="sum") / len(y)
 
-    def score(self, y: Tensor, moment: Moment) -> tuple[float, int]:
+    def score(self, y: Tensor, moment: TaskStep) -> tuple[float, int]:
         """How many of the samples asked were answered rightly, and how many were asked."""
         right = (y.argmax(dim=1) == moment.target) & moment.asked
         return float(right.sum()), int(moment.asked.sum())
@@ -87,7 +87,7 @@ class RoundStream(Stream):
         self._number, self._step = 0, 0  # the round, and the next step in it
         self._round: Round | None = None
 
-    def __next__(self) -> Moment:
+    def __next__(self) -> TaskStep:
         if self._round is None:
             self._round = self._draw()
         symbols, targets, asked = (part[self._step] for part in self._round)
@@ -100,7 +100,7 @@ class RoundStream(Stream):
             self._number, self._step, self._round = self._number + 1, 0, None
         on = self._device
         targets = targets.to(on, self._dtype if targets.is_floating_point() else None)
-        return Moment(x.to(on, self._dtype), targets, asked.to(on), fresh.to(on))
+        return TaskStep(x.to(on, self._dtype), targets, asked.to(on), fresh.to(on))
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._identity(), "round": self._number, "step": self._step}

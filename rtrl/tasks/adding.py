@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rtrl._utils import validation
 from rtrl.tasks._rounds import Round, RoundTask, draw_integers
-from rtrl.tasks.protocol import Moment
+from rtrl.tasks.protocol import TaskStep
 
 _GRID = 2**20  # numbers are multiples of 1 / _GRID, so that they are the same in every dtype from float32 on
 
@@ -55,13 +55,13 @@ class Adding(RoundTask):
         asked[-1] = True
         return Round(torch.stack([numbers, marks], dim=2), targets, asked)
 
-    def loss(self, y: Tensor, moment: Moment) -> Tensor | None:
+    def loss(self, y: Tensor, moment: TaskStep) -> Tensor | None:
         """Squared error: the sum over the samples asked, divided by B; None if no sample is asked."""
         if not bool(moment.asked.any()):
             return None
         return (y - moment.target)[moment.asked].square().sum() / len(y)
 
-    def score(self, y: Tensor, moment: Moment) -> tuple[float, int]:
+    def score(self, y: Tensor, moment: TaskStep) -> tuple[float, int]:
         """The sum of the squared errors of the samples asked, and how many were asked."""
         return float((y.detach() - moment.target)[moment.asked].square().sum()), int(moment.asked.sum())
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from rtrl._utils import validation
 from rtrl.errors import ConfigError
 from rtrl.tasks.bytes import ByteStream
-from rtrl.tasks.protocol import Moment, Stream, Task
+from rtrl.tasks.protocol import Stream, Task, TaskStep
 
 _SAMPLE = 2**24  # bytes that the levels are taken from
 
@@ -77,11 +77,11 @@ class ByteModel(Task):
             raise ConfigError(f"{self.source} has changed since this task was made; make it anew")
         return ByteModelStream(stream, seed, held_out)
 
-    def loss(self, y: Tensor, moment: Moment) -> Tensor | None:
+    def loss(self, y: Tensor, moment: TaskStep) -> Tensor | None:
         """Cross-entropy in nats, the mean over samples."""
         return F.cross_entropy(y, moment.target)
 
-    def score(self, y: Tensor, moment: Moment) -> tuple[float, int]:
+    def score(self, y: Tensor, moment: TaskStep) -> tuple[float, int]:
         """The sum over samples of the bits that the next byte takes, and how many samples there are."""
         return float(F.cross_entropy(y.detach(), moment.target, reduction="sum")) / math.log(2), len(y)
 
@@ -98,11 +98,11 @@ class ByteModelStream(Stream):
         self._place = int(torch.randint(len(text), (), generator=draws, device="cpu"))  # of the next byte
         self._begun = False
 
-    def __next__(self) -> Moment:
+    def __next__(self) -> TaskStep:
         x, target = self._text[self._place]
         fresh = not self._begun or self._place == 0
         self._place, self._begun = (self._place + 1) % len(self._text), True
-        return Moment(x, target, torch.ones_like(target, dtype=torch.bool), torch.full_like(target, fresh).bool())
+        return TaskStep(x, target, torch.ones_like(target, dtype=torch.bool), torch.full_like(target, fresh).bool())
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._identity(), "place": self._place, "begun": self._begun}

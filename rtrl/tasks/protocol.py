@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class TaskStep:
     """One step of a stream for B samples.
 
     Attributes:
@@ -28,7 +28,7 @@ class Stream(ABC):
     """The steps of a task, one after the other without end, which can be left and taken up again bit for bit."""
 
     @abstractmethod
-    def __next__(self) -> Moment:
+    def __next__(self) -> TaskStep:
         """The next step."""
 
     def __iter__(self) -> "Stream":
@@ -75,9 +75,9 @@ class Task(ABC):
         training stream gives (or, where the task is finite, those set aside)."""
 
     @abstractmethod
-    def loss(self, y: Tensor, moment: Moment) -> Tensor | None:
+    def loss(self, y: Tensor, moment: TaskStep) -> Tensor | None:
         """The sum of the losses of the samples asked, divided by B; None if no sample is asked."""
 
     @abstractmethod
-    def score(self, y: Tensor, moment: Moment) -> tuple[float, int]:
+    def score(self, y: Tensor, moment: TaskStep) -> tuple[float, int]:
         """The sum of the scores of the samples asked, and how many were."""

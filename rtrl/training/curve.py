@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rtrl.tasks.protocol import Moment, Task
+from rtrl.tasks.protocol import Task, TaskStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Tally:
     score: float = 0.0
     asked: int = 0
 
-    def add(self, task: Task, y: Tensor, moment: Moment, loss: float) -> None:
+    def add(self, task: Task, y: Tensor, moment: TaskStep, loss: float) -> None:
         """Count one step whose loss, the sum over the samples asked divided by B, is given."""
         score, asked = task.score(y.detach(), moment)
         self.loss += loss * moment.x.shape[0]

@@ -9,7 +9,7 @@ from typing import Any
 from rtrl._engine import analytic, checks, immediate, linearization, linearizer, losses, output_jacobian, reverse_sweep
 from rtrl._engine import block as block_module
 from rtrl._engine import step as forward_step
-from rtrl._engine.parameter_guard import ParameterWatch
+from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._influence import catch_up, history, segment_tree, store, transition
 from rtrl._utils import index_sets
 from rtrl.cells import moe, stack, torch_derivatives
@@ -84,7 +84,10 @@ BUGS = [
         (
             (
                 linearizer.Linearizer._group,
-                ("_rows.union(sparsity.reads, sparsity.writes, n)", "_rows.union(sparsity.writes, sparsity.writes, n)"),
+                (
+                    "index_sets.union(sparsity.reads, sparsity.writes, n)",
+                    "index_sets.union(sparsity.writes, sparsity.writes, n)",
+                ),
             ),
         ),
         "learner: sparse rows",
@@ -126,8 +129,8 @@ BUGS = [
                 Learner._close_block,
                 ("influence.advance(result.transition, self._gradient(name))", "pass"),
                 (
-                    "    result.add_births(self._influences, rows)\n",
-                    "    result.add_births(self._influences, rows)\n    for name, influence in self._influences.items():\n        if not influence.sliced:\n            influence.advance(result.transition, self._gradient(name))\n",
+                    "    result.add_immediate(self._influences, rows)\n",
+                    "    result.add_immediate(self._influences, rows)\n    for name, influence in self._influences.items():\n        if not influence.sliced:\n            influence.advance(result.transition, self._gradient(name))\n",
                 ),
             ),
         ),
@@ -169,7 +172,7 @@ BUGS = [
         (
             (
                 catch_up._of,
-                ("_rows.pick(t, samples)", "_rows.pick(t, samples * 0)"),
+                ("index_sets.select_samples(t, samples)", "index_sets.select_samples(t, samples * 0)"),
             ),
         ),
         "learner: sparse rows",
@@ -240,7 +243,7 @@ BUGS = [
     Bug(
         23,
         "parameters changed inside an open block pass",
-        ((ParameterWatch.check, ("if changed:", "if False:")),),
+        ((ParameterGuard.check, ("if changed:", "if False:")),),
         "parameters_changed_in_an_open_block",
     ),
     Bug(
@@ -280,7 +283,10 @@ BUGS = [
         (
             (
                 linearizer.Linearizer._group,
-                ("_rows.union(sparsity.reads, sparsity.writes, n)", "_rows.union(sparsity.reads, sparsity.reads, n)"),
+                (
+                    "index_sets.union(sparsity.reads, sparsity.writes, n)",
+                    "index_sets.union(sparsity.reads, sparsity.reads, n)",
+                ),
             ),
         ),
         "learner: sparse rows",
@@ -391,7 +397,7 @@ BUGS = [
     Bug(
         39,
         "small products are set to zero too early",
-        ((transition.flushed, ("kind.tiny / kind.eps", "0.05")),),
+        ((transition.flush_subnormals, ("kind.tiny / kind.eps", "0.05")),),
         "learner: long stream",
     ),
     Bug(
@@ -431,9 +437,9 @@ BUGS = [
         (
             (
                 Learner.sync,
-                ("    self._close()\n", "    self._close() if self.at_block_end or self._watch is None else None\n"),
+                ("    self._close()\n", "    self._close() if self.at_block_end or self._guard is None else None\n"),
             ),
-            (ParameterWatch.check, ("if changed:", "if False:")),
+            (ParameterGuard.check, ("if changed:", "if False:")),
         ),
         "learner: changed parameters",
     ),
@@ -696,13 +702,13 @@ BUGS = [
                 ("behind[:, 1:].unsqueeze(2)", "behind[:, -1:].expand(-1, pieces, -1, -1).unsqueeze(2)"),
             ),
         ),
-        "closed_forms",
+        "analytic_steps",
     ),
     Bug(
         70,
         "a scan over steps that do not fill its pieces begins with zeros",
         ((reverse_sweep._scan, ("torch.eye(full, dtype", "torch.zeros(full, full, dtype")),),
-        "closed_forms",
+        "analytic_steps",
     ),
     Bug(
         71,
@@ -711,8 +717,8 @@ BUGS = [
             (
                 reverse_sweep._onward,
                 (
-                    "flushed(product[:, :-1], out=out[:, :-1])",
-                    "flushed(product, out=product)\n    out[:, :-1] = product[:, :-1]",
+                    "flush_subnormals(product[:, :-1], out=out[:, :-1])",
+                    "flush_subnormals(product, out=product)\n    out[:, :-1] = product[:, :-1]",
                 ),
             ),
         ),
@@ -720,24 +726,24 @@ BUGS = [
     ),
     Bug(
         72,
-        "a closed form forgets what a gate does",
+        "an analytic step forgets what a gate does",
         (
             (torch_derivatives.derivatives, ("by_new * new_h * reset * (1 - reset)", "0 * by_new")),
-            (analytic.check_closed_form, ("if form is None:", "if True:")),
+            (analytic.check_analytic_step, ("if form is None:", "if True:")),
         ),
-        "closed_forms",
+        "analytic_steps",
     ),
     Bug(
         73,
-        "a closed form that is wrong is believed",
-        ((analytic.check_closed_form, ("if form is None:", "if True:")),),
-        "wrong_closed_forms_are_refused",
+        "an analytic step that is wrong is believed",
+        ((analytic.check_analytic_step, ("if form is None:", "if True:")),),
+        "wrong_analytic_steps_are_refused",
     ),
     Bug(
         74,
         "only the first part of the state responds",
-        ((output_jacobian.UnitResponse.left, ("range(1, s)", "range(1, 1)")),),
-        "closed_forms",
+        ((output_jacobian.UnitwiseOutputJacobian.left, ("range(1, s)", "range(1, 1)")),),
+        "analytic_steps",
     ),
     Bug(
         75,
@@ -761,7 +767,7 @@ BUGS = [
     ),
     Bug(
         77,
-        "pieces of a block are joined without their closed forms",
+        "pieces of a block are joined without their analytic steps",
         (
             (linearization.joined, (" or not _form(pieces[0])[1]", "")),
             (linearizer.Linearizer.__call__, ("closed = self._knows and", "closed = False and")),
@@ -773,7 +779,7 @@ BUGS = [
         "what is born some rows of the state at a time goes to the first rows every time",
         (
             (
-                immediate.WholeBirth._add_by_rows,
+                immediate.DenseImmediate._add_by_rows,
                 ("tap.tap.transposed, slice(start, stop))", "tap.tap.transposed, slice(stop - start))"),
             ),
         ),
@@ -794,7 +800,7 @@ BUGS = [
                 ("by_update = (h - new) * update * (1 - update)", "by_update = (h - new) * update"),
             ),
         ),
-        "cell: linearize",
+        "cell: analytic step",
     ),
     Bug(
         81,

@@ -195,7 +195,7 @@ def equals_oracles(cell: nn.Module, xs: Tensor, block: int, **options: int) -> N
 
 
 class KnownCell(nn.Module):
-    """``tanh(W x + U h) + a ∘ h``, y of h before and after the step, with its derivatives in closed form."""
+    """``tanh(W x + U h) + a ∘ h``, y of h before and after the step, with its analytic derivatives."""
 
     def __init__(self, wrong: str = "nothing") -> None:
         super().__init__()
@@ -211,7 +211,7 @@ class KnownCell(nn.Module):
         h_next = torch.tanh(self.inward(x) + self.recurrent(h)) + self.keep * h
         return self.head(torch.cat([h, h_next], dim=1)), h_next
 
-    def linearizer(self, x: Tensor, h: Tensor) -> rtrl.cells.ClosedForm | None:
+    def linearizer(self, x: Tensor, h: Tensor) -> rtrl.cells.AnalyticStep | None:
         if self.wrong == "none":
             return None
         with torch.no_grad():
@@ -227,14 +227,14 @@ class KnownCell(nn.Module):
             rtrl.cells.UnitTap(self.recurrent.weight, None, h.detach(), by_h, part=0),
         ]
         seen = h.detach() if self.wrong == "readout" else h
-        return rtrl.cells.ClosedForm(self.head(torch.cat([seen, ends], dim=1)), ends, taps, direct)
+        return rtrl.cells.AnalyticStep(self.head(torch.cat([seen, ends], dim=1)), ends, taps, direct)
 
 
-def closed_forms() -> None:
+def analytic_steps() -> None:
     readout = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Tanh())
     for name, kind in TORCH_CELLS.items():
         cell = seeded(rtrl.cells.from_torch(kind(3, 4), readout), 5)
-        assert cell.linearize(torch.zeros(1, 3, dtype=torch.float64), cell.init_state(1)) is not None, name
+        assert cell.analytic_step(torch.zeros(1, 3, dtype=torch.float64), cell.init_state(1)) is not None, name
         for size, block in ((1, 1), (1, 5), (2, 3), (2, 7), (3, 13)):
             equals_oracles(cell, normal(6, 13, size, 3), block)
     for wrong in ("nothing", "none"):
@@ -242,11 +242,11 @@ def closed_forms() -> None:
             equals_oracles(seeded(KnownCell(wrong), 3), normal(6, 13, size, 2), block)
 
 
-def wrong_closed_forms_are_refused() -> None:
+def wrong_analytic_steps_are_refused() -> None:
     for wrong in ("value", "direct", "response", "bias", "readout"):
         learner = rtrl.BlockRTRL(seeded(KnownCell(wrong), 3), 2, block=2)
         learner.backward(learner.step(normal(1, 2, 2)).square().sum())
-        with pytest.raises(CellError, match="linearize"):
+        with pytest.raises(CellError, match="analytic_step"):
             learner.sync()
 
 
@@ -274,7 +274,7 @@ def long_blocks() -> None:
             sleeping_stream(0),
         )
         cases = [(stream.cell, stream.xs) for stream in streams]
-        for size in (1, 2):  # derivatives in closed form, and a cell that has none after all
+        for size in (1, 2):  # analytic derivatives, and a cell that has none after all
             gru = seeded(rtrl.cells.from_torch(nn.GRUCell(2, 3)), 4)
             known = [seeded(KnownCell(wrong), 3) for wrong in ("nothing", "none")]
             cases += [(cell, normal(6, 13, size, 2)) for cell in (gru, *known)]
@@ -309,8 +309,8 @@ CHECKS: dict[str, Check] = {
             samples_apart,
             whatever_the_default_device,
             losses_of_the_second_output,
-            closed_forms,
-            wrong_closed_forms_are_refused,
+            analytic_steps,
+            wrong_analytic_steps_are_refused,
             long_blocks,
             tiny_losses,
         )

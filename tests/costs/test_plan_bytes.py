@@ -53,7 +53,7 @@ BIG: dict[str, Callable[[], nn.Module]] = {  # what is alive at once is worth pl
     "GRU": lambda: torch_cell(nn.GRUCell, 24),
     "LSTM": lambda: torch_cell(nn.LSTMCell, 16),
     "layers": lambda: seeded(rtrl.cells.from_torch(nn.LSTM(3, 10, num_layers=2)), 0),
-    "no closed form": lambda: seeded(PlainRNN(3, 24), 0),
+    "no analytic step": lambda: seeded(PlainRNN(3, 24), 0),
     "mixture": lambda: mixture(d_model=8),
 }
 

@@ -64,7 +64,7 @@ def test_blocks_are_counted_exactly(kind: str) -> None:
             expect_counts(way, cell, xs, found)
 
 
-@pytest.mark.parametrize("kind", ["RNN", "LSTM", "no closed form", "parameters no tap covers", "mixture"])
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "no analytic step", "parameters no tap covers", "mixture"])
 def test_blocks_in_pieces_are_counted_exactly(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linearizer, "_SPAN_NUMBERS", 1)
     monkeypatch.setattr(linearizer, "_LEAST_SPAN", 3)

@@ -10,7 +10,7 @@ from torch import nn
 import oracles
 import rtrl
 from rtrl._engine import linearizer, reverse_sweep
-from rtrl._engine.buffers import Scratch
+from rtrl._engine.buffers import ReusableBuffer
 
 KINDS = [nn.RNNCell, nn.GRUCell, nn.LSTMCell]
 
@@ -69,7 +69,7 @@ def test_products_of_a_long_dense_block_do_not_linger_as_subnormal_numbers(
         with torch.enable_grad():
             groups = learner._linearizer(learner._steps, learner.state)
         with torch.no_grad():
-            (reach,) = reverse_sweep.sweep(groups, learner.state, Scratch(0)).reach
+            (reach,) = reverse_sweep.sweep(groups, learner.state, ReusableBuffer(0)).reach
         tiny = torch.finfo(torch.float32).tiny
         counts.append(int(((reach != 0) & (reach.abs() < tiny)).sum()))
     few, many = counts

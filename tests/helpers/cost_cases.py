@@ -17,7 +17,7 @@ from rtrl.costs.others import bptt, tbptt
 from rtrl.costs.profile import Profile, profile
 from rtrl.costs.textbook import dense_rtrl
 from rtrl.learners import BPTT, TBPTT, DenseRTRL
-from rtrl.profiling.live_bytes import AliveBytes
+from rtrl.profiling.live_bytes import LiveBytes
 from rtrl.profiling.macs import MacCounter
 
 Make = Callable[[nn.Module, int], Any]
@@ -51,7 +51,7 @@ DENSE: dict[str, Callable[[], nn.Module]] = {
     "GRU": lambda: torch_cell(nn.GRUCell),
     "LSTM": lambda: torch_cell(nn.LSTMCell),
     "layers": lambda: seeded(rtrl.cells.from_torch(nn.LSTM(3, 4, num_layers=2)), 0),
-    "no closed form": lambda: seeded(PlainRNN(3, 6), 0),
+    "no analytic step": lambda: seeded(PlainRNN(3, 6), 0),
     "parameters no tap covers": lambda: seeded(OddCell(3, 4), 0),
     "embedding": lambda: seeded(Symbols(), 0),
     "stack of dense cells": lambda: seeded(rtrl.cells.Stack([PlainRNN(3, 4, 3), PlainRNN(3, 2)]), 0),
@@ -124,7 +124,7 @@ def held(make: Make, cell: nn.Module, xs: Tensor) -> dict[str, int]:
 
 def watched(make: Make, cell: nn.Module, xs: Tensor) -> Bytes:
     """The same, and the bytes alive at once."""
-    with AliveBytes() as alive:
+    with LiveBytes() as alive:
         parts = held(make, cell, xs)
     return Bytes(parts, alive.peak)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import oracles
-from rtrl._influence.transition import Transition, compose, flushed, identity
+from rtrl._influence.transition import Transition, compose, flush_subnormals, identity
 
 
 @st.composite
@@ -190,6 +190,6 @@ def test_products_of_contracting_jacobians_never_become_subnormal(dtype: torch.d
 
 def test_flushing_hides_neither_nan_nor_infinity() -> None:
     values = torch.tensor([math.nan, math.inf, -math.inf, 1.0, 1e-40, -1e-38, 0.0])
-    out = flushed(values)
+    out = flush_subnormals(values)
     assert out[0].isnan()
     assert out[1:].tolist() == [math.inf, -math.inf, 1.0, 0.0, 0.0, 0.0]

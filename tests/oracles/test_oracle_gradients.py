@@ -1,4 +1,4 @@
-"""The derivations against one another, against closed forms, and against recursions that are known to be wrong."""
+"""The derivations against one another, against analytic steps, and against recursions that are known to be wrong."""
 
 from __future__ import annotations
 

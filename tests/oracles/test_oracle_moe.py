@@ -1,4 +1,4 @@
-"""The mixture in loops: against tensor algebra, against closed forms, and the properties the page promises."""
+"""The mixture in loops: against tensor algebra, against analytic steps, and the properties the page promises."""
 
 from __future__ import annotations
 

@@ -5,11 +5,11 @@ import torch
 
 from rtrl.errors import ConfigError
 from rtrl.tasks.anbn import AnBn
-from rtrl.tasks.protocol import Moment, Stream
+from rtrl.tasks.protocol import Stream, TaskStep
 
 
-def episodes(stream: Stream, count: int) -> list[list[Moment]]:
-    found: list[list[Moment]] = []
+def episodes(stream: Stream, count: int) -> list[list[TaskStep]]:
+    found: list[list[TaskStep]] = []
     while True:
         moment = next(stream)
         if bool(moment.fresh.all()):
@@ -20,7 +20,7 @@ def episodes(stream: Stream, count: int) -> list[list[Moment]]:
         found[-1].append(moment)
 
 
-def strings(episode: list[Moment]) -> list[tuple[str, int]]:
+def strings(episode: list[TaskStep]) -> list[tuple[str, int]]:
     """The string of every sample and the class asked of it."""
     found = []
     for b in range(len(episode[0].x)):
@@ -79,14 +79,14 @@ def test_the_first_strings_are_these_on_every_machine() -> None:
 def test_loss_and_score_count_the_samples_asked() -> None:
     task = AnBn()
     y = torch.tensor([[0.0, 2.0], [0.0, 2.0], [2.0, 0.0]])
-    moment = Moment(
+    moment = TaskStep(
         torch.zeros(3, 2), torch.tensor([1, 0, 1]), torch.tensor([True, True, False]), torch.zeros(3).bool()
     )
     assert task.score(y, moment) == (1.0, 2)
     right, wrong = (-torch.log_softmax(torch.tensor([0.0, 2.0]), 0)).flip(0)
     assert task.loss(y, moment) is not None
     torch.testing.assert_close(task.loss(y, moment), (right + wrong) / 3)
-    nobody = Moment(moment.x, moment.target, torch.zeros(3).bool(), moment.fresh)
+    nobody = TaskStep(moment.x, moment.target, torch.zeros(3).bool(), moment.fresh)
     assert task.loss(y, nobody) is None and task.score(y, nobody) == (0.0, 0)
 
 
@@ -116,7 +116,7 @@ def test_bad_streams_and_states() -> None:
         stream.load_state_dict({"round": 1})
 
 
-def _parts(moment: Moment) -> list[torch.Tensor]:
+def _parts(moment: TaskStep) -> list[torch.Tensor]:
     return [moment.x, moment.target, moment.asked, moment.fresh]
 
 

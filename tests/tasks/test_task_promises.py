@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rtrl import tasks
 from rtrl.errors import ConfigError
-from rtrl.tasks.protocol import Moment, Stream, Task
+from rtrl.tasks.protocol import Stream, Task, TaskStep
 
 TEXT = (
     "the quick brown fox jumps over the lazy dog; " * 40 + "pack my box with five dozen liquor jugs. " * 40
@@ -32,15 +32,15 @@ def task(request: pytest.FixtureRequest, text: Path) -> Task:
     return tasks.make(request.param, **({"path": str(text)} if request.param == "bytes" else {}))
 
 
-def parts(moment: Moment) -> list[Tensor]:
+def parts(moment: TaskStep) -> list[Tensor]:
     return [moment.x, moment.target, moment.asked, moment.fresh]
 
 
-def take(stream: Stream, steps: int) -> list[Moment]:
+def take(stream: Stream, steps: int) -> list[TaskStep]:
     return [next(stream) for _ in range(steps)]
 
 
-def same(one: list[Moment], two: list[Moment]) -> bool:
+def same(one: list[TaskStep], two: list[TaskStep]) -> bool:
     return all(
         torch.equal(a, b) for m, n in zip(one, two, strict=True) for a, b in zip(parts(m), parts(n), strict=True)
     )
@@ -112,7 +112,7 @@ def test_a_sample_does_not_depend_on_how_many_there_are(name: str) -> None:
         pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     task = tasks.make(name)
     few, many = take(task.stream(2, seed=1), 60), take(task.stream(33, seed=1), 60)
-    assert same(few, [Moment(*(part[:2] for part in parts(moment))) for moment in many])
+    assert same(few, [TaskStep(*(part[:2] for part in parts(moment))) for moment in many])
 
 
 def test_whatever_the_default_device_and_dtype(task: Task) -> None:
@@ -180,7 +180,7 @@ def test_tables_of_a_text_are_the_levels_of_bytes(text: Path) -> None:
     assert 0 < task.solved < task.chance < 8
 
 
-def answer(task: Task, seen: list[Moment]) -> Tensor:
+def answer(task: Task, seen: list[TaskStep]) -> Tensor:
     """What one who knows the task answers at the last of these moments, the episode's first being the first."""
     now, x = seen[-1], torch.stack([moment.x for moment in seen])
     if isinstance(task, tasks.AnBn):
@@ -218,7 +218,7 @@ def test_who_knows_the_pictures_solves_the_digits() -> None:
         known: dict[tuple[float, ...], int] = {}
         right = total = 0
         for turn, seed in enumerate((1, 1)):  # what was seen in the first turn comes again in the second
-            seen: list[Moment] = []
+            seen: list[TaskStep] = []
             for moment in take(task.stream(8, seed=seed), 130):
                 seen = [moment] if bool(moment.fresh.all()) else [*seen, moment]
                 picture = torch.stack([m.x for m in seen])
@@ -228,7 +228,7 @@ def test_who_knows_the_pictures_solves_the_digits() -> None:
                     if turn == 0:
                         known[key] = int(moment.target[b])
                     y = torch.nn.functional.one_hot(torch.tensor([known[key]]), 10).float().expand(8, -1)
-                    alone = Moment(moment.x, moment.target, torch.arange(8) == b, moment.fresh)
+                    alone = TaskStep(moment.x, moment.target, torch.arange(8) == b, moment.fresh)
                     score, count = task.score(y, alone)
                     right, total = right + score, total + count
         assert total > 0 and right / total >= task.solved
@@ -284,7 +284,7 @@ def test_bytes_are_read_on_and_begin_again(text: Path) -> None:
             place = (place + 1) % section
 
 
-def _bytes_at(part: bytes, section: int, moments: list[Moment], place: int) -> bool:
+def _bytes_at(part: bytes, section: int, moments: list[TaskStep], place: int) -> bool:
     for t, moment in enumerate(moments):
         here = (place + t) % section
         if [part[b * section + here] for b in (0, 1)] != moment.x.argmax(dim=1).tolist():

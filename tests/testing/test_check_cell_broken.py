@@ -13,7 +13,7 @@ from test_bad_cells import CLOSING
 from torch import Tensor, nn
 
 from rtrl import Sparsity
-from rtrl.cells import ClosedForm, UnitTap
+from rtrl.cells import AnalyticStep, UnitTap
 from rtrl.testing import cell_checks, check_cell
 
 F64 = torch.float64
@@ -162,10 +162,10 @@ class Known(nn.Module):
         h = torch.tanh(x[:, :1] + h @ self.weight.T)
         return h, h
 
-    def linearize(self, x: Tensor, h: Tensor) -> ClosedForm:
+    def analytic_step(self, x: Tensor, h: Tensor) -> AnalyticStep:
         h_next = (self(x, h)[1].detach() + self.shift).requires_grad_()
         slope = self.slope * (1 - h_next.detach().square())[:, None, None]
-        return ClosedForm(h_next, h_next, [UnitTap(self.weight, None, h.detach(), slope, part=0)])
+        return AnalyticStep(h_next, h_next, [UnitTap(self.weight, None, h.detach(), slope, part=0)])
 
 
 BROKEN: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
@@ -258,8 +258,8 @@ BROKEN: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
     ),
     "old-style function": ("torch.func", lambda: broken(dense(_Old.apply)), "setup_context|autograd.Function"),
     "aliased": ("torch.func", Aliased, "functional_call gives another h_next"),
-    "half a derivative": ("linearize", lambda: Known(0.5), "another derivative with respect to the state"),
-    "another value": ("linearize", lambda: Known(1.0, 1e-3), "another value of the next state"),
+    "half a derivative": ("analytic step", lambda: Known(0.5), "another derivative with respect to the state"),
+    "another value": ("analytic step", lambda: Known(1.0, 1e-3), "another value of the next state"),
 }
 
 

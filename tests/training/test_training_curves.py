@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import rtrl
 from rtrl import errors, tasks, training
 from rtrl.learners import BPTT
-from rtrl.tasks.protocol import Moment, Stream, Task
+from rtrl.tasks.protocol import Stream, Task, TaskStep
 from rtrl.training import Curve, Progress, Row
 
 
@@ -37,7 +37,7 @@ class Stub(Task):
     name, d_in, d_out, measure = "stub", 2, 2, "squared error"
     chance, solved = 1.0, 0.0
 
-    def __init__(self, moment: Callable[[int], Moment]) -> None:
+    def __init__(self, moment: Callable[[int], TaskStep]) -> None:
         self.moment = moment
 
     def stream(self, batch_size: int, **options: Any) -> Stream:
@@ -47,7 +47,7 @@ class Stub(Task):
             def __init__(self) -> None:
                 self.t = -1
 
-            def __next__(self) -> Moment:
+            def __next__(self) -> TaskStep:
                 self.t += 1
                 return task.moment(self.t)
 
@@ -59,22 +59,22 @@ class Stub(Task):
 
         return Steps()
 
-    def loss(self, y: Tensor, moment: Moment) -> Tensor | None:
+    def loss(self, y: Tensor, moment: TaskStep) -> Tensor | None:
         if not bool(moment.asked.any()):
             return None
         return (y - moment.target)[moment.asked].square().sum() / len(y)
 
-    def score(self, y: Tensor, moment: Moment) -> tuple[float, int]:
+    def score(self, y: Tensor, moment: TaskStep) -> tuple[float, int]:
         return float((y.detach() - moment.target)[moment.asked].square().sum()), int(moment.asked.sum())
 
 
-def moment_of(asked: Callable[[int], list[int]], fresh: Callable[[int], list[int]]) -> Callable[[int], Moment]:
+def moment_of(asked: Callable[[int], list[int]], fresh: Callable[[int], list[int]]) -> Callable[[int], TaskStep]:
     """Moments of three samples with random numbers, asked and fresh as told."""
 
-    def moment(t: int) -> Moment:
+    def moment(t: int) -> TaskStep:
         x = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
         flags = [torch.tensor([b in chosen(t) for b in range(3)]) for chosen in (asked, fresh)]
-        return Moment(x, x.roll(1, dims=1), *flags)
+        return TaskStep(x, x.roll(1, dims=1), *flags)
 
     return moment
 
@@ -339,9 +339,9 @@ def test_cells_that_do_not_fit_are_refused_before_anything_is_learned() -> None:
 
 
 def test_a_loss_that_is_not_finite_names_its_step() -> None:
-    def poisoned(t: int) -> Moment:
+    def poisoned(t: int) -> TaskStep:
         moment = moment_of(EVERYONE, NOBODY)(t)
-        return Moment(moment.x, moment.target / (0 if t == 17 else 1), moment.asked, moment.fresh)
+        return TaskStep(moment.x, moment.target / (0 if t == 17 else 1), moment.asked, moment.fresh)
 
     with pytest.raises(errors.NonFiniteError, match="loss of step 17"):
         run(gru(Stub(poisoned)), Stub(poisoned), BPTT)

@@ -106,7 +106,7 @@ def _obeyed(point: Point, laid_down: Sparsity) -> Iterator[Found]:
     if not same_choices(used, laid_down):
         yield _choices("the cell does not make the choices of the Sparsity that it is given", at, used, laid_down)
     elif laid_down.writes is not None:
-        kept = index_sets.put(h_next, laid_down.writes, index_sets.take(at.h, laid_down.writes))
+        kept = index_sets.scatter(h_next, laid_down.writes, index_sets.gather(at.h, laid_down.writes))
         yield from differs("replaying a Sparsity, the cell writes other rows", at, kept, at.h, "row", exact=True)
 
 

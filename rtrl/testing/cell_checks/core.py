@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from rtrl._engine import checks
-from rtrl._engine.analytic import check_closed_form
+from rtrl._engine.analytic import check_analytic_step
 from rtrl._utils import index_sets, pytrees
-from rtrl.cells.analytic import Linearizes
+from rtrl.cells.analytic import HasAnalyticStep
 from rtrl.cells.protocol import same_choices
 from rtrl.errors import CellError
 from rtrl.testing.cell_checks.batching import replay_failures, sample_failures, torch_func_failures
@@ -168,7 +168,7 @@ def _copied(subject: Subject) -> Iterator[Found]:
         if point.sparsity.writes is None:
             continue
         _, h_next, _ = point.run()
-        kept = index_sets.put(h_next, point.sparsity.writes, index_sets.take(point.h, point.sparsity.writes))
+        kept = index_sets.scatter(h_next, point.sparsity.writes, index_sets.gather(point.h, point.sparsity.writes))
         yield from differs(
             "a row that is not declared as written changes (a row that decays is written, too)",
             point,
@@ -293,15 +293,15 @@ def _dtype(subject: Subject) -> Iterator[Found]:
 _check("torch.func")(torch_func_failures)
 
 
-@_check("linearize")
-def _linearize(subject: Subject) -> Iterator[Found]:
-    """Derivatives in closed form, where the cell supplies them, are those of autograd."""
+@_check("analytic step")
+def _analytic_step(subject: Subject) -> Iterator[Found]:
+    """Analytic derivatives, where the cell supplies them, are those of autograd."""
     for point in (p.fresh() for p in subject.points):
         declared = point.sparsity
-        if not isinstance(point.cell, Linearizes) or not (declared.reads is declared.writes is None):
+        if not isinstance(point.cell, HasAnalyticStep) or not (declared.reads is declared.writes is None):
             continue  # the learner asks for them at dense steps alone
         trained = {name: p for name, p in point.cell.named_parameters() if p.requires_grad}
         try:
-            check_closed_form(point.cell, trained, point.x, point.h, point.step)
+            check_analytic_step(point.cell, trained, point.x, point.h, point.step)
         except CellError as error:
-            yield Found(str(error).removeprefix(f"step {point.step}: "), point.step, where="linearize")
+            yield Found(str(error).removeprefix(f"step {point.step}: "), point.step, where="analytic_step")

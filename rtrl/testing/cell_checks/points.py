@@ -55,7 +55,7 @@ class Point:
 
     def heads(self, y: Any, h_next: Tensor) -> Heads:
         """What must not depend on undeclared things: the written rows (B, w, ...), and y leaf by leaf."""
-        return {"the written rows": index_sets.take(h_next, self.sparsity.writes), **leaves(y, self.h.shape[0])}
+        return {"the written rows": index_sets.gather(h_next, self.sparsity.writes), **leaves(y, self.h.shape[0])}
 
     def chosen(self) -> "Point":
         """The same point with the choices that the cell makes there.

@@ -9,7 +9,7 @@ import torch
 
 from rtrl._influence.history import History
 from rtrl.learners.block_rtrl import BlockRTRL
-from rtrl.profiling.live_bytes import AliveBytes
+from rtrl.profiling.live_bytes import LiveBytes
 from rtrl.verification.harness.problems import Mixture, Problem, Run
 
 
@@ -25,7 +25,7 @@ class Meter(Protocol):
 @contextmanager
 def alive() -> Iterator[Meter]:
     """The bytes of all tensors alive at once, storage by storage."""
-    with AliveBytes() as meter:
+    with LiveBytes() as meter:
         yield meter
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtrl.tasks.protocol import Moment, Task
+from rtrl.tasks.protocol import Task, TaskStep
 from rtrl.training import Learner, evaluate
 
 MakeLearner = Callable[[nn.Module, int], Learner]
@@ -65,7 +65,7 @@ class Pupil:
         self._optimizer = torch.optim.Adam(self._parameters, lr=lesson.rate)
         self.most_bytes, self._looked = 0, 0
 
-    def round(self, moments: Sequence[Moment]) -> tuple[float, int]:
+    def round(self, moments: Sequence[TaskStep]) -> tuple[float, int]:
         """Learn from one episode: the sum of the scores, and how many answers there were."""
         score, asked = 0.0, 0
         self._learner.reset()
@@ -90,7 +90,7 @@ class Pupil:
         return score, asked
 
 
-def rounds_of(lesson: Lesson, like: Tensor) -> Iterator[list[Moment]]:
+def rounds_of(lesson: Lesson, like: Tensor) -> Iterator[list[TaskStep]]:
     """The episodes of a lesson, without end."""
     stream = lesson.task.stream(lesson.batch_size, seed=lesson.seed, dtype=like.dtype, device=like.device)
     moments = [next(stream)]
