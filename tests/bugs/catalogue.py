@@ -1,93 +1,256 @@
-"""Bugs that implementations of these ideas really had, each put into the code in memory, with the check that must catch it.
+"""Bugs that implementations of these ideas really had, each put into the code in memory, and the check that catches it.
 
 Numbers up to 28 were seen in other people's code; those from 29 on were met, or nearly made, while this was written.
+
+A bug is a wrong function in the place of another (``replaced``) or a change where a function has a certain form
+(``swapped``). Either way it is tied to names that are imported here, once, and to as few others as it can be.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from rtrl._engine import analytic, checks, immediate, linearization, linearizer, losses, output_jacobian, reverse_sweep
-from rtrl._engine import block as block_module
-from rtrl._engine import step as forward_step
-from rtrl._engine.parameter_guard import ParameterGuard
-from rtrl._influence import catch_up, history, segment_tree, store, transition
-from rtrl._utils import index_sets
-from rtrl.cells import moe, stack, torch_derivatives
-from rtrl.learners import block_rtrl
-from rtrl.learners import state as saved_state
+import torch
+from breaking import Break, replaced, swapped
+from torch import Tensor
+from torch.nn.functional import hardshrink
 
-Tree, Learner = segment_tree.CircularSegmentTree, block_rtrl.BlockRTRL
-Influence = store.ParameterInfluence
+from rtrl._engine.analytic import check_analytic_step
+from rtrl._engine.block import _earn, close_block
+from rtrl._engine.checks import check_copied, check_finite
+from rtrl._engine.contract import taps_mixing_samples
+from rtrl._engine.immediate import DenseImmediate, _batches, active, births
+from rtrl._engine.linearization import _over_samples, joined
+from rtrl._engine.linearizer import Linearizer
+from rtrl._engine.losses import give
+from rtrl._engine.output_jacobian import UnitwiseOutputJacobian
+from rtrl._engine.parameter_guard import ParameterGuard
+from rtrl._engine.reverse_sweep import _joined, _one_by_one, _onward, _scan, _start, sweep
+from rtrl._engine.step import _own_input, take
+from rtrl._influence.catch_up import _Legs, _of
+from rtrl._influence.history import History
+from rtrl._influence.segment_tree import CircularSegmentTree as Tree
+from rtrl._influence.store import ParameterInfluence as Influence
+from rtrl._influence.transition import compose, flush_subnormals
+from rtrl._utils.index_sets import zero
+from rtrl.cells import RecurrentMoE, Stack
+from rtrl.cells.torch_derivatives import derivatives
+from rtrl.errors import NonFiniteError
+from rtrl.learners.block_rtrl import BlockRTRL as Learner
+from rtrl.learners.state import _step_state
+
+Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Bug:
-    """A bug: its number and name, its edits (a function, and pairs of old and new text in it), the check that must catch it."""
+    """A bug: its number and name, what breaks the code, and the check that must catch it."""
 
     number: int
     name: str
-    edits: tuple[tuple[Any, ...], ...]
+    breaks: tuple[Break, ...]
     check: str
 
+
+def swap(function: Any, find: str, put: str) -> Break:
+    """What breaks a function where it has the form ``find``; see ``breaking.swapped``."""
+    return partial(swapped, function, find, put)
+
+
+def wrong(function: Any, make: Callable[[Function], Function]) -> Break:
+    """What puts ``make(function)`` in the place of a function; see ``breaking.replaced``."""
+    return partial(replaced, function, make)
+
+
+def idle(function: Function) -> Function:
+    """A function that does nothing."""
+    return lambda *args, **options: None
+
+
+# ---------------------------------------------------------------------- wrong functions that take some lines
+
+
+def takes_an_empty_range_for_all(nodes: Function) -> Function:
+    def wrong_nodes(self: Tree[Any], start: int, stop: int) -> Any:
+        return nodes(self, self.oldest, self.stop) if start == stop else nodes(self, start, stop)
+
+    return wrong_nodes
+
+
+def pays_after_moving(advance: Function) -> Function:
+    def wrong_advance(self: Influence, block: Any, gradient: Tensor) -> None:
+        advance(self, block, torch.zeros_like(gradient))
+        moved = self.values.clone()
+        advance(self, block, gradient)
+        self.values.copy_(moved)
+
+    return wrong_advance
+
+
+def pays_the_mean(advance: Function) -> Function:
+    def wrong_advance(self: Influence, block: Any, gradient: Tensor) -> None:
+        paid = torch.zeros_like(gradient)
+        advance(self, block, paid)
+        gradient += paid / self.batch_size
+
+    return wrong_advance
+
+
+def carries_nothing(advance: Function) -> Function:
+    def wrong_advance(self: Influence, block: Any, gradient: Tensor) -> None:
+        advance(self, block, gradient)
+        self.values.zero_()
+
+    return wrong_advance
+
+
+def transposes_dense_jacobians(sweep: Function) -> Function:
+    def wrong_group(group: Any) -> Any:
+        sparse = group.writes is not None or group.cols is not None
+        return group if sparse else replace(group, jacobian=lambda *steps: group.jacobian(*steps).mT)
+
+    return lambda groups, *rest: sweep([wrong_group(group) for group in groups], *rest)
+
+
+def keeps_y(step: Function) -> Function:
+    def wrong_step(self: Learner, x: Any, **options: Any) -> Any:
+        y = step(self, x, **options)
+        self.__dict__.setdefault("_kept", []).append(y)
+        return y
+
+    return wrong_step
+
+
+def makes_numbers_of_nan(check: Function) -> Function:
+    def wrong_check(what: str, value: Tensor, step: int) -> None:
+        try:
+            check(what, value, step)
+        except NonFiniteError:
+            value.nan_to_num_(0.0, 0.0, 0.0)
+
+    return wrong_check
+
+
+def gives_up_an_open_block(sync: Function) -> Function:
+    def wrong_sync(self: Learner, dormant: bool = True) -> None:
+        if not self.at_block_end:
+            self._give_up_block()
+        sync(self, dormant)
+
+    return wrong_sync
+
+
+def lets_the_last_use_win(births: Function) -> Function:
+    def wrong_births(group: Any, *rest: Any) -> Any:
+        last = {tap.tap.name: tap for tap in group.taps if tap.response is not None}
+        return births(replace(group, taps=list(last.values())), *rest)
+
+    return wrong_births
+
+
+def forgets_the_adjoint_so_far(onward: Function) -> Function:
+    def wrong_onward(product: Tensor, adjoint: Tensor | None, out: Tensor) -> None:
+        onward(product, adjoint, out)
+        if adjoint is not None:
+            out[:, -1] = adjoint
+
+    return wrong_onward
+
+
+def marks_losses(give: Function) -> Function:
+    def marking_give(loss: Any, outputs: list[Any], *rest: Any) -> None:
+        give(loss, outputs, *rest)
+        for leaf in outputs:
+            leaf.marked = True
+
+    return marking_give
+
+
+def drops_losses_not_marked(linearize: Function) -> Function:
+    def wrong_linearize(self: Linearizer, steps: Any, *rest: Any) -> Any:
+        for leaf in (leaf for step in steps for leaf in step.outputs):
+            leaf.grad = leaf.grad if hasattr(leaf, "marked") else None
+        return linearize(self, steps, *rest)
+
+    return wrong_linearize
+
+
+def gives_everyone_a_gradient(sync: Function) -> Function:
+    def wrong_sync(self: Learner, dormant: bool = True) -> None:
+        sync(self, dormant)
+        for parameter in self.cell.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+    return wrong_sync
+
+
+def wrong_step(change: Callable[[RecurrentMoE, Tensor, Tensor], tuple[Any, Tensor]]) -> Break:
+    """Steps of the mixture with another y and next state, ``change(cell, y, h_next)``."""
+
+    def make(forward: Function) -> Function:
+        def wrong_forward(self: RecurrentMoE, *args: Any, **options: Any) -> tuple[Any, ...]:
+            y, h_next, sparsity = forward(self, *args, **options)
+            return (*change(self, y, h_next), sparsity)
+
+        return wrong_forward
+
+    return wrong(RecurrentMoE.forward, make)
+
+
+def counts_calls(cell: RecurrentMoE, y: Tensor, h_next: Tensor) -> tuple[Tensor, Tensor]:
+    calls = cell.__dict__["_calls"] = cell.__dict__.get("_calls", 0) + 1
+    return y + 1e-3 * calls, h_next
+
+
+def adds_a_bias_put_aside(cell: RecurrentMoE, y: Tensor, h_next: Tensor) -> tuple[Tensor, Tensor]:
+    return y + cell.__dict__.setdefault("_aside", cell.head.bias), h_next
+
+
+# ---------------------------------------------------------------------- the bugs
+
+PARAMETERS_ARE_NOT_WATCHED = wrong(ParameterGuard.check, lambda check: lambda self, open_steps: check(self, []))
+CLOSED_FORMS_ARE_BELIEVED = wrong(check_analytic_step, idle)
 
 BUGS = [
     Bug(
         1,
         "a wrapped range is composed newest first",
-        (
-            (
-                Tree.nodes,
-                (
-                    "self.capacity, start - first), first, self.capacity, parts)",
-                    "self.capacity, start - first + self.capacity), 0, last, parts)",
-                ),
-                (
-                    "self.capacity, start - first + self.capacity), 0, last, parts)\n    return",
-                    "self.capacity, start - first), first, self.capacity, parts)\n    return",
-                ),
-            ),
-        ),
+        (wrong(Tree.nodes, lambda nodes: lambda *args: sorted(nodes(*args), key=lambda node: node.low)),),
         "tree_in_order",
     ),
     Bug(
         2,
         "the influence advances before the adjoint meets it",
-        (
-            (
-                Influence.advance,
-                (
-                    "torch.sum(moved[:, -1], dim=0",
-                    "torch.sum((block.adjoint.unsqueeze(1) @ moved[:, :-1])[:, 0], dim=0",
-                ),
-            ),
-        ),
+        (wrong(Influence.advance, pays_after_moving),),
         "learner: dense cell",
     ),
     Bug(
         3,
         "losses that fall while a slice sleeps are dropped",
-        ((history.History._sweep, ("earn=earn)", "earn=earn and leg.stop == self.now)")),),
+        (
+            swap(
+                History._sweep,
+                "FOUND[LEG.start] = PRODUCT.pull(FOUND[LEG.stop], earn=EARN)",
+                "FOUND[LEG.start] = PRODUCT.pull(FOUND[LEG.stop], earn=EARN and LEG.stop == self.now)",
+            ),
+        ),
         "learner: sleeping slices",
     ),
     Bug(
         4,
         "a decaying row passes as unwritten",
-        (
-            (checks.check_copied, ("if bool(changed.any())", "if False")),
-            (linearizer.Linearizer._only_written, ("if writes is None:", "if True:")),
-        ),
+        (wrong(check_copied, idle), wrong(Linearizer._only_written, idle)),
         "under_declared",
     ),
     Bug(
         5,
         "columns that matter are cut",
         (
-            (
-                linearizer.Linearizer._group,
-                (
-                    "index_sets.union(sparsity.reads, sparsity.writes, n)",
-                    "index_sets.union(sparsity.writes, sparsity.writes, n)",
-                ),
+            swap(
+                Linearizer._group,
+                "ROWS.union(SPARSITY.reads, SPARSITY.writes, SIZE)",
+                "ROWS.union(SPARSITY.writes, SPARSITY.writes, SIZE)",
             ),
         ),
         "learner: sparse rows",
@@ -95,43 +258,45 @@ BUGS = [
     Bug(
         6,
         "the batch's mean in place of its sum",
-        ((Influence.advance, ("torch.sum(moved", "torch.mean(moved")),),
+        (wrong(Influence.advance, pays_the_mean),),
         "learner: own streams",
     ),
     Bug(
         7,
         "a slice older than the window is not caught up",
-        ((Learner._close_block, ("if expiring is not None", "if False")),),
+        (wrong(History.expiring, idle),),
         "learner: long sleep",
     ),
     Bug(
         8,
         "the current block is applied twice at wake-up",
-        (
-            (
-                Learner._advance,
-                ("influence.clock[own] = self._history.now", "influence.clock[own] = self._history.now - 1"),
-            ),
-        ),
+        (swap(Learner._advance, "INFLUENCE.clock[ROWS] = NOW", "INFLUENCE.clock[ROWS] = NOW - 1"),),
         "learner: sparse rows",
     ),
     Bug(
         9,
         "rows are overwritten while they are still being read",
-        ((index_sets.zero, ("values.scatter(", "values.scatter_(")),),
+        (swap(zero, "VALUES.scatter(...)", "VALUES.scatter_(...)"),),
         "learner: sparse rows",
     ),
     Bug(
         10,
         "the immediate Jacobian is added before catching up",
         (
-            (
+            swap(
                 Learner._close_block,
-                ("influence.advance(result.transition, self._gradient(name))", "pass"),
-                (
-                    "    result.add_immediate(self._influences, rows)\n",
-                    "    result.add_immediate(self._influences, rows)\n    for name, influence in self._influences.items():\n        if not influence.sliced:\n            influence.advance(result.transition, self._gradient(name))\n",
-                ),
+                """
+for NAME, INFLUENCE in INFLUENCES.items():
+    if not INFLUENCE.sliced:
+        ...
+RESULT.add_immediate(INFLUENCES, ROWS)
+""",
+                """
+RESULT.add_immediate(INFLUENCES, ROWS)
+for NAME, INFLUENCE in INFLUENCES.items():
+    if not INFLUENCE.sliced:
+        ...
+""",
             ),
         ),
         "learner: dense cell",
@@ -139,51 +304,41 @@ BUGS = [
     Bug(
         11,
         "a reset leaves influence and clocks behind",
-        ((Influence.drop, ("& (self._row >= 0)", "& (self._row < -1)")),),
+        (wrong(Influence.drop, idle),),
         "learner: resets",
     ),
     Bug(
         12,
         "the Jacobian is transposed",
-        (
-            (reverse_sweep._scan, ("jacobians = group.jacobian(0, m)", "jacobians = group.jacobian(0, m).mT")),
-            (
-                reverse_sweep._one_by_one,
-                ("_by_step(group.jacobian(start, stop))", "_by_step(group.jacobian(start, stop).mT)"),
-            ),
-        ),
+        (wrong(sweep, transposes_dense_jacobians),),
         "learner: layers",
     ),
     Bug(
         13,
         "identity rows are lost in composition",
-        ((transition.compose, ("old.masked_fill(read[:, :, None, None], 0.0)", "torch.zeros_like(old)")),),
+        (swap(compose, "OLD.masked_fill(READ[:, :, None, None], 0.0)", "torch.zeros_like(OLD)"),),
         "learner: sleeping slices",
     ),
     Bug(
         14,
         "a remembered node outlives the leaf under it",
-        ((Tree._value, (" or self._stamps[node.place] != node.start", "")),),
+        (swap(Tree._value, "VALUE is None or STAMP != NODE.start", "VALUE is None"),),
         "tree_in_order",
     ),
     Bug(
         15,
         "one sample's index sets serve all",
-        (
-            (
-                catch_up._of,
-                ("index_sets.select_samples(t, samples)", "index_sets.select_samples(t, samples * 0)"),
-            ),
-        ),
+        (swap(_of, "ROWS.select_samples(INDEX, SAMPLES)", "ROWS.select_samples(INDEX, SAMPLES * 0)"),),
         "learner: sparse rows",
     ),
     Bug(
         16,
         "gradient leaks to experts that were not chosen",
         (
-            (
-                moe.RecurrentMoE.forward,
-                ("logits.gather(1, experts).softmax(dim=-1)", "logits.softmax(dim=-1).gather(1, experts)"),
+            swap(
+                RecurrentMoE.forward,
+                "LOGITS.gather(1, EXPERTS).softmax(dim=-1)",
+                "LOGITS.softmax(dim=-1).gather(1, EXPERTS)",
             ),
         ),
         "cell: active slices are declared",
@@ -191,102 +346,83 @@ BUGS = [
     Bug(
         17,
         "the loss's direct path to the parameters is dropped",
-        ((block_module._earn, ("if weight is None else weight + tap.earned", "if weight is None else weight")),),
+        (
+            swap(
+                _earn,
+                "TAP.earned if WEIGHT is None else WEIGHT + TAP.earned",
+                "TAP.earned if WEIGHT is None else WEIGHT",
+            ),
+        ),
         "learner: dense cell",
     ),
     Bug(
         18,
         "what a step returned is kept alive",
-        (
-            (
-                Learner.step,
-                (
-                    "    self._taken += 1\n",
-                    "    self._taken += 1\n    self.__dict__.setdefault('_kept', []).append(y)\n",
-                ),
-            ),
-        ),
+        (wrong(Learner.step, keeps_y),),
         "learner: memory does not grow",
     ),
     Bug(
         19,
         "the carry between blocks is dropped: truncated BPTT",
-        ((Influence.advance, ("columns.copy_(moved[:, :-1]", "columns.copy_(0 * moved[:, :-1]")),),
+        (wrong(Influence.advance, carries_nothing),),
         "learner: dense cell",
     ),
     Bug(
         20,
         "a reset touches the other samples",
-        ((Learner.reset, ("influence.drop(samples)", "influence.drop(samples | True)")),),
+        (wrong(Influence.drop, lambda drop: lambda self, samples: drop(self, samples | True)),),
         "learner: resets",
     ),
     Bug(
         21,
         "layers are cut apart",
-        ((stack.Stack.forward, ("call_cell(layer, y, ", "call_cell(layer, y.detach(), ")),),
+        (
+            swap(
+                Stack.forward,
+                "OUT, NEXT, USED = CALL(LAYER, OUT, ...)",
+                "OUT, NEXT, USED = CALL(LAYER, OUT.detach(), ...)",
+            ),
+        ),
         "layers_by_hand",
     ),
     Bug(
         22,
         "NaN is turned to zero in silence",
-        (
-            (
-                checks.check_finite,
-                (
-                    "if not _tree.finite(value):",
-                    "if not _tree.finite(value):\n        value.nan_to_num_(0.0, 0.0, 0.0)\n    if False:",
-                ),
-            ),
-        ),
+        (wrong(check_finite, makes_numbers_of_nan),),
         "learner: error inputs",
     ),
     Bug(
         23,
         "parameters changed inside an open block pass",
-        ((ParameterGuard.check, ("if changed:", "if False:")),),
+        (PARAMETERS_ARE_NOT_WATCHED,),
         "parameters_changed_in_an_open_block",
     ),
     Bug(
         24,
         "a near tie is decided again",
-        ((linearizer.Linearizer._group, ("replay = sparsity if self._replays else None", "replay = None")),),
+        (swap(Linearizer._group, "REPLAY = CHOICES if REPLAYS else None", "REPLAY = None"),),
         "learner: near ties",
     ),
     Bug(
         25,
         "an empty range returns the whole window",
-        (
-            (
-                Tree.nodes,
-                (
-                    "if start == stop:\n        return parts",
-                    "if start == stop:\n        start, stop = self.oldest, self._stop\n    if start == stop:\n        return parts",
-                ),
-            ),
-        ),
+        (wrong(Tree.nodes, takes_an_empty_range_for_all),),
         "tree_in_order",
     ),
     Bug(
         26,
         "old Jacobians are applied again",
-        (
-            (
-                catch_up._Legs.apply,
-                ("if clock <= leg.start)", "if clock <= leg.start + 1)"),
-            ),
-        ),
+        (swap(_Legs.apply, "CLOCK <= LEG.start", "CLOCK <= LEG.start + 1"),),
         "learner: sparse rows",
     ),
     Bug(
         27,
         "the written rows' own columns are dropped",
         (
-            (
-                linearizer.Linearizer._group,
-                (
-                    "index_sets.union(sparsity.reads, sparsity.writes, n)",
-                    "index_sets.union(sparsity.reads, sparsity.reads, n)",
-                ),
+            swap(
+                Linearizer._group,
+                "ROWS.union(SPARSITY.reads, SPARSITY.writes, SIZE)",
+                "ROWS.union(SPARSITY.reads, SPARSITY.reads, SIZE)",
             ),
         ),
         "learner: sparse rows",
@@ -295,9 +431,10 @@ BUGS = [
         28,
         "a kernel assumes float32",
         (
-            (
+            swap(
                 Influence.add_products,
-                ("born = torch.bmm(left.mT, right)", "born = torch.bmm(left.mT.float(), right.float()).to(left.dtype)"),
+                "torch.bmm(LEFT.mT, RIGHT)",
+                "torch.bmm(LEFT.mT.float(), RIGHT.float()).to(LEFT.dtype)",
             ),
         ),
         "learner: sleeping slices",
@@ -305,91 +442,65 @@ BUGS = [
     Bug(
         29,
         "sleeping slices are paid twice",
-        ((Learner._pay, ("times.tolist(), self._paid)", "times.tolist(), 0)")),),
+        (wrong(History.owed, lambda owed: lambda self, clocks, paid: owed(self, clocks, 0)),),
         "learner: early deliveries",
     ),
     Bug(
         30,
         "an early sync gives the open block up",
-        (
-            (
-                Learner.sync,
-                ("    self._close()\n", "    self._close() if self.at_block_end else self._give_up_block()\n"),
-            ),
-        ),
+        (wrong(Learner.sync, gives_up_an_open_block),),
         "learner: early deliveries",
     ),
     Bug(
         31,
         "parameters outside linear maps are forgotten",
-        ((block_module.close_block, ("dense[name] = dense[name] + value if name in dense else value", "pass")),),
+        (wrong(close_block, lambda close: lambda *args: replace(close(*args), dense={})),),
         "learner: unusual parameters",
     ),
     Bug(
         32,
         "of two uses of a parameter the last one wins",
-        (
-            (
-                immediate.births,
-                ("shared.setdefault(id(tap.response), [])", "shared.setdefault(tap.tap.name, [])"),
-                ("append(tap)\n    for taps", "__setitem__(slice(None), [tap])\n    for taps"),
-            ),
-        ),
+        (wrong(births, lets_the_last_use_win),),
         "learner: shared parameters",
     ),
     Bug(
         33,
         "the adjoint does not travel inside a block",
-        ((reverse_sweep._onward, ("torch.add(product[:, -1], adjoint, out=out[:, -1])", "out[:, -1] = adjoint")),),
+        (wrong(_onward, forgets_the_adjoint_so_far),),
         "learner: one loss at the end",
     ),
     Bug(
         34,
         "gradients of an open block are not saved",
-        (
-            (
-                saved_state._step_state,
-                (
-                    "[None if leaf.grad is None else leaf.grad.clone() for leaf in step.outputs]",
-                    "[None for leaf in step.outputs]",
-                ),
-            ),
-        ),
+        (wrong(_step_state, lambda state: lambda step: {**state(step), "grads": [None for _ in step.outputs]}),),
         "learner: saved and loaded",
     ),
     Bug(
         35,
         "a first state of zeros hides that samples mix",
-        ((linearizer.Linearizer._group, ("if (*key, m) not in self._verified:", "if False:")),),
+        (wrong(taps_mixing_samples, lambda taps: lambda *args: set()),),
         "samples_apart",
     ),
     Bug(
         36,
         "reads that are not declared pass",
-        ((linearizer.Linearizer._only_declared, ("if bool(stray.any()):", "if False:")),),
+        (wrong(Linearizer._only_declared, idle),),
         "under_declared",
     ),
     Bug(
         37,
         "slices that a step does not name count as asleep",
-        (
-            (
-                immediate.active,
-                ("torch.arange(slices, device=device)", "torch.arange(slices if slices == 1 else 0, device=device)"),
-            ),
-        ),
+        (swap(active, "torch.arange(SLICES, ...)", "torch.arange(SLICES if SLICES == 1 else 0, ...)"),),
         "learner: everything declared now and then",
     ),
     Bug(
         38,
         "y goes through half precision",
         (
-            (
-                forward_step.take,
-                (
-                    "y = _tree.map_tensors(torch.clone, y)",
-                    "y = _tree.map_tensors(lambda value: value.to(torch.bfloat16).to(value.dtype), y)",
-                ),
+            swap(
+                take,
+                "OUT = MAP(torch.clone, OUT)",
+                "OUT = MAP(lambda value: value.to(torch.bfloat16).to(value.dtype), OUT)",
             ),
         ),
         "learner: interface",
@@ -397,19 +508,22 @@ BUGS = [
     Bug(
         39,
         "small products are set to zero too early",
-        ((transition.flush_subnormals, ("kind.tiny / kind.eps", "0.05")),),
+        (
+            wrong(
+                flush_subnormals,
+                lambda flush_subnormals: lambda product, out=None: flush_subnormals(hardshrink(product, 0.05), out),
+            ),
+        ),
         "learner: long stream",
     ),
     Bug(
         40,
         "a step without a loss is given that of another",
         (
-            (
-                linearizer.Linearizer._earn,
-                (
-                    "torch.zeros_like(step.outputs[place]) if g is None else g",
-                    "next(v for v in given if v is not None) if g is None else g",
-                ),
+            swap(
+                Linearizer._earn,
+                "[ZERO if OWN is None else OWN for STEP, OWN in zip(STEPS, GIVEN, ...)]",
+                "[next(g for g in GIVEN if g is not None) if OWN is None else OWN for STEP, OWN in zip(STEPS, GIVEN)]",
             ),
         ),
         "learner: losses now and then",
@@ -417,65 +531,50 @@ BUGS = [
     Bug(
         41,
         "the second loss of a step replaces the first",
-        ((losses.give, (" if leaf.grad is None else (leaf.grad + gradient).detach()", "")),),
+        (swap(give, "LEAF.grad = NEW if LEAF.grad is None else SUM", "LEAF.grad = NEW"),),
         "learner: several losses a step",
     ),
     Bug(
         42,
         "the buffer of the gradient is not cleared",
-        (
-            (
-                Learner._gradient,
-                ("torch.zeros_like(self._parameters[name])", "torch.full_like(self._parameters[name], 1e-3)"),
-            ),
-        ),
+        (swap(Learner._gradient, "torch.zeros_like(PARAMETER)", "torch.full_like(PARAMETER, 1e-3)"),),
         "learner: no loss at all",
     ),
     Bug(
         43,
         "an early sync leaves its open block to the new parameters",
         (
-            (
-                Learner.sync,
-                ("    self._close()\n", "    self._close() if self.at_block_end or self._guard is None else None\n"),
-            ),
-            (ParameterGuard.check, ("if changed:", "if False:")),
+            swap(Learner.sync, "self.CLOSE()", "if self.at_block_end:\n    self.CLOSE()"),
+            PARAMETERS_ARE_NOT_WATCHED,
         ),
         "learner: changed parameters",
     ),
     Bug(
         44,
         "an influence is handed out without catching up",
-        ((Learner.influence, ("    self._advance({name: influence.held()})\n", "")),),
+        (swap(Learner.influence, "self.ADVANCE({NAME: INFLUENCE.held()})", ""),),
         "learner: influence",
     ),
     Bug(
         45,
         "gradients are float64 whatever the parameters",
-        (
-            (
-                Learner._gradient,
-                (
-                    "torch.zeros_like(self._parameters[name])",
-                    "torch.zeros_like(self._parameters[name], dtype=torch.float64)",
-                ),
-            ),
-        ),
+        (swap(Learner._gradient, "torch.zeros_like(PARAMETER)", "torch.zeros_like(PARAMETER, dtype=torch.float64)"),),
         "learner: float32",
     ),
     Bug(
         46,
         "the cell is left in evaluation mode",
-        ((forward_step._run, ("    h = h.clone()\n", "    h = h.clone()\n    cell.eval()\n")),),
+        (wrong(take, lambda take: lambda cell, *rest: take(cell.eval(), *rest)),),
         "learner: the cell is left alone",
     ),
     Bug(
         47,
         "a choice lies beyond the last slot",
         (
-            (
-                moe.RecurrentMoE.forward,
-                ("self.choices(reads, writes, experts)", "self.choices(reads, writes + 4, experts)"),
+            swap(
+                RecurrentMoE.forward,
+                "self.choices(READS, WRITES, EXPERTS)",
+                "self.choices(READS, WRITES + 4, EXPERTS)",
             ),
         ),
         "cell: returns",
@@ -483,36 +582,29 @@ BUGS = [
     Bug(
         48,
         "the state grows a row a step",
-        ((moe.RecurrentMoE.forward, ("return y, h_next,", "return y, torch.cat([h_next, h_next[:, :1]], dim=1),")),),
+        (wrong_step(lambda cell, y, h_next: (y, torch.cat([h_next, h_next[:, :1]], dim=1))),),
         "cell: state keeps its form",
     ),
     Bug(
         49,
         "y is one number for the batch",
-        ((moe.RecurrentMoE.forward, ("return y, h_next,", "return y.sum(), h_next,")),),
+        (wrong_step(lambda cell, y, h_next: (y.sum(), h_next)),),
         "cell: y per sample",
     ),
     Bug(
         50,
         "a square root has no derivative at zero",
-        (
-            (
-                moe.RecurrentMoE.forward,
-                ("return y, h_next,", "return y + (0 * y).square().sum(dim=1, keepdim=True).sqrt(), h_next,"),
-            ),
-        ),
+        (wrong_step(lambda cell, y, h_next: (y + (0 * y).square().sum(dim=1, keepdim=True).sqrt(), h_next)),),
         "cell: finite",
     ),
     Bug(
         51,
         "the router explores by chance",
         (
-            (
-                moe.RecurrentMoE.forward,
-                (
-                    "logits = self.router(_rms(z.mean(dim=1)))",
-                    "logits = self.router(_rms(z.mean(dim=1)))\n    logits = logits + 0.1 * torch.rand_like(logits)",
-                ),
+            swap(
+                RecurrentMoE.forward,
+                "LOGITS = self.router(INPUT)",
+                "LOGITS = self.router(INPUT)\nLOGITS = LOGITS + 0.1 * torch.rand_like(LOGITS)",
             ),
         ),
         "cell: pure",
@@ -520,39 +612,35 @@ BUGS = [
     Bug(
         52,
         "what is computed depends on what was computed before",
-        (
-            (
-                moe.RecurrentMoE.forward,
-                (
-                    "return y, h_next,",
-                    "self.__dict__['_calls'] = self.__dict__.get('_calls', 0) + 1\n    return y + 1e-3 * self._calls, h_next,",
-                ),
-            ),
-        ),
+        (wrong_step(counts_calls),),
         "cell: deterministic",
     ),
     Bug(
         53,
         "slots that are not written decay",
-        ((moe.RecurrentMoE.forward, ("h_next = h.scatter(", "h_next = (0.99 * h).scatter(")),),
+        (swap(RecurrentMoE.forward, "h.scatter(...)", "(0.99 * h).scatter(...)"),),
         "cell: unwritten rows are copied",
     ),
     Bug(
         54,
         "slots that are not written are copied without their derivative",
-        ((moe.RecurrentMoE.forward, ("h_next = h.scatter(", "h_next = h.detach().scatter(")),),
+        (swap(RecurrentMoE.forward, "h.scatter(...)", "h.detach().scatter(...)"),),
         "cell: unwritten rows are copied in derivative",
     ),
     Bug(
         55,
         "the read's softmax runs over all slots",
         (
-            (
-                moe.RecurrentMoE.forward,
-                (
-                    "z = reads.shape[1] * scores.softmax(dim=-1).unsqueeze(-1) * labelled",
-                    "every = torch.einsum('bd,bnd->bn', query, h + self.slot_embedding) / math.sqrt(self.d_model)\n    z = reads.shape[1] * every.softmax(dim=-1).gather(1, reads).unsqueeze(-1) * labelled",
-                ),
+            swap(
+                RecurrentMoE.forward,
+                """
+SCORES = torch.einsum("bd,brd->br", QUERY, SLOTS) / SCALE
+READ = READS.shape[1] * SCORES.softmax(dim=-1).unsqueeze(-1) * SLOTS
+""",
+                """
+SCORES = torch.einsum("bd,bnd->bn", QUERY, h + self.slot_embedding) / SCALE
+READ = READS.shape[1] * SCORES.softmax(dim=-1).gather(1, READS).unsqueeze(-1) * SLOTS
+""",
             ),
         ),
         "cell: reads are declared",
@@ -561,12 +649,10 @@ BUGS = [
         56,
         "scores are normalised over the batch",
         (
-            (
-                moe.RecurrentMoE.forward,
-                (
-                    "logits = self.router(_rms(z.mean(dim=1)))",
-                    "logits = self.router(_rms(z.mean(dim=1)))\n    logits = logits - logits.mean(dim=0)",
-                ),
+            swap(
+                RecurrentMoE.forward,
+                "LOGITS = self.router(INPUT)",
+                "LOGITS = self.router(INPUT)\nLOGITS = LOGITS - LOGITS.mean(dim=0)",
             ),
         ),
         "cell: samples do not meet",
@@ -575,12 +661,10 @@ BUGS = [
         57,
         "a replay of experts is not obeyed",
         (
-            (
-                moe.RecurrentMoE.forward,
-                (
-                    "    if replay is None:\n        experts = top(logits, self.topk)\n",
-                    "    experts = top(logits, self.topk)\n",
-                ),
+            swap(
+                RecurrentMoE.forward,
+                "if replay is None:\n    EXPERTS = TOP(LOGITS, self.topk)",
+                "EXPERTS = TOP(LOGITS, self.topk)",
             ),
         ),
         "cell: replay",
@@ -588,72 +672,49 @@ BUGS = [
     Bug(
         58,
         "a constant is made in float32",
-        ((moe.RecurrentMoE.forward, ("return y, h_next,", "return y + torch.zeros(1, dtype=torch.float64), h_next,")),),
+        (wrong_step(lambda cell, y, h_next: (y + torch.zeros(1, dtype=torch.float64), h_next)),),
         "cell: dtype and device are carried through",
     ),
     Bug(
         59,
         "a weight is used that was put aside at first sight",
-        (
-            (
-                moe.RecurrentMoE.forward,
-                (
-                    "return y, h_next,",
-                    "kept = self.__dict__.setdefault('_kept', self.head.bias.detach().clone())\n    return y + kept - kept.detach() + 0 * self.head.bias + self.__dict__.setdefault('_aside', self.head.bias), h_next,",
-                ),
-            ),
-        ),
+        (wrong_step(adds_a_bias_put_aside),),
         "cell: torch.func",
     ),
     Bug(
         60,
         "the write gate forgets its score",
-        (
-            (
-                moe.RecurrentMoE.forward,
-                ("torch.sigmoid(self.gate(source) + _rows(write_scores, place))", "torch.sigmoid(self.gate(source))"),
-            ),
-        ),
+        (swap(RecurrentMoE.forward, "self.gate(SOURCE) + SCORE", "self.gate(SOURCE)"),),
         "cell_equals_loops",
     ),
     Bug(
         61,
         "a loss that was not handed to the learner is dropped",
-        (
-            (
-                Learner._close_block,
-                (
-                    "    span = f",
-                    "    if not self._given:\n        for step in self._steps:\n            for leaf in step.outputs:\n                leaf.grad = None\n    span = f",
-                ),
-            ),
-        ),
+        (wrong(give, marks_losses), wrong(Linearizer.__call__, drops_losses_not_marked)),
         "learner: plain backward",
     ),
     Bug(
         62,
         "frozen parameters are given a gradient",
-        (
-            (
-                Learner.sync,
-                (
-                    "    self._earned = {}\n",
-                    "    self._earned = {}\n    for p in self.cell.parameters():\n        p.grad = torch.zeros_like(p) if p.grad is None else p.grad\n",
-                ),
-            ),
-        ),
+        (wrong(Learner.sync, gives_everyone_a_gradient),),
         "learner: partly trained",
     ),
     Bug(
         63,
         "samples without a loss take that of the others",
         (
-            (
-                losses.give,
-                (
-                    "        if gradient is not None:\n",
-                    "        if gradient is not None:\n            none = (gradient == 0).flatten(1).all(dim=1).reshape(-1, *[1] * (gradient.ndim - 1))\n            gradient = torch.where(none, gradient.sum(dim=0, keepdim=True), gradient)\n",
-                ),
+            swap(
+                give,
+                """
+if GRADIENT is not None:
+    ...
+""",
+                """
+if GRADIENT is not None:
+    none = (GRADIENT == 0).flatten(1).all(dim=1).reshape(-1, *[1] * (GRADIENT.ndim - 1))
+    GRADIENT = torch.where(none, GRADIENT.sum(dim=0, keepdim=True), GRADIENT)
+    ...
+""",
             ),
         ),
         "learner: losses of one sample at a time",
@@ -661,45 +722,47 @@ BUGS = [
     Bug(
         64,
         "adjoints are clipped",
-        (
-            (
-                losses.give,
-                ("gradient.detach().clone()", "gradient.detach().clamp(-1000, 1000)"),
-            ),
-        ),
+        (swap(give, "GRADIENT.detach().clone()", "GRADIENT.detach().clamp(-1000, 1000)"),),
         "learner: losses of all sizes",
     ),
     Bug(
         65,
         "x is kept, not copied",
-        ((forward_step._own_input, ("_tree.map_tensors(torch.clone, x)", "_tree.map_tensors(torch.detach, x)")),),
+        (swap(_own_input, "torch.clone", "torch.detach"),),
         "learner: odd inputs",
     ),
     Bug(
         66,
         "a reset leaves the open block open",
-        ((Learner.reset, ("    self._close()\n", "")),),
+        (
+            swap(
+                Learner.reset,
+                "if discard:\n    self.GIVE_UP()\nself.CLOSE()",
+                "if discard:\n    self.GIVE_UP()",
+            ),
+        ),
         "learner: resets of many",
     ),
     Bug(
         67,
         "bookkeeping of the CPU is made on the default device",
-        ((store.ParameterInfluence.claim, ('torch.arange(grow, device="cpu")', "torch.arange(grow)")),),
+        (swap(Influence.claim, 'torch.arange(COUNT, device="cpu")', "torch.arange(COUNT)"),),
         "whatever_the_default_device",
     ),
     Bug(
         68,
         "outputs after one without a loss are forgotten",
-        ((linearizer.Linearizer._earn, ("            continue\n", "            break\n")),),
+        (swap(Linearizer._earn, "continue", "break"),),
         "losses_of_the_second_output",
     ),
     Bug(
         69,
         "pieces of a scan do not see what comes after them",
         (
-            (
-                reverse_sweep._scan,
-                ("behind[:, 1:].unsqueeze(2)", "behind[:, -1:].expand(-1, pieces, -1, -1).unsqueeze(2)"),
+            swap(
+                _scan,
+                "BEHIND[:, 1:].unsqueeze(2)",
+                "BEHIND[:, -1:].expand_as(BEHIND[:, 1:]).unsqueeze(2)",
             ),
         ),
         "analytic_steps",
@@ -707,54 +770,41 @@ BUGS = [
     Bug(
         70,
         "a scan over steps that do not fill its pieces begins with zeros",
-        ((reverse_sweep._scan, ("torch.eye(full, dtype", "torch.zeros(full, full, dtype")),),
+        (swap(_scan, "torch.eye(SIZE, ...)", "torch.zeros(SIZE, SIZE, ...)"),),
         "analytic_steps",
     ),
     Bug(
         71,
         "adjoints of tiny losses are set to zero with the products",
-        (
-            (
-                reverse_sweep._onward,
-                (
-                    "flush_subnormals(product[:, :-1], out=out[:, :-1])",
-                    "flush_subnormals(product, out=product)\n    out[:, :-1] = product[:, :-1]",
-                ),
-            ),
-        ),
+        (wrong(_onward, lambda onward: lambda product, adjoint, out: onward(flush_subnormals(product), adjoint, out)),),
         "tiny_losses",
     ),
     Bug(
         72,
         "an analytic step forgets what a gate does",
-        (
-            (torch_derivatives.derivatives, ("by_new * new_h * reset * (1 - reset)", "0 * by_new")),
-            (analytic.check_analytic_step, ("if form is None:", "if True:")),
-        ),
+        (swap(derivatives, "BY_NEW * NEW * GATE * (1 - GATE)", "0 * BY_NEW"), CLOSED_FORMS_ARE_BELIEVED),
         "analytic_steps",
     ),
     Bug(
         73,
         "an analytic step that is wrong is believed",
-        ((analytic.check_analytic_step, ("if form is None:", "if True:")),),
+        (CLOSED_FORMS_ARE_BELIEVED,),
         "wrong_analytic_steps_are_refused",
     ),
     Bug(
         74,
         "only the first part of the state responds",
-        ((output_jacobian.UnitwiseOutputJacobian.left, ("range(1, s)", "range(1, 1)")),),
+        (swap(UnitwiseOutputJacobian.left, "range(1, PARTS)", "range(1, 1)"),),
         "analytic_steps",
     ),
     Bug(
         75,
         "pieces of a long block are joined step by step, not sample by sample",
         (
-            (
-                linearization._over_samples,
-                (
-                    "split = [part.unflatten(dim, (size, -1)) for part in known]",
-                    "split = [part.unflatten(dim, (-1, size)).transpose(dim, dim + 1) for part in known]",
-                ),
+            swap(
+                _over_samples,
+                "PART.unflatten(DIM, (SIZE, -1))",
+                "PART.unflatten(DIM, (-1, SIZE)).transpose(DIM, DIM + 1)",
             ),
         ),
         "long_blocks",
@@ -762,62 +812,52 @@ BUGS = [
     Bug(
         76,
         "of many entries of a slice only the first batch counts",
-        ((immediate._batches, ("for start in range(0, longest, limit):", "for start in range(0, 1):")),),
+        (swap(_batches, "range(0, LONGEST, LIMIT)", "range(0, 1)"),),
         "long_blocks",
     ),
     Bug(
         77,
         "pieces of a block are joined without their analytic steps",
         (
-            (linearization.joined, (" or not _form(pieces[0])[1]", "")),
-            (linearizer.Linearizer.__call__, ("closed = self._knows and", "closed = False and")),
+            swap(joined, "len(PIECES) == 1 or DIFFER or CLOSED", "len(PIECES) == 1 or DIFFER"),
+            swap(Linearizer.__call__, "len(TIMES) if CLOSED else SPAN", "SPAN"),
         ),
         "long_blocks",
     ),
     Bug(
         78,
         "what is born some rows of the state at a time goes to the first rows every time",
-        (
-            (
-                immediate.DenseImmediate._add_by_rows,
-                ("tap.tap.transposed, slice(start, stop))", "tap.tap.transposed, slice(stop - start))"),
-            ),
-        ),
+        (swap(DenseImmediate._add_by_rows, "slice(START, STOP)", "slice(STOP - START)"),),
         "long_blocks",
     ),
     Bug(
         79,
         "memory that is used again is taken to be empty",
-        ((reverse_sweep._start, ("reach[:, -1] = 0.0", "pass")),),
+        (swap(_start, "REACH[:, -1] = 0.0", ""),),
         "long_blocks",
     ),
     Bug(
         80,
         "the slope of a gate is taken for the gate",
-        (
-            (
-                torch_derivatives.derivatives,
-                ("by_update = (h - new) * update * (1 - update)", "by_update = (h - new) * update"),
-            ),
-        ),
+        (swap(derivatives, "(OLD - NEW) * GATE * (1 - GATE)", "(OLD - NEW) * GATE"),),
         "cell: analytic step",
     ),
     Bug(
         81,
         "the adjoint does not travel through a large dense block",
-        ((reverse_sweep._one_by_one, ("x[..., -1, :].add_(rows[j])", "x[..., -1, :].copy_(rows[j])")),),
+        (swap(_one_by_one, "REACH[..., -1, :].add_(ROW)", "REACH[..., -1, :].copy_(ROW)"),),
         "long_blocks",
     ),
     Bug(
         82,
         "what a step earns through its next state joins the adjoint a step late",
-        ((reverse_sweep._joined, ("joined[:, 1:] += after", "joined[:, :-1] += after")),),
+        (swap(_joined, "JOINED[:, 1:] += AFTER", "JOINED[:, :-1] += AFTER"),),
         "long_blocks",
     ),
     Bug(
         83,
         "adjoints of tiny losses are set to zero in large dense blocks",
-        ((reverse_sweep._one_by_one, ("products = x[..., :-1, :]", "products = x")),),
+        (swap(_one_by_one, "REACH[..., :-1, :]", "REACH"),),
         "tiny_losses",
     ),
 ]
