@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rtrl._utils import validation
 from rtrl.errors import ConfigError
 
 
@@ -22,8 +23,7 @@ def call(kind: str, name: str, makers: Mapping[str, Callable[..., Any]], options
     Raises:
         ConfigError: there is no such name or option. And whatever the maker raises.
     """
-    if name not in makers:
-        raise ConfigError(f"there is no {kind} {name!r}; there are: {', '.join(makers)}")
+    validation.known(kind, name, makers)
     known = options_of(makers[name])
     for option in options:
         if option not in known:

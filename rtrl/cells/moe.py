@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rtrl._utils import validation
 from rtrl.cells.grouped_linear import grouped_linear
 from rtrl.cells.protocol import Sparsity, check_indices, under_vmap
 from rtrl.cells.routing import MoEOutput, top
@@ -92,8 +93,7 @@ class RecurrentMoE(nn.Module):
             "ffn_hidden": ffn_hidden,
         }
         for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ConfigError(f"{name} must be a positive integer, got {size!r}")
+            validation.integer(name, size)
         if topk > n_experts:
             raise ConfigError(f"topk ({topk}) cannot exceed n_experts ({n_experts})")
         if not write_slots <= read_slots <= n_slots:
@@ -150,8 +150,7 @@ class RecurrentMoE(nn.Module):
 
     def init_state(self, batch_size: int) -> Tensor:
         """The first state: zeros of shape (batch_size, n_slots, d_model)."""
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ConfigError(f"batch_size must be a positive integer, got {batch_size!r}")
+        validation.integer("batch_size", batch_size)
         return self.slot_embedding.new_zeros(batch_size, self.n_slots, self.d_model)
 
     def choices(self, reads: Tensor, writes: Tensor, experts: Tensor) -> Sparsity:

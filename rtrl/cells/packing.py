@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtrl._utils import pytrees
+from rtrl._utils import pytrees, validation
 from rtrl.errors import CellError, ConfigError, RTRLError, ShapeError
 
 
@@ -100,8 +100,7 @@ class PackedCell(nn.Module, ABC):
         Raises:
             ConfigError: ``batch_size`` is no positive integer. CellError: another batch gives a state of another form.
         """
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ConfigError(f"batch_size must be a positive integer, got {batch_size!r}")
+        validation.integer("batch_size", batch_size)
         return self._packing.pack(self._first(batch_size), batch_size, CellError)
 
     def unpack(self, h: Tensor) -> Any:

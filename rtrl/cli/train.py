@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rtrl._utils.formatting import show_bytes
 from rtrl.cli.console import progress, writable
 from rtrl.errors import ConfigError, NonFiniteError, RTRLError
 
@@ -235,7 +236,7 @@ class _Session:
     def _glance(self, row: "Row | None", speed: float) -> dict[str, Any]:
         rows = self._trainer.curve.rows
         shown = row or (rows[-1] if rows else self._trainer.unfinished())
-        fields = {"speed": f"{speed:.0f}/s", "held": _bytes(shown.bytes_held)}
+        fields = {"speed": f"{speed:.0f}/s", "held": show_bytes(shown.bytes_held)}
         fields["loss"] = "" if shown.loss is None else f"loss {shown.loss:.4g}"
         fields["score"] = "" if shown.score is None else f"{self._trainer.task.measure} {shown.score:.4g}"
         return fields
@@ -322,11 +323,3 @@ def _options(flag: str, given: list[str] | None) -> dict[str, Any]:
         except ValueError:
             options[name] = value
     return options
-
-
-def _bytes(count: int) -> str:
-    """A number of bytes in a few letters."""
-    size, units = float(count), ["B", "KiB", "MiB", "GiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.3g} {units[0]}"

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rtrl._utils import pytrees
+from rtrl._utils import pytrees, validation
 from rtrl.costs.block_rtrl import block_rtrl
 from rtrl.costs.choice import Choice
 from rtrl.costs.devices import nominal_rates
@@ -85,8 +85,8 @@ def plan(
     numbers += [(name, size) for name, many in _named(blocks, windows, horizons) for size in many]
     for name, number in numbers:
         if number is not None:
-            _check(name, number)
-    _check("steps", steps)
+            validation.integer(name, number)
+    validation.integer("steps", steps)
     if not isinstance(cell, nn.Module):
         raise ConfigError(f"cell must be a torch.nn.Module, got {type(cell).__name__}")
     for name, rate in (devices or {}).items():
@@ -120,11 +120,6 @@ def plan(
 
 def _named(*many: Sequence[int] | None) -> list[tuple[str, Sequence[int]]]:
     return [(name, own) for name, own in zip(("block", "window", "horizon"), many, strict=True) if own is not None]
-
-
-def _check(name: str, number: Any) -> None:
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise ConfigError(f"{name} must be a positive integer, got {number!r}")
 
 
 def _stream(x: Any, xs: Sequence[Any] | None) -> list[Any] | None:

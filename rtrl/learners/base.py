@@ -10,22 +10,11 @@ from torch import Tensor, nn
 
 from rtrl._engine import checks
 from rtrl._engine.parameter_guard import ParameterGuard
-from rtrl._utils import pytrees
+from rtrl._utils import pytrees, validation
 from rtrl.cells.protocol import Cell, call_cell, check_input, first_state, own_copy, takes_replay
 from rtrl.errors import CellError, ConfigError, LossError, NonFiniteError, RTRLError, ShapeError
 from rtrl.learners import baseline_state
 from rtrl.learners.replayed_step import Step, Values
-
-
-def check_count(name: str, value: Any) -> int:
-    """The value, if it is a positive integer.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} must be a positive integer, got {value!r}")
-    return value
 
 
 class Baseline(ABC):
@@ -44,7 +33,7 @@ class Baseline(ABC):
     """
 
     def __init__(self, cell: nn.Module, batch_size: int, *, state: Tensor | None = None) -> None:
-        check_count("batch_size", batch_size)
+        validation.integer("batch_size", batch_size)
         if not isinstance(cell, nn.Module):
             raise ConfigError(f"cell must be a torch.nn.Module, got {type(cell).__name__}")
         self.cell, self.batch_size = cell, batch_size

@@ -18,7 +18,7 @@ from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._influence.catch_up import catch_up
 from rtrl._influence.history import History
 from rtrl._influence.store import ParameterInfluence
-from rtrl._utils import pytrees
+from rtrl._utils import pytrees, validation
 from rtrl.cells.protocol import Cell, Sparsity, first_state, takes_replay
 from rtrl.errors import ConfigError, NonFiniteError, ShapeError, SparsityError
 from rtrl.learners import state as saved_state
@@ -76,8 +76,7 @@ class BlockRTRL:
     ) -> None:
         sizes = [("batch_size", batch_size), ("block", 1 if block == "auto" else block), ("window", window)]
         for name, size in sizes:
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ConfigError(f"{name} must be a positive integer, got {size!r}")
+            validation.integer(name, size)
         if not isinstance(cell, nn.Module):
             raise ConfigError(f"cell must be a torch.nn.Module, got {type(cell).__name__}")
         if block == "auto":

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtrl.learners.base import Baseline, check_count
+from rtrl._utils import validation
+from rtrl.learners.base import Baseline
 from rtrl.learners.replayed_step import Step
 
 
@@ -128,7 +129,7 @@ class TBPTT(_Unrolled):
     def __init__(
         self, cell: nn.Module, batch_size: int, horizon: int, *, sliding: bool = True, state: Tensor | None = None
     ) -> None:
-        self.horizon, self.sliding = check_count("horizon", horizon), bool(sliding)
+        self.horizon, self.sliding = validation.integer("horizon", horizon), bool(sliding)
         super().__init__(cell, batch_size, state=state)
 
     def _arguments(self) -> dict[str, Any]:

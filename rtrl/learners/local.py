@@ -1,11 +1,10 @@
 """Local approximations: what a parameter does to an entry of the state stays with that entry."""
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
 
-from rtrl.errors import ConfigError
+from rtrl._utils import validation
 from rtrl.learners.influence_learner import InfluenceLearner
 
 
@@ -71,10 +70,7 @@ class RFLO(InfluenceLearner):
     """
 
     def __init__(self, cell: nn.Module, batch_size: int, leak: float, *, state: Tensor | None = None) -> None:
-        number = isinstance(leak, int | float) and not isinstance(leak, bool)
-        if not number or math.isnan(leak) or not 0 <= leak <= 1:
-            raise ConfigError(f"leak must be a number in 0 … 1, got {leak!r}")
-        self.leak = float(leak)
+        self.leak = validation.fraction("leak", leak)
         super().__init__(cell, batch_size, state=state)
 
     def _arguments(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtrl.learners.base import check_count
+from rtrl._utils import validation
 from rtrl.learners.influence_learner import InfluenceLearner
 
 
@@ -45,7 +45,7 @@ class SnAp(InfluenceLearner):
     """
 
     def __init__(self, cell: nn.Module, batch_size: int, order: int = 1, *, state: Tensor | None = None) -> None:
-        self.order = check_count("order", order)
+        self.order = validation.integer("order", order)
         super().__init__(cell, batch_size, state=state)
         shape = self._size, self._n_theta
         self._reaches = torch.zeros(self._size, self._size, dtype=torch.bool, device=self._state.device)

@@ -9,9 +9,9 @@ from io import BytesIO
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from rtrl._utils.formatting import number
 from rtrl.errors import ConfigError
 from rtrl.report.load import Plot, drawn
-from rtrl.report.numbers import number
 from rtrl.report.style import MARKS, Style
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ import jinja2
 from markupsafe import Markup
 
 import rtrl
+from rtrl._utils import formatting
 from rtrl.report import numbers, pictures, prose, tables
 from rtrl.report.load import Claim, Record
 from rtrl.report.style import DARK, LIGHT
@@ -25,7 +26,7 @@ def render_page(record: Record) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(cell=numbers.cell, duration=numbers.duration)
+    environment.filters.update(cell=numbers.cell, duration=formatting.duration)
     environment.tests["numeric"] = numbers.is_number
     return environment.get_template("page.html.j2").render(
         record=record,

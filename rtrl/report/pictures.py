@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from rtrl._utils import validation
+from rtrl._utils.formatting import number
 from rtrl.errors import ConfigError
 from rtrl.report.draw import picture
 from rtrl.report.load import Plot, Record, drawn, left_out
-from rtrl.report.numbers import number
 from rtrl.report.style import NEUTRAL, PAPER
 
 FORMS = ("svg", "pdf", "png")
@@ -38,8 +39,7 @@ def draw_pictures(record: Record, folder: Path, forms: Sequence[str] = ("svg", "
         ConfigError: no such form, matplotlib is not installed, or a file cannot be written.
     """
     for form in forms:
-        if form not in FORMS:
-            raise ConfigError(f"there is no form {form!r} of pictures; there are: {', '.join(FORMS)}")
+        validation.known("form", form, FORMS)
     files = {
         folder / f"{name}.{form}": _file(plot, form)
         for name, plot in names(record).items()

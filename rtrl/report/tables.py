@@ -3,9 +3,10 @@
 from datetime import datetime
 from typing import NamedTuple
 
+from rtrl._utils.formatting import duration, number, show_bytes
 from rtrl.report.draw import runs, spacing
 from rtrl.report.load import VERDICTS, Cell, Claim, Grid, Plot, Record
-from rtrl.report.numbers import bytes_text, cell, duration, number
+from rtrl.report.numbers import cell
 
 ROWS = 200  # of a table of numbers behind a picture; the results file has them all
 
@@ -70,7 +71,7 @@ def run(record: Record) -> list[tuple[str, str]]:
 def _entry(name: str, value: Cell) -> str:
     if value is None:
         return "unknown"
-    return bytes_text(float(value)) if name.endswith("_bytes") and isinstance(value, (int, float)) else cell(value)
+    return show_bytes(float(value)) if name.endswith("_bytes") and isinstance(value, (int, float)) else cell(value)
 
 
 def summary(record: Record) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rtrl._utils import validation
 from rtrl.errors import ConfigError
 from rtrl.tasks.protocol import Stream, Task, TaskStep
 
@@ -77,10 +78,8 @@ class RoundStream(Stream):
         dtype: torch.dtype | None,
         device: torch.device | str | None,
     ) -> None:
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ConfigError(f"batch_size must be a positive integer, got {batch_size!r}")
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ConfigError(f"seed must be an integer, got {seed!r}")
+        validation.integer("batch_size", batch_size)
+        validation.integer("seed", seed, least=None)
         self._task, self._batch_size, self._seed, self._held_out = task, batch_size, seed, bool(held_out)
         self._dtype = torch.get_default_dtype() if dtype is None else dtype
         self._device = torch.device("cpu" if device is None else device)

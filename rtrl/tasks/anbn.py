@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from rtrl._utils import validation
 from rtrl.errors import ConfigError
 from rtrl.tasks._rounds import Round, RoundTask, draw_integers
 
@@ -47,9 +48,10 @@ class AnBn(RoundTask):
     ) -> None:
         self.train_n, self.held_out_n, self.slack = tuple(train_n), tuple(held_out_n), slack
         for what, numbers in (("train_n", self.train_n), ("held_out_n", self.held_out_n), ("slack", (slack,))):
-            wrong = [n for n in numbers if not isinstance(n, int) or isinstance(n, bool) or n < 1]
-            if wrong or not numbers:
-                raise ConfigError(f"{what} must be of positive integers, got {numbers!r}")
+            if not numbers:
+                raise ConfigError(f"{what} must hold at least one positive integer, got none")
+            for n in numbers:
+                validation.integer(what, n)
         both = sorted(set(self.train_n) & set(self.held_out_n))
         if both:
             raise ConfigError(f"n = {both} is both in train_n and in held_out_n; a held-out n is in no training")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rtrl._utils import validation
 from rtrl.errors import ConfigError
 
 _MOST = 2**20  # bytes of the standard library's sources that are read by default
@@ -59,8 +60,7 @@ class ByteStream:
         device: torch.device | str | None = None,
     ) -> None:
         for name, value, least in (("batch_size", batch_size, 1), ("offset", offset, 0), ("steps", steps, 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+            validation.integer(name, value, least)
         text = _standard_library() if path is None else _read(Path(path))
         self.source = "the Python standard library" if path is None else str(path)
         self.digest = hashlib.sha256(text).hexdigest()

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtrl._utils import validation
 from rtrl.errors import ConfigError
 from rtrl.tasks._rounds import Round, RoundTask, draw_integers
 
@@ -42,9 +43,7 @@ class Digits(RoundTask):
     d_out, solved = 10, 0.9
 
     def __init__(self, by: str = "row") -> None:
-        if by not in ("row", "pixel"):
-            raise ConfigError(f'by must be "row" or "pixel", got {by!r}')
-        self.by = by
+        self.by = validation.choice("by", by, ("row", "pixel"))
         images, labels = _load()
         self.d_in = 8 if by == "row" else 1
         held_out = torch.arange(len(labels)) % _EVERY == _EVERY - 1

@@ -2,6 +2,7 @@
 
 import torch
 
+from rtrl._utils import validation
 from rtrl.errors import ConfigError
 from rtrl.tasks._rounds import Round, RoundTask, draw_integers
 
@@ -39,9 +40,8 @@ class Haystack(RoundTask):
     solved = 0.99
 
     def __init__(self, values: int = 6, lengths: tuple[int, int] | None = None, gap: int = 0) -> None:
-        for what, number, least in (("values", values, 2), ("gap", gap, 0)):
-            if not isinstance(number, int) or isinstance(number, bool) or number < least:
-                raise ConfigError(f"{what} must be an integer of at least {least}, got {number!r}")
+        validation.integer("values", values, least=2)
+        validation.integer("gap", gap, least=0)
         if lengths is None:
             lengths = (gap + 6, gap + 8) if gap else (8, 16)
         shortest, longest = lengths

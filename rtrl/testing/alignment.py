@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rtrl._utils import validation
 from rtrl.errors import ConfigError
-from rtrl.learners.base import check_count
 from rtrl.learners.block_rtrl import BlockRTRL
 from rtrl.testing.cell_checks.points import copied
 from rtrl.testing.lockstep import Draws, MakeLearner, Run, item_of, seed_for
@@ -221,10 +221,9 @@ def _check(
         raise ConfigError("the cell has no parameter that requires a gradient")
     if isinstance(stream, Tensor | str | bytes) or not isinstance(stream, Iterable):
         raise ConfigError(f"stream must be an iterable of pairs (x, loss), got {type(stream).__name__}")
-    check_count("every", every)
-    check_count("repeats", repeats)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ConfigError(f"seed must be an integer in 0 … 2**32 − 1, got {seed!r}")
+    validation.integer("every", every)
+    validation.integer("repeats", repeats)
+    validation.integer("seed", seed, 0, 2**32 - 1)
 
 
 def _cosine(one: Tensor, other: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from rtrl._utils import pytrees
+from rtrl._utils import pytrees, validation
 from rtrl.cells.protocol import first_state
 from rtrl.errors import ConfigError
 from rtrl.testing.cell_checks.core import run_checks
@@ -90,10 +90,8 @@ def check_options(seed: Any, on_fail: Any) -> None:
     Raises:
         ConfigError: the seed is no number of 32 bits, or ``on_fail`` is neither of its values.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ConfigError(f"seed must be an integer in 0 … 2**32 − 1, got {seed!r}")
-    if on_fail not in ("raise", "return"):
-        raise ConfigError(f"on_fail must be 'raise' or 'return', got {on_fail!r}")
+    validation.integer("seed", seed, 0, 2**32 - 1)
+    validation.choice("on_fail", on_fail, ("raise", "return"))
 
 
 def _first_state(cell: nn.Module, x: Any, state: Any) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, Literal
 
+from rtrl._utils import validation
 from rtrl.errors import ConfigError
 from rtrl.testing.check_cell import check_options
 from rtrl.testing.isolation import undisturbed
@@ -97,9 +98,8 @@ def checked_names(checks: Any, known: list[str]) -> list[str]:
     """
     if isinstance(checks, str) or not isinstance(checks, Collection) or not checks:
         raise ConfigError(f"checks must be a list of names of checks, got {checks!r}; there are: {', '.join(known)}")
-    strangers = [name for name in checks if name not in known]
-    if strangers:
-        raise ConfigError(f"there is no check {strangers[0]!r}; there are: {', '.join(known)}")
+    for name in checks:
+        validation.known("check", name, known)
     return [name for name in known if name in checks]
 
 

@@ -12,16 +12,12 @@ import torch
 from torch import Tensor
 
 import oracles
+from rtrl._utils import validation
 from rtrl._utils.functional_call import functional_call
 from rtrl.errors import ConfigError
 from rtrl.testing.streams import Loss, Stream
 
 Gradients = dict[str, Tensor]
-
-
-def _count(name: str, value: Any, least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 class Law(ABC):
@@ -80,7 +76,7 @@ class ExactWithin(Exact):
     horizon: int
 
     def __post_init__(self) -> None:
-        _count("horizon", self.horizon)
+        validation.integer("horizon", self.horizon)
         object.__setattr__(self, "steps", self.horizon)
 
 
@@ -99,7 +95,7 @@ class Truncated(Law):
     sliding: bool = True
 
     def __post_init__(self) -> None:
-        _count("horizon", self.horizon)
+        validation.integer("horizon", self.horizon)
 
     def reference(self, stream: Stream, learner: Any) -> Gradients:
         """One BPTT a loss, over its own last steps."""
@@ -210,8 +206,8 @@ class Unbiased(Exact):
     covers_influence = False  # a single draw is no mean
 
     def __post_init__(self) -> None:
-        _count("draws", self.draws, 30)
-        _count("horizon", self.horizon)
+        validation.integer("draws", self.draws, 30)
+        validation.integer("horizon", self.horizon)
         if not isinstance(self.false_alarm, float) or not 0 < self.false_alarm < 1:
             raise ConfigError(f"false_alarm must be a number between 0 and 1, got {self.false_alarm!r}")
         object.__setattr__(self, "steps", self.horizon)

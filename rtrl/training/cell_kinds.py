@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rtrl._utils import validation
 from rtrl._utils.import_target import load
 from rtrl.cells import RecurrentMoE, from_torch
 from rtrl.errors import ConfigError
@@ -39,15 +40,13 @@ def make(
     """
     outputs = inputs if outputs is None else outputs
     for name, size in (("hidden", hidden), ("inputs", inputs), ("outputs", outputs)):
-        if size < 1:
-            raise ConfigError(f"{name} must be a positive integer, got {size!r}")
+        validation.integer(name, size)
     with torch.random.fork_rng(devices=[]):  # the weights do not matter, and PyTorch's random numbers stay as they are
         if kind == "moe":
             few = min(2, slots)
             heads = 1 if hidden % 2 else 2
             return RecurrentMoE(inputs, outputs, hidden, slots, experts, topk, heads, few, few, dtype=dtype)
-        if kind not in _TORCH:
-            raise ConfigError(f"there is no kind {kind!r}; there are: {', '.join(KINDS)}")
+        validation.known("kind", kind, KINDS)
         return from_torch(_TORCH[kind](inputs, hidden, dtype=dtype), nn.Linear(hidden, outputs, dtype=dtype))
 
 

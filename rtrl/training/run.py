@@ -56,10 +56,8 @@ class Settings:
         Raises:
             RTRLError: a name, an option or a size is wrong, or the parts do not fit together.
         """
-        if self.optimizer not in OPTIMIZERS:
-            raise ConfigError(f"there is no optimizer {self.optimizer!r}; there are: {', '.join(OPTIMIZERS)}")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        validation.known("optimizer", self.optimizer, OPTIMIZERS)
+        validation.choice("dtype", self.dtype, DTYPES)
         lr, dtype, device = validation.positive("lr", self.lr), DTYPES[self.dtype], _device(self.device)
         validation.integer("seed", self.seed, least=0)
         learner_options = dict(self.learner_options)

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from rtrl.errors import ConfigError
+from rtrl._utils import validation
 from rtrl.verification.claim import Claim
 
 MODULES = (
@@ -46,6 +46,5 @@ def select(only: list[str]) -> list[Claim]:
     known = claims()
     ids = [claim.id for claim in known]
     for wanted in only:
-        if wanted not in ids:
-            raise ConfigError(f"there is no claim {wanted!r}; there are: {', '.join(ids)}")
+        validation.known("claim", wanted, ids)
     return [claim for claim in known if not only or claim.id in only]

@@ -189,7 +189,7 @@ def test_without_matplotlib_the_remedy_is_named(
 
 
 def test_forms_are_checked_and_folders(record: Record, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no form 'gif' of pictures; there are: svg, pdf, png"):
+    with pytest.raises(ConfigError, match="no form 'gif'; there are: svg, pdf, png"):
         draw_pictures(record, tmp_path, ("gif",))
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):

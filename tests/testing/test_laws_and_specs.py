@@ -207,8 +207,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("a name that is none", lambda: LearnerSpec(rtrl.BlockRTRL, name=3), "name must be a text"),  # type: ignore[arg-type]
     ("no xs", lambda: Stream(_gru(), torch.ones(3)), r"xs must be a tensor \(T, B"),
     ("no cell", lambda: Stream(3, torch.ones(3, 2, 2)), "cell must be a torch.nn.Module"),  # type: ignore[arg-type]
-    ("no horizon", lambda: ExactWithin(0), "horizon must be an integer of at least 1"),
-    ("half a horizon", lambda: Truncated(1.5), "horizon must be an integer"),  # type: ignore[arg-type]
+    ("no horizon", lambda: ExactWithin(0), "horizon must be a positive integer"),
+    ("half a horizon", lambda: Truncated(1.5), "horizon must be a positive integer"),  # type: ignore[arg-type]
     ("too few draws", lambda: Unbiased(draws=5), "draws must be an integer of at least 30"),
     ("no rate", lambda: Unbiased(false_alarm=0.0), "false_alarm must be a number between 0 and 1"),
     ("a cell in place of its maker", lambda: CellSpec(nn.GRUCell(2, 3), []), "make_cell must be a function"),  # type: ignore[arg-type]

@@ -280,7 +280,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"optimizer": "newton"}, "no optimizer 'newton'; there are: adam"),
-        ({"dtype": "float8"}, "dtype must be one of float32, float64"),
+        ({"dtype": "float8"}, "dtype must be one of 'float32', 'float64'"),
         ({"lr": 0}, "lr must be"),
         ({"lr": float("inf")}, "lr must be"),
         ({"seed": -1}, "seed"),

@@ -314,7 +314,7 @@ def test_the_default_text_is_there_and_stays_the_same() -> None:
         (b"ab", {"batch_size": 2}, "too short: 2 bytes give 0 steps"),
         (b"abcdef", {"steps": 6}, "at least 6 are needed"),
         (b"abcdef", {"offset": 5}, "too short"),
-        (b"abcdef", {"batch_size": 0}, "batch_size must be an integer of at least 1"),
+        (b"abcdef", {"batch_size": 0}, "batch_size must be a positive integer"),
         (b"abcdef", {"offset": -1}, "offset must be"),
     ],
 )

@@ -246,14 +246,6 @@ def line(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float]
     return float(ys.mean()) - b * float(xs.mean()), b
 
 
-def show_bytes(number: float) -> str:
-    """A number of bytes for people."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(number) >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.3g} bytes"
-
-
 def times(number: float) -> str:
     """A ratio for people."""
     return f"{number:,.0f} ×" if number >= 100 else f"{number:.3g} ×"

@@ -18,10 +18,11 @@ make it another gradient.
 import os
 from dataclasses import dataclass
 
+from rtrl._utils.formatting import show_bytes
 from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
 from rtrl.verification.harness.bptt_process import growth
 from rtrl.verification.harness.memory import bptt_on_cpu
-from rtrl.verification.harness.problems import CONFIGS, line, problem, show_bytes
+from rtrl.verification.harness.problems import CONFIGS, line, problem
 from rtrl.verification.harness.threads import one_thread
 
 CLAIMED = 10_000

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
+from rtrl._utils.formatting import show_bytes
 from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
 from rtrl.verification.harness import problems
 from rtrl.verification.harness.memory import CudaPeak, between_blocks, bptt_peak, wake_all
-from rtrl.verification.harness.problems import Mixture, Run, problem, show_bytes
+from rtrl.verification.harness.problems import Mixture, Run, problem
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rtrl._utils.formatting import show_bytes
 from rtrl.verification.claim import Claim, Finding, Grid, Progress, Settings, Verdict
 from rtrl.verification.harness.memory import alive, between_blocks, influence_bytes, tree_bytes, wake_all
-from rtrl.verification.harness.problems import FLOW, Mixture, Run, problem, show_bytes
+from rtrl.verification.harness.problems import FLOW, Mixture, Run, problem
 from rtrl.verification.harness.threads import one_thread
 
 LIMIT = 1_000_000

@@ -18,9 +18,10 @@ expert late sees one step upward then; a learner on a GPU is in *gpu*.
 
 from dataclasses import dataclass
 
+from rtrl._utils.formatting import show_bytes
 from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
 from rtrl.verification.harness.long_run import in_a_fresh_process
-from rtrl.verification.harness.problems import Mixture, show_bytes
+from rtrl.verification.harness.problems import Mixture
 
 RSS = 0.01
 """The share by which the process may grow."""

@@ -22,11 +22,12 @@ its T* is shorter. *gpu* measures an allocator.
 
 from dataclasses import dataclass
 
+from rtrl._utils.formatting import show_bytes
 from rtrl.costs import plan
 from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
 from rtrl.verification.harness import problems
 from rtrl.verification.harness.memory import alive, between_blocks, bptt_on_cpu, influence_bytes, tree_bytes, wake_all
-from rtrl.verification.harness.problems import Mixture, Problem, Run, line, problem, show_bytes, slope
+from rtrl.verification.harness.problems import Mixture, Problem, Run, line, problem, slope
 from rtrl.verification.harness.threads import one_thread
 
 CLAIMED = {32: (16_000, 500), 128: (62_000, 500), 512: (250_000, 500), 1024: (500_000, 500), 100_000: (48_800_000, 500)}
