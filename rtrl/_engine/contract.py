@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rtrl._engine import checks
 from rtrl._engine.taps import Tap, TapRecorder
@@ -17,6 +18,73 @@ from rtrl._utils import index_sets, pytrees
 from rtrl._utils.functional_call import functional_call
 from rtrl.cells.protocol import OTHER_CHOICES, Sparsity, call_cell, same_choices
 from rtrl.errors import CellError, RTRLError
+
+
+class _NoRandomness(TorchDispatchMode):
+    """Refuses every operation that draws random numbers."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else PyTorch imports its compiler, seconds of it, to keep it away from this mode
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        # Attention without dropout carries the tag, too: what counts is whether a generator moves.
+        before = _generator_states(kwargs.get("generator"))
+        out = func(*args, **kwargs)
+        if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(kwargs.get("generator")), strict=True)):
+            raise CellError(
+                f"the cell draws random numbers in its forward ({func}); a step could not be run again as it was. Draw "
+                "them outside and pass them in x, or call cell.eval() if they come from dropout"
+            )
+        return out
+
+
+def _generator_states(generator: torch.Generator | None) -> list[Tensor]:
+    if generator is not None:
+        return [generator.get_state()]
+    states = [torch.get_rng_state()]
+    return [*states, *torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else states
+
+
+def check_purity(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) -> None:
+    """Run the cell once on copies; refuse it if it draws random numbers or changes its input, state, buffers or
+    parameters.
+
+    Raises:
+        CellError: naming what the cell did. Its buffers and parameters, and the CPU's generator, have been restored.
+    """
+    x, h = pytrees.map_tensors(torch.clone, x), h.clone()
+    held = [*cell.parameters(), *cell.buffers()]
+    saved = [value.detach().clone() for value in held]
+    rng_state = torch.get_rng_state()
+    watched = {"x": pytrees.tensors(x), "the state h": [h], "a parameter or buffer of its own": held}
+    versions = {what: [t._version for t in tensors] for what, tensors in watched.items()}
+    try:
+        with _NoRandomness():  # type: ignore[no-untyped-call]
+            call_cell(cell, x, h, replay)
+        for what, tensors in watched.items():
+            if [t._version for t in tensors] != versions[what]:
+                raise CellError(
+                    f"the cell changes {what} in place; a cell must be a pure function of (x, h, parameters)"
+                )
+        if [id(t) for t in held] != [id(t) for t in (*cell.parameters(), *cell.buffers())]:
+            raise CellError(
+                "the cell replaces a parameter or buffer of its own; a cell must be a pure function of (x, h, "
+                "parameters)"
+            )
+    except CellError:
+        for value, kept in zip(held, saved, strict=True):
+            if not torch.equal(value, kept):
+                value.copy_(kept)
+        names = dict(cell.named_buffers())
+        for name, buffer in zip(names, held[len(held) - len(names) :], strict=False):
+            owner, _, leaf = name.rpartition(".")
+            cell.get_submodule(owner)._buffers[leaf] = buffer
+        torch.set_rng_state(rng_state)
+        raise
 
 
 @dataclass(frozen=True, slots=True)

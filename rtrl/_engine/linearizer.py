@@ -329,7 +329,7 @@ class Linearizer:
                     for step, g in zip(steps, given, strict=True)
                 ]
             )
-            if not pytrees.finite(weight):  # which step?
+            if not checks.finite(weight):  # which step?
                 for step, g in zip(steps, given, strict=True):
                     if g is not None:
                         checks.check_finite("the gradient of the loss at y", g, step.number)
@@ -342,7 +342,7 @@ class Linearizer:
         grads = list(torch.autograd.grad(heads, targets, weights, retain_graph=True, allow_unused=True))
         direct = {name: grad for name, grad in zip(general, grads[len(inputs) :], strict=True) if grad is not None}
         for name, grad in direct.items():
-            if not pytrees.finite(grad):
+            if not checks.finite(grad):
                 raise NonFiniteError(f"{self._steps(steps)}: NaN or infinity in the gradient of parameter {name!r}")
         return [*grads[1 : len(inputs)]], direct, grads[0]
 
@@ -362,7 +362,7 @@ class Linearizer:
             self._refuse_infinite(what, values, steps)
 
     def _refuse_infinite(self, what: str, values: Tensor, steps: list[Step]) -> None:
-        if not pytrees.finite(values):
+        if not checks.finite(values):
             time, sample = self._first(~torch.isfinite(values).flatten(1).all(dim=1), steps)
             raise NonFiniteError(f"NaN or infinity in {what}, step {steps[time].number}, sample {sample}")
 

@@ -1,4 +1,4 @@
-"""Losses given at the leaves that a step handed out: taken in while its block is open, refused afterwards."""
+"""Losses on the leaves that a step returned: checked and added while its block is open, refused afterwards."""
 
 import weakref
 from collections.abc import Iterable, Sequence
@@ -10,54 +10,112 @@ from torch.autograd.graph import _engine_run_backward
 from torch.utils.weak import TensorWeakRef
 
 from rtrl._engine import checks
-from rtrl._utils import pytrees
 from rtrl.errors import LossError
 
 
-def give(loss: Any, outputs: list[Tensor], given: list["weakref.ref[Tensor]"], number: int) -> None:
-    """Add the gradient of a loss of step ``number`` to the ``.grad`` of all leaves that it reaches.
+def add_loss(loss: Any, outputs: list[Tensor], seen_losses: list["weakref.ref[Tensor]"], step: int) -> None:
+    """Add the gradient of a loss of the newest step to the ``.grad`` of all leaves that it reaches.
 
     Args:
-        loss: a scalar. outputs: the leaves of the step's y. given: the losses that the step got; this one is added.
+        loss: a scalar.
+        outputs: the leaves of the step's y.
+        seen_losses: the losses that were added at this step; this one is appended.
+        step: the step's number, for messages.
 
     Raises:
-        LossError, NonFiniteError: see ``BlockRTRL.backward``. No ``.grad`` has changed then.
+        LossError: see ``check_loss``; or autograd cannot differentiate the loss.
+        NonFiniteError: NaN or infinity in the loss or its gradient. No ``.grad`` has changed then.
 
     Cost: the loss's own backward pass.
     """
-    leaves = checks.check_loss(loss, outputs, given, number)
+    leaves = check_loss(loss, outputs, seen_losses, step)
     try:
-        gradients = _pull_back(loss, leaves)
+        gradients = _gradients(loss, leaves)
     except RuntimeError as error:
-        raise LossError(f"the loss of step {number} could not be pulled back: {error}") from error
-    finite = len(gradients) > 1 and pytrees.all_finite([gradient for gradient in gradients if gradient is not None])
+        raise LossError(f"the loss of step {step} could not be pulled back: {error}") from error
+    finite = len(gradients) > 1 and checks.all_finite([gradient for gradient in gradients if gradient is not None])
     for leaf, gradient in zip(leaves, gradients, strict=True):
-        if not finite and gradient is not None and not pytrees.finite(gradient):
+        if not finite and gradient is not None and not checks.finite(gradient):
             where = "y" if any(leaf is output for output in outputs) else "a parameter"
-            checks.check_finite(f"the gradient of the loss at {where}", gradient, number)
+            checks.check_finite(f"the gradient of the loss at {where}", gradient, step)
     for leaf, gradient in zip(leaves, gradients, strict=True):
         if gradient is not None:
-            # A tensor of its own: what the engine returns may be a view, or an expanded scalar.
+            # A copy: what autograd returns may be a view, an expanded scalar, or a tensor that others hold.
             leaf.grad = gradient.detach().clone() if leaf.grad is None else (leaf.grad + gradient).detach()
-    given.append(weakref.ref(loss))
+    seen_losses.append(weakref.ref(loss))
 
 
-def _pull_back(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """``torch.autograd.grad(loss, leaves, allow_unused=True)`` without what that does around the engine, which for a
-    small loss takes as long as the engine itself."""
+def _gradients(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """``torch.autograd.grad(loss, leaves, allow_unused=True)`` without its own argument checks, which take 5 % of a
+    step and ``backward`` at H = 32."""
     if not loss.is_floating_point():
-        return torch.autograd.grad(loss, leaves, allow_unused=True)  # which says why not
+        return torch.autograd.grad(loss, leaves, allow_unused=True)  # it raises, and says why
     ones = torch.ones_like(loss)
     return _engine_run_backward((loss,), (ones,), False, False, tuple(leaves), True, accumulate_grad=False)
 
 
-def refuse(left: Iterable[tuple[TensorWeakRef, int]]) -> None:
-    """Make a backward pass into leaves of closed steps fail, where it would be lost in silence.
+def check_loss(loss: Any, outputs: list[Tensor], seen_losses: list["weakref.ref[Tensor]"], step: int) -> list[Tensor]:
+    """The leaves that a loss of the newest step reaches.
+
+    Raises:
+        LossError: it is not a scalar tensor with a graph, does not depend on this step's y, or was added before.
+        NonFiniteError: NaN or infinity in the loss.
+    """
+    if not isinstance(loss, Tensor):
+        raise LossError(f"a loss must be a tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise LossError(f"a loss must be a scalar, got shape {tuple(loss.shape)}; reduce it with .sum() or .mean()")
+    if not outputs:
+        raise LossError(
+            "there is no step that can take a loss: call step() first, and add its losses before sync(), reset() or "
+            "influence()"
+        )
+    if loss.device != outputs[0].device:
+        raise LossError(f"the loss is on {loss.device}, y on {outputs[0].device}")
+    if seen_losses and any(ref() is loss for ref in seen_losses):
+        raise LossError(f"this loss was already added at step {step}; compute it again if it is to count twice")
+    reached = checks.reached_leaves(loss) if loss.requires_grad else {}
+    if reached.keys().isdisjoint(map(id, outputs)):
+        raise LossError(
+            f"the loss does not depend on the y of step {step}; compute it from what the last step() returned, "
+            "without detaching it"
+        )
+    checks.check_finite("the loss", loss, step)
+    return list(reached.values())
+
+
+class Open:
+    """Whether a step accepts losses; the step and the hooks on its outputs share it."""
+
+    __slots__ = ("now",)
+
+    def __init__(self) -> None:
+        self.now = True
+
+
+def refuse_when_closed(leaf: Tensor, step: int, open_: Open | None = None) -> None:
+    """Make a backward pass into ``leaf`` fail once its step accepts no more losses; it would be lost without a word.
 
     Args:
-        left: leaves by weak references, so that those are passed over which nobody can reach any more; and their steps.
+        open_: whether the step accepts losses; None if it does not.
     """
-    for reference, number in left:
+
+    def hook(gradient: Tensor) -> None:
+        if open_ is None or not open_.now:
+            raise LossError(
+                f"a loss reaches the y of step {step}, whose block has closed; add losses before the block closes"
+            )
+
+    leaf.register_hook(hook)
+
+
+def close_leaves(leaves: Iterable[tuple[TensorWeakRef, int]]) -> None:
+    """Make a backward pass into the leaves of closed steps fail.
+
+    Args:
+        leaves: weak references, so that leaves that nobody holds are passed over; and the numbers of their steps.
+    """
+    for reference, step in leaves:
         leaf = reference()
         if leaf is not None:
-            checks.refuse_when_closed(leaf, number)
+            refuse_when_closed(leaf, step)

@@ -1,4 +1,4 @@
-"""One step of a cell without a graph: what goes in is checked and copied, what comes out is checked and cut off."""
+"""One step of a cell without a graph: the input is checked and copied, the results are checked and detached."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rtrl._engine import checks
+from rtrl._engine.contract import check_purity
 from rtrl._engine.linearization import Step
 from rtrl._utils import pytrees
 from rtrl.cells.protocol import Sparsity, call_cell, check_input, check_sparsity, own_copy, same_choices
@@ -17,10 +18,12 @@ def check_replay(replay: Any, taken: bool, h: Tensor, named: Mapping[str, Tensor
     """Refuse choices that cannot be made in the state ``h``.
 
     Args:
-        taken: whether the cell's forward takes such an argument. named: its parameters.
+        taken: whether the cell's forward takes a ``replay`` argument.
+        named: the cell's parameters by name.
 
     Raises:
-        SparsityError, ConfigError: saying what was wrong.
+        SparsityError: ``replay`` is not a well-formed Sparsity.
+        ConfigError: the cell takes no ``replay``.
     """
     if not isinstance(replay, Sparsity):
         raise SparsityError(f"replay must be rtrl.Sparsity, got {type(replay).__name__}")
@@ -32,27 +35,25 @@ def check_replay(replay: Any, taken: bool, h: Tensor, named: Mapping[str, Tensor
 def take(
     cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None, number: int, first: bool, named: Mapping[str, Tensor]
 ) -> tuple[Step, Any, Tensor]:
-    """Take the step ``number`` from the state ``h``, of which the cell gets a copy.
+    """Take the step ``number`` from the state ``h``.
 
     Args:
-        first: run the cell twice, and refuse it if it is impure. named: its parameters.
+        first: run the cell twice, and refuse it if it is impure.
+        named: the cell's parameters by name.
 
     Returns:
-        What is to be kept of the step; a copy of y, its floating-point tensors leaves that require grad; and the next
-        state.
+        The record of the step; a copy of y, its floating-point tensors leaves that require grad; and the next state.
 
     Raises:
         ShapeError, CellError, SparsityError, NonFiniteError: see ``BlockRTRL.step``.
 
-    Cost: one forward pass; elsewhere than on a CPU, one look at x and one at y and the next state, and two more where
-        there is sparsity.
+    Cost: one forward pass; elsewhere than on a CPU, one transfer for x and one for y and the next state, and two more
+        where there is sparsity.
     """
     grad = torch.is_grad_enabled()
     torch._C._set_grad_enabled(False)  # a torch.no_grad() block costs several times as much
     try:
-        x = _own_input(x, h, number)
-        y, h_next, sparsity = _run(cell, x, h, replay, number, first)
-        checks.check_output(y, h, h_next, number)
+        x, y, h_next, sparsity = run_step(cell, x, h, replay, number, first)
         check_sparsity(sparsity, h, named)
         if replay is not None and not same_choices(replay, sparsity):
             raise CellError(
@@ -67,26 +68,26 @@ def take(
         torch._C._set_grad_enabled(grad)
 
 
-def _own_input(x: Any, h: Tensor, number: int) -> Any:
-    leaves = pytrees.tensors(x)
-    if not leaves:
-        raise ShapeError("x holds no tensor")
-    for leaf in leaves:
-        check_input("x", leaf, h.shape[0], h)
-        if not pytrees.finite(leaf):
-            checks.check_finite("x", leaf, number)
-    return pytrees.map_tensors(torch.clone, x)
-
-
-def _run(
+def run_step(
     cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None, number: int, first: bool
-) -> tuple[Any, Tensor, Sparsity]:
-    """Run the cell on a copy of the state, so that nothing it does can reach the learner's own."""
-    h = h.clone()
+) -> tuple[Any, Any, Tensor, Sparsity]:
+    """Run the cell, under ``no_grad``, on copies of x and of the state, so that it cannot change the learner's own.
+
+    Args:
+        first: run the cell twice, and refuse it if it is impure.
+
+    Returns:
+        The copy of x; and y, the next state and the sparsity as the cell returned them.
+
+    Raises:
+        ShapeError, CellError, NonFiniteError: see ``BlockRTRL.step``.
+    """
+    x = _checked_copy(x, h, number)
+    h_copy = h.clone()
     try:
         if first:
-            checks.check_purity(cell, x, h, replay)
-        y, h_next, sparsity = call_cell(cell, x, h, replay)
+            check_purity(cell, x, h_copy, replay)
+        y, h_next, sparsity = call_cell(cell, x, h_copy, replay)
     except RTRLError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -94,6 +95,27 @@ def _run(
         raise ShapeError(
             f"step {number}: the cell does not take this x ({shapes}) with a state {tuple(h.shape)} {h.dtype}: {error}"
         ) from error
-    if h._version:
+    if h_copy._version:
         raise CellError(f"step {number}: the cell changes the state h in place; it must return a new one")
-    return y, h_next.detach() if h_next.requires_grad else h_next, sparsity
+    if h_next.requires_grad:
+        h_next = h_next.detach()
+    checks.check_output(y, h, h_next, number)
+    return x, y, h_next, sparsity
+
+
+def _checked_copy(x: Any, h: Tensor, number: int) -> Any:
+    """Check and copy each tensor of x, in one pass."""
+    count = 0
+
+    def copy(leaf: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        check_input("x", leaf, h.shape[0], h)
+        if not checks.finite(leaf):
+            checks.check_finite("x", leaf, number)
+        return leaf.clone()
+
+    copied = pytrees.map_tensors(copy, x)
+    if not count:
+        raise ShapeError("x holds no tensor")
+    return copied

@@ -1,14 +1,11 @@
 """Trees of tensors (tuples, named tuples, dicts, lists), handled leaf by leaf."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-
-_FEW = 64  # numbers: so many are sooner added up in Python than a kernel is called
 
 
 def flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
@@ -65,39 +62,6 @@ def interleave(trees: Sequence[Any]) -> Any:
         for column in zip(*flats, strict=True)
     ]
     return pytree.tree_unflatten(joined, specs[0])
-
-
-def finite(value: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity, in one pass and without a copy.
-
-    With one of them in it, no sum is finite. A sum that is not finite may have overflowed, though: then the entries
-    themselves are asked.
-    """
-    if not value.is_floating_point() or not value.numel():
-        return True
-    if value.requires_grad:
-        value = value.detach()
-    if value.ndim == 2 and value.numel() <= _FEW and value.is_cpu:
-        total = sum(map(sum, value.tolist()), start=0.0)
-    else:
-        total = (value.sum() if value.ndim else value).item()
-    if math.isfinite(total):
-        return True
-    low, high = torch.aminmax(value)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def all_finite(values: Sequence[Tensor]) -> bool:
-    """Whether ``finite`` holds for every tensor; elsewhere than on a CPU, with one look at the device for all."""
-    if len(values) > 1 and not values[0].is_cpu and _finite_at_a_look(values):
-        return True
-    return all(map(finite, values))
-
-
-def _finite_at_a_look(values: Sequence[Tensor]) -> bool:
-    sums = [value.detach().sum() for value in values if value.is_floating_point()]
-    one_device = len({total.device for total in sums}) == 1
-    return one_device and all(map(math.isfinite, torch.stack(sums).tolist()))
 
 
 def n_bytes(tree: Any) -> int:

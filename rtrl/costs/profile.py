@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtrl._engine import checks
+from rtrl._engine import checks, contract
 from rtrl._engine.linearization import Step as Kept
 from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._utils import pytrees
@@ -182,7 +182,7 @@ def _profile(
     with _generators_kept(h.device):
         xs = [_resized(x, h) for x in xs] if xs is not None else [_drawn(cell, h)]
         with torch.no_grad():
-            _guarded(lambda: checks.check_purity(cell, xs[0], h, None), xs[0], h)
+            _guarded(lambda: contract.check_purity(cell, xs[0], h, None), xs[0], h)
         values = Values(cell)
         taken, macs = _steps(cell, values, xs, h, rules)
         kinds = {pytrees.signature((step.x, tuple(_choice(step)))) for step in taken}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtrl._engine import checks
+from rtrl._engine import checks, contract, losses
 from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._utils import pytrees, validation
 from rtrl.cells.protocol import Cell, call_cell, check_input, first_state, own_copy, takes_replay
@@ -92,7 +92,7 @@ class Baseline(ABC):
             h = self._state.clone()
             try:
                 if number == 0:
-                    checks.check_purity(self.cell, x, h, None)
+                    contract.check_purity(self.cell, x, h, None)
                 y, h_next, sparsity = call_cell(self.cell, x, h, None)
             except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
                 if isinstance(error, RTRLError):
@@ -112,7 +112,7 @@ class Baseline(ABC):
             value = value.detach().clone()
             if value.is_floating_point():
                 value.requires_grad_()
-                checks.refuse_when_closed(value, number, taken.open_)
+                losses.refuse_when_closed(value, number, taken.open_)
                 taken.outputs.append(value)
             return value
 
@@ -134,7 +134,7 @@ class Baseline(ABC):
         """
         number = self._taken - 1
         outputs, given = (self._open.outputs, self._open.given) if self._open is not None else ([], [])
-        leaves = checks.check_loss(loss, outputs, given, number)
+        leaves = losses.check_loss(loss, outputs, given, number)
         try:
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
         except RuntimeError as error:
@@ -163,7 +163,7 @@ class Baseline(ABC):
         self._close()
         self._settle()
         for name, gradient in self._earned.items():
-            if not pytrees.finite(gradient):
+            if not checks.finite(gradient):
                 raise NonFiniteError(f"NaN or infinity in the gradient of {name!r} up to step {self._taken - 1}")
         for name, gradient in self._earned.items():
             parameter = self._parameters[name]
@@ -238,7 +238,7 @@ class Baseline(ABC):
 
     def _earn(self, gradients: dict[str, Tensor]) -> None:
         for name, gradient in gradients.items():
-            if not pytrees.finite(gradient):
+            if not checks.finite(gradient):
                 raise NonFiniteError(f"NaN or infinity in the gradient of {name!r} earned by step {self._taken - 1}")
         self._earned = {
             **self._earned,

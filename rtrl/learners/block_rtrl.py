@@ -179,7 +179,7 @@ class BlockRTRL:
         Cost: the loss's own backward pass.
         """
         outputs = self._steps[-1].outputs if self._steps else []
-        losses.give(loss, outputs, self._given, self._taken - 1)
+        losses.add_loss(loss, outputs, self._given, self._taken - 1)
 
     # ------------------------------------------------------------------ looking back
 
@@ -208,7 +208,7 @@ class BlockRTRL:
             self._pay({name: influence.held() for name, influence in self._influences.items() if influence.sliced})
             self._paid = self._history.now
         for name, gradient in self._earned.items():
-            if not pytrees.finite(gradient):
+            if not checks.finite(gradient):
                 raise NonFiniteError(
                     f"NaN or infinity in the gradient of parameter {name!r} up to step {self._taken - 1}"
                 )
@@ -240,7 +240,7 @@ class BlockRTRL:
         influence = self._influences[name]
         self._advance({name: influence.held()})
         value = influence.dense()
-        if not pytrees.finite(value):
+        if not checks.finite(value):
             raise NonFiniteError(
                 f"NaN or infinity in the influence of parameter {name!r} on the state after step {self._taken - 1}"
             )
@@ -351,7 +351,7 @@ class BlockRTRL:
     def _give_up_block(self) -> None:
         left = [(TensorWeakRef(leaf), step.number) for step in self._steps for leaf in step.outputs]
         self._steps, self._given = [], []
-        losses.refuse(left)
+        losses.close_leaves(left)
 
     def _close(self) -> None:
         """Work off the open block. Everything that can fail comes before the first change."""
@@ -430,10 +430,10 @@ class BlockRTRL:
 
     def _check_result(self, result: BlockResult, span: str) -> None:
         for what, value in (("Jacobian product", result.transition.jacobian), ("adjoint", result.transition.adjoint)):
-            if not pytrees.finite(value):
+            if not checks.finite(value):
                 raise NonFiniteError(f"NaN or infinity in the {what} of {span}: the state's dynamics overflow")
         for name, gradient in result.gradient.items():
-            if not pytrees.finite(gradient):
+            if not checks.finite(gradient):
                 raise NonFiniteError(f"NaN or infinity in the gradient of parameter {name!r} earned in {span}")
         sliced = [name for name, influence in self._influences.items() if influence.sliced]
         stray = overflowing(result, self._state, self._parameters, sliced)

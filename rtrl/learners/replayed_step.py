@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtrl._engine import checks
+from rtrl._engine import checks, losses
 from rtrl._utils import pytrees
 from rtrl._utils.functional_call import functional_call
 from rtrl.cells.protocol import Sparsity, call_cell
@@ -89,7 +89,7 @@ class Step:
     cut: Tensor
     outputs: list[Tensor] = field(default_factory=list)
     adjoints: list[Tensor | None] = field(default_factory=list)
-    open_: checks.Open = field(default_factory=checks.Open)
+    open_: losses.Open = field(default_factory=losses.Open)
     given: list["weakref.ref[Tensor]"] = field(default_factory=list)
 
     @property

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rtrl._engine import checks
 from rtrl._engine.linearization import Step
 from rtrl._influence.history import History
 from rtrl._influence.store import ParameterInfluence
@@ -105,7 +106,7 @@ def _load(learner: "BlockRTRL", saved: Mapping[str, Any]) -> Loaded:
     for name, gradient in saved["earned"].items():
         if gradient.shape != parameters[name].shape or gradient.dtype != parameters[name].dtype:
             raise ConfigError(f"the saved gradient of {name!r} does not have the parameter's shape and dtype")
-    if not pytrees.finite(saved["state"]):
+    if not checks.finite(saved["state"]):
         raise ConfigError("NaN or infinity in the saved state")
     if saved["state"].shape != like.shape or saved["state"].dtype != like.dtype:
         raise ConfigError(f"the saved state is {tuple(saved['state'].shape)} {saved['state'].dtype}")

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from rtrl._engine import checks
 from rtrl._utils import pytrees, validation
 from rtrl.cells.protocol import first_state
 from rtrl.errors import ConfigError
@@ -107,6 +108,6 @@ def _first_state(cell: nn.Module, x: Any, state: Any) -> Tensor:
         raise ConfigError(f"a state must be a floating-point tensor (B, n, ...), got {kind}")
     if state.ndim < 2 or state.shape[0] != batch or not state.numel():
         raise ConfigError(f"a state must have shape ({batch}, n, ...) with n ≥ 1, got {tuple(state.shape)}")
-    if not pytrees.finite(state):
+    if not checks.finite(state):
         raise ConfigError("NaN or infinity in the first state")
     return state.detach().clone()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rtrl._engine import checks
 from rtrl._utils import pytrees
 from rtrl.errors import ConfigError, LossError, NonFiniteError, ParameterChangedError
 from rtrl.testing.cell_checks.compare import same_bits
@@ -124,7 +125,7 @@ class Run:
                     f"{self._label} has changed parameter {name!r} by step {step}; gradients can be compared along one "
                     "trajectory alone, so a learner must leave the parameters as they are"
                 )
-            if p.grad is not None and not pytrees.finite(p.grad.to_dense()):
+            if p.grad is not None and not checks.finite(p.grad.to_dense()):
                 raise NonFiniteError(
                     f"{self._label}: NaN or infinity in the gradient of parameter {name!r} delivered at step {step}"
                 )

@@ -23,11 +23,11 @@ from rtrl._engine.contract import taps_mixing_samples
 from rtrl._engine.immediate import DenseImmediate, _batches, active, births
 from rtrl._engine.linearization import _over_samples, joined
 from rtrl._engine.linearizer import Linearizer
-from rtrl._engine.losses import give
+from rtrl._engine.losses import add_loss
 from rtrl._engine.output_jacobian import UnitwiseOutputJacobian
 from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._engine.reverse_sweep import _joined, _one_by_one, _onward, _scan, _start, sweep
-from rtrl._engine.step import _own_input, take
+from rtrl._engine.step import _checked_copy, take
 from rtrl._influence.catch_up import _Legs, _of
 from rtrl._influence.history import History
 from rtrl._influence.segment_tree import CircularSegmentTree as Tree
@@ -158,13 +158,13 @@ def forgets_the_adjoint_so_far(onward: Function) -> Function:
     return wrong_onward
 
 
-def marks_losses(give: Function) -> Function:
-    def marking_give(loss: Any, outputs: list[Any], *rest: Any) -> None:
-        give(loss, outputs, *rest)
+def marks_losses(add_loss: Function) -> Function:
+    def marking_add_loss(loss: Any, outputs: list[Any], *rest: Any) -> None:
+        add_loss(loss, outputs, *rest)
         for leaf in outputs:
             leaf.marked = True
 
-    return marking_give
+    return marking_add_loss
 
 
 def drops_losses_not_marked(linearize: Function) -> Function:
@@ -531,7 +531,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         41,
         "the second loss of a step replaces the first",
-        (swap(give, "LEAF.grad = NEW if LEAF.grad is None else SUM", "LEAF.grad = NEW"),),
+        (swap(add_loss, "LEAF.grad = NEW if LEAF.grad is None else SUM", "LEAF.grad = NEW"),),
         "learner: several losses a step",
     ),
     Bug(
@@ -690,7 +690,7 @@ READ = READS.shape[1] * SCORES.softmax(dim=-1).gather(1, READS).unsqueeze(-1) * 
     Bug(
         61,
         "a loss that was not handed to the learner is dropped",
-        (wrong(give, marks_losses), wrong(Linearizer.__call__, drops_losses_not_marked)),
+        (wrong(add_loss, marks_losses), wrong(Linearizer.__call__, drops_losses_not_marked)),
         "learner: plain backward",
     ),
     Bug(
@@ -704,7 +704,7 @@ READ = READS.shape[1] * SCORES.softmax(dim=-1).gather(1, READS).unsqueeze(-1) * 
         "samples without a loss take that of the others",
         (
             swap(
-                give,
+                add_loss,
                 """
 if GRADIENT is not None:
     ...
@@ -722,13 +722,13 @@ if GRADIENT is not None:
     Bug(
         64,
         "adjoints are clipped",
-        (swap(give, "GRADIENT.detach().clone()", "GRADIENT.detach().clamp(-1000, 1000)"),),
+        (swap(add_loss, "GRADIENT.detach().clone()", "GRADIENT.detach().clamp(-1000, 1000)"),),
         "learner: losses of all sizes",
     ),
     Bug(
         65,
         "x is kept, not copied",
-        (swap(_own_input, "torch.clone", "torch.detach"),),
+        (swap(_checked_copy, "LEAF.clone()", "LEAF.detach()"),),
         "learner: odd inputs",
     ),
     Bug(

@@ -26,7 +26,6 @@ from torch.nn.utils import parametrize
 
 import rtrl
 from rtrl._engine import checks, losses
-from rtrl._utils import pytrees
 from rtrl.cells import from_torch
 from rtrl.cells.protocol import Sparsity, check_indices, check_sparsity, same_choices
 from rtrl.errors import LossError, NonFiniteError, ParameterChangedError, SparsityError
@@ -49,30 +48,30 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_what_is_finite_is_told_from_what_only_sums_up_to_infinity(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     large = torch.full(shape, HUGE[dtype], dtype=dtype)
-    assert pytrees.finite(large)
-    assert pytrees.finite(large.clone().requires_grad_())
-    assert pytrees.all_finite([large, torch.ones(2, dtype=dtype), -large])
+    assert checks.finite(large)
+    assert checks.finite(large.clone().requires_grad_())
+    assert checks.all_finite([large, torch.ones(2, dtype=dtype), -large])
     for bad in (NAN, INF, -INF):
         for at in {0, large.numel() - 1}:
             value = torch.ones(shape, dtype=dtype)
             value.view(-1)[at] = bad
-            assert not pytrees.finite(value)
-            assert not pytrees.finite(value.requires_grad_())
-            assert not pytrees.all_finite([large, value])
-            assert not pytrees.all_finite([value, large])
+            assert not checks.finite(value)
+            assert not checks.finite(value.requires_grad_())
+            assert not checks.all_finite([large, value])
+            assert not checks.all_finite([value, large])
     if large.numel() > 1:
         both = torch.ones(shape, dtype=dtype)
         both.view(-1)[0], both.view(-1)[-1] = INF, -INF
-        assert not pytrees.finite(both)
+        assert not checks.finite(both)
 
 
 @pytest.mark.usefixtures("place")
 def test_what_has_no_fractions_or_no_entries_is_finite() -> None:
     values = [torch.full((2, 2), 2**62), torch.zeros(0, 3), torch.tensor(True), torch.ones(2, dtype=torch.complex64)]
-    assert all(map(pytrees.finite, values))
-    assert pytrees.all_finite(values)
-    assert pytrees.all_finite(values[:1] + values[2:])
-    assert pytrees.all_finite([])
+    assert all(map(checks.finite, values))
+    assert checks.all_finite(values)
+    assert checks.all_finite(values[:1] + values[2:])
+    assert checks.all_finite([])
 
 
 class Vast(nn.Module):
@@ -313,9 +312,9 @@ def test_a_loss_of_a_closed_block_is_refused_whatever_is_left_of_it(
 
 def test_what_nobody_holds_any_more_is_gone_when_its_block_closes() -> None:
     learner, hooked = plain(block=3), []
-    refuse = checks.refuse_when_closed
+    refuse = losses.refuse_when_closed
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "refuse_when_closed", lambda leaf, *rest: (hooked.append(rest[0]), refuse(leaf, *rest)))
+        patch.setattr(losses, "refuse_when_closed", lambda leaf, *rest: (hooked.append(rest[0]), refuse(leaf, *rest)))
         kept = [learner.step(x) for x in stream()[:2]]
         del kept[0]
         learner.step(stream()[2])
@@ -328,7 +327,7 @@ def test_what_nobody_holds_any_more_is_gone_when_its_block_closes() -> None:
 def test_a_loss_is_pulled_back_as_autograd_does(shape: tuple[int, ...]) -> None:
     a, b, unused = (torch.randn(3, 4, dtype=F64).requires_grad_() for _ in range(3))
     loss = lambda: ((a @ b.T).tanh().sum() + a.sum()).reshape(shape)
-    found = losses._pull_back(loss(), [a, b, unused])
+    found = losses._gradients(loss(), [a, b, unused])
     wanted = torch.autograd.grad(loss(), [a, b, unused], allow_unused=True)
     assert found[2] is None
     assert torch.equal(found[0], wanted[0])

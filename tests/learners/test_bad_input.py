@@ -105,7 +105,7 @@ LOSSES = [
         LossError,
         "reaches the y of step 0, whose block has closed",
     ),
-    ("given", lambda ys, given: given[-1], LossError, "already given at step 4"),
+    ("given", lambda ys, given: given[-1], LossError, "already added at step 4"),
     ("graph used up", lambda ys, given: given[-1] * 1.0, LossError, "loss of step 4 could not be pulled back"),
     ("device", lambda ys, given: ys[-1].sum().to("meta"), LossError, "the loss is on meta, y on cpu"),
     ("complex", lambda ys, given: ys[-1].sum() * 1j, LossError, "loss of step 4 could not be pulled back: .*complex"),
@@ -154,7 +154,7 @@ def test_a_loss_after_its_block_was_closed_by_hand_is_refused(close):
     learner = plain()
     y = learner.step(stream()[0])
     close(learner)
-    with refused(learner, LossError, r"call step\(\) first, and give its losses before sync\(\)"):
+    with refused(learner, LossError, r"call step\(\) first, and add its losses before sync\(\)"):
         learner.backward(y.sum())
     with refused(learner, LossError, "y of step 0, whose block has closed"):
         y.sum().backward()

@@ -94,7 +94,7 @@ def test_nothing_has_changed_after_an_error(make: Callable[..., Any]) -> None:
             learner.backward(y)
         loss = squares(t, y)
         learner.backward(loss)
-        with pytest.raises(LossError, match="already given"):
+        with pytest.raises(LossError, match="already added"):
             learner.backward(loss)
         assert learner.steps_taken == t + 1
         old = y

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rtrl._engine import checks
+from rtrl._engine import checks, contract
 from rtrl._engine.analytic import check_analytic_step
 from rtrl._utils import index_sets, pytrees
 from rtrl.cells.analytic import HasAnalyticStep
@@ -127,7 +127,7 @@ def _finite(subject: Subject) -> Iterator[Found]:
         values = {"h_next": h_next, **leaves(y, point.h.shape[0])}
         for what, value in values.items():
             yield from not_finite(f"NaN or infinity in {what}", point, value, what)
-        if all(pytrees.finite(value) for value in values.values()):
+        if all(checks.finite(value) for value in values.values()):
             heads = {what: value for what, value in values.items() if what != "h_next" or value.dtype == point.h.dtype}
             for what, grad in gradients(point, heads, state=True).items():
                 yield from not_finite(
@@ -141,7 +141,7 @@ def _pure(subject: Subject) -> Iterator[Found]:
         others = random.getstate(), np.random.get_state()[1:3]  # type: ignore[index]  # noqa: NPY002
         try:
             with torch.no_grad():
-                checks.check_purity(point.cell, point.x, point.h, point.replay)
+                contract.check_purity(point.cell, point.x, point.h, point.replay)
         except CellError as error:
             yield Found(str(error), point.step, where="forward")
         now = random.getstate(), np.random.get_state()[1:3]  # type: ignore[index]  # noqa: NPY002

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from rtrl._engine import checks
 from rtrl._utils import index_sets, pytrees
 from rtrl.cells.protocol import Sparsity, call_cell, check_sparsity, own_copy, takes_replay
 from rtrl.errors import CellError, ConfigError
@@ -105,7 +106,7 @@ class Subject:
         for attempt in (replace(point, cell=cell, h=h, generic=True), replace(point, h=h, generic=True)):
             try:
                 y, h_next, _ = attempt.run(free=True)
-                if pytrees.finite(h_next) and all(pytrees.finite(t) for t in pytrees.tensors(y)):
+                if checks.finite(h_next) and all(checks.finite(t) for t in pytrees.tensors(y)):
                     return attempt.chosen()
             except CellError:
                 raise
@@ -166,7 +167,7 @@ def probe(cell: nn.Module, xs: list[Any], h: Tensor, seed: int) -> Subject:
                 h_next.shape == h.shape
                 and h_next.dtype == h.dtype
                 and h_next.device == h.device
-                and pytrees.finite(h_next)
+                and checks.finite(h_next)
             ):
                 h = h_next.detach()
     except Exception as error:
