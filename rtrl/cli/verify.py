@@ -195,7 +195,7 @@ def _say(console: Console, found: dict[str, Any], wide: int) -> None:
     asked = f"  (asked: {found['threshold']})" if found["threshold"] else ""
     style = _STYLES[found["verdict"]]
     console.print(f"[bold]{found['id']:{wide}}[/bold]  [{style}]{verdict:13}[/{style}]", end="  ", highlight=False)
-    text = f"{found['figure']}{asked}  {found['duration_s']:.0f} s"
+    text = f"{found['result']}{asked}  {found['duration_s']:.0f} s"
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     for line in [found["condition"]] if found["condition"] else []:
         console.print(f"{'':{wide}}  {line}", highlight=False, markup=False, soft_wrap=True)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rtrl._utils.formatting import number
 from rtrl.errors import ConfigError
-from rtrl.report.load import Plot, drawn
+from rtrl.report.load import drawn
+from rtrl.report.model import Plot
 from rtrl.report.style import MARKS, Style
 
 if TYPE_CHECKING:

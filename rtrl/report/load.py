@@ -6,84 +6,19 @@ Numbers that were not finite stand in the file as null; here they are None, and 
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from rtrl.errors import ConfigError
+from rtrl.report.model import SCHEMA, VERDICTS, Cell, ClaimResult, Plot, Record, Series, Table
 
-SCHEMA = 1
-VERDICTS = ("holds", "holds when", "does not hold", "not measured")
-KINDS = ("line", "raster")
+READABLE = (1, SCHEMA)  # form 1 says "figure" and "grids" for "result" and "tables"
+KINDS: tuple[Literal["line", "raster"], ...] = ("line", "raster")
 LARGEST = 1e300  # of a number: what is beyond leaves no room for the margins of an axis
 SMALLEST_LOG = 1e-250  # on a logarithmic axis, for the same reason; its inverse is the largest
 
 T = TypeVar("T")
-Cell = str | bool | int | float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """A table of plain values; every row is as long as ``columns``."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[Cell]]
-
-
-@dataclass(frozen=True, slots=True)
-class Series:
-    """One line or set of marks: ``x`` and ``y`` are of one length. ``dashed``: predicted, not measured."""
-
-    name: str
-    x: list[float | None]
-    y: list[float | None]
-    dashed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Plot:
-    """A picture of numbers: ``kind`` is "line", or "raster" for marks at (x, y)."""
-
-    title: str
-    x_label: str
-    y_label: str
-    series: list[Series]
-    kind: str
-    log_x: bool
-    log_y: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """What one claim came to. ``explanation``: how it is measured and what that leaves open; may be empty."""
-
-    id: str
-    claimed: str
-    figure: str
-    threshold: str
-    verdict: str
-    condition: str
-    failures: list[str]
-    grids: list[Grid]
-    plots: list[Plot]
-    explanation: str
-    duration_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One run of ``rtrl verify``: how, where and when, and all its claims."""
-
-    created: str
-    command: str
-    mode: str
-    seed: int
-    machine: dict[str, Cell]
-    versions: dict[str, Cell]
-    duration_s: float
-    claims: list[Claim]
 
 
 def load_record(path: Path) -> Record:
@@ -110,8 +45,8 @@ def record(content: object, name: str = "results") -> Record:
     """
     whole = _Field(content, name)
     schema = whole.get("schema")
-    if isinstance(schema.value, bool) or schema.value != SCHEMA:
-        schema.refuse(f"{SCHEMA}, the only form that this version of rtrl reads")
+    if isinstance(schema.value, bool) or schema.value not in READABLE:
+        schema.refuse(f"{' or '.join(map(str, READABLE))}, the forms that this version of rtrl reads")
     claims = whole.get("claims").items(_claim)
     if not claims:
         whole.get("claims").refuse("at least one claim")
@@ -129,6 +64,7 @@ def record(content: object, name: str = "results") -> Record:
         versions=whole.get("versions").entries(),
         duration_s=whole.get("duration_s").number(),
         claims=claims,
+        device=whole.get("device").text() if whole.has("device") else "cpu",
     )
 
 
@@ -147,9 +83,11 @@ class _Field:
     def has(self, name: str) -> bool:
         return isinstance(self.value, dict) and name in self.value
 
-    def get(self, name: str) -> "_Field":
+    def get(self, name: str, older: str | None = None) -> "_Field":
         if not isinstance(self.value, dict):
             self.refuse(f"an object with a field {name!r}")
+        if older is not None and older in self.value and name not in self.value:
+            name = older
         if name not in self.value:
             raise ConfigError(f"{self.where}: the field {name!r} is missing; write the file with rtrl verify --json")
         return _Field(self.value[name], f"{self.where}: {name}" if ": " not in self.where else f"{self.where}.{name}")
@@ -166,10 +104,10 @@ class _Field:
         plain = re.sub(r"\x1b\[[0-9;]*m", "", self.value)
         return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", plain.replace("\r\n", "\n"))
 
-    def one_of(self, allowed: tuple[str, ...]) -> str:
+    def one_of(self, allowed: tuple[T, ...]) -> T:
         if self.value not in allowed:
             self.refuse(f"one of {', '.join(map(repr, allowed))}")
-        return str(self.value)
+        return allowed[allowed.index(self.value)]
 
     def name(self) -> str:
         text = self.text()
@@ -215,36 +153,40 @@ class _Field:
             return self.text()
         return self.value if isinstance(self.value, bool) else self.number_or_none()
 
-    def entries(self) -> dict[str, Cell]:
-        """Names and plain values; what is nested is written as JSON."""
+    def mapping(self) -> dict[str, Any]:
         if not isinstance(self.value, dict):
             self.refuse("an object")
+        return self.value
+
+    def entries(self) -> dict[str, Cell]:
+        """Names and plain values; what is nested is written as JSON."""
         return {
             _Field(name, self.where).text(): _Field(
                 json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value,
                 f"{self.where}.{name}",
             ).cell()
-            for name, value in self.value.items()
+            for name, value in self.mapping().items()
         }
 
 
-def _claim(field: _Field) -> Claim:
-    return Claim(
+def _claim(field: _Field) -> ClaimResult:
+    return ClaimResult(
         id=field.get("id").name(),
         claimed=field.get("claimed").text(),
-        figure=field.get("figure").text(),
+        result=field.get("result", "figure").text(),
         threshold=field.get("threshold").text(),
         verdict=field.get("verdict").one_of(VERDICTS),
         condition=field.get("condition").text(),
         failures=field.get("failures").items(_Field.text),
-        grids=field.get("grids").items(_grid),
+        tables=field.get("tables", "grids").items(_table),
         plots=field.get("plots").items(_plot),
+        data=field.get("data").mapping() if field.has("data") else {},
         explanation=field.get("explanation").text() if field.has("explanation") else "",
         duration_s=field.get("duration_s").number_or_none() if field.has("duration_s") else None,
     )
 
 
-def _grid(field: _Field) -> Grid:
+def _table(field: _Field) -> Table:
     columns = field.get("columns").items(_Field.text)
 
     def row(line: _Field) -> list[Cell]:
@@ -253,7 +195,7 @@ def _grid(field: _Field) -> Grid:
             line.refuse(f"a list of {len(columns)} cells, one a column")
         return cells
 
-    return Grid(field.get("title").text(), columns, field.get("rows").items(row))
+    return Table(field.get("title").text(), columns, field.get("rows").items(row))
 
 
 def _plot(field: _Field) -> Plot:

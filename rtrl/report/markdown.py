@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rtrl.errors import ConfigError
 from rtrl.report import numbers, prose, tables
-from rtrl.report.load import Cell, Claim, Grid, Record
+from rtrl.report.model import Cell, ClaimResult, Record, Table
 
 LONG = 12  # rows that a table may have in the open
 NAMES = ("claims-table", "claims", "run")
@@ -94,7 +94,7 @@ def claims_table(record: Record, link: str | None) -> str:
         [
             f"`{claim.id}`" if link is None else f"[`{claim.id}`]({link}#{anchor(claim.id)})",
             escape(claim.claimed),
-            escape(claim.figure),
+            escape(claim.result),
             escape(claim.threshold),
             _verdict(claim),
         ]
@@ -103,16 +103,16 @@ def claims_table(record: Record, link: str | None) -> str:
     return _table(["claim", "claimed", "measured", "threshold", "verdict"], rows)
 
 
-def section(claim: Claim, images: str | None) -> str:
+def section(claim: ClaimResult, images: str | None) -> str:
     """A claim: what was claimed and found, how it was measured, its tables, and its pictures or links to none."""
-    head = [[escape(claim.figure), escape(claim.threshold), _verdict(claim)]]
+    head = [[escape(claim.result), escape(claim.threshold), _verdict(claim)]]
     parts = [f"## `{claim.id}`", escape(claim.claimed), _table(["measured", "threshold", "verdict"], head)]
     if claim.failures:
         lines = "\n".join(f"- {escape(line)}" for line in claim.failures)
         parts.append(f"**✗ The code does not do what it says:**\n\n{lines}")
     if claim.explanation.strip():
         parts.append(_prose(claim.explanation))
-    parts += [_grid(grid) for grid in claim.grids]
+    parts += [_grid(grid) for grid in claim.tables]
     if images is not None:
         parts += [
             f"![{escape(plot.title or claim.id)}]({images}/{claim.id}-{i}.svg)" for i, plot in enumerate(claim.plots, 1)
@@ -132,12 +132,12 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*\[\]|~$])|((?<!\w)_|_(?!\w))", lambda sign: f"\\{sign[0]}", line)
 
 
-def _verdict(claim: Claim) -> str:
+def _verdict(claim: ClaimResult) -> str:
     word = f"**{claim.verdict}**" if claim.verdict == "does not hold" else claim.verdict
     return f"{tables.SIGNS[claim.verdict]} {word}" + (f": {escape(claim.condition)}" if claim.condition else "")
 
 
-def _grid(grid: Grid) -> str:
+def _grid(grid: Table) -> str:
     right = numbers.numeric(grid.columns, grid.rows)
     rows = [[_cell(value) for value in row] for row in grid.rows]
     body = _table([escape(name) for name in grid.columns], rows, right)

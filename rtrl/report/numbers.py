@@ -1,7 +1,9 @@
 """Cells of tables as text."""
 
+from collections.abc import Sequence
+
 from rtrl._utils.formatting import number
-from rtrl.report.load import Cell
+from rtrl.report.model import Cell
 
 
 def cell(value: Cell) -> str:
@@ -17,7 +19,7 @@ def is_number(value: Cell) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def numeric(columns: list[str], rows: list[list[Cell]]) -> list[bool]:
+def numeric(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[bool]:
     """Of every column, whether it holds numbers alone, to be set flush right."""
     return [
         any(is_number(row[i]) for row in rows) and all(row[i] is None or is_number(row[i]) for row in rows)

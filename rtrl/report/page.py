@@ -6,7 +6,7 @@ from markupsafe import Markup
 import rtrl
 from rtrl._utils import formatting
 from rtrl.report import numbers, pictures, prose, tables
-from rtrl.report.load import Claim, Record
+from rtrl.report.model import ClaimResult, Record
 from rtrl.report.style import DARK, LIGHT
 
 
@@ -42,7 +42,7 @@ def render_page(record: Record) -> str:
     )
 
 
-def _figures(claim: Claim) -> list[tuple[str, Markup, str, tables.Numbers]]:
+def _figures(claim: ClaimResult) -> list[tuple[str, Markup, str, tables.Numbers]]:
     """Of every plot: its title, its picture, what the picture cannot show, and its numbers."""
     return [
         (

@@ -16,7 +16,8 @@ from rtrl._utils import validation
 from rtrl._utils.formatting import number
 from rtrl.errors import ConfigError
 from rtrl.report.draw import picture
-from rtrl.report.load import Plot, Record, drawn, left_out
+from rtrl.report.load import drawn, left_out
+from rtrl.report.model import Plot, Record
 from rtrl.report.style import NEUTRAL, PAPER
 
 FORMS = ("svg", "pdf", "png")

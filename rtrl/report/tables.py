@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from rtrl._utils.formatting import duration, number, show_bytes
 from rtrl.report.draw import runs, spacing
-from rtrl.report.load import VERDICTS, Cell, Claim, Grid, Plot, Record
+from rtrl.report.model import VERDICTS, Cell, ClaimResult, Plot, Record, Table
 from rtrl.report.numbers import cell
 
 ROWS = 200  # of a table of numbers behind a picture; the results file has them all
@@ -16,7 +16,7 @@ SIGNS = {"holds": "✓", "holds when": "◐", "does not hold": "✗", "not measu
 class Numbers(NamedTuple):
     """The numbers behind a picture; ``note`` says what was left out, if anything was."""
 
-    grid: Grid
+    grid: Table
     note: str
 
 
@@ -28,20 +28,20 @@ def numbers(plot: Plot) -> Numbers:
             for i, series in enumerate(plot.series)
             for y, begin, end in runs(plot, i)
         ]
-        grid = Grid(plot.title, ["series", plot.y_label, f"{plot.x_label}, in steps of {number(spacing(plot))}"], rows)
+        grid = Table(plot.title, ["series", plot.y_label, f"{plot.x_label}, in steps of {number(spacing(plot))}"], rows)
     elif plot.kind == "line" and all(len(set(series.x)) == len(series.x) for series in plot.series):
         found = [dict(zip(series.x, series.y, strict=True)) for series in plot.series]
         xs = sorted({x for line in found for x in line if x is not None})
         names = [f"{s.name} (predicted)" if s.dashed else s.name for s in plot.series]
-        grid = Grid(plot.title, [plot.x_label, *names], [[x, *(line.get(x) for line in found)] for x in xs])
+        grid = Table(plot.title, [plot.x_label, *names], [[x, *(line.get(x) for line in found)] for x in xs])
     else:
         points = [[s.name, x, y] for s in plot.series for x, y in zip(s.x, s.y, strict=True)]
-        grid = Grid(plot.title, ["series", plot.x_label, plot.y_label], points)
+        grid = Table(plot.title, ["series", plot.x_label, plot.y_label], points)
     every = -(-len(grid.rows) // ROWS)
     if every <= 1:
         return Numbers(grid, "")
     note = f"One row in {every} of {len(grid.rows)}; the results file has them all."
-    return Numbers(Grid(grid.title, grid.columns, grid.rows[::every]), note)
+    return Numbers(Table(grid.title, grid.columns, grid.rows[::every]), note)
 
 
 def _span(begin: float, end: float) -> str:
@@ -85,6 +85,6 @@ def summary(record: Record) -> str:
     return text + f" {failed} failure{'s' * (failed > 1)}: the code does not do what it says." * bool(failed)
 
 
-def verdict(claim: Claim) -> str:
+def verdict(claim: ClaimResult) -> str:
     """Sign and word: "✓ holds"."""
     return f"{SIGNS[claim.verdict]} {claim.verdict}"

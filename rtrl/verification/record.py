@@ -17,11 +17,9 @@ import torch
 
 import rtrl
 from rtrl.errors import ConfigError
+from rtrl.report.model import SCHEMA
 from rtrl.verification.claim import Settings
 from rtrl.verification.runner import Outcome
-
-SCHEMA = 1
-"""The form of ``record``; it changes whenever a reader of the old form would misread the new one."""
 
 Entry = dict[str, Any]
 """One claim on record."""

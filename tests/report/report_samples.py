@@ -46,13 +46,13 @@ def claim(name: str, verdict: str = "holds", **changes: Any) -> dict[str, Any]:
     return {
         "id": name,
         "claimed": f"what {name} claims",
-        "figure": f"3.1 × of {name}",
+        "result": f"3.1 × of {name}",
         "threshold": "≥ 2.72 ×",
         "verdict": verdict,
         "condition": "",
         "failures": [],
         "duration_s": 1.5,
-        "grids": [],
+        "tables": [],
         "plots": [],
         "data": {"free": [1, {"form": None}]},
         **changes,
@@ -68,7 +68,7 @@ def sample() -> dict[str, Any]:
     }
     long_grid = {"title": "Every row", "columns": ["n", "n²"], "rows": [[n, n * n] for n in range(40)]}
     whole = {
-        "schema": 1,
+        "schema": 2,
         "created": "2026-01-31T12:00:00+00:00",
         "command": "rtrl verify --json results.json",
         "mode": "quick",
@@ -79,14 +79,14 @@ def sample() -> dict[str, Any]:
         "claims": [
             claim(
                 "memory",
-                grids=[grid, long_grid],
+                tables=[grid, long_grid],
                 plots=[MEMORY],
                 explanation="Claim: memory **stays** as *it is*.\n\n    S = J S + B\n\n"
                 "Bytes of ``rtrl.BlockRTRL`` (:func:`sync`).\n\n- one\n- two",
             ),
             claim("depends", "holds when", condition="B ≤ 4; from H = 64 on", plots=[RASTER, CURVE]),
             claim("slow_thing", "does not hold", condition="it is slower", failures=["gradients differ at step 3"]),
-            claim("absent", "not measured", figure="", condition="no device"),
+            claim("absent", "not measured", result="", condition="no device"),
         ],
     }
     return copy.deepcopy(whole)

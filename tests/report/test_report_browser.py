@@ -30,7 +30,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     whole = sample()
     wide = {"title": "Wide", "columns": [f"column {i}" for i in range(30)], "rows": [["x" * 12] * 30] * 40}
-    whole["claims"][0]["grids"].append(wide)
+    whole["claims"][0]["tables"].append(wide)
     whole["claims"][0]["claimed"] = "long" * 60
     whole["claims"][2]["condition"] = "because " + "q" * 300
     whole["claims"][0]["explanation"] += "\n\n    " + "S_{t+1} = J_t S_t + " * 20

@@ -85,11 +85,11 @@ def test_what_cannot_be_done_leaves_nothing_behind(
 def test_wrong_results_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     whole = sample()
-    del whole["claims"][2]["figure"]
+    del whole["claims"][2]["result"]
     written(tmp_path / "results.json", whole)
     result = report("results.json", "-o", "x.html")
     assert result.exit_code == 2
-    assert "results.json: claims[2]: the field 'figure' is missing" in words(result.stderr)
+    assert "results.json: claims[2]: the field 'result' is missing" in words(result.stderr)
     assert not (tmp_path / "x.html").exists()
 
 

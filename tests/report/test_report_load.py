@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from report_samples import NASTY, sample, written
 
+import rtrl.report
 from rtrl.errors import ConfigError
 from rtrl.report import load_record
 
@@ -34,24 +35,39 @@ def at(*path: str | int) -> Callable[[Any], Change]:
 
 
 PLOT = ("claims", 0, "plots", 0)
-GRID = ("claims", 0, "grids", 0)
+GRID = ("claims", 0, "tables", 0)
 
 
 def test_a_sound_file_is_read(tmp_path: Path) -> None:
     record = load_record(written(tmp_path / "r.json", sample()))
     assert [claim.id for claim in record.claims] == ["memory", "depends", "slow_thing", "absent"]
     assert record.claims[0].plots[0].series[1].y == [0, 1e5, None]
-    assert record.claims[0].grids[0].rows[1] == ["dense", 16, 1.5e9, None]
+    assert record.claims[0].tables[0].rows[1] == ["dense", 16, 1.5e9, None]
     assert record.claims[1].plots[1].kind == "line"  # what has a default may be left out
     assert record.claims[1].explanation == ""
+
+
+def test_a_file_of_the_first_form_is_read(tmp_path: Path) -> None:
+    """It says "figure" and "grids" for "result" and "tables"."""
+    first = sample()
+    first["schema"] = 1
+    for claim in first["claims"]:
+        claim["figure"], claim["grids"] = claim.pop("result"), claim.pop("tables")
+    assert load_record(written(tmp_path / "1.json", first)) == load_record(written(tmp_path / "2.json", sample()))
+
+
+@pytest.mark.parametrize("old", ["Grid", "Claim"])
+def test_old_names_warn(old: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"rtrl.report.{old} is called"):
+        assert getattr(rtrl.report, old) in (rtrl.report.Table, rtrl.report.ClaimResult)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (at("schema")(...), "the field 'schema' is missing"),
-        (at("schema")(2), "schema: expected 1, the only form"),
-        (at("schema")(True), "schema: expected 1"),
+        (at("schema")(3), "schema: expected 1 or 2, the forms"),
+        (at("schema")(True), "schema: expected 1 or 2"),
         (at("created")("yesterday"), "created: expected a time such as"),
         (at("seed")(1.5), "seed: expected a whole number, found 1.5"),
         (at("machine")([]), "machine: expected an object"),
@@ -65,7 +81,7 @@ def test_a_sound_file_is_read(tmp_path: Path) -> None:
         (at("claims", 0, "verdict")("maybe"), "expected one of 'holds', 'holds when', 'does not hold', 'not measured'"),
         (at("claims", 0, "verdict")([]), "claims[0].verdict: expected one of"),
         (at("claims", 0, "failures")([1]), "claims[0].failures[0]: expected a text, found 1"),
-        (at(*GRID, "rows", 1)(["short"]), "claims[0].grids[0].rows[1]: expected a list of 4 cells"),
+        (at(*GRID, "rows", 1)(["short"]), "claims[0].tables[0].rows[1]: expected a list of 4 cells"),
         (at(*GRID, "rows", 1, 2)({}), "rows[1][2]: expected a number or null, found {}"),
         (at(*GRID, "columns")("ab"), "columns: expected a list"),
         (at(*PLOT, "kind")("pie"), "claims[0].plots[0].kind: expected one of 'line', 'raster', found 'pie'"),

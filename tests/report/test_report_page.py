@@ -62,11 +62,11 @@ def html(spoilt: bool = False) -> str:
 def test_all_of_the_record_is_there() -> None:
     page, record = Page(html()), sample()
     for claim in record["claims"]:
-        for field in ("id", "claimed", "figure", "threshold", "condition"):
+        for field in ("id", "claimed", "result", "threshold", "condition"):
             assert " ".join(claim[field].split()) in page.text
         assert f"claim-{claim['id']}" in [attributes.get("id") for attributes in page.named("section")]
     plots = [plot for claim in record["claims"] for plot in claim["plots"]]
-    grids = [grid for claim in record["claims"] for grid in claim["grids"]]
+    grids = [grid for claim in record["claims"] for grid in claim["tables"]]
     assert len(page.named("svg")) == len(page.named("figure")) == len(page.named("details")) == len(plots)
     assert len(page.named("table")) == 1 + len(plots) + len(grids)
     assert all(thing["title"] in page.text for thing in plots + grids)

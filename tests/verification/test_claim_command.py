@@ -115,7 +115,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_measured(monkeypatch: pytest.Monkey
     assert result.stdout.splitlines()[-1].startswith("PASS: 3 claims: 1 holds, 2 does not hold")
     whole = json.loads(path.read_text(encoding="utf-8"))
     assert [claim["id"] for claim in whole["claims"]] == ["fine", "long", "later"]
-    assert whole["claims"][0]["figure"] == "2 ×"
+    assert whole["claims"][0]["result"] == "2 ×"
 
 
 def test_what_failed_is_measured_again(tmp_path: Path) -> None:

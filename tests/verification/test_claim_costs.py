@@ -46,14 +46,14 @@ def test_each_is_measured_in_small(module: Any, sizes: Any) -> None:
     assert isinstance(finding, Finding)
     assert finding.failures == []
     assert finding.verdict != "not measured"
-    assert finding.figure
+    assert finding.result
     assert finding.threshold
     assert (
         (finding.verdict == "holds") == (finding.condition == "")
         or finding.verdict == "holds when"
         or finding.condition
     )
-    for grid in finding.grids:
+    for grid in finding.tables:
         assert grid.rows
         assert all(len(row) == len(grid.columns) for row in grid.rows), grid.title
     for plot in finding.plots:
@@ -338,7 +338,7 @@ def test_what_gpus_would_be_asked_runs_with_another_meter(monkeypatch: pytest.Mo
     monkeypatch.setattr(gpu, "_device", lambda settings: "cpu")
     finding = gpu.measure(Settings(), quiet, gpu.Sizes(TINY, (8, 16), 4, 2))
     assert finding.failures == []
-    assert "planted" in finding.figure
+    assert "planted" in finding.result
 
 
 def test_haystack_speed_is_that_of_its_own_config() -> None:

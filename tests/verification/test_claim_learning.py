@@ -41,10 +41,10 @@ class Listener:
 
 def check(finding: Finding, listener: Listener) -> Finding:
     """What every finding must have."""
-    assert finding.figure and finding.threshold
+    assert finding.result and finding.threshold
     assert (finding.verdict == "holds") == (finding.condition == "")
-    assert finding.grids and finding.plots
-    for grid in finding.grids:
+    assert finding.tables and finding.plots
+    for grid in finding.tables:
         assert grid.rows and all(len(row) == len(grid.columns) for row in grid.rows)
     for plot in finding.plots:
         assert all(len(line.x) == len(line.y) > 0 and all(map(math.isfinite, line.y)) for line in plot.series)
@@ -282,6 +282,6 @@ def test_of_several_byte_streams_the_worst_counts() -> None:
     for order in ([good, bad], [bad, good]):
         whole = byte_stream.together(order)
         assert (whole.verdict, whole.condition, whole.failures) == ("does not hold", "memory grows", bad.failures)
-        assert whole.figure == f"{order[0].figure}. {order[1].figure}"
+        assert whole.result == f"{order[0].result}. {order[1].result}"
     assert byte_stream.together([good]).verdict == "holds"
     assert {sizes.steps for sizes in byte_stream.FULL} == {10**5, 10**6}

@@ -9,7 +9,7 @@ import torch
 
 from rtrl.errors import ConfigError
 from rtrl.verification import record, registry, runner
-from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings
+from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table
 
 GOOD = Finding("2 ×", "≥ 1 ×", "holds")
 
@@ -95,7 +95,7 @@ def test_progress_names_the_claim() -> None:
 def test_the_record_is_json_without_nan() -> None:
     finding = Finding(
         "1", "2", "does not hold", "3", ["4"],
-        [Grid("t", ["a", "b"], [["x", math.nan], [None, 2]])],
+        [Table("t", ["a", "b"], [["x", math.nan], [None, 2]])],
         [Plot("p", "x", "y", [Series("s", [1.0], [math.inf], dashed=True)], kind="raster", log_x=True)],
         {"tuple": (1, 2.5)},
     )  # fmt: skip
@@ -105,7 +105,7 @@ def test_the_record_is_json_without_nan() -> None:
     assert whole.keys() == {
         "schema", "created", "command", "mode", "seed", "device", "machine", "versions", "duration_s", "claims",
     }  # fmt: skip
-    assert (whole["schema"], whole["mode"], whole["seed"], whole["device"]) == (1, "full", 3, "cpu")
+    assert (whole["schema"], whole["mode"], whole["seed"], whole["device"]) == (2, "full", 3, "cpu")
     assert whole["machine"].keys() == {"cpu", "cores", "threads", "memory_bytes", "os"}
     assert {"rtrl", "torch", "python"} <= whole["versions"].keys()
     (one,) = whole["claims"]
@@ -115,12 +115,12 @@ def test_the_record_is_json_without_nan() -> None:
     assert one == {
         "id": "one",
         "claimed": "one was claimed",
-        "figure": "1",
+        "result": "1",
         "threshold": "2",
         "verdict": "does not hold",
         "condition": "3",
         "failures": ["4"],
-        "grids": [{"title": "t", "columns": ["a", "b"], "rows": [["x", None], [None, 2]]}],
+        "tables": [{"title": "t", "columns": ["a", "b"], "rows": [["x", None], [None, 2]]}],
         "plots": [
             {
                 "title": "p", "x_label": "x", "y_label": "y", "kind": "raster", "log_x": True, "log_y": False,

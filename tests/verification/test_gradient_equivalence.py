@@ -81,8 +81,8 @@ def test_the_real_learner_passes(tmp_path: Path) -> None:
     rows = record["rows"]
     assert len(table_lines(result.stdout)) == len(rows)
     (claim,) = record["claims"]  # the file is also one of results, as the whole table writes them
-    assert (record["schema"], claim["id"], claim["verdict"]) == (1, "gradient-equivalence", "holds")
-    assert len(claim["grids"][0]["rows"]) == len(rows)
+    assert (record["schema"], claim["id"], claim["verdict"]) == (2, "gradient-equivalence", "holds")
+    assert len(claim["tables"][0]["rows"]) == len(rows)
     assert {row["oracle"] for row in rows} == {"BPTT", "dense RTRL", "finite differences"}
     assert {row["window"] for row in rows} == {1, 3}
     for row in rows:

@@ -29,7 +29,7 @@ from rtrl.cells.moe import RecurrentMoE
 from rtrl.cells.protocol import Sparsity
 from rtrl.learners.block_rtrl import BlockRTRL
 from rtrl.tasks import ByteStream
-from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
+from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
 from rtrl.verification.harness.compare import compare_gradients
 from rtrl.verification.harness.models import byte_model
 from rtrl.verification.harness.threads import one_thread
@@ -184,12 +184,12 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
         condition,
         [],
         [
-            Grid(
+            Table(
                 "Products of Jacobians over n steps",
                 ["n", "norm, fresh", "norm, trained", "condition, fresh (median)", "condition, trained (median)"],
                 [[n, *(found[m].norms[n] for m in found), *(found[m].conditions[n] for m in found)] for n in lengths],
             ),
-            Grid(
+            Table(
                 "Relative error of float32",
                 ["steps", "gradient, fresh", "gradient, trained", "influence, fresh", "influence, trained"],
                 [

@@ -375,7 +375,7 @@ def finding(result: Result) -> claim.Finding:
         "holds" if result.passed else "does not hold",
         "" if result.passed else f"{max(failed, 1)} comparisons disagree or say nothing",
         failures=result.failures,
-        grids=[claim.Grid("Gradients and influences against the oracles", columns, rows)],
+        tables=[claim.Table("Gradients and influences against the oracles", columns, rows)],
         data={"largest_error": worst, "stream": result.stream, "cell": result.cell},
     )
 

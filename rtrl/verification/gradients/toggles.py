@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from rtrl.verification.claim import Claim, Finding, Grid, Progress, Settings, Verdict
+from rtrl.verification.claim import Claim, Finding, Progress, Settings, Table, Verdict
 from rtrl.verification.harness.problems import NOTHING, Mixture, Run, agree, count, lay_down, problem, times, unrolled
 from rtrl.verification.harness.threads import one_thread
 
@@ -97,7 +97,7 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
         condition,
         failures,
         [
-            Grid(
+            Table(
                 f"One thing off, {sizes.steps} steps, block {sizes.block}, window {sizes.window}",
                 ["off", "gradient error", "multiply-adds a step", "over nothing off", "bytes held"],
                 [[name, errors[name], macs[name], macs[name] / usual, held[name]] for name in table],

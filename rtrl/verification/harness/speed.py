@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rtrl.verification.claim import Finding, Grid, Plot, Progress, Series, Settings, Verdict
+from rtrl.verification.claim import Finding, Plot, Progress, Series, Settings, Table, Verdict
 from rtrl.verification.harness.problems import (
     NOTHING,
     ROUGH,
@@ -162,12 +162,12 @@ def _measure(sizes: Sizes, claimed: float, settings: Settings, progress: Progres
         condition,
         failures,
         [
-            Grid(
+            Table(
                 f"Config {sizes.mixture.name}, {sizes.steps} steps, block 1, float32, one thread",
                 ["side", "multiply-adds a step", "over sparse", "s a step", "time over sparse"],
                 rows,
             ),
-            Grid(
+            Table(
                 f"lazy=False over lazy=True, multiply-adds, d_model {sizes.small}",
                 ["experts", "ratio"],
                 [[n, value] for n, value in sweep.items()],

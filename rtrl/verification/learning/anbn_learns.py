@@ -27,7 +27,7 @@ from torch import nn
 
 from rtrl.learners import BPTT
 from rtrl.tasks.anbn import AnBn
-from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings
+from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table
 from rtrl.verification.gradients.broken_learners import learner_type
 from rtrl.verification.harness.threads import one_thread
 from rtrl.verification.harness.training_runs import Course, Lesson, MakeLearner, exam, in_step, percent, plain, teach
@@ -188,8 +188,8 @@ def measure_sizes(sizes: Sizes, settings: Settings, progress: Progress) -> Findi
             whole_lesson("BPTT", BPTT, start, sizes.whole_width, settings.seed, sizes.whole_rounds)
     finding = judge(sizes, marks, apart)
     n = ", ".join(map(str, sizes.train_n))
-    finding.grids.append(
-        Grid(
+    finding.tables.append(
+        Table(
             "Accuracy on aⁿbⁿ",
             [
                 "learner", "d_model", "seed", f"trained n ({n})", f"between ({sizes.between_n[0]})",
@@ -198,8 +198,8 @@ def measure_sizes(sizes: Sizes, settings: Settings, progress: Progress) -> Findi
             [list(asdict(m).values()) for m in marks],
         )
     )  # fmt: skip
-    finding.grids.append(
-        Grid(
+    finding.tables.append(
+        Table(
             f"BlockRTRL in step with BPTT, d_model {sizes.twin_width}",
             ["updates", "largest relative difference of weights"],
             [[len(apart), max(apart, default=None)]],

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 import rtrl
 from rtrl.tasks.anbn import AnBn
-from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings
+from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table
 from rtrl.verification.harness.threads import one_thread
 from rtrl.verification.harness.training_runs import Tell, percent, plain
 
@@ -172,8 +172,8 @@ def measure_sizes(sizes: Sizes, settings: Settings, progress: Progress) -> Findi
     for (rate, _), column in zip(pairs, columns, strict=True):
         last[rate].append(column[-1])
     finding = judge(sizes, last)
-    finding.grids.append(
-        Grid(
+    finding.tables.append(
+        Table(
             "aⁿbⁿ at two rates of Adam",
             ["rate", "seed", f"accuracy over the last {sizes.every} updates", "best"],
             [[rate, seed, c[-1], max(c)] for (rate, seed), c in zip(pairs, columns, strict=True)],

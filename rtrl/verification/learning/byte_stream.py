@@ -35,7 +35,7 @@ from torch.nn import functional as F
 import rtrl
 from rtrl.learners import TBPTT
 from rtrl.tasks.bytes import ByteStream
-from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings
+from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table
 from rtrl.verification.gradients.broken_learners import learner_type
 from rtrl.verification.harness.threads import one_thread
 from rtrl.verification.harness.training_runs import plain
@@ -202,8 +202,8 @@ def measure_sizes(sizes: Sizes, settings: Settings, progress: Progress) -> Findi
     rows: list[list[str | int | float | None]] = [
         [r.name, r.bits, max(r.held), 1e3 * r.duration_s / sizes.steps] for r in runs
     ]
-    finding.grids.append(
-        Grid(
+    finding.tables.append(
+        Table(
             f"{sizes.steps} bytes of Python's standard library, one by one",
             ["learner", "bits per byte", "most bytes held", "ms a step"],
             [*rows, ["order 0", blind, None, None]],
@@ -232,12 +232,12 @@ def together(findings: Sequence[Finding]) -> Finding:
     """Several streams as one finding, with the worst of their verdicts."""
     worst = max(findings, key=lambda f: VERDICTS.index(f.verdict))
     return Finding(
-        ". ".join(f.figure for f in findings),
+        ". ".join(f.result for f in findings),
         worst.threshold,
         worst.verdict,
         worst.condition,
         [line for f in findings for line in f.failures],
-        [grid for f in findings for grid in f.grids],
+        [grid for f in findings for grid in f.tables],
         [plot for f in findings for plot in f.plots],
         {"streams": [f.data for f in findings]},
     )

@@ -24,7 +24,7 @@ from torch import nn
 import rtrl
 from rtrl.learners import BPTT
 from rtrl.tasks.haystack import Haystack
-from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings
+from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table
 from rtrl.verification.harness.threads import one_thread
 from rtrl.verification.harness.training_runs import Course, Lesson, exam, percent, plain, teach
 
@@ -128,7 +128,7 @@ def measure_cases(
             rows.append([case.label, seed, case.task.chance, accuracy, course.rounds[-1], course.steps])
     finding = judge(results)
     columns = ["cell", "seed", "chance", "held-out accuracy", "episodes of the batch", "steps"]
-    finding.grids.append(Grid("Short haystacks by BPTT", columns, rows))
+    finding.tables.append(Table("Short haystacks by BPTT", columns, rows))
     lines = [
         Series(f"{r.case.label}, seed {r.case.seed}", [float(n) for n in r.course.rounds], r.course.scores)
         for r in results

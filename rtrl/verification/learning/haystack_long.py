@@ -33,7 +33,7 @@ import rtrl
 from rtrl.learners import TBPTT
 from rtrl.tasks.haystack import Haystack
 from rtrl.tasks.protocol import Task
-from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
+from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
 from rtrl.verification.gradients.broken_learners import learner_type
 from rtrl.verification.harness.threads import one_thread
 from rtrl.verification.harness.training_runs import Course, Lesson, MakeLearner, Tell, exam, percent, plain, teach
@@ -205,8 +205,8 @@ def measure_sizes(sizes: Sizes, settings: Settings, progress: Progress) -> Findi
                     before += course.rounds[-1]
                 curves.append(Series(f"{name}, seed {pair.seed}", rounds, scores))
     finding = judge(sizes, pairs)
-    finding.grids.append(
-        Grid(
+    finding.tables.append(
+        Table(
             f"Held-out accuracy at a gap of {sizes.gaps[-1]}, at equal memory",
             ["seed", "BlockRTRL", "TBPTT", "BlockRTRL, bytes", "TBPTT, bytes", "horizon", "rounds", "rounds, TBPTT"],
             [list(asdict(pair).values()) for pair in pairs],

@@ -27,7 +27,7 @@ import torch
 from rtrl.errors import RTRLError
 from rtrl.learners import BPTT
 from rtrl.learners.block_rtrl import BlockRTRL
-from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings
+from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table
 from rtrl.verification.gradients.broken_learners import learner_type
 from rtrl.verification.harness.threads import one_thread
 from rtrl.verification.harness.training_runs import Course, Lesson, exam, in_step, percent, plain, teach
@@ -127,7 +127,7 @@ def measure_sizes(sizes: Sizes, settings: Settings, progress: Progress) -> Findi
         for r in results
     ]  # fmt: skip
     columns = ["cell", "block", "updates in step", "largest difference", "held-out accuracy", "episodes of the batch"]
-    finding.grids.append(Grid("BlockRTRL beside BPTT", columns, rows))
+    finding.tables.append(Table("BlockRTRL beside BPTT", columns, rows))
     finding.plots.append(
         Plot(
             "How far the weights are apart",

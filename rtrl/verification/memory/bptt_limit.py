@@ -19,7 +19,7 @@ import os
 from dataclasses import dataclass
 
 from rtrl._utils.formatting import show_bytes
-from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
+from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
 from rtrl.verification.harness.bptt_process import growth
 from rtrl.verification.harness.memory import bptt_on_cpu
 from rtrl.verification.harness.problems import CONFIGS, line, problem
@@ -117,7 +117,7 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
         condition,
         [],
         [
-            Grid(
+            Table(
                 "Peak bytes of BPTT, one sample, float32",
                 [*COLUMNS, *(f"T = {t:,}" for t in sizes.told), "of the process a step", "longest T here"],
                 rows,

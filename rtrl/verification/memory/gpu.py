@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from rtrl._utils.formatting import show_bytes
-from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
+from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
 from rtrl.verification.harness import problems
 from rtrl.verification.harness.memory import CudaPeak, between_blocks, bptt_peak, wake_all
 from rtrl.verification.harness.problems import Mixture, Run, problem
@@ -90,7 +90,7 @@ def measure(settings: Settings, progress: Progress, sizes: Sizes | None = None) 
         condition,
         failures,
         [
-            Grid(
+            Table(
                 f"Allocator peaks, config {sizes.mixture.name}, bytes",
                 ["T", "BPTT", "BlockRTRL", "BlockRTRL between steps"],
                 [[t, bptt[t], rtrl[t], held[t]] for t in sizes.lengths],

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rtrl._utils.formatting import show_bytes
-from rtrl.verification.claim import Claim, Finding, Grid, Progress, Settings, Verdict
+from rtrl.verification.claim import Claim, Finding, Progress, Settings, Table, Verdict
 from rtrl.verification.harness.memory import alive, between_blocks, influence_bytes, tree_bytes, wake_all
 from rtrl.verification.harness.problems import FLOW, Mixture, Run, problem
 from rtrl.verification.harness.threads import one_thread
@@ -148,13 +148,13 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
         f"{condition}; config flow ({show_bytes(influence_bytes(FLOW))} of influence) is far from it".lstrip("; "),
         failures,
         [
-            Grid("Bytes by size", ["d_model", "H", "P", "held between steps", "peak, everything counted"], rows),
-            Grid(
+            Table("Bytes by size", ["d_model", "H", "P", "held between steps", "peak, everything counted"], rows),
+            Table(
                 "Trained with Adam",
                 ["steps", "peak after warm-up", "peak at the end", "loss, first tenth", "loss, last tenth"],
                 [] if trained is None else [[sizes.steps, *trained.peaks, *trained.losses]],
             ),
-            Grid(
+            Table(
                 "Config flow, block 1, window 16, by formula",
                 ["influence", "tree", "of it"],
                 [[influence_bytes(FLOW), tree_bytes(FLOW, 1, 16), flow]],

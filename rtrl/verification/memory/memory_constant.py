@@ -19,7 +19,7 @@ expert late sees one step upward then; a learner on a GPU is in *gpu*.
 from dataclasses import dataclass
 
 from rtrl._utils.formatting import show_bytes
-from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
+from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
 from rtrl.verification.harness.long_run import in_a_fresh_process
 from rtrl.verification.harness.problems import Mixture
 
@@ -78,7 +78,7 @@ def measure(settings: Settings, progress: Progress, sizes: Sizes | None = None) 
         condition,
         failures,
         [
-            Grid(
+            Table(
                 "Bytes after T steps",
                 ["T", "held", "process"],
                 [[t, h, r] for t, h, r in zip(sizes.moments, held, rss, strict=True)],

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from rtrl._utils.formatting import show_bytes
 from rtrl.costs import plan
-from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
+from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
 from rtrl.verification.harness import problems
 from rtrl.verification.harness.memory import alive, between_blocks, bptt_on_cpu, influence_bytes, tree_bytes, wake_all
 from rtrl.verification.harness.problems import Mixture, Problem, Run, line, problem, slope
@@ -153,12 +153,12 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
         condition,
         failures,
         [
-            Grid(
+            Table(
                 f"Peak bytes, config {sizes.mixture.name}, block {sizes.block}, window {sizes.window}, float32",
                 ["T", "how", "BPTT", "RTRL, peak", "RTRL, between steps", "BPTT, claimed", "RTRL, claimed"],
                 rows,
             ),
-            Grid(
+            Table(
                 "The crossover T*",
                 ["of what", "predicted", "measured", "bytes a step of BPTT", "bytes of RTRL"],
                 [

@@ -20,7 +20,7 @@ import torch
 
 from rtrl.cells.moe import RecurrentMoE
 from rtrl.testing import check_cell
-from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
+from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
 from rtrl.verification.harness.problems import FLOW, Mixture, problem
 from rtrl.verification.harness.threads import one_thread
 
@@ -119,7 +119,7 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
         condition,
         failures,
         [
-            Grid(
+            Table(
                 f"Config {sizes.mixture.name}, {sizes.steps} steps",
                 ["what", "least", "most", "of"],
                 [
@@ -128,7 +128,9 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
                     ["experts used in all", None, int((uses > 0).sum()), sizes.mixture.n_experts],
                 ],
             ),
-            Grid("Share active over the width of an expert", ["width", "share"], [[w, s] for w, s in by_width.items()]),
+            Table(
+                "Share active over the width of an expert", ["width", "share"], [[w, s] for w, s in by_width.items()]
+            ),
         ],
         [
             Plot(

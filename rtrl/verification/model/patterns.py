@@ -23,7 +23,7 @@ from rtrl.cells.moe import RecurrentMoE
 from rtrl.cells.protocol import Sparsity
 from rtrl.learners.block_rtrl import BlockRTRL
 from rtrl.tasks import ByteStream
-from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
+from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
 from rtrl.verification.harness.models import byte_model
 from rtrl.verification.harness.threads import one_thread
 
@@ -161,12 +161,12 @@ def measure(settings: Settings, progress: Progress, sizes: Sizes | None = None) 
         condition,
         failures,
         [
-            Grid(
+            Table(
                 f"Experts over the last {len(marks)} of {sizes.steps} steps ({bits:.2f} bits a byte)",
                 ["expert", "steps in use", "share", "longest sleep"],
                 [[expert, used, used / len(marks), longest] for expert, (used, longest) in by_expert.items()],
             ),
-            Grid(
+            Table(
                 "Slots",
                 ["slot", "steps read", "steps written"],
                 [

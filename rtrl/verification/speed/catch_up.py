@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rtrl._influence.history import History
-from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
+from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
 from rtrl.verification.harness.dormant_slice import Counted, Sleep, Sleeper, counted, worst_error
 from rtrl.verification.harness.problems import alternate, ratio, times
 from rtrl.verification.harness.threads import one_thread
@@ -163,7 +163,7 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
         condition,
         failures,
         [
-            Grid(
+            Table(
                 f"Multiply-adds to catch up {sizes.k}·H parameters (H = {kinds['dense'].hidden} dense, "
                 f"{kinds['sparse'].hidden} sparse), and times",
                 ["steps", "n", "one by one", "one product", "plan", "one by one / plan", "the same in time", "H timed"],

@@ -23,7 +23,7 @@ import torch
 import oracles
 from rtrl._influence.segment_tree import CircularSegmentTree
 from rtrl._influence.transition import Transition, compose, identity
-from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
+from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
 from rtrl.verification.harness.threads import one_thread
 
 
@@ -147,7 +147,7 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
         condition,
         failures,
         [
-            Grid(
+            Table(
                 "Products by length of sleep",
                 [
                     "n",

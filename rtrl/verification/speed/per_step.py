@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
+from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
 from rtrl.verification.harness.problems import (
     FLOW,
     NOTHING,
@@ -196,12 +196,12 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
         condition,
         failures,
         [
-            Grid(
+            Table(
                 "Full RTRL counted, and H²·P",
                 ["d_model", "experts", "H²·P", "counted", "counted / H²·P"],
                 calibration,
             ),
-            Grid(
+            Table(
                 "Multiply-adds a step of BlockRTRL, on proxies and carried over",
                 [
                     "block",
@@ -212,7 +212,7 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
                 ],
                 rows,
             ),
-            Grid(
+            Table(
                 f"Seconds a step at d_model {sizes.timed}",
                 ["side", "s", "full over it"],
                 [[name, sorted(values)[len(values) // 2], clock.get(name)] for name, values in took.items()],

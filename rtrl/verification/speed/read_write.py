@@ -20,7 +20,7 @@ from functools import partial
 import torch
 
 from rtrl._influence.transition import Transition
-from rtrl.verification.claim import Claim, Finding, Grid, Plot, Progress, Series, Settings, Verdict
+from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
 from rtrl.verification.harness.dormant_slice import Sleep, Sleeper, worst_error
 from rtrl.verification.harness.problems import alternate, count, ratio, times
 from rtrl.verification.harness.threads import one_thread
@@ -128,12 +128,12 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
         condition,
         failures,
         [
-            Grid(
+            Table(
                 f"One step, H = {sizes.slots * sizes.width}, {sizes.columns} columns",
                 ["Jacobian", "multiply-adds", "s"],
                 [["full", full_macs, min(took["full"])], ["row-sparse", sparse_macs, min(took["sparse"])]],
             ),
-            Grid(
+            Table(
                 "Full Jacobians one by one over …, multiply-adds",
                 ["n", "row-sparse, one by one", "row-sparse with the tree"],
                 [[n, replay[n], tree[n]] for n in tree],
