@@ -15,7 +15,6 @@ import pytest
 import torch
 from bars import BARS
 from measuring import Measurement
-from timing import medians, ratio
 from torch import Tensor
 
 import oracles
@@ -24,6 +23,7 @@ from rtrl._influence.history import History
 from rtrl._influence.store import ParameterInfluence
 from rtrl._influence.transition import Transition
 from rtrl.profiling.macs import MacCounter
+from rtrl.profiling.timing import median_ratio, medians
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def test_catching_up_after_dense_steps(n: int, measurement: Measurement, benchma
             times["planned"].append(middle - start)
             times["one by one"].append((time.perf_counter() - middle) * n / few)
             del sleeper  # gigabytes at full size: not two at once
-        measured[f"catchup.faster.{n}"] = ratio(times["one by one"], times["planned"])
+        measured[f"catchup.faster.{n}"] = median_ratio(times["one by one"], times["planned"])
         facts.update({f"s, n = {n}, {name}": value for name, value in medians(times).items()})
     benchmark.pedantic(Sleeper(Setup(n, small.size)).one_by_one, args=(1,), rounds=1)
     measurement.settle(measured, H=setup.size, k=setup.k, **facts)

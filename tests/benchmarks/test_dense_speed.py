@@ -9,7 +9,8 @@ from counting import exponent, macs, textbook_macs
 from measuring import Measurement, curve
 from problems import Problem, dense
 from rivals import Ours, Product, Textbook, Unrolled
-from timing import alternate, medians, ratio
+
+from rtrl.profiling.timing import alternate, median_ratio, medians
 
 
 def bound(problem: Problem, block: int) -> float:
@@ -79,8 +80,8 @@ def test_a_tanh_network(measurement: Measurement, benchmark: Any) -> None:
             measurement.sizes.rounds,
         )
         best = [min(times[name][i] for name in products) for i in range(measurement.sizes.rounds)]
-        measured["rnn.faster"] = ratio(times["textbook"], times["ours"])
-        measured["rnn.limit"] = bound(problem, size) * ratio(best, times["ours"])
+        measured["rnn.faster"] = median_ratio(times["textbook"], times["ours"])
+        measured["rnn.limit"] = bound(problem, size) * median_ratio(best, times["ours"])
         medians_s = medians(times)
         facts.update({f"ms a step, {name}": 1e3 * medians_s[name] for name in ("ours", "textbook")})
         facts["10⁹ operations a second in a matrix product"] = 2e-9 / min(medians_s[name] for name in products)
@@ -110,7 +111,7 @@ def test_a_gru(measurement: Measurement, benchmark: Any) -> None:
                 measurement.sizes.rounds,
             )
             if f"gru.faster.{size}" in BARS:
-                measured[f"gru.faster.{size}"] = ratio(times["textbook"], times["ours"])
+                measured[f"gru.faster.{size}"] = median_ratio(times["textbook"], times["ours"])
             for name, values in medians(times).items():
                 seconds[name].append(values)
     if measurement.clock:

@@ -11,7 +11,8 @@ from agreement import assert_roughly_equal, check_agreement, check_jax_agreement
 from measuring import Measurement, curve
 from problems import dense
 from rivals import Ours, Textbook, Unrolled
-from timing import alternate, medians, ratio
+
+from rtrl.profiling.timing import alternate, median_ratio, medians
 
 
 @pytest.mark.skipif(not jax_rivals.available, reason=jax_rivals.REASON)
@@ -46,7 +47,7 @@ def test_jitted_jax(measurement: Measurement, benchmark: Any) -> None:
             },
             measurement.sizes.rounds,
         )
-        measured[f"jax.{size}"] = ratio(times["RTRL in JAX"], times["ours"])
+        measured[f"jax.{size}"] = median_ratio(times["RTRL in JAX"], times["ours"])
         for name, value in medians(times).items():
             seconds.setdefault(name, []).append(value)
     benchmark.pedantic(ours.advance, args=(size,), rounds=3)

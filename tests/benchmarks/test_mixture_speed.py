@@ -13,7 +13,8 @@ from measuring import Measurement
 from mixtures import Undeclared, forced
 from problems import Problem, mixture
 from rivals import Ours, Product, Textbook, Unrolled
-from timing import alternate, medians, ratio
+
+from rtrl.profiling.timing import alternate, median_ratio, medians
 
 COLUMNS = 1 << 15
 """So many columns of S are moved where all of them do not fit."""
@@ -156,7 +157,7 @@ def test_a_batch_of_mixtures(measurement: Measurement, benchmark: Any) -> None:
         timed = Batch(8, measurement.sizes.batch)
         times = alternate({"eight": timed.advance_together, "one": timed.advance_apart}, measurement.sizes.rounds)
         timed.check(timed.together)
-        measured["batch.time"] = ratio(times["eight"], times["one"])
+        measured["batch.time"] = median_ratio(times["eight"], times["one"])
     benchmark.pedantic(batch.advance_together, rounds=3)
     size = measurement.sizes.batch
     measurement.settle(

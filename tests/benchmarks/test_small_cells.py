@@ -8,7 +8,8 @@ from counting import dispatches
 from measuring import Measurement
 from problems import MODULES, dense
 from rivals import Ours, Unrolled
-from timing import alternate, medians, ratio
+
+from rtrl.profiling.timing import alternate, median_ratio, medians
 
 
 def test_a_step_of_a_small_cell(measurement: Measurement, benchmark: Any) -> None:
@@ -34,7 +35,7 @@ def test_a_step_of_a_small_cell(measurement: Measurement, benchmark: Any) -> Non
                 },
                 3 * measurement.sizes.rounds,
             )
-            measured[f"cells.{kind}"] = ratio(times["ours"], times["eager"])
+            measured[f"cells.{kind}"] = median_ratio(times["ours"], times["eager"])
             facts.update({f"µs a step, {kind}, {side}": 1e6 * value for side, value in medians(times).items()})
     measured["cells.operations"] = max(ours / eager for ours, _, eager in operations.values())
     measured["cells.control"] = min(stepwise / eager for _, stepwise, eager in operations.values())

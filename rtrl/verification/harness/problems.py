@@ -1,9 +1,6 @@
 """The mixtures, streams and learners that the claims about cost share, and how they are counted and timed."""
 
 import copy
-import gc
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -197,39 +194,6 @@ def count(work: Callable[[], Any]) -> int:
     with MacCounter() as counter:
         work()
     return counter.macs
-
-
-def alternate(sides: Mapping[str, Callable[[], int]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds a unit of every side, round by round, the sides in turns, after a round that is not counted.
-
-    Args:
-        sides: name → a call that does some work and returns how many units of it: steps, say.
-    """
-    order = list(sides)
-    for name in order:
-        sides[name]()
-    times: dict[str, list[float]] = {name: [] for name in order}
-    gc.collect()
-    for _ in range(rounds):
-        for name in order:
-            wait(device)
-            start = time.perf_counter()
-            units = sides[name]()
-            wait(device)
-            times[name].append((time.perf_counter() - start) / units)
-        order.reverse()
-    return times
-
-
-def wait(device: str) -> None:
-    """Until the device has done what was launched; a CPU has."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """The median over rounds of above / below: neighbours in time, so that what else the machine does meets both."""
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:

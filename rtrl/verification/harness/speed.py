@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from rtrl.profiling.timing import alternate, median_ratio
 from rtrl.verification.claim import Finding, Plot, Progress, Series, Settings, Table, Verdict
 from rtrl.verification.harness.problems import (
     NOTHING,
@@ -13,10 +14,8 @@ from rtrl.verification.harness.problems import (
     Mixture,
     Run,
     agree,
-    alternate,
     count,
     problem,
-    ratio,
     times,
     unrolled,
 )
@@ -146,7 +145,7 @@ def _measure(sizes: Sizes, claimed: float, settings: Settings, progress: Progres
         sweep[experts] = pair[0] / pair[1]
 
     by_full, by_lazy = counted["full"] / counted["sparse"], counted["lazy=False"] / counted["sparse"]
-    timed = {name: ratio(seconds[name], seconds["sparse"]) for name in ("full", "lazy=False")}
+    timed = {name: median_ratio(seconds[name], seconds["sparse"]) for name in ("full", "lazy=False")}
     verdict, condition = judge(by_full, by_lazy, claimed, sweep, timed["full"])
     if failures:
         verdict, condition = "does not hold", "gradients differ, so the figures are void"

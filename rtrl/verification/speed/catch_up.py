@@ -21,9 +21,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from rtrl._influence.history import History
+from rtrl.profiling.timing import alternate, median_ratio
 from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
 from rtrl.verification.harness.dormant_slice import Counted, Sleep, Sleeper, counted, worst_error
-from rtrl.verification.harness.problems import alternate, ratio, times
+from rtrl.verification.harness.problems import times
 from rtrl.verification.harness.threads import one_thread
 
 CLAIMED = {100: 14.0, 1000: 20.0}
@@ -94,7 +95,7 @@ def timed(sleep: Sleep, rounds: int, few: int = 5) -> float:
     copies = took["copy"]
     planned = [max(a - b - c, 1e-9) for a, b, c in zip(took["plan"], took["restore"], copies, strict=True)]
     replayed = [sleep.n * max(a - c / few, 1e-9) for a, c in zip(took["replay"], copies, strict=True)]
-    return ratio(replayed, planned)
+    return median_ratio(replayed, planned)
 
 
 def measure(settings: Settings, progress: Progress, sizes: Sizes | None = None) -> Finding:

@@ -23,6 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rtrl.profiling.timing import alternate, median_ratio
 from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
 from rtrl.verification.harness.problems import (
     FLOW,
@@ -30,10 +31,8 @@ from rtrl.verification.harness.problems import (
     Mixture,
     Run,
     agree,
-    alternate,
     count,
     problem,
-    ratio,
     times,
 )
 from rtrl.verification.harness.threads import one_thread
@@ -181,7 +180,7 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
     }
     sides = {name: partial(run.advance, max(8, run.learner.block)) for name, run in sparse.items()}
     took = alternate({"full": lambda: full.advance(1), **sides}, sizes.rounds)
-    clock = {name: ratio(took["full"], took[name]) for name in sides}
+    clock = {name: median_ratio(took["full"], took[name]) for name in sides}
 
     verdict, condition = judge(ratios, share / flow.parameters)
     if failures:

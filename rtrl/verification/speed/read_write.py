@@ -20,9 +20,10 @@ from functools import partial
 import torch
 
 from rtrl._influence.transition import Transition
+from rtrl.profiling.timing import alternate, median_ratio
 from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
 from rtrl.verification.harness.dormant_slice import Sleep, Sleeper, worst_error
-from rtrl.verification.harness.problems import alternate, count, ratio, times
+from rtrl.verification.harness.problems import count, times
 from rtrl.verification.harness.threads import one_thread
 
 ROWS, TREE = 64.0, 896.0
@@ -99,7 +100,7 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
         return 1
 
     took = alternate({"full": lambda: go(full), "sparse": lambda: go(sparse)}, sizes.rounds)
-    clock = ratio(took["full"], took["sparse"])
+    clock = median_ratio(took["full"], took["sparse"])
 
     tree: dict[int, float] = {}
     replay: dict[int, float] = {}
