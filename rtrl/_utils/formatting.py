@@ -1,4 +1,4 @@
-"""Format numbers, bytes, counts and times for people, and read sizes that people write."""
+"""Format numbers, bytes, counts, times and exceptions for people, and read sizes that people write."""
 
 import re
 
@@ -101,3 +101,8 @@ def _scaled(value: float, factor: int, units: list[str]) -> str:
 
 def _digits(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 9.995 else f"{value:.1f}" if abs(value) < 99.95 else f"{value:.0f}"
+
+
+def first_line(error: Exception) -> str:
+    """The type of an exception and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".removesuffix(": ")

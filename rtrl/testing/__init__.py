@@ -5,6 +5,14 @@ from rtrl.testing.alignment import Alignment, Alignments, alignment
 from rtrl.testing.cell_checks.core import cell_checks
 from rtrl.testing.check_cell import check_cell
 from rtrl.testing.check_learner import check_learner
+from rtrl.testing.compare import (
+    Difference,
+    NotComparable,
+    assert_gradients_equal,
+    assert_influences_equal,
+    worst_difference,
+)
+from rtrl.testing.driver import Driver
 from rtrl.testing.laws import Exact, ExactWithin, Law, Masked, Truncated, Unbiased
 from rtrl.testing.learner_checks.listing import learner_checks
 from rtrl.testing.pytest_nodes import BoundCheck, bound_checks, parametrize_with_checks
@@ -18,6 +26,8 @@ __all__ = [
     "BoundCheck",
     "CellSpec",
     "CheckFailed",
+    "Difference",
+    "Driver",
     "ErrorInput",
     "Exact",
     "ExactWithin",
@@ -25,15 +35,19 @@ __all__ = [
     "Law",
     "LearnerSpec",
     "Masked",
+    "NotComparable",
     "Report",
     "Stream",
     "Truncated",
     "Unbiased",
     "alignment",
+    "assert_gradients_equal",
+    "assert_influences_equal",
     "bound_checks",
     "cell_checks",
     "check_cell",
     "check_learner",
     "learner_checks",
     "parametrize_with_checks",
+    "worst_difference",
 ]

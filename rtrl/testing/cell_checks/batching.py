@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from rtrl._utils import index_sets, pytrees
+from rtrl._utils.formatting import first_line
 from rtrl._utils.functional_call import functional_call
 from rtrl.cells.protocol import Sparsity, call_cell, own_copy, same_choices
-from rtrl.testing.cell_checks.compare import STATE, differs, first_line, gradients, only, stray
+from rtrl.testing.cell_checks.compare import STATE, differs, gradients, only, stray
 from rtrl.testing.cell_checks.points import Heads, Point, Subject, leaves
 from rtrl.testing.report import Found
 

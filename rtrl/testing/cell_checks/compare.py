@@ -12,11 +12,6 @@ from rtrl.testing.report import Found
 STATE = "the state"  # beside names of parameters, none of which has a space
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".removesuffix(": ")
-
-
 def same_bits(one: Tensor, two: Tensor) -> bool:
     """Whether two tensors agree in form and in every bit; NaN equals NaN."""
     if one.shape != two.shape or one.dtype != two.dtype:

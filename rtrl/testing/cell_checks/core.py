@@ -11,11 +11,12 @@ from torch import Tensor
 from rtrl._engine import checks, contract
 from rtrl._engine.analytic import check_analytic_step
 from rtrl._utils import index_sets, pytrees
+from rtrl._utils.formatting import first_line
 from rtrl.cells.analytic import HasAnalyticStep
 from rtrl.cells.protocol import same_choices
 from rtrl.errors import CellError
 from rtrl.testing.cell_checks.batching import replay_failures, sample_failures, torch_func_failures
-from rtrl.testing.cell_checks.compare import STATE, differs, first_line, gradients, not_finite, only, same_bits, stray
+from rtrl.testing.cell_checks.compare import STATE, differs, gradients, not_finite, only, same_bits, stray
 from rtrl.testing.cell_checks.points import Point, Subject, cast, lay_out, leaves
 from rtrl.testing.report import Failure, Found, Report
 

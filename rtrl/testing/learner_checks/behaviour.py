@@ -4,7 +4,9 @@ import copy
 import gc
 import io
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -13,10 +15,12 @@ from torch import Tensor, nn
 
 from rtrl._engine import checks
 from rtrl._utils import pytrees
+from rtrl._utils.formatting import first_line
 from rtrl.cells.protocol import call_cell
 from rtrl.testing import streams
+from rtrl.testing.compare import worst_difference
 from rtrl.testing.laws import Unbiased, shortened
-from rtrl.testing.learner_checks.driver import Stopped, deliver, said, start, take_step, walk
+from rtrl.testing.learner_checks.driver import StreamDriver, drive
 from rtrl.testing.learner_checks.registry import NotJudged, Subject, check
 from rtrl.testing.learner_checks.verdict import compare
 from rtrl.testing.report import Found
@@ -32,22 +36,22 @@ def _interface(subject: Subject) -> Iterator[Found]:
     """y is the cell's own, and takes losses; every parameter that is trained and earns something gets a gradient."""
     stream = subject.streams()[0]
     if subject.spec.gradients is not None:
-        walk(subject.spec, stream)
+        drive(subject.spec, stream)
         found = subject.spec.gradients(copy.deepcopy(stream.cell), stream.xs.clone(), stream.loss)
         names = {name for name, p in stream.cell.named_parameters() if p.requires_grad}
         if names - found.keys():
             yield Found(f"the gradients of {', '.join(sorted(names - found.keys()))} are missing")
         return
-    learner, _ = start(subject.spec, stream)
-    missing = [name for name in ("step", "backward", "sync") if not callable(getattr(learner, name, None))]
+    driver = StreamDriver(subject.spec, stream)
+    missing = [name for name in ("step", "backward", "sync") if not callable(getattr(driver.learner, name, None))]
     if missing:
         yield Found(f"a learner must have step(x), backward(loss) and sync(); {', '.join(missing)} is missing")
         return
-    for name, value in deliver(*start(subject.spec, stream), None).items():
+    for name, value in driver.sync_and_read().items():
         if bool((value != 0).any()):
             yield Found(f"sync() before the first step delivers a gradient of {name!r}")
             return
-    outcome = walk(subject.spec, stream)
+    outcome = drive(subject.spec, stream)
     h = stream.cell.init_state(stream.batch_size)  # type: ignore[operator]
     for t, y in enumerate(outcome.outputs):
         with torch.no_grad():
@@ -73,19 +77,16 @@ def _saved(subject: Subject) -> Iterator[Found]:
     for stream in subject.streams():
         middle = stream.steps // 2
         torch.manual_seed(subject.seed)
-        learner, cell = start(subject.spec, stream)
-        for t in range(middle):
-            take_step(learner, cell, stream, t)
-        try:
-            saved = learner.state_dict()
+        driver = StreamDriver(subject.spec, stream)
+        deque(islice(driver.steps(), middle), maxlen=0)
+        with driver.during("state_dict(), or writing it to a file,"):
+            saved = driver.learner.state_dict()
             torch.save(saved, file := io.BytesIO())
-        except Exception as error:
-            raise Stopped(f"state_dict() raised, or cannot be written to a file: {said(error)}", middle - 1) from error
-        held = {name: None if p.grad is None else p.grad.clone() for name, p in cell.named_parameters()}
-        through = _go_on(learner, cell, stream, middle, subject.seed)
+        held = {name: None if p.grad is None else p.grad.clone() for name, p in driver.cell.named_parameters()}
+        through = _continued(driver, middle, subject.seed)
         file.seek(0)
         for how, state in (("kept", saved), ("from a file", torch.load(file, weights_only=False))):
-            resumed = _go_on(*_loaded(subject.spec, stream, state, held), stream, middle, subject.seed)
+            resumed = _continued(_loaded(subject.spec, stream, state, held), middle, subject.seed)
             for name, value in through.items():
                 if not torch.equal(value, resumed[name]):
                     bad = (value != resumed[name]).nonzero()[0].tolist()
@@ -96,35 +97,28 @@ def _saved(subject: Subject) -> Iterator[Found]:
                     yield Found(message, None, None, f"parameter {name}{bad}", *values)
                     return
         if not isinstance(subject.spec.law, Unbiased):
-            wrong = compare(through, subject.spec.law.reference(stream, learner))
+            wrong = compare(through, subject.spec.law.reference(stream, driver.learner))
             if wrong is not None:
                 message = f"{stream.name}: after state_dict() in mid-stream, the learner itself goes on wrongly"
                 yield Found(message, None, None, wrong.where, wrong.found, wrong.expected)
                 return
 
 
-def _go_on(learner: Any, cell: nn.Module, stream: Stream, first: int, seed: int) -> dict[str, Tensor]:
-    """The rest of a stream, its draws being the same each time."""
+def _continued(driver: StreamDriver, first: int, seed: int) -> dict[str, Tensor]:
+    """The gradients after the rest of the stream; random draws are the same at each call."""
     torch.manual_seed(seed + 1)
-    for t in range(first, stream.steps):
-        take_step(learner, cell, stream, t)
-    return deliver(learner, cell, stream.steps - 1)
+    return driver.finish(first)
 
 
-def _loaded(
-    spec: LearnerSpec, stream: Stream, saved: Any, gradients: dict[str, Tensor | None]
-) -> tuple[Any, nn.Module]:
-    """A learner that has walked elsewhere, and then loads."""
-    learner, cell = start(spec, stream)
-    for t in range(2):
-        take_step(learner, cell, stream, t)
-    for name, p in cell.named_parameters():
+def _loaded(spec: LearnerSpec, stream: Stream, saved: Any, gradients: dict[str, Tensor | None]) -> StreamDriver:
+    """A driver whose learner has taken other steps before it loads."""
+    driver = StreamDriver(spec, stream)
+    deque(islice(driver.steps(), 2), maxlen=0)
+    for name, p in driver.cell.named_parameters():
         p.grad = None if gradients[name] is None else gradients[name].clone()  # type: ignore[union-attr]
-    try:
-        learner.load_state_dict(saved)
-    except Exception as error:
-        raise Stopped(f"load_state_dict(...) raised {said(error)}") from error
-    return learner, cell
+    with driver.during("load_state_dict(...)"):
+        driver.learner.load_state_dict(saved)
+    return driver
 
 
 @check("float32")
@@ -134,7 +128,7 @@ def _single(subject: Subject) -> Iterator[Found]:
     single = copy.copy(stream)
     object.__setattr__(single, "cell", copy.deepcopy(stream.cell).float())
     object.__setattr__(single, "xs", stream.xs.float())
-    outcome = walk(subject.spec, single)
+    outcome = drive(subject.spec, single)
     for t, y in enumerate(outcome.outputs):
         for leaf in pytrees.tensors(y):
             if leaf.is_floating_point() and leaf.dtype != torch.float32:
@@ -142,14 +136,11 @@ def _single(subject: Subject) -> Iterator[Found]:
                 return
     if isinstance(subject.spec.law, Unbiased):
         return
-    wanted = subject.spec.law.reference(stream, outcome.learner)
-    for name, value in wanted.items():
-        gap = (outcome.gradients[name].double() - value).abs()
-        if not bool((gap <= _SINGLE * value.abs().max()).all()):
-            worst = int(gap.nan_to_num(nan=torch.inf).argmax())
-            values = [f"{float(v.flatten()[worst]):.9g}" for v in (outcome.gradients[name], value)]
-            yield Found("in float32 it is another gradient", None, None, f"parameter {name}, entry {worst}", *values)
-            return
+    reference = subject.spec.law.reference(stream, outcome.learner)
+    worst = worst_difference(outcome.gradients, reference, group="tensor", nonzero="none")
+    if worst.error > _SINGLE:
+        values = [f"{value:.9g}" for value in (worst.actual, worst.expected)]
+        yield Found("in float32 it is another gradient", None, None, f"parameter {worst.place}", *values)
 
 
 @check("the cell is left alone")
@@ -158,22 +149,21 @@ def _left_alone(subject: Subject) -> Iterator[Found]:
     all of the process share."""
     own = [] if subject.spec.streams else [shortened(subject.spec.law, streams.slow_stream(subject.seed, 14))]
     for stream in [*subject.streams(), *own]:
-        learner, cell = None, copy.deepcopy(stream.cell)
-        if subject.spec.gradients is None:
-            learner, cell = start(subject.spec, stream)
+        driver = None if subject.spec.make_learner is None else StreamDriver(subject.spec, stream)
+        cell = copy.deepcopy(stream.cell) if driver is None else driver.cell
         before = _picture(stream.cell)
         xs = stream.xs.clone()
         shared = torch.get_default_dtype(), torch.is_grad_enabled(), torch.random.get_rng_state()
-        if learner is None:
+        if driver is None:
             assert subject.spec.gradients is not None
             subject.spec.gradients(cell, xs, stream.loss)
         else:
             for t in range(stream.steps):
-                y = learner.step(xs[t])
+                y = driver.learner.step(xs[t])  # on x itself, so that it shows if the learner changes it
                 loss = stream.loss(t, y)
                 if loss is not None:
-                    learner.backward(loss)
-            deliver(learner, cell, stream.steps - 1)
+                    driver.learner.backward(loss)
+            driver.sync_and_read()
         if not torch.equal(xs, stream.xs):
             yield Found(f"{stream.name}: x is changed in place")
         kept = _values(stream.cell)
@@ -242,18 +232,17 @@ def _memory(subject: Subject) -> Iterator[Found]:
 def _held(spec: LearnerSpec, stream: Stream, often: bool) -> tuple[list[int], list[int]]:
     """The bytes of all tensors, and of all else that can be reached from the learner, at eight looks along a stream
     that begins again and again."""
-    learner, cell = start(spec, stream)
+    driver = StreamDriver(spec, stream)
     tensors, objects = [], []
     turns = -(-_MEMORY_STEPS // (4 * stream.steps))  # whole turns, so that all looks find the same input
     for _ in range(8):
         for _ in range(turns):
-            for t in range(stream.steps):
-                take_step(learner, cell, stream, t)
+            deque(driver.steps(), maxlen=0)
             if often:
-                deliver(learner, cell, stream.steps - 1)
-                cell.zero_grad()
+                driver.sync()
+                driver.cell.zero_grad()
         tensors.append(_alive())
-        objects.append(_reached(learner))
+        objects.append(_reached(driver.learner))
     return tensors, objects
 
 
@@ -287,16 +276,14 @@ def _errors(subject: Subject) -> Iterator[Found]:
     subject.needs_steps()
     stream = subject.streams()[0]
     for bad in subject.spec.errors:
-        learner, cell = start(subject.spec, stream)
+        driver = StreamDriver(subject.spec, stream)
         middle = stream.steps // 2
-        for t in range(stream.steps):
-            take_step(learner, cell, stream, t)
+        for t, _ in driver.steps():
             if t == middle:
-                yield from _refused(learner, bad.name, bad.call, bad.raises, bad.match, t)
+                yield from _refused(driver.learner, bad.name, bad.call, bad.raises, bad.match, t)
         if isinstance(subject.spec.law, Unbiased):
             continue
-        wanted = subject.spec.law.reference(stream, learner)
-        wrong = compare(deliver(learner, cell, stream.steps - 1), wanted)
+        wrong = compare(driver.sync_and_read(), subject.spec.law.reference(stream, driver.learner))
         if wrong is not None:
             message = f"{bad.name}: after it was refused, the gradient is wrong"
             yield Found(message, middle, None, wrong.where, wrong.found, wrong.expected)
@@ -310,6 +297,6 @@ def _refused(
     except Exception as error:
         if not isinstance(error, raises) or match not in str(error):
             wanted = f"{raises.__name__}{f' with {match!r}' if match else ''}"
-            yield Found(f"{name}: another error than declared", t, None, "", said(error), wanted)
+            yield Found(f"{name}: another error than declared", t, None, "", first_line(error), wanted)
     else:
         yield Found(f"{name}: it is not refused", t, None, "", "no error", raises.__name__)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rtrl._utils.functional_call import functional_call
 from rtrl.cells.protocol import call_cell
-from rtrl.testing.learner_checks.driver import Stopped, walk
+from rtrl.testing.learner_checks.driver import LearnerFailed, drive
 from rtrl.testing.spec import LearnerSpec
 from rtrl.testing.streams import Stream
 
@@ -32,9 +32,9 @@ def diagnose(spec: LearnerSpec, stream: Stream) -> str:
     if stream.offsets is not None or stream.resets is not None:
         return ""
     try:
-        gradients = walk(spec, stream).gradients
+        gradients = drive(spec, stream).gradients
         steps = _linearized(stream)
-    except (Stopped, RuntimeError):
+    except (LearnerFailed, RuntimeError):
         return ""
     found = torch.cat([value.flatten() for value in gradients.values()])
     exact = _gradient(steps)

@@ -1,7 +1,8 @@
-"""Walking a learner along a stream."""
+"""Drive a learner along a stream of the checks, and report what it raises with the step and the action."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from rtrl._utils import pytrees
+from rtrl._utils.formatting import first_line
+from rtrl.testing.driver import Driver, trainable
 from rtrl.testing.spec import LearnerSpec
 from rtrl.testing.streams import Stream
 
 
-class Stopped(Exception):
-    """A learner raised, or gave what cannot be judged.
+class LearnerFailed(Exception):
+    """A learner raised, or returned what cannot be judged.
 
     Attributes:
-        step: where; None if it was not at a step.
+        step: the step at which it did; None outside a stream.
     """
 
     def __init__(self, message: str, step: int | None = None) -> None:
@@ -27,8 +30,8 @@ class Stopped(Exception):
 
 @dataclass(eq=False)
 class Outcome:
-    """What a walk left behind: gradients by name, zero where none was delivered; the learner, if there is one, and its
-    own copy of the cell; y of every step."""
+    """What a run leaves behind: gradients by name, zero where there are none; the learner, if there is one, and its
+    copy of the cell; the y of every step."""
 
     gradients: dict[str, Tensor]
     cell: nn.Module
@@ -36,93 +39,99 @@ class Outcome:
     outputs: list[Any] = field(default_factory=list)
 
 
-def start(spec: LearnerSpec, stream: Stream) -> tuple[Any, nn.Module]:
-    """A learner with a copy of the stream's cell."""
-    cell = copy.deepcopy(stream.cell)
-    cell.zero_grad()
-    assert spec.make_learner is not None
-    try:
-        return spec.make_learner(cell, stream.batch_size), cell
-    except Exception as error:
-        raise Stopped(f"make_learner raised {said(error)}") from error
+class StreamDriver(Driver):
+    """A driver for a new learner of a spec, on a copy of the stream's cell; what the learner raises is a
+    ``LearnerFailed``."""
+
+    def __init__(self, spec: LearnerSpec, stream: Stream) -> None:
+        assert spec.make_learner is not None
+        cell = copy.deepcopy(stream.cell)
+        cell.zero_grad()
+        self._stream = stream
+        super().__init__(spec.make_learner, cell, stream.batch_size)
+
+    @contextmanager
+    def during(self, action: str) -> Iterator[None]:
+        """Turn an exception into a ``LearnerFailed`` that names the action and the step."""
+        try:
+            yield
+        except Exception as error:
+            raise LearnerFailed(f"{action} raised {first_line(error)}", self.step_index) from error
+
+    def steps(self, first: int = 0) -> Iterator[tuple[int, Any]]:
+        """Drive the learner along the stream, from step ``first`` on; yield the number and the y of each step."""
+        s = self._stream
+        return self.along(s.xs, s.loss, first=first, syncs=s.syncs, resets=s.resets, offsets=s.offsets)
+
+    def finish(self, first: int = 0) -> dict[str, Tensor]:
+        """Drive the learner to the end of the stream, and return its gradients."""
+        for _ in self.steps(first):
+            pass
+        return self.sync_and_read()
+
+    def step(self, x: Tensor, loss_fn: Callable[[Any], Tensor | None]) -> Any:
+        """Take a step on a copy of x, in the form that the stream asks for."""
+        own_x = _not_contiguous(x) if self._stream.scattered else x.clone()
+        y = super().step(own_x, loss_fn)
+        if self._stream.overwritten and own_x.is_floating_point():
+            own_x.fill_(torch.nan)
+        return y
+
+    def add_loss(self, loss_fn: Callable[[Any], Tensor | None], y: Any) -> None:
+        """Pass the loss in as many parts as the stream asks for."""
+        if self._stream.pieces == 1:
+            super().add_loss(loss_fn, y)
+            return
+        for weight in (0.7, 0.3):
+            super().add_loss(lambda y, weight=weight: _scaled(loss_fn(y), weight), y)  # type: ignore[misc]
+
+    def backward(self, loss: Tensor) -> None:
+        """Pass the loss by its own ``backward`` if the stream asks for it."""
+        if self._stream.plain:
+            loss.backward()
+        else:
+            super().backward(loss)
+
+    def sync_and_read(self) -> dict[str, Tensor]:
+        """Sync, and return the ``.grad`` of every trainable parameter."""
+        self.sync()
+        return _checked({name: p.grad for name, p in self.cell.named_parameters()}, self.cell)
 
 
-def walk(spec: LearnerSpec, stream: Stream) -> Outcome:
-    """The whole stream, and a delivery at its end.
+def drive(spec: LearnerSpec, stream: Stream) -> Outcome:
+    """Run a new learner of a spec, or its function, along a whole stream, and read its gradients.
 
     Raises:
-        Stopped: the learner raised, or what it delivered has the wrong form.
+        LearnerFailed: the learner raised, or what it returned has the wrong form.
     """
-    if spec.gradients is not None:
-        cell = copy.deepcopy(stream.cell)
-        try:
-            found = spec.gradients(cell, stream.xs.clone(), stream.loss)
-        except Exception as error:
-            raise Stopped(f"gradients(cell, xs, loss_fn) raised {said(error)}") from error
-        if not isinstance(found, Mapping):
-            raise Stopped(f"gradients(cell, xs, loss_fn) must return a mapping by name, got {type(found).__name__}")
-        return Outcome(_checked(dict(found), cell), cell)
-    learner, cell = start(spec, stream)
-    outputs: list[Any] = []
-    for t in range(stream.steps):
-        take_step(learner, cell, stream, t, outputs)
-    return Outcome(deliver(learner, cell, stream.steps - 1), cell, learner, outputs)
-
-
-def take_step(learner: Any, cell: nn.Module, stream: Stream, t: int, outputs: list[Any] | None = None) -> None:
-    """Step t with all that belongs to it: changed parameters and resets before it, its losses, a delivery after it."""
-    doing = "sync"
+    if spec.gradients is None:
+        driver = StreamDriver(spec, stream)
+        outputs = [pytrees.map_tensors(lambda leaf: leaf.detach().clone(), y) for _, y in driver.steps()]
+        return Outcome(driver.sync_and_read(), driver.cell, driver.learner, outputs)
+    cell = copy.deepcopy(stream.cell)
     try:
-        if stream.offsets is not None and stream.offsets[t] and stream.offsets[t] is not stream.offsets[t - 1]:
-            learner.sync()
-            with torch.no_grad():
-                base = dict(stream.cell.named_parameters())
-                for name, p in cell.named_parameters():
-                    p.copy_(base[name] + stream.offsets[t].get(name, 0.0))
-        doing = "reset"
-        if stream.resets is not None and (bool(stream.resets[t].any()) or t % 5 == 4):  # now and then nobody
-            learner.reset(stream.resets[t].clone())
-        doing = "step"
-        x = _scattered(stream.xs[t]) if stream.scattered else stream.xs[t].clone()
-        y = learner.step(x)
-        for weight in [0.7] * (stream.pieces > 1) + [0.3 if stream.pieces > 1 else 1.0]:
-            doing = "the loss of this y"
-            loss = stream.loss(t, y)
-            doing = "backward"
-            if loss is not None and stream.plain:
-                (weight * loss).backward()
-            elif loss is not None:
-                learner.backward(weight * loss)
-        if stream.overwritten and x.is_floating_point():
-            x.fill_(torch.nan)
-        doing = "sync"
-        if t in stream.syncs:
-            learner.sync()
+        found = spec.gradients(cell, stream.xs.clone(), stream.loss)
     except Exception as error:
-        raise Stopped(f"{doing} raised {said(error)}", t) from error
-    if outputs is not None:
-        outputs.append(pytrees.map_tensors(lambda leaf: leaf.detach().clone(), y))
+        raise LearnerFailed(f"gradients(cell, xs, loss_fn) raised {first_line(error)}") from error
+    if not isinstance(found, Mapping):
+        raise LearnerFailed(f"gradients(cell, xs, loss_fn) must return a mapping by name, got {type(found).__name__}")
+    return Outcome(_checked(dict(found), cell), cell)
 
 
-def _scattered(x: Tensor) -> Tensor:
-    """A copy that is not contiguous."""
+def _scaled(loss: Tensor | None, weight: float) -> Tensor | None:
+    return None if loss is None else weight * loss
+
+
+def _not_contiguous(x: Tensor) -> Tensor:
+    """A copy of x that is not contiguous."""
     if x.ndim == 1:
         return torch.stack([x, x], dim=1)[:, 0]
     return x.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
 
 
-def deliver(learner: Any, cell: nn.Module, step: int | None) -> dict[str, Tensor]:
-    """``sync``, and what every ``.grad`` then holds."""
-    try:
-        learner.sync()
-    except Exception as error:
-        raise Stopped(f"sync raised {said(error)}", step) from error
-    return _checked({name: p.grad for name, p in cell.named_parameters()}, cell)
-
-
 def _checked(found: dict[str, Tensor | None], cell: nn.Module) -> dict[str, Tensor]:
-    """Gradients of all trainable parameters in their own form; zero for None."""
-    parameters = {name: p for name, p in cell.named_parameters() if p.requires_grad}
+    """Gradients of all trainable parameters, in the form of the parameter; zeros for None."""
+    parameters = trainable(cell)
     gradients = {}
     for name, p in parameters.items():
         value = found.get(name)
@@ -131,14 +140,9 @@ def _checked(found: dict[str, Tensor | None], cell: nn.Module) -> dict[str, Tens
             continue
         if not isinstance(value, Tensor) or value.shape != p.shape or value.dtype != p.dtype:
             form = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            raise Stopped(f"the gradient of {name!r} must be {tuple(p.shape)} {p.dtype}, got {form}")
+            raise LearnerFailed(f"the gradient of {name!r} must be {tuple(p.shape)} {p.dtype}, got {form}")
         gradients[name] = value.detach().to_dense().clone()
-    strangers = sorted(str(name) for name, value in found.items() if name not in parameters and value is not None)
-    if strangers:
-        raise Stopped(f"a gradient is given for {', '.join(strangers)}, which the cell does not train, or not any more")
+    unknown = sorted(str(name) for name, value in found.items() if name not in parameters and value is not None)
+    if unknown:
+        raise LearnerFailed(f"there is a gradient of {', '.join(unknown)}, which the cell does not train")
     return gradients
-
-
-def said(error: Exception) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".removesuffix(": ")

@@ -10,7 +10,7 @@ from torch import Tensor
 from rtrl._utils import pytrees
 from rtrl.testing import streams
 from rtrl.testing.laws import Unbiased
-from rtrl.testing.learner_checks.driver import deliver, start, take_step, walk
+from rtrl.testing.learner_checks.driver import StreamDriver, drive
 from rtrl.testing.learner_checks.registry import Check, NotJudged, Subject, check
 from rtrl.testing.learner_checks.verdict import compare, gradient_failures, influence_failures
 from rtrl.testing.report import Found
@@ -171,7 +171,7 @@ def _several(subject: Subject) -> Iterator[Found]:
 @check("no loss at all")
 def _no_loss(subject: Subject) -> Iterator[Found]:
     for stream in subject.streams():
-        outcome = walk(subject.spec, replace(stream, loss=lambda t, y: None))
+        outcome = drive(subject.spec, replace(stream, loss=lambda t, y: None))
         for name, gradient in outcome.gradients.items():
             if bool((gradient != 0).any()):
                 worst = f"{float(gradient.abs().max()):.6g}"
@@ -193,26 +193,22 @@ def _deliveries(subject: Subject) -> Iterator[Found]:
 
 def _accumulated(subject: Subject, stream: Stream) -> Iterator[Found]:
     """``.grad`` is added to, and set to zero in between by whom it may; a second sync delivers nothing."""
-    outcome = walk(subject.spec, stream)
-    again = deliver(outcome.learner, outcome.cell, stream.steps - 1)
-    difference = compare(again, outcome.gradients)
+    driver = StreamDriver(subject.spec, stream)
+    gradients = driver.finish()
+    difference = compare(driver.sync_and_read(), gradients)
     if difference is not None:
         message = f"{stream.name}: a second sync() with no step in between delivers something again"
         yield Found(message, stream.steps - 1, None, difference.where, difference.found, difference.expected)
         return
-    learner, cell = start(subject.spec, stream)
-    for p in cell.parameters():
+    driver = StreamDriver(subject.spec, stream)
+    for p in driver.cell.parameters():
         p.grad = torch.ones_like(p)
     total: dict[str, Tensor] = {}
-    for t in range(stream.steps):
-        take_step(learner, cell, stream, t)
+    for t, _ in driver.steps():
         if t in stream.syncs or t == stream.steps - 1:
-            part = deliver(learner, cell, t)
-            total = {name: total.get(name, 0.0) + value for name, value in part.items()}
-            for p in cell.parameters():
-                p.grad = None
-    wanted = {name: value + 1 for name, value in outcome.gradients.items()}
-    difference = compare(total, wanted)
+            total = {name: total.get(name, 0.0) + value for name, value in driver.sync_and_read().items()}
+            driver.take_gradients()
+    difference = compare(total, {name: value + 1 for name, value in gradients.items()})
     if difference is not None:
         message = f"{stream.name}: .grad is not added to, or what is delivered depends on what was in it"
         yield Found(message, stream.steps - 1, None, difference.where, difference.found, difference.expected)
@@ -289,8 +285,7 @@ def _influence(subject: Subject) -> Iterator[Found]:
     subject.needs_learner("influence")
     for stream in subject.streams():
         yield from influence_failures(subject.spec, stream)
-    learner, _ = start(subject.spec, subject.streams()[0])
-    if callable(getattr(learner, "reset", None)) and subject.streams()[0].steps > 2:
-        stream = subject.streams()[0]
+    stream = subject.streams()[0]
+    if callable(getattr(StreamDriver(subject.spec, stream).learner, "reset", None)) and stream.steps > 2:
         flags, _ = _one_by_one(stream)
         yield from influence_failures(subject.spec, replace(stream, resets=flags, syncs=frozenset({1})))

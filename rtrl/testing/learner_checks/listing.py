@@ -1,7 +1,8 @@
 """The list of the checks of a learner, and how one is run."""
 
+from rtrl._utils.formatting import first_line
 from rtrl.testing.learner_checks import behaviour, gradients  # they enter their checks
-from rtrl.testing.learner_checks.driver import Stopped, said
+from rtrl.testing.learner_checks.driver import LearnerFailed
 from rtrl.testing.learner_checks.registry import CHECKS, NotJudged, Subject
 from rtrl.testing.report import Failure
 from rtrl.testing.spec import LearnerSpec
@@ -28,10 +29,10 @@ def run_check(name: str, spec: LearnerSpec, seed: int) -> list[Failure]:
     try:
         for found in CHECKS[name](Subject(spec, seed)):
             failures.setdefault(found.message, Failure(name, *found))
-    except Stopped as stopped:
-        failures.setdefault(str(stopped), Failure(name, str(stopped), stopped.step))
+    except LearnerFailed as failed:
+        failures.setdefault(str(failed), Failure(name, str(failed), failed.step))
     except NotJudged:
         raise
     except Exception as error:  # whatever a learner, its cell, its mask or its loss does, the other checks go on
-        failures.setdefault("", Failure(name, f"it raised {said(error)}"))
+        failures.setdefault("", Failure(name, f"it raised {first_line(error)}"))
     return list(failures.values())

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rtrl.testing import streams
 from rtrl.testing.laws import shortened
-from rtrl.testing.learner_checks.driver import start
+from rtrl.testing.learner_checks.driver import StreamDriver
 from rtrl.testing.learner_checks.verdict import gradient_failures
 from rtrl.testing.report import Found
 from rtrl.testing.spec import LearnerSpec
@@ -52,7 +52,7 @@ class Subject:
         if self.spec.gradients is not None:
             raise NotJudged("because the spec has a function of the whole stream, not a learner")
         stream = self.streams()[0]
-        learner, _ = start(self.spec, stream)
+        learner = StreamDriver(self.spec, stream).learner
         missing = [method for method in methods if not callable(getattr(learner, method, None))]
         if missing:
             raise NotJudged(f"because the learner has no {' and no '.join(missing)}")

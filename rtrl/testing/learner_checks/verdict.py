@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtrl._utils.formatting import first_line
 from rtrl.cells.protocol import call_cell
+from rtrl.testing.compare import RELATIVE, worst_difference
+from rtrl.testing.driver import trainable
 from rtrl.testing.laws import Exact, Law, Unbiased, shortened
 from rtrl.testing.learner_checks.diagnosis import diagnose
-from rtrl.testing.learner_checks.driver import Stopped, deliver, said, start, take_step, walk
+from rtrl.testing.learner_checks.driver import LearnerFailed, StreamDriver, drive
 from rtrl.testing.report import Found
 from rtrl.testing.spec import LearnerSpec
 from rtrl.testing.streams import Stream
 
-RELATIVE = 1e-10
-"""Of the largest entry of an element's own slice; more is no rounding."""
-FLOOR, ABSOLUTE = 1e-14, 1e-16
-"""Of the largest entry of the parameter, and of all: where a slice cancels to almost nothing."""
+_FLOOR_OF_ALL = 1e-6  # the smallest scale of a slice that cancels to almost nothing, relative to all parameters
 _LINEAR = 40  # so many steps are searched one by one, more of them by halving
 _WHOLE = 40  # so many steps are looked at for the mistake, unless the first bad one comes later
 
@@ -35,27 +35,11 @@ class Mismatch:
 
 
 def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Mismatch | None:
-    """The worst element, if any is wrong; slices run along the first dimension."""
-    top = max((float(value.abs().max()) for value in expected.values() if value.numel()), default=0.0)
-    worst, place = 1.0, None
-    for name, wanted in expected.items():
-        if not wanted.numel():
-            continue
-        rows = wanted.abs().reshape(wanted.shape[0] if wanted.ndim else 1, -1)
-        allowed = RELATIVE * rows.amax(dim=1, keepdim=True) + FLOOR * rows.max() + ABSOLUTE * top
-        gap = (found[name] - wanted).abs().reshape(rows.shape)
-        error = torch.where(gap == 0, 0.0, gap / allowed).nan_to_num(nan=torch.inf)
-        if float(error.max()) > worst:
-            worst, place = float(error.max()), (name, int(error.argmax()))
-    if place is None:
+    """The entry with the largest error, if it is more than rounding."""
+    worst = worst_difference(found, expected, floor_of_all=_FLOOR_OF_ALL, nonzero="none")
+    if worst.error <= RELATIVE:
         return None
-    name, flat = place
-    index = [int(i) for i in torch.unravel_index(torch.tensor(flat), expected[name].shape)]
-    return Mismatch(
-        f"parameter {name}{index if index else ''}",
-        f"{float(found[name].flatten()[flat]):.17g}",
-        f"{float(expected[name].flatten()[flat]):.17g}",
-    )
+    return Mismatch(f"parameter {worst.place}", f"{worst.actual:.17g}", f"{worst.expected:.17g}")
 
 
 def judge(law: Law, spec: LearnerSpec, stream: Stream, seed: int) -> Mismatch | None:
@@ -63,10 +47,10 @@ def judge(law: Law, spec: LearnerSpec, stream: Stream, seed: int) -> Mismatch | 
     try:
         if isinstance(law, Unbiased):
             return _judge_mean(law, spec, stream, seed)
-        outcome = walk(spec, stream)
+        outcome = drive(spec, stream)
         return compare(outcome.gradients, law.reference(stream, outcome.learner))
-    except Stopped as stopped:
-        return Mismatch("", "", "", stopped.step, str(stopped))
+    except LearnerFailed as failed:
+        return Mismatch("", "", "", failed.step, str(failed))
 
 
 def _judge_mean(law: Unbiased, spec: LearnerSpec, stream: Stream, seed: int) -> Mismatch | None:
@@ -78,7 +62,7 @@ def _judge_mean(law: Unbiased, spec: LearnerSpec, stream: Stream, seed: int) -> 
     draws = []
     for draw in range(law.draws):
         torch.manual_seed((seed << 20) + draw)
-        gradients = walk(spec, stream).gradients
+        gradients = drive(spec, stream).gradients
         value = torch.cat([gradients[name].flatten() for name in names])
         draws.append(torch.cat([value, (value @ own).reshape(1)]))
     values = torch.stack(draws)
@@ -204,15 +188,14 @@ def influence_failures(spec: LearnerSpec, stream: Stream) -> Iterator[Found]:
     """What is wrong with the influences that a learner says it holds, (B, H, P), column by column: before the first
     step, in mid-stream and at the end, asked for without a delivery; and what asking does to the gradient."""
     stream = shortened(spec.law, stream)
-    learner, cell = start(spec, stream)
-    names = [name for name, p in cell.named_parameters() if p.requires_grad]
-    for name in names:
+    driver = StreamDriver(spec, stream)
+    learner = driver.learner
+    for name in trainable(driver.cell):
         if bool((_influence(learner, name, None) != 0).any()):
             yield Found(f"{stream.name}: before the first step, the influence of {name!r} is not zero")
             return
     middle = stream.steps // 2
-    for t in range(stream.steps):
-        take_step(learner, cell, stream, t)
+    for t, _ in driver.steps():
         if t + 1 not in (middle, stream.steps):
             continue
         for name, wanted in spec.law.reference_influence(stream.prefix(t + 1), learner).items():
@@ -222,7 +205,7 @@ def influence_failures(spec: LearnerSpec, stream: Stream) -> Iterator[Found]:
                 sample, where, found, expected = wrong
                 yield Found(message, t, sample, f"parameter {name}{where}", found, expected)
                 return
-    wrong_after = compare(deliver(learner, cell, stream.steps - 1), spec.law.reference(stream, learner))
+    wrong_after = compare(driver.sync_and_read(), spec.law.reference(stream, learner))
     if wrong_after is not None:
         message = f"{stream.name}: after influence() was asked for in mid-stream, the gradient is wrong"
         yield Found(message, stream.steps - 1, None, wrong_after.where, wrong_after.found, wrong_after.expected)
@@ -232,9 +215,9 @@ def _influence(learner: Any, name: str, step: int | None) -> Tensor:
     try:
         found = learner.influence(name)
     except Exception as error:
-        raise Stopped(f"influence({name!r}) raised {said(error)}", step) from error
+        raise LearnerFailed(f"influence({name!r}) raised {first_line(error)}", step) from error
     if not isinstance(found, Tensor) or not found.is_floating_point():
-        raise Stopped(f"influence({name!r}) must be a floating-point tensor (B, H, P), got {found!r:.80}", step)
+        raise LearnerFailed(f"influence({name!r}) must be a floating-point tensor (B, H, P), got {found!r:.80}", step)
     return found.detach().clone()
 
 
@@ -242,12 +225,9 @@ def _wrong_influence(found: Tensor, wanted: Tensor) -> tuple[int | None, str, st
     """Sample, place, and both values of the worst entry, if one is wrong."""
     if found.shape != wanted.shape:
         return None, "", f"shape {tuple(found.shape)}", f"shape {tuple(wanted.shape)}"
-    columns = wanted.abs().amax(dim=1, keepdim=True)
-    allowed = RELATIVE * columns + FLOOR * wanted.abs().max()
-    gap = (found - wanted).abs()
-    error = torch.where(gap == 0, 0.0, gap / allowed).nan_to_num(nan=torch.inf)
-    if float(error.max()) <= 1:
+    worst = worst_difference({"": found}, {"": wanted}, group="column", nonzero="none")
+    if worst.error <= RELATIVE:
         return None
-    b, i, p = (int(k) for k in torch.unravel_index(error.argmax(), wanted.shape))
-    values = [f"{float(value[b, i, p]):.17g}" for value in (found, wanted)]
-    return b, f", entry {i} of the state, entry {p} of the parameter", values[0], values[1]
+    b, i, p = worst.index
+    where = f", entry {i} of the state, entry {p} of the parameter"
+    return b, where, f"{worst.actual:.17g}", f"{worst.expected:.17g}"
