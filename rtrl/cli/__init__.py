@@ -1,36 +1,18 @@
-"""The command line: one app, its commands in ``rtrl.cli``."""
+"""The command line ``rtrl``; the app and its commands need the extra ``cli``, this module does not."""
 
-from typing import Annotated
+import sys
 
-import typer
-
-import rtrl
-from rtrl.cli.check import check
-from rtrl.cli.plan import plan
-from rtrl.cli.report import report
-from rtrl.cli.train import train
-from rtrl.cli.verify import verify
-
-app = typer.Typer(name="rtrl", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+_NEEDED = ("typer", "rich")
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"rtrl {rtrl.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    """Exact real-time recurrent learning for sparse recurrent cells."""
-
-
-app.command()(verify)
-app.command()(check)
-app.command()(train)
-app.command()(plan)
-app.command()(report)
+def main() -> None:
+    """Run the command line, or say which packages it needs where they are not installed."""
+    try:
+        from rtrl.cli.app import app
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _NEEDED:
+            raise
+        sys.stderr.write(f"The command rtrl needs {missing}, which is not installed: pip install 'rtrl[cli]'\n")
+        raise SystemExit(2) from None
+    app()

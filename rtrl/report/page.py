@@ -1,13 +1,16 @@
 """One HTML page of a record that needs nothing but itself: no script, no font, no picture from elsewhere."""
 
-import jinja2
-from markupsafe import Markup
+from typing import TYPE_CHECKING
 
 import rtrl
 from rtrl._utils import formatting
+from rtrl.errors import ConfigError
 from rtrl.report import numbers, pictures, prose, tables
 from rtrl.report.model import ClaimResult, Record
 from rtrl.report.style import DARK, LIGHT
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 
 def render_page(record: Record) -> str:
@@ -16,8 +19,12 @@ def render_page(record: Record) -> str:
     The same record gives the same page, with one version of matplotlib. All text of the record is escaped.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        ConfigError: jinja2 or matplotlib is not installed; install the extra ``report``.
     """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ConfigError("jinja2 writes the page, and it is not installed: pip install 'rtrl[report]'") from error
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rtrl.report", ""),
         autoescape=True,
@@ -42,8 +49,10 @@ def render_page(record: Record) -> str:
     )
 
 
-def _figures(claim: ClaimResult) -> list[tuple[str, Markup, str, tables.Numbers]]:
+def _figures(claim: ClaimResult) -> list[tuple[str, "Markup", str, tables.Numbers]]:
     """Of every plot: its title, its picture, what the picture cannot show, and its numbers."""
+    from markupsafe import Markup
+
     return [
         (
             plot.title,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from rtrl.cli import app
+from rtrl.cli.app import app
 from rtrl.tasks import TASKS
 from rtrl.training import LEARNERS, Trainer
 

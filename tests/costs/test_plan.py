@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import rtrl
 from rtrl._utils import formatting
-from rtrl.cli import app
+from rtrl.cli.app import app
 from rtrl.costs import auto_block, choose_block, measured_rates, nominal_rates
 from rtrl.errors import CellError, ConfigError, NonFiniteError, ShapeError, UnknownOperationError
 from rtrl.training import cell_kinds

@@ -9,7 +9,7 @@ import pytest
 from report_samples import CURVE, claim, sample, written
 from typer.testing import CliRunner
 
-from rtrl.cli import app
+from rtrl.cli.app import app
 
 PAGE = "<!-- rtrl:claims-table -->\n<!-- /rtrl:claims-table -->\n"
 

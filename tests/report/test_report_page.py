@@ -186,7 +186,7 @@ def test_the_same_record_gives_the_same_page() -> None:
 
 def test_a_report_loads_no_oracle_and_no_claim() -> None:
     code = (
-        "import sys, rtrl.cli, rtrl.report; "
+        "import sys, rtrl.cli.app, rtrl.report; "
         "sys.exit(any(name.split('.')[0] in ('oracles', 'matplotlib') or name.startswith('rtrl.verification') "
         "for name in sys.modules))"
     )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from rtrl.cli import app
+from rtrl.cli.app import app
 from rtrl.testing import cell_checks
 
 HERE = Path(__file__).parent
@@ -142,7 +142,7 @@ def pytest_run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
     ],
 )
 def test_a_wrong_learner_is_refused_by_name(folder: Path, name: str, check_name: str, first: str, words: str) -> None:
-    done = run(folder, "-c", "from rtrl.cli import app; app()", "check", f"third_party:{name}", "--only", check_name)
+    done = run(folder, "-c", "from rtrl.cli import main; main()", "check", f"third_party:{name}", "--only", check_name)
     assert done.returncode == 1, done.stderr
     for part in (f"{name}: FAIL {check_name}", first, words, "found", "expected", f"rtrl check third_party:{name}"):
         assert part in done.stdout

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from rtrl.cli import app
+from rtrl.cli.app import app
 from rtrl.verification import record, registry
 from rtrl.verification.claim import Claim, Finding, Progress, Settings
 

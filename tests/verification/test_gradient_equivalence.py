@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import rtrl
-from rtrl.cli import app
+from rtrl.cli.app import app
 from rtrl.errors import ConfigError, NonFiniteError
 from rtrl.tasks import ByteStream
 from rtrl.verification.gradients import broken_learners, equivalence
@@ -212,7 +212,7 @@ def test_the_app_is_a_group() -> None:
 
 
 def test_the_command_line_loads_no_oracle() -> None:
-    code = "import sys, rtrl.cli; sys.exit(any(name.split('.')[0] == 'oracles' for name in sys.modules))"
+    code = "import sys, rtrl.cli.app; sys.exit(any(name.split('.')[0] == 'oracles' for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
