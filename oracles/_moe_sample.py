@@ -1,4 +1,4 @@
-"""One step of one sample of the cell of `docs/cell.md`: one slot, token, head and expert at a time."""
+"""One step of one sample of the cell of `docs/theory/recurrent-moe.md`: one slot, token, head and expert at a time."""
 
 from __future__ import annotations
 

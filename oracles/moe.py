@@ -1,4 +1,4 @@
-"""The cell of `docs/cell.md` in plain NumPy loops: a batch, one sample after the other."""
+"""The cell of `docs/theory/recurrent-moe.md` in plain NumPy loops: a batch, one sample after the other."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def forward(
 ) -> Step:
     """One step of the mixture cell in float64.
 
-    The seven equations of `docs/cell.md`; `y, h' = cell(x, h)` for every sample by itself.
+    The seven equations of `docs/theory/recurrent-moe.md`; `y, h' = cell(x, h)` for every sample by itself.
 
     Args:
         parameters: name -> array, exactly the names and shapes of the page's table.

@@ -1,4 +1,4 @@
-"""A recurrent mixture of experts that reads and writes few slots of its state (its equations: ``docs/cell.md``)."""
+"""A recurrent mixture of experts that reads and writes few slots; ``docs/theory/recurrent-moe.md`` defines it."""
 
 import math
 
@@ -22,7 +22,8 @@ def _rms(v: Tensor) -> Tensor:
 class RecurrentMoE(nn.Module):
     """One recurrent step over a few slots and a few experts, chosen per sample.
 
-    Equation: ``docs/cell.md``: read → mixed attention → feed-forward → routed experts → gated write → output head.
+    Equation (``docs/theory/recurrent-moe.md``): read → mixed attention → feed-forward → routed experts → gated write →
+    output head.
 
     Args:
         d_in, d_out, d_model: widths of the input, the output and a slot; ``d_model`` divisible by ``n_heads``.

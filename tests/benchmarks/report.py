@@ -1,4 +1,4 @@
-"""``python tests/benchmarks/report.py results.json -o docs/performance.md``: what was measured, into the page.
+"""``python tests/benchmarks/report.py results.json -o docs/results/performance.md``: what was measured, into the page.
 
 ``results.json`` comes from ``pytest --benchmark-only --benchmark-json=results.json tests/benchmarks``. Given several
 files, of one machine and one size, the later ones win. What the page cites is stored beside it as
@@ -212,7 +212,7 @@ def render(page: str, cited: Cited) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", nargs="+", type=Path, help="results.json, or a page's performance.json")
-    parser.add_argument("-o", "--output", type=Path, default=Path("docs/performance.md"), help="the page")
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/results/performance.md"), help="the page")
     chosen = parser.parse_args(arguments)
     from plots import draw
 

@@ -10,7 +10,7 @@ import pytest
 from bars import BARS, CLAIMS
 from report import ReportError, cite, main, merged, number, render, verdict
 
-DOCS = Path(__file__).parent.parent.parent / "docs"
+DOCS = Path(__file__).parent.parent.parent / "docs" / "results"
 PAGE, RESULTS = DOCS / "performance.md", DOCS / "performance.json"
 
 
@@ -41,7 +41,8 @@ def between(page: str, name: str) -> str:
 
 def test_the_page_says_what_the_results_say() -> None:
     assert render(PAGE.read_text(), stored()) == PAGE.read_text(), (
-        "docs/performance.md was changed by hand, or a bar was: python tests/benchmarks/report.py docs/performance.json"
+        "docs/results/performance.md was changed by hand, or a bar was: "
+        "python tests/benchmarks/report.py docs/results/performance.json"
     )
 
 

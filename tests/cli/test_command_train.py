@@ -220,7 +220,7 @@ def test_without_tensorboard_it_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 
 def test_the_commands_of_the_guide_work() -> None:
-    guide = Path(__file__).parents[2] / "docs" / "train.md"
+    guide = Path(__file__).parents[2] / "docs" / "guide" / "training.md"
     commands = re.findall(r"^```sh\nrtrl train (.*)\n```", guide.read_text(), re.MULTILINE)
     assert commands
     for command in commands:
@@ -229,7 +229,7 @@ def test_the_commands_of_the_guide_work() -> None:
 
 
 def test_the_guide_lists_every_task_and_learner() -> None:
-    guide = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
+    guide = (Path(__file__).parents[2] / "docs" / "guide" / "training.md").read_text()
     for head, names in (("task", TASKS), ("learner", LEARNERS)):
         (table,) = re.findall(rf"^\| {head} \|.*?(?=\n\n)", guide, re.MULTILINE | re.DOTALL)
         first = [row.split("|")[1] for row in table.splitlines()[2:]]

@@ -8,7 +8,7 @@ import pytest
 from rtrl.testing import cell_checks, learner_checks
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -54,7 +54,7 @@ def test_the_table_of_folders_is_true() -> None:
 
 @pytest.mark.parametrize(("page", "checks"), [("cell", cell_checks()), ("learner", learner_checks())])
 def test_the_guides_list_every_check_and_no_other(page: str, checks: list[str]) -> None:
-    text = (ROOT / "docs" / f"check-your-{page}.md").read_text()
+    text = (ROOT / "docs" / "guide" / f"checking-{page}s.md").read_text()
     table = re.search(r"^\| check \|.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)
     assert table is not None
     named = [name for row in table.group().splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
