@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from torch import nn
 
 import rtrl
 from rtrl.cli.console import show, writable
@@ -78,15 +79,15 @@ def plan(
     """
     from rtrl._utils import formatting
     from rtrl.costs import measured_rates, nominal_rates
-    from rtrl.training import cell_kinds
+    from rtrl.training import load_cell
 
     try:
         if (cell is None) == (kind is None):
             raise ConfigError("give --cell, a function that makes a cell, or --kind, one of rnn, gru, lstm, moe")
         if cell is not None:
-            made, xs = cell_kinds.from_target(cell)
+            made, xs = load_cell(cell)
         else:
-            made, xs = cell_kinds.make(str(kind), hidden, inputs, slots=slots, experts=experts, topk=topk), None
+            made, xs = _usual(str(kind), inputs, hidden, slots, experts, topk), None
         path = None if json_path in (None, "-") else writable(Path(str(json_path)))
         dtype = next((p.dtype for p in made.parameters()), torch.float32)
         own = dict(_rate(text) for text in rate or [])
@@ -117,6 +118,19 @@ def plan(
     elif stderr:
         typer.echo(text)
     raise typer.Exit(0 if found.best is not None else 1)
+
+
+def _usual(kind: str, width: int, hidden: int, slots: int, experts: int, topk: int) -> nn.Module:
+    """A cell of a usual kind, as wide in y as in x."""
+    from rtrl.training import CELLS, make_cell
+
+    if kind not in CELLS:
+        raise ConfigError(f"there is no kind {kind!r}; there are: {', '.join(CELLS)}")
+    if kind != "moe":
+        return make_cell(kind, width, width, hidden=hidden)
+    few = min(2, slots)
+    sizes: dict[str, Any] = {"n_slots": slots, "n_experts": experts, "topk": topk, "n_heads": 1 if hidden % 2 else 2}
+    return make_cell(kind, width, width, d_model=hidden, read_slots=few, write_slots=few, **sizes)
 
 
 def _rate(text: str) -> tuple[str, float]:

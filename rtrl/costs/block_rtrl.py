@@ -10,9 +10,9 @@ from rtrl._utils import index_sets
 from rtrl.costs import block_macs, block_peak
 from rtrl.costs.block_bytes import Touched, at_moment, held
 from rtrl.costs.block_macs import Extent, Slices
-from rtrl.costs.choice import Choice
 from rtrl.costs.dormant import Sleepers
 from rtrl.costs.profile import Profile
+from rtrl.costs.result import Choice
 from rtrl.costs.routing import Routing
 
 MOST_BLOCKS, MOST_STEPS = 96, 2048

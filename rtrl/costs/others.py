@@ -11,8 +11,8 @@ The first F is the learner's look at the first step. All but U and V are linear 
 on, so that the counts are exact for a cell whose steps are all of one kind.
 """
 
-from rtrl.costs.choice import Choice
 from rtrl.costs.profile import Profile
+from rtrl.costs.result import Choice
 
 
 def bptt(profile: Profile, steps: int) -> Choice:

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 from rtrl._utils import pytrees, validation
 from rtrl.costs.block_rtrl import block_rtrl
-from rtrl.costs.choice import Choice
 from rtrl.costs.devices import nominal_rates
 from rtrl.costs.others import bptt, tbptt
 from rtrl.costs.profile import Profile, profile
-from rtrl.costs.result import Plan
+from rtrl.costs.result import Choice, Plan
 from rtrl.costs.textbook import dense_rtrl
 from rtrl.errors import ConfigError
 from rtrl.profiling.macs import Rule

@@ -10,8 +10,8 @@ its backward passes from y and from one entry of the next state:
 and the step itself is a forward pass of the batch. All of it is exact for steps of one kind.
 """
 
-from rtrl.costs.choice import Choice
 from rtrl.costs.profile import Profile
+from rtrl.costs.result import Choice
 
 
 def dense_rtrl(profile: Profile, steps: int) -> Choice:

@@ -1,6 +1,6 @@
 """Train any cell on any task with any learner, and go on later exactly where it was left."""
 
-from rtrl.training.cell_factory import CELLS, make_cell
+from rtrl.training.cell_factory import CELLS, load_cell, make_cell
 from rtrl.training.curve import Curve, Progress, Row
 from rtrl.training.evaluation import evaluate
 from rtrl.training.learner_factory import LEARNERS, make_learner
@@ -15,6 +15,7 @@ __all__ = [
     "Row",
     "Trainer",
     "evaluate",
+    "load_cell",
     "make_cell",
     "make_learner",
     "train",

@@ -1,4 +1,4 @@
-"""Cells by name, or from a module of the user's, as wide as a task needs them."""
+"""Cells by name, or from a user's module, as wide as a task needs them."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -51,7 +51,7 @@ CELLS: Mapping[str, Callable[..., MakeCell]] = {
     "gru": _of_torch(nn.GRUCell),
     "lstm": _of_torch(nn.LSTMCell),
 }
-"""Name → a function of that cell's options that gives ``make(d_in, d_out)``."""
+"""Name → a function of that cell's options that returns ``make(d_in, d_out)``."""
 
 
 def make_cell(
@@ -64,18 +64,23 @@ def make_cell(
     device: torch.device | str | None = None,
     **options: Any,
 ) -> nn.Module:
-    """The cell of this name for x of width ``d_in`` and y of width ``d_out``.
+    """Make the cell of this name for x of width ``d_in`` and y of width ``d_out``.
 
     ``moe`` is ``rtrl.RecurrentMoE``, whose sizes are its options; ``rnn``, ``gru`` and ``lstm`` (hidden=32, layers=1)
-    are PyTorch's with a linear readout; ``package.module:name`` is a cell of your own: a module, or a function or class
+    are PyTorch's with a linear readout; ``package.module:name`` is a user's cell: a module, or a function or class
     that is called as ``name(d_in, d_out, **options)``, or as ``name(**options)`` if it takes no widths.
 
     Args:
+        name: one of ``CELLS``, or ``package.module:name``.
+        d_in: the width of x.
+        d_out: the width of y.
         seed: of the first weights, which are drawn on the CPU; PyTorch's global random numbers stay as they are.
-        dtype, device: where the cell goes then.
+        dtype: of the parameters; by default as the cell makes them.
+        device: where the cell is moved.
+        **options: the cell's sizes.
 
     Raises:
-        ConfigError: there is no such cell or option, a size is out of range, or a cell of your own cannot be made.
+        ConfigError: the cell or an option does not exist, a size is out of range, or a user's cell cannot be made.
 
     >>> make_cell("gru", 3, 2, hidden=8).init_state(5).shape
     torch.Size([5, 8])
@@ -83,7 +88,7 @@ def make_cell(
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         if ":" in name:
-            cell = _own(name, d_in, d_out, options)
+            cell = _module(_called(name, (d_in, d_out), options), name, "a torch.nn.Module")
         elif name in CELLS:
             make: MakeCell = named_factories.call("cell", name, CELLS, options)
             cell = make(d_in, d_out)
@@ -94,27 +99,48 @@ def make_cell(
     return cell.to(device=device, dtype=dtype)
 
 
-def _own(target: str, d_in: int, d_out: int, options: Mapping[str, Any]) -> nn.Module:
+def load_cell(target: str) -> tuple[nn.Module, list[Any] | None]:
+    """Load the cell that ``package.module:name`` stands for, and the inputs of some steps if it gives any.
+
+    Args:
+        target: a module, a function without arguments that returns one, or one that returns a pair (cell, inputs).
+
+    Raises:
+        ConfigError: the target is not any of these.
+    """
+    found, inputs = _called(target, (), {}), None
+    if isinstance(found, tuple) and len(found) == 2:
+        found, inputs = found[0], list(found[1])
+    return _module(found, target, "a cell, or a pair (cell, inputs)"), inputs
+
+
+def _called(target: str, widths: tuple[int, ...], options: Mapping[str, Any]) -> Any:
+    """What a target gives: itself if it is a module, else what it returns, called with the widths if it takes them."""
     found = load(target)
-    if callable(found) and not isinstance(found, nn.Module):
-        try:
-            signature: inspect.Signature | None = inspect.signature(found)
-        except (TypeError, ValueError):
-            signature = None  # it does not say; then as one that takes widths
-        widths = (d_in, d_out) if signature is None or _binds(signature, (d_in, d_out), options) else ()
-        try:
-            found = found(*widths, **options)
-        except Exception as error:
-            said = ", ".join([*map(str, widths), *(f"{k}={v!r}" for k, v in options.items())])
-            raise ConfigError(f"{target}({said}) raised {type(error).__name__}: {error}") from error
-    elif options:
-        raise ConfigError(f"{target} is a cell that was made already; it takes no options")
+    if isinstance(found, nn.Module) or not callable(found):
+        if options:
+            raise ConfigError(f"{target} is a cell that was made already; it takes no options")
+        return found
+    try:
+        signature: inspect.Signature | None = inspect.signature(found)
+    except (TypeError, ValueError):
+        signature = None  # it does not say; then as one that takes widths
+    if signature is not None and not _binds(signature, widths, options):
+        widths = ()
+    try:
+        return found(*widths, **options)
+    except Exception as error:
+        arguments = ", ".join([*map(str, widths), *(f"{k}={v!r}" for k, v in options.items())])
+        raise ConfigError(f"{target}({arguments}) raised {type(error).__name__}: {error}") from error
+
+
+def _module(found: Any, target: str, expected: str) -> nn.Module:
     if not isinstance(found, nn.Module):
-        raise ConfigError(f"{target} must be or give a torch.nn.Module, got {type(found).__name__}")
+        raise ConfigError(f"{target} must give {expected}, got {type(found).__name__}")
     return found
 
 
-def _binds(signature: inspect.Signature, widths: tuple[int, int], options: Mapping[str, Any]) -> bool:
+def _binds(signature: inspect.Signature, widths: tuple[int, ...], options: Mapping[str, Any]) -> bool:
     try:
         signature.bind(*widths, **options)
     except TypeError:

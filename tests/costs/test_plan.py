@@ -17,7 +17,7 @@ from rtrl._utils import formatting
 from rtrl.cli.app import app
 from rtrl.costs import auto_block, choose_block, measured_rates, nominal_rates
 from rtrl.errors import CellError, ConfigError, NonFiniteError, ShapeError, UnknownOperationError
-from rtrl.training import cell_kinds
+from rtrl.training import CELLS
 
 
 def gru() -> nn.Module:
@@ -362,7 +362,7 @@ def command(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["plan", "--no-measure", *arguments])
 
 
-@pytest.mark.parametrize("kind", cell_kinds.KINDS)
+@pytest.mark.parametrize("kind", CELLS)
 def test_the_command_plans_for_usual_kinds(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     sizes = ("--hidden", "3", "--inputs", "3", "--slots", "1", "--experts", "4", "--topk", "1")

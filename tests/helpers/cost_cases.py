@@ -12,9 +12,9 @@ from helpers.strategies import normal
 from helpers.toy_cells import OddCell, PlainRNN, ScheduledCell, seeded
 from rtrl._utils import pytrees
 from rtrl.costs.block_rtrl import block_rtrl
-from rtrl.costs.choice import Choice
 from rtrl.costs.others import bptt, tbptt
 from rtrl.costs.profile import Profile, profile
+from rtrl.costs.result import Choice
 from rtrl.costs.textbook import dense_rtrl
 from rtrl.learners import BPTT, TBPTT, DenseRTRL
 from rtrl.profiling.live_bytes import LiveBytes
