@@ -1,59 +1,141 @@
-"""Steps of a cell that knows its derivatives (``rtrl.cells.analytic``), as the engine takes those of any cell."""
+"""The derivatives of a batch of steps from the cell's own ``analytic_step`` (``rtrl.cells.analytic``)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rtrl._engine import checks
-from rtrl._engine.linearization import LinearTap
-from rtrl._engine.output_jacobian import UnitwiseOutputJacobian
-from rtrl._engine.taps import Tap
+from rtrl._engine import checks, contract
+from rtrl._engine.linearization import Linearization, LinearizedTap, UnitwiseOutputJacobian
+from rtrl._engine.losses import loss_cotangents
+from rtrl._engine.mixing import normal_like, perturb
+from rtrl._engine.recorded import StepBatch
+from rtrl._engine.taps import Tap, TapRecorder
 from rtrl._utils import pytrees
 from rtrl._utils.functional_call import functional_call
 from rtrl.cells.analytic import AnalyticStep
 from rtrl.errors import CellError
 
 
-def taps_of(form: AnalyticStep, names: Mapping[int, str]) -> list[LinearTap]:
-    """The linear maps of a step, as taps with their responses.
+class AnalyticLinearization:
+    """A batch of dense steps, run again by ``analytic_step``; y and its readout are left to autograd.
 
     Args:
-        names: id of a parameter → its name; others are not trained.
+        cell: a cell with an ``analytic_step``.
+        parameters: name → trainable parameter.
+        batch: the steps; its h requires grad.
+        untapped: parameters whose uses must not be recorded as taps.
+
+    Attributes:
+        step: the step and its derivatives; None if the cell has none for this batch, so that autograd is left.
     """
-    found: list[LinearTap] = []
-    responses: dict[int, UnitwiseOutputJacobian] = {}
-    for tap in form.taps:
-        response = responses.setdefault(id(tap.response), UnitwiseOutputJacobian(tap.response))
-        shape = (1, 1, tap.weight.shape[0])
-        inputs = tap.inputs.detach()[:, None, None]
-        for parameter, right in ((tap.weight, inputs), (tap.bias, None)):
-            if parameter is not None and id(parameter) in names:
-                use = Tap(names[id(parameter)], None, right, form.h_next, shape)
-                found.append(LinearTap(use, response, None))
-    return found
+
+    def __init__(
+        self, cell: nn.Module, parameters: Mapping[str, nn.Parameter], batch: StepBatch, untapped: Iterable[str]
+    ) -> None:
+        self.parameters, self.batch = parameters, batch
+        self.recorder = TapRecorder(parameters, batch.h.shape[0], untapped, copy=True)
+        with torch.enable_grad(), self.recorder:
+            self.step: AnalyticStep | None = cell.analytic_step(batch.x, batch.h)  # type: ignore[operator]
+        if self.step is not None and any(not isinstance(tap.weight, nn.Parameter) for tap in self.step.taps):
+            self.step = None  # a weight that is computed from parameters cannot be named here
+
+    def linearize(self) -> Linearization:
+        """Take all derivatives.
+
+        Raises:
+            CellError: the cell computes something else than it did step by step.
+            NonFiniteError: NaN or infinity in a derivative.
+
+        Cost: one backward pass of y for the losses.
+        """
+        assert self.step is not None
+        batch, step = self.batch, self.step
+        outputs = [leaf for leaf in pytrees.tensors(step.y) if leaf.is_floating_point()]
+        contract.check_same_result(batch, step.h_next, outputs)
+        through_y = checks.reached_leaves(*outputs)
+        (adjoint, adjoint_next, *grad_outputs), gradients = loss_cotangents(
+            batch,
+            outputs,
+            [batch.h, step.h_next, *(taps[0].output for taps in self.recorder.by_output)],
+            {name: p for name, p in self.parameters.items() if id(p) in through_y},
+        )
+        taps = self._taps(step, grad_outputs)
+        parts = [value.detach() for value in (step.direct, *(tap.response for tap in step.taps)) if value is not None]
+        adjoints = [value for value in (adjoint, adjoint_next) if value is not None]
+        grads = [(tap.name, tap.grad_output) for tap in taps if tap.grad_output is not None]
+        contract.check_finite_samples(
+            batch,
+            [
+                *(("the dynamics Jacobian", value) for value in parts),
+                *(("the adjoint", value) for value in adjoints),
+                *((f"the gradient of parameter {name!r}", value) for name, value in grads),
+            ],
+        )
+        size, m = batch.batch_size, len(batch.steps)
+
+        def state_jacobian(start: int, stop: int) -> Tensor:
+            if size == 1 or stop - start == m:
+                at: Tensor | slice = slice(start * size, stop * size)
+            else:
+                at = torch.arange(size * m, device=step.h_next.device).view(size, m)[:, start:stop].flatten()
+            jacobian: Tensor = written_out(step, at).unflatten(0, (size, stop - start))
+            return jacobian
+
+        return Linearization(
+            times=batch.times,
+            written=None,
+            touched=None,
+            state_jacobian=state_jacobian,
+            adjoint=None if adjoint is None else batch.by_step(adjoint.flatten(1)),
+            adjoint_next=None if adjoint_next is None else batch.by_step(adjoint_next.flatten(1)),
+            taps=taps,
+            active={},
+            untapped=[],
+            has_losses=batch.has_losses,
+            gradients=gradients,
+            untapped_jacobians=lambda cotangents: {},
+        )
+
+    def _taps(self, step: AnalyticStep, grad_outputs: list[Tensor | None]) -> list[LinearizedTap]:
+        """The linear maps of the step, and those recorded in its readout."""
+        names = {id(p): name for name, p in self.parameters.items()}
+        linearized: list[LinearizedTap] = []
+        jacobians: dict[int, UnitwiseOutputJacobian] = {}
+        for tap in step.taps:
+            jacobian = jacobians.setdefault(id(tap.response), UnitwiseOutputJacobian(tap.response))
+            shape = (1, 1, tap.weight.shape[0])
+            inputs = tap.inputs.detach()[:, None, None]
+            for parameter, right in ((tap.weight, inputs), (tap.bias, None)):
+                if parameter is not None and id(parameter) in names:
+                    use = Tap(names[id(parameter)], None, right, step.h_next, shape)
+                    linearized.append(LinearizedTap(use, jacobian, None))
+        for taps, grad in zip(self.recorder.by_output, grad_outputs, strict=True):
+            grad_output = None if grad is None else grad.reshape(self.batch.h.shape[0], *taps[0].shape)
+            linearized += [LinearizedTap(tap, None, grad_output) for tap in taps]
+        return linearized
 
 
-def jacobian(form: AnalyticStep, places: Tensor | slice) -> Tensor:
-    """``∂h'/∂h`` of the samples ``places`` written out: (E, S·U, S·U).
+def written_out(step: AnalyticStep, at: Tensor | slice) -> Tensor:
+    """``∂h'/∂h`` of the samples ``at``, every entry written out: (E, S·U, S·U).
 
-    Cost: ``E·S·G·U²`` multiplications a tap of the state.
+    Cost: ``E·S·G·U²`` multiplications for each linear map of the state.
     """
-    parts = form.h_next.flatten(1).shape[1] // form.h_next.shape[-1]
-    u = form.h_next.shape[-1]
-    weights = [(tap, tap.weight.detach().view(-1, u, u)) for tap in form.taps if tap.part is not None]
-    direct = None if form.direct is None else form.direct[places]
-    count = form.h_next[places].shape[0]
-    whole = form.h_next.new_empty(count, parts, u, parts, u)
+    u = step.h_next.shape[-1]
+    parts = step.h_next[0].numel() // u
+    weights = [(tap, tap.weight.detach().view(-1, u, u)) for tap in step.taps if tap.part is not None]
+    direct = None if step.direct is None else step.direct[at]
+    count = step.h_next[at].shape[0]
+    jacobian = step.h_next.new_empty(count, parts, u, parts, u)
     for part in range(parts):
-        block = whole[:, :, :, part]  # (E, S, U, U)
+        block = jacobian[:, :, :, part]  # (E, S, U, U)
         empty = True
         for tap, weight in weights:
             if tap.part != part:
                 continue
-            response = tap.response[places]
+            response = tap.response[at]
             for g in range(weight.shape[0]):
                 gate = response[:, :, g, :, None]
                 if empty:
@@ -65,83 +147,79 @@ def jacobian(form: AnalyticStep, places: Tensor | slice) -> Tensor:
             block.zero_()
         if direct is not None:
             block.diagonal(dim1=2, dim2=3).add_(direct[:, :, part])
-    return whole.view(count, parts * u, parts * u)
+    return jacobian.view(count, parts * u, parts * u)
 
 
-def check_analytic_step(cell: nn.Module, parameters: Mapping[str, nn.Parameter], x: Any, h: Tensor, step: int) -> None:
-    """Hold a cell's own derivatives against autograd at a generic point, along a random direction.
+def check_analytic_step(
+    cell: nn.Module, parameters: Mapping[str, nn.Parameter], x: Any, h: Tensor, number: int
+) -> None:
+    """Compare a cell's ``analytic_step`` with autograd at a perturbed point, along a random direction.
 
     Args:
-        parameters: name → trainable parameter. x, h: N samples.
+        parameters: name → trainable parameter.
+        x: the inputs of N samples.
+        h: (N, n, ...), their states.
+        number: that of the step, for messages.
 
     Raises:
         CellError: they disagree.
 
     Cost: two forward passes and two backward passes.
     """
-    generator = torch.Generator().manual_seed(1)  # of its own: the user's random numbers stay as they are
-
-    def drawn(shape: torch.Size, like: Tensor) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
-
-    def near(value: Tensor) -> Tensor:
-        if not value.is_floating_point():
-            return value.detach()
-        return value.detach() + 0.1 * drawn(value.shape, value) * (1 + value.detach().abs())
-
-    theta = {name: near(p).requires_grad_(name in parameters) for name, p in cell.named_parameters()}
-    h = near(h).requires_grad_()
-    y, after = functional_call(cell, theta, (x, h))[:2]
-    form = functional_call(_Linearize(cell), {f"cell.{name}": p for name, p in theta.items()}, (x, h))
-    if form is None:
+    generator = torch.Generator().manual_seed(1)  # not the user's, whose random numbers stay as they are
+    theta = {name: perturb(p, generator).requires_grad_(name in parameters) for name, p in cell.named_parameters()}
+    h = perturb(h, generator).requires_grad_()
+    y, h_next = functional_call(cell, theta, (x, h))[:2]
+    step = functional_call(_StepModule(cell), {f"cell.{name}": p for name, p in theta.items()}, (x, h))
+    if step is None:
         return
-    outputs, own_outputs = ([t for t in pytrees.tensors(tree) if t.is_floating_point()] for tree in (y, form.y))
-    pairs = [("the next state", form.h_next, after), *(("y", a, b) for a, b in zip(own_outputs, outputs, strict=False))]
-    for what, own, wanted in pairs:
-        if not checks.nearly_equal(own.detach(), wanted.detach()):
-            raise CellError(f"step {step}: analytic_step computes another value of {what} than the cell itself")
+    outputs, analytic_outputs = ([t for t in pytrees.tensors(tree) if t.is_floating_point()] for tree in (y, step.y))
+    pairs = [("the next state", step.h_next, h_next)]
+    pairs += [("y", a, b) for a, b in zip(analytic_outputs, outputs, strict=False)]
+    for what, analytic, value in pairs:
+        if not checks.nearly_equal(analytic.detach(), value.detach()):
+            raise CellError(f"step {number}: analytic_step computes another value of {what} than the cell itself")
 
-    weights = [drawn(t.shape, t) for t in (after, *outputs)]
+    weights = [normal_like(t, generator) for t in (h_next, *outputs)]
     names = [name for name in theta if name in parameters]
     targets = [h, *(theta[name] for name in names)]
-    wanted_grads = torch.autograd.grad([after, *outputs], targets, weights, allow_unused=True)
-    ends = [t for t in own_outputs if t.requires_grad]
-    if ends:
-        own_weights = [w for w, t in zip(weights[1:], own_outputs, strict=False) if t.requires_grad]
-        pulled, *rest = torch.autograd.grad(ends, [form.h_next, *targets], own_weights, allow_unused=True)
-    else:
-        pulled, rest = None, []
-    adjoint = weights[0] if pulled is None else weights[0] + pulled
-    found = [torch.zeros_like(t) if grad is None else grad for t, grad in zip_longest(targets, rest)]
-    places = {id(theta[name]): i + 1 for i, name in enumerate(names)}
+    expected = torch.autograd.grad([h_next, *outputs], targets, weights, allow_unused=True)
+    heads = [(t, weight) for t, weight in zip(analytic_outputs, weights[1:], strict=False) if t.requires_grad]
+    adjoint, rest = weights[0], []
+    if heads:
+        outs, out_weights = zip(*heads, strict=True)
+        through_y, *rest = torch.autograd.grad(outs, [step.h_next, *targets], out_weights, allow_unused=True)
+        adjoint = adjoint if through_y is None else adjoint + through_y
+    grads = [torch.zeros_like(t) if grad is None else grad for t, grad in zip_longest(targets, rest)]
     with torch.no_grad():
-        _pull(form, adjoint.flatten(1), found, places)
-    for name, own, wanted in zip(["the state", *map(repr, names)], found, wanted_grads, strict=True):
-        expected = torch.zeros_like(own) if wanted is None else wanted
-        if not checks.nearly_equal(own.flatten()[None], expected.flatten()[None]):
+        _add_vjp(step, adjoint.flatten(1), grads, {id(theta[name]): i + 1 for i, name in enumerate(names)})
+    for name, grad, by_autograd in zip(["the state", *map(repr, names)], grads, expected, strict=True):
+        reference = torch.zeros_like(grad) if by_autograd is None else by_autograd
+        if not checks.nearly_equal(grad.flatten()[None], reference.flatten()[None]):
             raise CellError(
-                f"step {step}: analytic_step gives another derivative with respect to {name} than autograd does"
+                f"step {number}: analytic_step gives another derivative with respect to {name} than autograd does"
             )
 
 
-def _pull(form: AnalyticStep, adjoint: Tensor, found: list[Tensor], places: Mapping[int, int]) -> None:
-    """Pull an adjoint (N, S·U) at the next state back: to the state, found[0], and the parameters at their places."""
-    n, u = adjoint.shape[0], form.h_next.shape[-1]
-    back = torch.zeros(n, adjoint.shape[1] // u, u, dtype=adjoint.dtype, device=adjoint.device)
-    if form.direct is not None:
-        back += torch.einsum("nsi,nsti->nti", adjoint.view(n, -1, u), form.direct)
-    for tap in form.taps:
-        left = UnitwiseOutputJacobian(tap.response).left(adjoint.unsqueeze(1), slice(None)).reshape(n, -1)
+def _add_vjp(step: AnalyticStep, adjoint: Tensor, grads: list[Tensor], places: Mapping[int, int]) -> None:
+    """Pull an adjoint (N, S·U) at the next state back, and add it: at the state to ``grads[0]``, at parameters (by id)
+    to those at their places."""
+    n, u = adjoint.shape[0], step.h_next.shape[-1]
+    at_state = torch.zeros(n, adjoint.shape[1] // u, u, dtype=adjoint.dtype, device=adjoint.device)
+    if step.direct is not None:
+        at_state += torch.einsum("nsi,nsti->nti", adjoint.view(n, -1, u), step.direct)
+    for tap in step.taps:
+        at_output = UnitwiseOutputJacobian(tap.response).vjp(adjoint.unsqueeze(1), slice(None)).reshape(n, -1)
         if tap.part is not None:
-            back[:, tap.part] += left @ tap.weight
+            at_state[:, tap.part] += at_output @ tap.weight
         if id(tap.weight) in places:
-            found[places[id(tap.weight)]] += left.T @ tap.inputs
+            grads[places[id(tap.weight)]] += at_output.T @ tap.inputs
         if tap.bias is not None and id(tap.bias) in places:
-            found[places[id(tap.bias)]] += left.sum(dim=0)
-    found[0] += back.view(found[0].shape)
+            grads[places[id(tap.bias)]] += at_output.sum(dim=0)
+    grads[0] += at_state.view(grads[0].shape)
 
 
-class _Linearize(nn.Module):
+class _StepModule(nn.Module):
     """A cell's ``analytic_step`` as a forward pass, so that it can be run with other parameters."""
 
     def __init__(self, cell: nn.Module) -> None:
@@ -149,5 +227,5 @@ class _Linearize(nn.Module):
         self.cell = cell
 
     def forward(self, x: Any, h: Tensor) -> AnalyticStep | None:
-        form: AnalyticStep | None = self.cell.analytic_step(x, h)  # type: ignore[operator]
-        return form
+        step: AnalyticStep | None = self.cell.analytic_step(x, h)  # type: ignore[operator]
+        return step

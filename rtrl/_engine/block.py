@@ -1,11 +1,11 @@
-"""A block of linearised steps → one transition, the new influence born inside it, and the gradient earned inside it.
+"""A block of linearised steps → its transition, its immediate influence, and its gradient.
 
-Over the steps of a block, with suffix products ``C_τ = J_{m−1} … J_{τ+1}`` and the adjoint sweep
+Over the steps of a block, with suffix products ``C_τ = J_{m−1} … J_{τ+1}`` and the adjoints
 ``λ_τ = δ_τ + λ_{τ+1} J_τ``, λ_m = 0:
 
     S_m = Φ S_0 + Σ_τ C_τ B_τ        gradient = v S_0 + Σ_τ ( ∂ℓ_τ/∂θ + λ_{τ+1} B_τ )        Φ = C_{−1}, v = λ_0
 
-Both sweeps are shared by all parameters. Source: Schmidhuber (1992), Neural Computation 4(2), section 2.
+C and λ are shared by all parameters. Source: Schmidhuber (1992), Neural Computation 4(2), section 2.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from rtrl._engine.buffers import ReusableBuffer
-from rtrl._engine.immediate import DenseImmediate, SlicedImmediate, Stores, active, births, may_overflow
-from rtrl._engine.linearization import Linearization, LinearTap
-from rtrl._engine.output_jacobian import largest
-from rtrl._engine.reverse_sweep import sweep
+from rtrl._engine.immediate import DenseImmediate, InfluenceWriter, SlicedImmediate, active, immediate_terms
+from rtrl._engine.linearization import Linearization, LinearizedTap, largest
+from rtrl._engine.reverse_sweep import reverse_sweep
 from rtrl._engine.taps import segment_products
 from rtrl._influence.store import ParameterInfluence
 from rtrl._influence.transition import Transition
@@ -27,34 +26,35 @@ from rtrl.errors import SparsityError
 
 @dataclass(frozen=True, slots=True)
 class BlockResult:
-    """What a block leaves behind. Nothing has been changed yet.
+    """The results of a block. Nothing has been changed yet.
 
     Attributes:
-        transition: the whole block as one element.
+        transition: the block as one transition of the state.
         keys: parameter name → LongTensor (R,), ascending: ``sample · slices + slice`` of every slice that was active
             for a sample in the block.
-        births: what is born through linear maps.
-        dense: parameter name → (R, u·width, p), what is born in other ways.
-        gradient: parameter name → gradient earned inside the block, shaped like the parameter; without ``v S_0``.
+        immediate: the immediate influence through taps.
+        untapped: parameter name → (R, u·slot_size, p), the immediate influence of untapped parameters.
+        gradient: parameter name → gradient from the losses of the block, shaped like the parameter, without ``v S_0``.
     """
 
     transition: Transition
     keys: dict[str, Tensor]
-    births: list[DenseImmediate | SlicedImmediate]
-    dense: dict[str, Tensor]
+    immediate: list[DenseImmediate | SlicedImmediate]
+    untapped: dict[str, Tensor]
     gradient: dict[str, Tensor]
 
     def add_immediate(self, influences: Mapping[str, ParameterInfluence], rows: Mapping[str, Tensor]) -> None:
         """Add ``Σ_τ C_τ B_τ`` to the influences, in place.
 
         Args:
+            influences: parameter name → influence.
             rows: parameter name → LongTensor (R,) on the CPU, the rows of its influence that stand for ``keys``.
         """
-        stores = Stores(influences, rows, self.transition)
-        for birth in self.births:
-            birth.add_to(stores)
-        for name, born in self.dense.items():
-            stores.add_dense(name, born)
+        writer = InfluenceWriter(influences, rows, self.transition)
+        for term in self.immediate:
+            term.add_to(writer)
+        for name, immediate in self.untapped.items():
+            writer.add(name, immediate)
 
 
 def close_block(
@@ -62,27 +62,27 @@ def close_block(
     state: Tensor,
     parameters: Mapping[str, Tensor],
     sliced: Sequence[str],
-    scratch: ReusableBuffer,
+    buffer: ReusableBuffer,
 ) -> BlockResult:
     """Sweep a block of linearised steps.
 
     Args:
-        groups: what ``Linearizer`` made of the steps.
+        groups: the linearised steps.
         state: any state of the block, for its shape, dtype and device.
         parameters: name → parameter.
         sliced: the parameters whose influence is kept slice by slice.
-        scratch: lends memory that is needed until the result is no more.
+        buffer: lends memory that the result refers to.
 
     Raises:
         SparsityError: a slice was used that was not declared active.
 
-    Cost: that of ``reverse_sweep``; for ``add_immediate``, per step and sample, ``(u·width)·(w·width)`` multiply-adds
-        times the size of each linear map's output (units for analytic steps), and one product of the size of the
-        active parameters times ``u·width``.
+    Cost: that of ``reverse_sweep``; for ``add_immediate``, per step and sample, ``(u·slot_size)·(w·slot_size)``
+        multiply-adds times the size of each linear map's output (units for analytic steps), and one product of the
+        size of the active parameters times ``u·slot_size``.
     """
     size = state.shape[0]
-    swept = sweep(groups, state, scratch)
-    losses = not all(group.lossless for group in groups)
+    swept = reverse_sweep(groups, state, buffer)
+    has_losses = any(group.has_losses for group in groups)
     slices = {name: parameter.shape[0] if parameter.ndim else 1 for name, parameter in parameters.items()}
 
     keys: dict[str, Tensor] = {}
@@ -92,107 +92,115 @@ def close_block(
             keys[name] = _active_keys(groups, name, slices[name], size, state.device)
         else:
             keys[name] = torch.arange(size, device=state.device)
-        if losses:
+        if has_losses:
             gradient[name] = torch.zeros_like(parameter)
 
-    own_keys = {name: keys[name] for name in sliced}
-    born: list[DenseImmediate | SlicedImmediate] = []
-    dense: dict[str, Tensor] = {}
-    for group, reach in zip(groups, swept.reach, strict=True):
-        born.extend(births(group, reach, own_keys, slices))
-        if losses:
-            _earn(group, reach[:, :, -1:], gradient)
-        if group.general:
-            for name, jacobian in group.jacobians(reach.transpose(1, 2)).items():
-                if losses:
+    sliced_keys = {name: keys[name] for name in sliced}
+    immediate: list[DenseImmediate | SlicedImmediate] = []
+    untapped: dict[str, Tensor] = {}
+    for group, cotangents in zip(groups, swept.cotangents, strict=True):
+        immediate.extend(immediate_terms(group, cotangents, sliced_keys, slices))
+        if has_losses:
+            _accumulate_losses(group, cotangents[:, :, -1:], gradient)
+        if group.untapped:
+            for name, jacobian in group.untapped_jacobians(cotangents.transpose(1, 2)).items():
+                if has_losses:
                     gradient[name] += jacobian[:, -1].sum(dim=0)
-                value = _rows_born(name, jacobian[:, :-1], keys[name], slices[name] if name in sliced else 1)
-                dense[name] = dense[name] + value if name in dense else value
-    return BlockResult(swept.transition, keys, born, dense, gradient)
+                rows = _active_rows(name, jacobian[:, :-1], keys[name], slices[name] if name in sliced else 1)
+                untapped[name] = untapped[name] + rows if name in untapped else rows
+    return BlockResult(swept.transition, keys, immediate, untapped, gradient)
 
 
 def overflowing(
     result: BlockResult, state: Tensor, parameters: Mapping[str, Tensor], sliced: Sequence[str]
 ) -> str | None:
-    """The name of a parameter of which NaN or infinity would be born, or None.
+    """The name of a parameter whose immediate influence has NaN or infinity, or None.
 
-    Cost: a look at the factors; the births themselves are written out for a look only if these leave it open.
+    Cost: a pass over the factors; the immediate influence itself is only computed for it if these do not rule NaN and
+        infinity out.
     """
-    for name, value in result.dense.items():
+    for name, value in result.untapped.items():
         if not bool(torch.isfinite(value).all()):
             return name
-    largest_reach: dict[int, Tensor] = {}  # maps of one group share it
-    for birth in result.births:
-        if id(birth.reach) not in largest_reach:
-            largest_reach[id(birth.reach)] = largest(birth.reach)
-        if not may_overflow(birth, largest_reach[id(birth.reach)]):
+    largest_cotangent: dict[int, Tensor] = {}  # linear maps of one group share the cotangents
+    for term in result.immediate:
+        if id(term.cotangents) not in largest_cotangent:
+            largest_cotangent[id(term.cotangents)] = largest(term.cotangents)
+        if not _may_overflow(term, largest_cotangent[id(term.cotangents)]):
             continue
-        names = [tap.tap.name for tap in birth.taps]
         trial, rows = {}, {}
-        for name in names:
+        for name in (tap.name for tap in term.taps):
             shape = parameters[name].shape
             trial[name] = ParameterInfluence(shape, name in sliced, state.shape[0], state[0].numel(), state)
             rows[name] = trial[name].claim(result.keys[name], 0)
-        birth.add_to(Stores(trial, rows, result.transition))
-        for name in names:
-            if not bool(torch.isfinite(trial[name].values).all()):
+        term.add_to(InfluenceWriter(trial, rows, result.transition))
+        for name, influence in trial.items():
+            if not bool(torch.isfinite(influence.values).all()):
                 return name
     return None
+
+
+def _may_overflow(term: DenseImmediate | SlicedImmediate, largest_cotangent: Tensor) -> bool:
+    """Whether a bound, from the largest factors, does not rule out that a sum overflows; NaN does not rule it out."""
+    m, w = term.cotangents.shape[1], term.cotangents.shape[3]
+    k, length, _ = term.taps[0].use.shape
+    inputs = [largest(tap.use.inputs) for tap in term.taps if tap.use.inputs is not None]
+    factors = torch.stack([largest_cotangent, term.output_jacobian.largest(), *inputs]).tolist()
+    bound = float(m * k * length * w) * factors[0] * factors[1] * max([1.0, *factors[2:]])
+    return not bound < torch.finfo(term.cotangents.dtype).max / 16
 
 
 def _active_keys(groups: Sequence[Linearization], name: str, slices: int, size: int, device: torch.device) -> Tensor:
     """``sample · slices + slice`` of all slices of a parameter that were active in the block, ascending, without
     repeats."""
     first = torch.arange(size, device=device)[:, None, None] * slices
-    found = [(first + active(group, name, slices, size, device)).flatten() for group in groups]
-    keys: Tensor = torch.cat(found).unique()
+    per_group = [(first + active(group, name, slices, size, device)).flatten() for group in groups]
+    keys: Tensor = torch.cat(per_group).unique()
     return keys
 
 
-def _earn(group: Linearization, adjoint: Tensor, gradient: dict[str, Tensor]) -> None:
-    """Add what a group's linear maps and y earn inside the block, ``Σ (∂ℓ/∂z + λ ∂h_next/∂z) ⊗ u``, λ being adjoint
-    (B, m, 1, W). What parameters of the general path earn through h_next is none of it."""
+def _accumulate_losses(group: Linearization, adjoint: Tensor, gradient: dict[str, Tensor]) -> None:
+    """Add the gradients through a group's taps and through y, ``Σ (∂ℓ/∂z + λ ∂h_next/∂z) ⊗ u``, λ being adjoint
+    (B, m, 1, W). The gradients of untapped parameters through h_next are not among them."""
     flat = adjoint.flatten(0, 1)
     weights: dict[tuple[int, int, bool], Tensor | None] = {}
     for tap in group.taps:
-        through = tap.response is not None and tap.tap.name not in group.general
-        key = (id(tap.response), id(tap.earned), through)
+        through_state = tap.output_jacobian is not None and tap.name not in group.untapped
+        key = (id(tap.output_jacobian), id(tap.grad_output), through_state)
         if key not in weights:
             weight = None
-            if through and tap.response is not None:
-                weight = tap.response.left(flat, slice(None)).squeeze(3)
-            if tap.earned is not None:
-                weight = tap.earned if weight is None else weight + tap.earned
+            if through_state and tap.output_jacobian is not None:
+                weight = tap.output_jacobian.vjp(flat, slice(None)).squeeze(3)
+            if tap.grad_output is not None:
+                weight = tap.grad_output if weight is None else weight + tap.grad_output
             weights[key] = weight
         weight = weights[key]
         if weight is not None:
-            name = tap.tap.name
-            gradient[name] += _earned(tap, weight, gradient[name].shape)
-    for name, value in group.direct.items():
+            gradient[tap.name] += _tap_gradient(tap, weight, gradient[tap.name].shape)
+    for name, value in group.gradients.items():
         gradient[name] += value
 
 
-def _earned(tap: LinearTap, weight: Tensor, shape: torch.Size) -> Tensor:
+def _tap_gradient(tap: LinearizedTap, weight: Tensor, shape: torch.Size) -> Tensor:
     """``Σ weight ⊗ u`` of one use, weight (N, K, L, O)."""
-    use = tap.tap
+    use = tap.use
     n, k, length, o = weight.shape
     if use.index is not None:
         right = None if use.inputs is None else use.inputs.expand(-1, k, -1, -1).flatten(0, 1)
-        return segment_products(weight.reshape(n * k, 1, length, o), right, use.index.flatten(), shape[0]).reshape(
-            shape
-        )
+        products = segment_products(weight.reshape(n * k, 1, length, o), right, use.index.flatten(), shape[0])
+        return products.reshape(shape)
     if use.inputs is None:
         return weight.sum(dim=(0, 1, 2)).reshape(shape)
     product = weight.reshape(n * length, o).T @ use.inputs.reshape(n * length, use.inputs.shape[-1])
     return product.T if use.transposed else product.reshape(shape)
 
 
-def _rows_born(name: str, jacobian: Tensor, keys: Tensor, slices: int) -> Tensor:
-    """The weighted immediate Jacobian (B, U, *shape) of a parameter that no tap covers, as rows (R, U, p)."""
+def _active_rows(name: str, jacobian: Tensor, keys: Tensor, slices: int) -> Tensor:
+    """The weighted immediate Jacobian (B, U, *shape) of an untapped parameter, as rows (R, U, p)."""
     size, u = jacobian.shape[:2]
     p = jacobian.shape[2:].numel() // max(slices, 1)
     values = jacobian.reshape(size, u, slices, p).transpose(1, 2).flatten(0, 1)
-    mine = values[keys]
-    if int(values.count_nonzero()) != int(mine.count_nonzero()):
+    rows = values[keys]
+    if int(values.count_nonzero()) != int(rows.count_nonzero()):
         raise SparsityError(f"a slice of parameter {name!r} was used that Sparsity.active does not declare")
-    return mine
+    return rows

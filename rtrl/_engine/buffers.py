@@ -5,15 +5,15 @@ from math import prod
 import torch
 from torch import Tensor
 
-# On a CPU, C libraries give blocks of memory larger than this back to the system at once, and the next one costs a page
-# fault for every 4 KiB: at 64 MiB more than what is computed in it. Other devices' allocators keep theirs.
+# On a CPU, C libraries return blocks of memory larger than this to the system at once, and the next one costs a page
+# fault for every 4 KiB: at 64 MiB, more than what is computed in it. Other devices' allocators keep theirs.
 _LEAST_BYTES = 2**25
 
 
 class ReusableBuffer:
-    """Lends the same memory again and again, if it is large enough for that to be worth anything.
+    """Lends the same memory again and again, if it is large enough for that to save time.
 
-    Whoever borrows it is done with it before the next one does.
+    A borrower must be done with it before the next one borrows it.
 
     Args:
         most_bytes: a larger buffer than this is never kept.
@@ -24,13 +24,13 @@ class ReusableBuffer:
         self._kept: Tensor | None = None
 
     def empty(self, like: Tensor, *shape: int) -> Tensor:
-        """A tensor of this shape with anything in it, of the dtype and on the device of ``like``."""
+        """An uninitialised tensor of this shape, of the dtype and on the device of ``like``."""
         count = prod(shape)
-        wanted = count * like.element_size()
-        if like.device.type != "cpu" or not _LEAST_BYTES <= wanted <= self._most_bytes:
+        n_bytes = count * like.element_size()
+        if like.device.type != "cpu" or not _LEAST_BYTES <= n_bytes <= self._most_bytes:
             return like.new_empty(shape)
         if self._kept is None or self._kept.numel() < count or self._kept.dtype != like.dtype:
-            self._kept = None  # before the new one is there
+            self._kept = None  # freed before the new one is allocated
             self._kept = torch.empty(count, dtype=like.dtype, device=like.device)
         return self._kept[:count].view(shape)
 

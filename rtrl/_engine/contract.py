@@ -1,11 +1,9 @@
-"""Whether a cell keeps the contract at a generic point, once for each kind of step.
+"""The contract that a cell must keep: a step is a pure function, and run again as part of a batch it does the same.
 
-A first state of zeros or a gate that starts at zero hides what a cell does: derivatives that are zero by chance say
-nothing. So the cell is run on a disturbed copy of its state and parameters, where what can differ from zero does.
+The functions on a ``StepBatch`` check what came of running its steps once more, with the choices replayed.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +11,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rtrl._engine import checks
-from rtrl._engine.taps import Tap, TapRecorder
+from rtrl._engine.recorded import StepBatch
 from rtrl._utils import index_sets, pytrees
-from rtrl._utils.functional_call import functional_call
 from rtrl.cells.protocol import OTHER_CHOICES, Sparsity, call_cell, same_choices
-from rtrl.errors import CellError, RTRLError
+from rtrl.errors import CellError, NonFiniteError, SparsityError
 
 
 class _NoRandomness(TorchDispatchMode):
@@ -87,133 +84,102 @@ def check_purity(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) ->
         raise
 
 
-@dataclass(frozen=True, slots=True)
-class StepKind:
-    """N samples of one kind of step: the same shapes and widths of sparsity.
-
-    Attributes:
-        x: (N, ...), a tree. h: (N, n, ...).
-        replay: the choices to make, if the cell takes them. sparsity: what it declared.
-        step: the number of the first step, for messages.
-    """
-
-    x: Any
-    h: Tensor
-    replay: Sparsity | None
-    sparsity: Sparsity
-    step: int
-
-    def written(self, h_next: Tensor) -> Tensor:
-        """The written rows of a next state, (N, w·width)."""
-        return index_sets.gather(h_next.reshape(*h_next.shape[:2], self.h[0, 0].numel()), self.sparsity.writes).flatten(
-            1
-        )
-
-    def sample(self, i: int) -> "StepKind":
-        """Sample i alone."""
-        x, h, replay, sparsity = pytrees.map_tensors(
-            lambda leaf: leaf[i : i + 1], (self.x, self.h, self.replay, self.sparsity)
-        )
-        return StepKind(x, h, replay, sparsity, self.step)
-
-    def call(self, cell: nn.Module, theta: Mapping[str, Tensor]) -> tuple[Any, Tensor, Sparsity]:
-        """Run the cell with other parameters."""
-
-        def substituted(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(cell, dict(theta), args, kwargs)
-
-        return call_cell(substituted, self.x, self.h, self.replay)
-
-
-def taps_mixing_samples(
-    cell: nn.Module, parameters: Mapping[str, nn.Parameter], kind: StepKind, general: Iterable[str]
-) -> set[str]:
-    """The parameters with a tap whose dimension 0 does not run over the samples, found at a generic point.
-
-    Args:
-        parameters: name → trainable parameter. kind: a batch of N samples.
-        general: parameters that have no taps anyway.
+def check_same_choices(batch: StepBatch, sparsity: Sparsity) -> None:
+    """Refuse a cell that made other choices than those it was to repeat.
 
     Raises:
-        CellError: a sample computes something else alone than in the batch, or depends on another one.
-        SparsityError: a row that is not declared as written changes.
-
-    Cost: three forward passes and ``2·⌈log2 N⌉`` backward passes over the batch.
+        CellError: naming the steps.
     """
-    batch = kind.h.shape[0]
-    generator = torch.Generator().manual_seed(0)  # of its own: the user's random numbers stay as they are
+    if not same_choices(sparsity, batch.sparsity):
+        raise CellError(f"{batch.span}: {OTHER_CHOICES}")
 
-    def disturbed(value: Tensor) -> Tensor:
-        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu").to(value)
-        return value.detach() + 0.1 * noise * (1 + value.detach().abs()) if value.is_floating_point() else value
 
-    def point(move: Callable[[Tensor], Tensor]) -> tuple[dict[str, Tensor], StepKind]:
-        theta = {name: move(p).requires_grad_(name in parameters) for name, p in cell.named_parameters()}
-        return theta, replace(kind, h=move(kind.h).requires_grad_())
+def check_same_result(batch: StepBatch, h_next: Tensor, outputs: Sequence[Tensor]) -> None:
+    """Refuse a cell that computes another next state or y for the batch than it did step by step.
 
-    theta, at = point(disturbed)
-    try:
-        taps, heads, h_next = _run(cell, parameters, theta, at, general)
-    except RTRLError:
-        raise
-    except RuntimeError:  # the disturbed point may lie outside the cell's domain
-        theta, at = point(lambda value: value.detach().clone())
-        taps, heads, h_next = _run(cell, parameters, theta, at, general)
-    checks.check_copied(at.h.detach(), h_next.detach(), kind.sparsity.writes, kind.step)
-    if batch == 1:
-        return set()
-    for i in (0, batch - 1):
-        lone = at.sample(i)
-        with torch.no_grad():
-            alone = lone.written(lone.call(cell, theta)[1])
-        if not checks.nearly_equal(alone, heads[0][i : i + 1].detach()):
+    Raises:
+        CellError: naming the steps, and which of the two differs.
+    """
+    recorded = [batch.next_states, *zip(*(step.outputs for step in batch.steps), strict=True)]
+    names = ["state", *["output"] * len(outputs)]
+    for name, value, by_step in zip(names, (h_next, *outputs), recorded, strict=True):
+        if not checks.nearly_equal(value.detach(), pytrees.interleave(by_step).detach()):
             raise CellError(
-                f"step {kind.step}: the cell mixes samples: one computes something else alone than in a batch"
+                f"{batch.span}: re-running these steps as one batch gave a different {name} than running them one by "
+                "one. Either the cell is not a pure function of (x, h, parameters), its samples are not independent, "
+                "or its parameters were changed behind autograd's back inside an open block (call sync() first)"
             )
 
-    live = [head for head in heads if head.requires_grad and head.numel()]
-    mixing: set[str] = set()
-    for chosen in _separating_subsets(batch, kind.h.device):
-        weights = []
-        for head in live:
-            weight = torch.linspace(1.0, 2.0, head[0].numel(), dtype=head.dtype, device=head.device).reshape(
-                head[0].shape
+
+def check_declared_columns(batch: StepBatch, jacobian: Tensor) -> None:
+    """Refuse a state Jacobian (W, N, n, slot_size) with an entry in a slot that is neither read nor written.
+
+    Raises:
+        SparsityError: naming the step, the sample and the row of the state.
+    """
+    declared = index_sets.union(batch.sparsity.reads, batch.sparsity.writes, jacobian.shape[2])
+    if declared is None:
+        return
+    stray = (jacobian != 0).any(dim=3).any(dim=0) & ~declared
+    if bool(stray.any()):
+        i, sample = batch.locate(stray.any(dim=1))
+        row = int(batch.by_step(stray)[sample, i].nonzero()[0])
+        raise SparsityError(
+            f"step {batch.steps[i].number}: the written rows of sample {sample} depend on row {row} of the state, "
+            "which it declares neither as read nor as written"
+        )
+
+
+def check_declared_adjoint(batch: StepBatch, adjoint: Tensor, touched: Tensor) -> None:
+    """Refuse an adjoint (N, n, slot_size) of y with an entry outside the slots ``touched``.
+
+    Raises:
+        SparsityError: naming the steps.
+    """
+    if int(adjoint.count_nonzero()) > int(index_sets.gather(adjoint, touched).count_nonzero()):
+        raise SparsityError(f"{batch.span}: y depends on rows of the state outside the declared reads and writes")
+
+
+def check_unwritten_rows(batch: StepBatch, h_next: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Refuse a row that is copied in value only: its derivative must be that of a copy, too.
+
+    Args:
+        inputs: all that the next state may depend on, the states themselves included.
+
+    Raises:
+        SparsityError: naming the step, the sample and the row of the state.
+    """
+    h, writes = batch.h, batch.sparsity.writes
+    if writes is None:
+        return
+    unwritten = ~index_sets.mask(writes, h.shape[1])
+    change = torch.where(unwritten.reshape(*h.shape[:2], *[1] * (h.ndim - 2)), h_next - h, 0.0)
+
+    def depends(weights: Tensor) -> bool:
+        grads = torch.autograd.grad(change, inputs, weights, retain_graph=True, allow_unused=True)
+        return any(grad is not None and bool(grad.count_nonzero()) for grad in grads)
+
+    weights = torch.linspace(1.0, 2.0, change.numel(), dtype=h.dtype, device=h.device).reshape(change.shape)
+    if not depends(weights):
+        return
+    for place, row in unwritten.nonzero().tolist():
+        alone = torch.zeros_like(weights)
+        alone[place, row] = weights[place, row]
+        if depends(alone):
+            sample, i = divmod(place, len(batch.steps))
+            raise SparsityError(
+                f"step {batch.steps[i].number}: row {row} of the state of sample {sample} is not declared as "
+                "written, yet it depends on more than its own last value (which did not change)"
             )
-            weights.append(weight * chosen.reshape(-1, *[1] * (head.ndim - 1)).to(head.dtype))
-        inputs = [at.h, *(tap.output for tap in taps)]
-        grads = torch.autograd.grad(live, inputs, weights, retain_graph=True, allow_unused=True) if live else ()
-        for i, grad in enumerate(grads):
-            if grad is None or not grad.numel():
-                continue
-            stray = grad.reshape(batch, -1)[~chosen]
-            if bool((torch.isfinite(stray) & (stray != 0)).any()):
-                if i == 0:
-                    raise CellError(
-                        f"step {kind.step}: the cell mixes samples: the next state or y of one depends on the state of "
-                        "another"
-                    )
-                mixing.add(taps[i - 1].name)
-    return mixing
 
 
-def _run(
-    cell: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    theta: Mapping[str, Tensor],
-    at: StepKind,
-    general: Iterable[str],
-) -> tuple[list[Tap], list[Tensor], Tensor]:
-    recorder = TapRecorder({name: theta[name] for name in parameters}, at.h.shape[0], general, copy=True)
-    with recorder:
-        y, h_next, again = at.call(cell, theta)
-    if not same_choices(again, at.sparsity):
-        raise CellError(f"step {at.step}: {OTHER_CHOICES}")
-    outputs = [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
-    return recorder.taps, [at.written(h_next), *outputs], h_next
+def check_finite_samples(batch: StepBatch, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse NaN and infinity in any of the tensors (N, ...).
 
-
-def _separating_subsets(batch: int, device: torch.device) -> list[Tensor]:
-    """Boolean masks (N,) such that for any two samples some mask holds the one and not the other."""
-    number = torch.arange(batch, device=device)
-    bits = [(number >> bit & 1).bool() for bit in range((batch - 1).bit_length())]
-    return [*bits, *(~mask for mask in bits)]
+    Raises:
+        NonFiniteError: naming the tensor, the step and the sample.
+    """
+    for what, values in named:
+        if not checks.finite(values):
+            i, sample = batch.locate(~torch.isfinite(values).flatten(1).all(dim=1))
+            raise NonFiniteError(f"NaN or infinity in {what}, step {batch.steps[i].number}, sample {sample}")

@@ -1,49 +1,119 @@
-"""What is kept of a step until its block closes, and what linearising a run of steps gives."""
+"""The derivatives of a run of steps, as plain data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from rtrl._engine.output_jacobian import DenseOutputJacobian, Response
 from rtrl._engine.taps import Tap
-from rtrl.cells.protocol import Sparsity
+
+_FEW = 16  # pairs of a slice and a token per sample: up to this many, a product for each costs less than a transpose
 
 
-@dataclass(slots=True)
-class Step:
-    """What is kept of one step until its block closes.
+class OutputJacobian(Protocol):
+    """``∂h_next[written]/∂z`` of N samples, for the output z (K, L, O) of a linear map."""
 
-    Attributes:
-        x: the input, a tree of tensors (B, ...).
-        h: (B, n, ...), the state that the step received.
-        sparsity: what the cell declared, or was made to do.
-        outputs: the floating-point tensors of y, as leaves whose ``.grad`` collects the gradient of the losses.
-        number: the absolute number of the step, for messages.
-    """
+    def vjp(self, cotangents: Tensor, at: Tensor | slice) -> Tensor:
+        """Vector–Jacobian products ``cotangents @ ∂h_next/∂z``.
 
-    x: Any
-    h: Tensor
-    sparsity: Sparsity
-    outputs: list[Tensor]
-    number: int
+        Args:
+            cotangents: (E, R, W), at the next states of the samples ``at``.
+            at: which of the N samples, LongTensor (E,) or a slice.
+
+        Returns:
+            (E, K, L, R, O).
+        """
+        ...
+
+    def largest(self) -> Tensor:
+        """The largest absolute value, a scalar tensor; NaN if there is one."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class LinearTap:
-    """A ``Tap`` with its derivatives, over the m steps and B samples of a group.
+class DenseOutputJacobian:
+    """An output Jacobian of which every entry is written out.
 
     Attributes:
-        tap: the use; its ``index`` and ``inputs`` have N = B·m samples, one sample's steps after one another.
-        response: ∂h_next[writes]/∂z of the N samples; None if z reaches y alone.
-        earned: (B·m, K, L, O), ∂ℓ/∂z through y; None if no loss reaches it.
+        values: (W, N, K, L, O).
     """
 
-    tap: Tap
-    response: Response | None
-    earned: Tensor | None
+    values: Tensor
+
+    def vjp(self, cotangents: Tensor, at: Tensor | slice) -> Tensor:
+        """See ``OutputJacobian``. Cost: E·R·W·K·L·O multiply-adds."""
+        values = self.values[:, at]
+        w, e, k, length, o = values.shape
+        r = cotangents.shape[1]
+        if k * length == 1:
+            return torch.bmm(cotangents, values.reshape(w, e, o).transpose(0, 1)).view(e, 1, 1, r, o)
+        if k * length > _FEW:
+            product = torch.bmm(cotangents, values.reshape(w, e, -1).transpose(0, 1))
+            return product.view(e, r, k, length, o).permute(0, 2, 3, 1, 4)
+        out = cotangents.new_empty(e, k, length, r, o)
+        for i in range(k):
+            for j in range(length):
+                torch.bmm(cotangents, values[:, :, i, j].transpose(0, 1), out=out[:, i, j])
+        return out
+
+    def largest(self) -> Tensor:
+        """See ``OutputJacobian``."""
+        return largest(self.values)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitwiseOutputJacobian:
+    """An output Jacobian in which state part s of unit i depends on gate g of unit i alone, as in PyTorch's cells.
+
+    Attributes:
+        values: (N, S, G, U), ``∂h_next[s, i]/∂z[g, i]``; the state has S·U entries, z has G·U, K = L = 1.
+    """
+
+    values: Tensor
+
+    def vjp(self, cotangents: Tensor, at: Tensor | slice) -> Tensor:
+        """See ``OutputJacobian``. Cost: E·R·S·G·U multiplications."""
+        values = self.values[at].unsqueeze(1)  # (E, 1, S, G, U)
+        e, _, s, g, u = values.shape
+        parts = cotangents.reshape(e, -1, s, 1, u)
+        product = parts[:, :, 0] * values[:, :, 0]
+        for k in range(1, s):
+            product.addcmul_(parts[:, :, k], values[:, :, k])
+        return product.reshape(e, 1, 1, product.shape[1], g * u)
+
+    def largest(self) -> Tensor:
+        """See ``OutputJacobian``."""
+        return largest(self.values)
+
+
+def largest(values: Tensor) -> Tensor:
+    """The largest absolute value, a scalar tensor, without a copy; NaN if there is one, 0 if there are no values."""
+    if not values.numel():
+        return values.new_zeros(())
+    low, high = torch.aminmax(values)
+    return torch.maximum(high, -low)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearizedTap:
+    """A ``Tap`` with its derivatives, over N = B·m samples.
+
+    Attributes:
+        use: the tap.
+        output_jacobian: ``∂h_next[written]/∂z``; None if z reaches y alone.
+        grad_output: (N, K, L, O), ``∂ℓ/∂z`` through y; None if no loss reaches it.
+    """
+
+    use: Tap
+    output_jacobian: OutputJacobian | None
+    grad_output: Tensor | None
+
+    @property
+    def name(self) -> str:
+        """The parameter."""
+        return self.use.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,85 +122,68 @@ class Linearization:
 
     Attributes:
         times: positions of the steps in their block, ascending.
-        writes, cols: LongTensors (B, m, w) and (B, m, c), or None for all rows: the rows and columns of the dynamics
-            Jacobian.
-        jacobian: ``jacobian(start, stop)`` gives (B, stop − start, w·width, c·width), ∂h_next[writes]/∂h[cols] of these
-            of the m steps.
-        adjoint: (B, m, c·width), ∂ℓ/∂h[cols] through each step's own y; None if it is zero.
-        adjoint_next: (B, m, w·width), ∂ℓ/∂h_next[writes] through each step's own y, on top of ``adjoint``; None
-            if it is zero.
+        written: LongTensor (B, m, w), the slots of the state that the steps write; None for all.
+        touched: LongTensor (B, m, c), the slots that they read or write; None for all.
+        state_jacobian: ``state_jacobian(start, stop)`` gives (B, stop − start, w·slot_size, c·slot_size),
+            ``∂h_next[written]/∂h[touched]`` of these of the m steps.
+        adjoint: (B, m, c·slot_size), ``∂ℓ/∂h[touched]`` through each step's own y; None if it is zero.
+        adjoint_next: (B, m, w·slot_size), ``∂ℓ/∂h_next[written]`` through each step's own y, on top of ``adjoint``;
+            None if it is zero.
         taps: the linear uses of parameters.
         active: for each sliced parameter, LongTensor (B, m, k).
-        general: names of parameters with uses that are no taps and that the next state depends on.
-        lossless: no loss was given at any of the steps.
-        direct: gradient through y, summed over steps and samples, of parameters with uses that are no taps.
-        jacobians: (B, U, m, w·width) weights → the general parameters' weighted immediate Jacobians (B, U, *shape),
-            all uses included.
+        untapped: names of parameters with uses that are not taps and that the next state depends on.
+        has_losses: whether a loss was added at any of the steps.
+        gradients: gradient through y, summed over steps and samples, of parameters with uses that are not taps.
+        untapped_jacobians: cotangents (B, U, m, w·slot_size) → the untapped parameters' weighted immediate Jacobians
+            (B, U, *shape), all uses included.
     """
 
     times: list[int]
-    writes: Tensor | None
-    cols: Tensor | None
-    jacobian: Callable[[int, int], Tensor]
+    written: Tensor | None
+    touched: Tensor | None
+    state_jacobian: Callable[[int, int], Tensor]
     adjoint: Tensor | None
     adjoint_next: Tensor | None
-    taps: list[LinearTap]
+    taps: list[LinearizedTap]
     active: Mapping[str, Tensor]
-    general: list[str]
-    lossless: bool
-    direct: dict[str, Tensor]
-    jacobians: Callable[[Tensor], dict[str, Tensor]]
+    untapped: list[str]
+    has_losses: bool
+    gradients: dict[str, Tensor]
+    untapped_jacobians: Callable[[Tensor], dict[str, Tensor]]
 
 
-def joined(pieces: Sequence[Linearization]) -> list[Linearization]:
-    """Consecutive runs of steps of one kind as one, so that what is done a tap is done once a block; pieces whose taps
+def join(pieces: Sequence[Linearization]) -> list[Linearization]:
+    """Join consecutive runs of steps of one kind, so that the work per tap is done once per block; pieces whose taps
     differ stay apart."""
-    if len(pieces) == 1 or len({_form(piece) for piece in pieces}) > 1 or not _form(pieces[0])[1]:
+    if len(pieces) == 1 or len({_form(piece) for piece in pieces}) > 1 or not _all_dense(pieces[0]):
         return list(pieces)
     first = pieces[0]
     spans = [len(piece.times) for piece in pieces]
-    jacobians = torch.cat([piece.jacobian(0, span) for piece, span in zip(pieces, spans, strict=True)], dim=1)
-    size = jacobians.shape[0]
-    taps = []
-    shared: dict[int, tuple[DenseOutputJacobian | None, Tensor | None]] = {}  # a weight and its bias share theirs
-    for column in zip(*(piece.taps for piece in pieces), strict=True):
-        key = id(column[0].response)
-        if key not in shared:
-            values = _over_samples(
-                [c.response.values if isinstance(c.response, DenseOutputJacobian) else None for c in column], size, 1
-            )
-            earned = _filled([c.earned for c in column], [size * span for span in spans], 0)
-            shared[key] = None if values is None else DenseOutputJacobian(values), _over_samples(earned, size)
-        tap = replace(
-            column[0].tap,
-            index=_over_samples([c.tap.index for c in column], size),
-            inputs=_over_samples([c.tap.inputs for c in column], size),
-        )
-        taps.append(LinearTap(tap, *shared[key]))
-    direct: dict[str, Tensor] = {}
+    jacobians = torch.cat([piece.state_jacobian(0, span) for piece, span in zip(pieces, spans, strict=True)], dim=1)
+    gradients: dict[str, Tensor] = {}
     for piece in pieces:
-        _add(direct, piece.direct)
+        _add(gradients, piece.gradients)
 
-    def weighted(weights: Tensor) -> dict[str, Tensor]:
+    def untapped_jacobians(cotangents: Tensor) -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
-        for piece, weight in zip(pieces, weights.split(spans, dim=2), strict=True):
-            _add(total, piece.jacobians(weight))
+        for piece, of_piece in zip(pieces, cotangents.split(spans, dim=2), strict=True):
+            _add(total, piece.untapped_jacobians(of_piece))
         return total
 
     return [
         Linearization(
-            times=[t for piece in pieces for t in piece.times],
-            writes=_over_steps([piece.writes for piece in pieces]),
-            cols=_over_steps([piece.cols for piece in pieces]),
-            jacobian=lambda start, stop: jacobians[:, start:stop],
-            adjoint=_over_steps(_filled([piece.adjoint for piece in pieces], spans, 1)),
-            adjoint_next=_over_steps(_filled([piece.adjoint_next for piece in pieces], spans, 1)),
-            taps=taps,
+            times=[time for piece in pieces for time in piece.times],
+            written=_over_steps([piece.written for piece in pieces]),
+            touched=_over_steps([piece.touched for piece in pieces]),
+            state_jacobian=lambda start, stop: jacobians[:, start:stop],
+            adjoint=_over_steps(_zero_filled([piece.adjoint for piece in pieces], spans, 1)),
+            adjoint_next=_over_steps(_zero_filled([piece.adjoint_next for piece in pieces], spans, 1)),
+            taps=_join_taps([piece.taps for piece in pieces], jacobians.shape[0], spans),
             active={name: torch.cat([piece.active[name] for piece in pieces], dim=1) for name in first.active},
-            general=first.general,
-            lossless=all(piece.lossless for piece in pieces),
-            direct=direct,
-            jacobians=weighted,
+            untapped=first.untapped,
+            has_losses=any(piece.has_losses for piece in pieces),
+            gradients=gradients,
+            untapped_jacobians=untapped_jacobians,
         )
     ]
 
@@ -138,12 +191,37 @@ def joined(pieces: Sequence[Linearization]) -> list[Linearization]:
 def _form(piece: Linearization) -> tuple[Any, ...]:
     """What pieces must share to be joined."""
     uses = tuple(
-        (tap.tap.name, tap.tap.shape, tap.tap.transposed, tap.tap.index is None, tap.tap.inputs is None)
+        (tap.name, tap.use.shape, tap.use.transposed, tap.use.index is None, tap.use.inputs is None)
         for tap in piece.taps
     )
-    dense = all(isinstance(tap.response, DenseOutputJacobian) for tap in piece.taps)
-    sets = tuple(None if index is None else index.shape[2] for index in (piece.writes, piece.cols))
-    return (uses, dense, sets, tuple(piece.general))
+    widths = tuple(None if index is None else index.shape[2] for index in (piece.written, piece.touched))
+    return (uses, _all_dense(piece), widths, tuple(piece.untapped))
+
+
+def _all_dense(piece: Linearization) -> bool:
+    return all(isinstance(tap.output_jacobian, DenseOutputJacobian) for tap in piece.taps)
+
+
+def _join_taps(pieces: Sequence[list[LinearizedTap]], size: int, spans: Sequence[int]) -> list[LinearizedTap]:
+    taps = []
+    shared: dict[int, tuple[DenseOutputJacobian | None, Tensor | None]] = {}  # by output: a weight and its bias
+    for column in zip(*pieces, strict=True):
+        key = id(column[0].output_jacobian)
+        if key not in shared:
+            values = _over_samples(
+                [tap.output_jacobian.values for tap in column if isinstance(tap.output_jacobian, DenseOutputJacobian)],
+                size,
+                1,
+            )
+            grads = _zero_filled([tap.grad_output for tap in column], [size * span for span in spans], 0)
+            shared[key] = None if values is None else DenseOutputJacobian(values), _over_samples(grads, size)
+        use = replace(
+            column[0].use,
+            index=_over_samples([tap.use.index for tap in column], size),
+            inputs=_over_samples([tap.use.inputs for tap in column], size),
+        )
+        taps.append(LinearizedTap(use, *shared[key]))
+    return taps
 
 
 def _over_samples(parts: Sequence[Tensor | None], size: int, dim: int = 0) -> Tensor | None:
@@ -161,8 +239,8 @@ def _over_steps(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(known, dim=1) if len(known) == len(parts) else None
 
 
-def _filled(parts: Sequence[Tensor | None], counts: Sequence[int], dim: int) -> list[Tensor | None]:
-    """Zeros where one piece has nothing but another has; ``counts`` are their sizes of dimension ``dim``."""
+def _zero_filled(parts: Sequence[Tensor | None], counts: Sequence[int], dim: int) -> list[Tensor | None]:
+    """Zeros in place of None where another part is a tensor; ``counts`` are the parts' sizes of dimension ``dim``."""
     like = next((part for part in parts if part is not None), None)
     if like is None:
         return list(parts)

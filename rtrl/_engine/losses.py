@@ -1,7 +1,8 @@
-"""Losses on the leaves that a step returned: checked and added while its block is open, refused afterwards."""
+"""Losses on the leaves that a step returned: checked and added while its block is open, pulled back when it closes,
+refused afterwards."""
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch.autograd.graph import _engine_run_backward
 from torch.utils.weak import TensorWeakRef
 
 from rtrl._engine import checks
-from rtrl.errors import LossError
+from rtrl._engine.recorded import StepBatch
+from rtrl._utils import pytrees
+from rtrl.errors import LossError, NonFiniteError
 
 
 def add_loss(loss: Any, outputs: list[Tensor], seen_losses: list["weakref.ref[Tensor]"], step: int) -> None:
@@ -119,3 +122,47 @@ def close_leaves(leaves: Iterable[tuple[TensorWeakRef, int]]) -> None:
         leaf = reference()
         if leaf is not None:
             refuse_when_closed(leaf, step)
+
+
+def loss_cotangents(
+    batch: StepBatch, outputs: Sequence[Tensor], inputs: Sequence[Tensor], parameters: Mapping[str, Tensor]
+) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+    """Pull the gradients of the losses at y back to tensors of a batch of steps, and to parameters.
+
+    Args:
+        batch: the steps, with what losses left at their outputs.
+        outputs: the floating-point tensors of y of the batch, run again with a graph.
+        inputs: the tensors to pull back to.
+        parameters: name → parameter to pull back to.
+
+    Returns:
+        ``∂ℓ/∂input`` of each input, None where no loss reaches it; and name → gradient, of parameters that a loss
+        reaches.
+
+    Raises:
+        NonFiniteError: NaN or infinity in a gradient at y or of a parameter.
+    """
+    heads, weights = [], []
+    for place, head in enumerate(outputs):
+        grads = [step.outputs[place].grad for step in batch.steps]
+        if all(grad is None for grad in grads):
+            continue
+        leaves = [step.outputs[place] for step in batch.steps]
+        filled = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
+        weight = pytrees.interleave(filled)
+        if not checks.finite(weight):
+            for step, grad in zip(batch.steps, filled, strict=True):
+                checks.check_finite("the gradient of the loss at y", grad, step.number)
+        if head.requires_grad:
+            heads.append(head)
+            weights.append(weight)
+    if not heads:
+        return [None] * len(inputs), {}
+    targets = [*inputs, *parameters.values()]
+    cotangents = torch.autograd.grad(heads, targets, weights, retain_graph=True, allow_unused=True)
+    at_inputs, at_parameters = cotangents[: len(inputs)], cotangents[len(inputs) :]
+    gradients = {name: grad for name, grad in zip(parameters, at_parameters, strict=True) if grad is not None}
+    for name, grad in gradients.items():
+        if not checks.finite(grad):
+            raise NonFiniteError(f"{batch.span}: NaN or infinity in the gradient of parameter {name!r}")
+    return list(at_inputs), gradients

@@ -1,4 +1,4 @@
-"""Watching a cell's parameters: those of an open block must still be what they were when its steps were taken."""
+"""Guard a cell's parameters: while a block is open, they must stay what they were when its steps were taken."""
 
 from operator import attrgetter, is_
 from typing import Any
@@ -9,14 +9,14 @@ from rtrl.errors import ConfigError, ParameterChangedError
 
 
 class ParameterGuard:
-    """Remembers a cell's trainable parameters, and from ``begin`` on the versions of all that it computes with.
+    """Remembers a cell's trainable parameters, and from ``begin`` on the versions of its parameters and buffers.
 
     Attributes:
         parameters: name → parameter, those that require a gradient.
-        named: name → parameter, all of them, as they were found by the last ``begin`` or ``check``.
+        named: name → parameter, all of them, as the last ``begin`` or ``check`` found them.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no parameter requires a gradient.
     """
 
     def __init__(self, cell: nn.Module) -> None:
@@ -26,25 +26,28 @@ class ParameterGuard:
         if not self.parameters:
             raise ConfigError("the cell has no parameter that requires a gradient")
         self._versions: dict[str, tuple[int, int]] = {}
-        self._sight: _Fingerprint | None = None
+        self._fingerprint: _Fingerprint | None = None
 
     def begin(self) -> None:
-        """Take the present values for those that an open block is computed with."""
+        """Take the present values as those that the open block is computed with."""
         same = self._same_parameters()
         self._versions = {name: (value.data_ptr(), value._version) for name, value in self._held()}
-        self._sight = _Fingerprint(self._cell) if same else None  # what must be refused must not count as seen
+        self._fingerprint = _Fingerprint(self._cell) if same else None  # else ``check`` must refuse them
 
     def unchanged(self) -> bool:
-        """Whether nothing has changed since the last ``begin``, so that ``check`` has nothing to find.
+        """Whether nothing has changed since the last ``begin``, so that ``check`` would find nothing.
 
-        Cost: a few comparisons a module and parameter; to find out what has changed, all are walked through by name.
+        Cost: a few comparisons per module and parameter.
         """
-        return self._sight is not None and self._sight.matches()
+        return self._fingerprint is not None and self._fingerprint.matches()
 
     def check(self, open_steps: list[int]) -> None:
         """Refuse parameters that were replaced, or that changed while the steps of a block are open.
 
         A change through ``.data`` leaves no trace here; it is found when the block is run again.
+
+        Args:
+            open_steps: the numbers of the steps of the open block.
 
         Raises:
             ParameterChangedError: naming them.
@@ -65,7 +68,7 @@ class ParameterGuard:
             raise ParameterChangedError(
                 f"{', '.join(map(repr, changed[:3]))} changed inside the open block of steps {open_steps[0]} … "
                 f"{open_steps[-1]}, which must be linearised at the old value; call sync() before changing parameters. "
-                "Put the old value back, or give the block up by reset(discard=True)"
+                "Put the old value back, or discard the block by reset(discard=True)"
             )
 
     def _same_parameters(self) -> bool:
@@ -81,10 +84,9 @@ _VERSION = attrgetter("_version", "requires_grad")
 
 
 class _Fingerprint:
-    """What a cell is made of at one moment: its modules, parameters and buffers under their names, and their versions.
+    """A cell at one moment: its modules, parameters and buffers under their names, and their versions.
 
-    Args:
-        cell: the cell. Its own tables are kept and compared by identity, so that no name need be put together.
+    The modules' own tables are kept and compared by identity, so that no full name is built.
     """
 
     def __init__(self, cell: nn.Module) -> None:
@@ -111,7 +113,7 @@ class _Fingerprint:
     def _entries(self) -> list[Any]:
         entries: list[Any] = []
         for table in self._tables:
-            entries += table  # first the names, then what they stand for: where a table ends is never in doubt
+            entries += table  # the names, then their values: where a table ends is never in doubt
             entries += table.values()
         return entries
 

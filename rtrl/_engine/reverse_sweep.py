@@ -1,7 +1,7 @@
 """The reverse sweep through a block: suffix products and adjoints, shared by all parameters.
 
-With ``C_τ = J_{m−1} … J_{τ+1}`` and ``λ_τ = δ_τ + λ_{τ+1} J_τ``, λ_m = 0, the adjoint is carried as one more row under
-C, ``X_τ = [C_τ; λ_{τ+1}]``, so that both take one product a step: ``X_{τ−1} = X_τ J_τ + [0; δ_τ]``.
+With ``C_τ = J_{m−1} … J_{τ+1}`` and ``λ_τ = δ_τ + λ_{τ+1} J_τ``, λ_m = 0, the adjoint is one more row under C,
+``X_τ = [C_τ; λ_{τ+1}]``, so that both take one product per step: ``X_{τ−1} = X_τ J_τ + [0; δ_τ]``.
 """
 
 from collections.abc import Sequence
@@ -16,62 +16,63 @@ from rtrl._engine.linearization import Linearization
 from rtrl._influence.transition import Transition, flush_subnormals
 from rtrl._utils import index_sets
 
-# Up to so many multiply-adds, a product takes about as long as its launch: then fewer launches are worth more products.
+# Up to this many multiply-adds, a product takes about as long as its launch: fewer launches are worth more products.
 _LAUNCH_MACS = {"cpu": 2**18}
 _LAUNCH_MACS_ELSEWHERE = 2**24
-_CHUNK = 2**20  # numbers of Jacobians that are written out at a time
+_CHUNK = 2**20  # numbers of state Jacobians that are written out at a time
 _FLUSH_EVERY = 4  # steps: it is a pass over X, and hardly a number becomes subnormal in fewer
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep:
-    """What the sweep leaves behind.
+class SweptBlock:
+    """The results of a reverse sweep.
 
     Attributes:
-        transition: the whole block as one element.
-        reach: for each group (B, m, u·width + 1, w·width): ``C_τ[rows, writes_τ]``, and ``λ_{τ+1}[writes_τ]`` as the
-            last row.
+        transition: the block as one transition of the state.
+        cotangents: for each group (B, m, u·slot_size + 1, w·slot_size): ``C_τ[:, written_τ]``, and in the last row the
+            adjoint ``λ_{τ+1}[written_τ]``.
     """
 
     transition: Transition
-    reach: list[Tensor]
+    cotangents: list[Tensor]
 
 
-def sweep(groups: Sequence[Linearization], state: Tensor, scratch: ReusableBuffer) -> Sweep:
+def reverse_sweep(groups: Sequence[Linearization], state: Tensor, buffer: ReusableBuffer) -> SweptBlock:
     """Go through a block from its end.
 
     Args:
-        groups: the linearised steps. state: any state of the block (B, n, ...), for its shape, dtype and device.
-        scratch: where ``reach`` of dense steps may lie; what it had been lent for is then overwritten.
+        groups: the linearised steps.
+        state: any state of the block (B, n, ...), for its shape, dtype and device.
+        buffer: lends memory for the cotangents of dense steps; what it lent before is overwritten.
 
-    Cost: a step and sample, ``(u·width + 1)·w·c·width²`` multiply-adds; twice that for small dense states, in
-        O(√steps) launches. Bytes: ``(u·width + 1)·w·width`` numbers a step and sample are kept.
+    Cost: per step and sample, ``(u·slot_size + 1)·w·c·slot_size²`` multiply-adds; twice that for small dense states, in
+        O(√m) launches. Bytes: ``(u·slot_size + 1)·w·slot_size`` numbers per step and sample are kept.
     """
-    if len(groups) == 1 and groups[0].writes is None and groups[0].cols is None:
-        return _dense(groups[0], state, scratch)
-    return _rows_by_rows(groups, state)
+    if len(groups) == 1 and groups[0].written is None and groups[0].touched is None:
+        return _dense(groups[0], state, buffer)
+    return _sparse(groups, state)
 
 
-def _dense(group: Linearization, state: Tensor, scratch: ReusableBuffer) -> Sweep:
-    size, n = state.shape[:2]
-    full, width, m = state[0].numel(), state[0, 0].numel(), len(group.times)
-    reach = scratch.empty(state, size, m, full + 1, full)
+def _dense(group: Linearization, state: Tensor, buffer: ReusableBuffer) -> SweptBlock:
+    size, n_slots = state.shape[:2]
+    full, slot_size, m = state[0].numel(), state[0, 0].numel(), len(group.times)
+    cotangents = buffer.empty(state, size, m, full + 1, full)
     macs = size * full**3
     if m > 3 and macs <= _LAUNCH_MACS.get(state.device.type, _LAUNCH_MACS_ELSEWHERE):
-        last = _scan(group, reach)
+        first = _scan(group, cotangents)
     else:
-        last = _one_by_one(group, reach)
-    return Sweep(Transition(None, None, last[:, :-1], last[:, -1], n, width), [reach])
+        first = _one_by_one(group, cotangents)
+    return SweptBlock(Transition(None, None, first[:, :-1], first[:, -1], n_slots, slot_size), [cotangents])
 
 
-def _start(reach: Tensor) -> None:
+def _init_identity(xs: Tensor) -> None:
     """``[I; 0]`` at the last step."""
-    reach[:, -1] = 0.0
-    reach[:, -1].diagonal(dim1=1, dim2=2).fill_(1.0)
+    xs[:, -1] = 0.0
+    xs[:, -1].diagonal(dim1=1, dim2=2).fill_(1.0)
 
 
-def _onward(product: Tensor, adjoint: Tensor | None, out: Tensor) -> None:
-    """``product + [0; adjoint]`` without numbers on their way to subnormal ones; but an adjoint may be as small as its
+def _add_adjoint(product: Tensor, adjoint: Tensor | None, out: Tensor) -> None:
+    """``product + [0; adjoint]``, with products flushed before they become subnormal; an adjoint may be as small as its
     loss."""
     flush_subnormals(product[:, :-1], out=out[:, :-1])
     if adjoint is None:
@@ -80,30 +81,30 @@ def _onward(product: Tensor, adjoint: Tensor | None, out: Tensor) -> None:
         torch.add(product[:, -1], adjoint, out=out[:, -1])
 
 
-def _one_by_one(group: Linearization, reach: Tensor) -> Tensor:
-    """Fill ``reach`` in as many products as steps, each written where it stays; returns X before the first step."""
-    size, m, r, full = reach.shape
-    _start(reach)
-    last = reach.new_empty(size, r, full)
+def _one_by_one(group: Linearization, cotangents: Tensor) -> Tensor:
+    """Fill ``cotangents`` with one product per step, each written to its place; returns X before the first step."""
+    size, m, r, full = cotangents.shape
+    _init_identity(cotangents)
+    first = cotangents.new_empty(size, r, full)
     product = torch.mm if size == 1 else torch.bmm  # a batch of one would cost more
-    xs = [*_by_step(last.unsqueeze(1)), *_by_step(reach)]  # [j] is X before step j
-    joined = _joined(group)
-    rows = None if joined is None else _by_step(joined)
-    if rows is not None:
-        xs[m][..., -1, :] += rows[m]
+    xs = [*_by_step(first.unsqueeze(1)), *_by_step(cotangents)]  # [j] is X before step j
+    stacked = _per_step_adjoints(group)
+    adjoints = None if stacked is None else _by_step(stacked)
+    if adjoints is not None:
+        xs[m][..., -1, :] += adjoints[m]
     span = max(1, _CHUNK // (size * full * full))
     for stop in range(m, 0, -span):
         start = max(0, stop - span)
-        jacobians = _by_step(group.jacobian(start, stop))
+        jacobians = _by_step(group.state_jacobian(start, stop))
         for j in range(stop - 1, start - 1, -1):
             x = xs[j]
             product(xs[j + 1], jacobians[j - start], out=x)
             if j % _FLUSH_EVERY == 0:
                 products = x[..., :-1, :]
                 flush_subnormals(products, out=products)
-            if rows is not None:
-                x[..., -1, :].add_(rows[j])
-    return last
+            if adjoints is not None:
+                x[..., -1, :].add_(adjoints[j])
+    return first
 
 
 def _by_step(stacked: Tensor) -> Sequence[Tensor]:
@@ -112,113 +113,115 @@ def _by_step(stacked: Tensor) -> Sequence[Tensor]:
     return steps
 
 
-def _joined(group: Linearization) -> Tensor | None:
-    """What joins the adjoint in each X, (B, m + 1, W), or None: in that before step j what step j earns, and what step
-    j − 1 earns through its next state."""
-    own, after = group.adjoint, group.adjoint_next
-    if own is None:
-        return None if after is None else pad(after, (0, 0, 1, 0))
-    joined = pad(own, (0, 0, 0, 1))
-    if after is not None:
-        joined[:, 1:] += after
-    return joined
+def _per_step_adjoints(group: Linearization) -> Tensor | None:
+    """What is added to the adjoint in X before each step and after the last, (B, m + 1, W), or None: before step j, the
+    adjoint of its own y at h, and that of step j − 1 at its next state."""
+    at_state, at_next = group.adjoint, group.adjoint_next
+    if at_state is None:
+        return None if at_next is None else pad(at_next, (0, 0, 1, 0))
+    adjoints = pad(at_state, (0, 0, 0, 1))
+    if at_next is not None:
+        adjoints[:, 1:] += at_next
+    return adjoints
 
 
-def _scan(group: Linearization, reach: Tensor) -> Tensor:
-    """The same in about 2·√m batched products: within pieces, all at once; from piece to piece; then all at once."""
-    size, m, r, full = reach.shape
-    jacobians = group.jacobian(0, m)
+def _scan(group: Linearization, cotangents: Tensor) -> Tensor:
+    """Fill ``cotangents`` in about 2·√m batched products: inside all pieces at once, from piece to piece, and combined
+    for all at once. Returns X before the first step."""
+    size, m, r, full = cotangents.shape
+    jacobians = group.state_jacobian(0, m)
     adjoint = group.adjoint
     if group.adjoint_next is not None:
-        early = torch.matmul(group.adjoint_next.unsqueeze(2), jacobians).squeeze(2)
-        adjoint = early if adjoint is None else adjoint + early
+        through_next = torch.matmul(group.adjoint_next.unsqueeze(2), jacobians).squeeze(2)
+        adjoint = through_next if adjoint is None else adjoint + through_next
     length = max(2, int(m**0.5))
     pieces = -(-m // length)
-    lead = pieces * length - m  # steps of the first piece that do not exist: identities
-    if lead:
-        eye = torch.eye(full, dtype=reach.dtype, device=reach.device).expand(size, lead, full, full)
+    padding = pieces * length - m  # steps that fill up the first piece: identities
+    if padding:
+        eye = torch.eye(full, dtype=cotangents.dtype, device=cotangents.device).expand(size, padding, full, full)
         jacobians = torch.cat([eye, jacobians], dim=1)
         if adjoint is not None:
-            adjoint = torch.cat([adjoint.new_zeros(size, lead, full), adjoint], dim=1)
+            adjoint = torch.cat([adjoint.new_zeros(size, padding, full), adjoint], dim=1)
     jacobians = jacobians.reshape(size * pieces, length, full, full)
-    given = None if adjoint is None else adjoint.reshape(size * pieces, length, full)
+    adjoints = None if adjoint is None else adjoint.reshape(size * pieces, length, full)
 
-    inside = reach.new_empty(size * pieces, length + 1, r, full)  # [j] is X before step j of a piece that begins anew
-    _start(inside)
+    inside = cotangents.new_empty(size * pieces, length + 1, r, full)  # [j] is X before step j, from the piece's end
+    _init_identity(inside)
     for j in range(length - 1, -1, -1):
         product = torch.bmm(inside[:, j + 1], jacobians[:, j])
-        _onward(product, None if given is None else given[:, j], inside[:, j])
+        _add_adjoint(product, None if adjoints is None else adjoints[:, j], inside[:, j])
     inside = inside.view(size, pieces, length + 1, r, full)
 
-    behind = reach.new_empty(size, pieces + 1, r, full)  # [k] is X before piece k
-    _start(behind)
+    between = cotangents.new_empty(size, pieces + 1, r, full)  # [k] is X before piece k, from the block's end
+    _init_identity(between)
     for k in range(pieces - 1, -1, -1):
-        _onward(torch.bmm(behind[:, k + 1], inside[:, k, 0, :-1]), inside[:, k, 0, -1], behind[:, k])
-    after = behind[:, 1:].unsqueeze(2).expand(-1, -1, length, -1, -1)
-    whole = torch.matmul(after, inside[:, :, 1:, :-1])
-    flush_subnormals(whole[..., :-1, :], out=whole[..., :-1, :])
-    whole[..., -1, :] += inside[:, :, 1:, -1]
-    reach.copy_(whole.reshape(size, pieces * length, r, full)[:, lead:])
+        _add_adjoint(torch.bmm(between[:, k + 1], inside[:, k, 0, :-1]), inside[:, k, 0, -1], between[:, k])
+    after = between[:, 1:].unsqueeze(2).expand(-1, -1, length, -1, -1)
+    combined = torch.matmul(after, inside[:, :, 1:, :-1])
+    flush_subnormals(combined[..., :-1, :], out=combined[..., :-1, :])
+    combined[..., -1, :] += inside[:, :, 1:, -1]
+    cotangents.copy_(combined.reshape(size, pieces * length, r, full)[:, padding:])
     if group.adjoint_next is not None:
-        reach[:, :, -1] += group.adjoint_next
-    return behind[:, 0].contiguous()
+        cotangents[:, :, -1] += group.adjoint_next
+    return between[:, 0].contiguous()
 
 
-def _rows_by_rows(groups: Sequence[Linearization], state: Tensor) -> Sweep:
-    """Over the rows that the block touches, in place."""
-    size, n = state.shape[:2]
-    width = state[0, 0].numel()
-    rows_mask: Tensor | None = torch.zeros(size, n, dtype=torch.bool, device=state.device)
-    cols_mask = rows_mask
+def _sparse(groups: Sequence[Linearization], state: Tensor) -> SweptBlock:
+    """Sweep over the slots that the block touches, in place."""
+    size, n_slots = state.shape[:2]
+    slot_size = state[0, 0].numel()
+    written_mask: Tensor | None = torch.zeros(size, n_slots, dtype=torch.bool, device=state.device)
+    touched_mask = written_mask
     for group in groups:
-        rows_mask = index_sets.union(rows_mask, _by_sample(group.writes), n)
-        cols_mask = index_sets.union(cols_mask, _by_sample(group.cols), n)
-    rows = index_sets.mask_to_indices(rows_mask)
-    cols = None if rows is None else index_sets.mask_to_indices(index_sets.union(cols_mask, rows, n))
-    u, c = (n if index is None else index.shape[1] for index in (rows, cols))
-    table = None if cols is None else index_sets.positions(cols, n)
-    first = torch.arange(size, device=state.device)[:, None] * c
+        written_mask = index_sets.union(written_mask, _by_sample(group.written), n_slots)
+        touched_mask = index_sets.union(touched_mask, _by_sample(group.touched), n_slots)
+    written = index_sets.mask_to_indices(written_mask)
+    touched = None if written is None else index_sets.mask_to_indices(index_sets.union(touched_mask, written, n_slots))
+    u, c = (n_slots if index is None else index.shape[1] for index in (written, touched))
+    position = None if touched is None else index_sets.positions(touched, n_slots)
+    offset = torch.arange(size, device=state.device)[:, None] * c
 
-    def flat(index: Tensor | None) -> Tensor | None:
-        """Rows of the state (B, k) → rows of X, all samples' one after the other."""
+    def rows_of(index: Tensor | None) -> Tensor | None:
+        """Slots of the state (B, k) → rows of X, (B·k,); None for all."""
         if index is None:
             return None
-        return (first + (index if table is None else table.gather(1, index))).flatten()
+        return (offset + (index if position is None else position.gather(1, index))).flatten()
 
-    # X with the state's rows in front: (B·c, u·width + 1, width).
-    r = u * width + 1
-    x = state.new_zeros(size * c, r, width)
-    eye = torch.eye(u * width, r, dtype=state.dtype, device=state.device).view(u, width, r).transpose(1, 2)
-    own = flat(rows if rows is not None else torch.arange(n, device=state.device).expand(size, n))
-    assert own is not None
-    x[own] = eye.repeat(size, 1, 1)
+    # X with the state's slots in front: (B·c, u·slot_size + 1, slot_size).
+    r = u * slot_size + 1
+    x = state.new_zeros(size * c, r, slot_size)
+    eye = torch.eye(u * slot_size, r, dtype=state.dtype, device=state.device).view(u, slot_size, r).transpose(1, 2)
+    diagonal = rows_of(torch.arange(n_slots, device=state.device).expand(size, n_slots) if written is None else written)
+    assert diagonal is not None
+    x[diagonal] = eye.repeat(size, 1, 1)
 
-    reach = [
-        state.new_empty(size, len(g.times), r, (n if g.writes is None else g.writes.shape[2]) * width) for g in groups
+    cotangents = [
+        state.new_empty(size, len(g.times), r, (n_slots if g.written is None else g.written.shape[2]) * slot_size)
+        for g in groups
     ]
     order = sorted(((t, i, j) for i, group in enumerate(groups) for j, t in enumerate(group.times)), reverse=True)
     for _, i, j in order:
-        group = groups[i]
-        written, read = (flat(None if t is None else t[:, j]) for t in (group.writes, group.cols))
-        own_rows = x if written is None else x[written]
-        here = reach[i][:, j].unflatten(2, (reach[i].shape[3] // width, width))
-        here.copy_(own_rows.view(size, here.shape[2], r, width).transpose(1, 2))
+        group, of_step = groups[i], cotangents[i][:, j]
+        step_written, step_touched = (rows_of(t if t is None else t[:, j]) for t in (group.written, group.touched))
+        x_written = x if step_written is None else x[step_written]
+        by_slot = of_step.unflatten(2, (of_step.shape[2] // slot_size, slot_size))
+        by_slot.copy_(x_written.view(size, by_slot.shape[2], r, slot_size).transpose(1, 2))
         if group.adjoint_next is not None:
-            reach[i][:, j, -1] += group.adjoint_next[:, j]
-        onward = torch.bmm(reach[i][:, j], group.jacobian(j, j + 1)[:, 0])
-        _onward(onward, None if group.adjoint is None else group.adjoint[:, j], onward)
-        k = onward.shape[2] // width
-        turned = onward.view(size, r, k, width).transpose(1, 2).reshape(size * k, r, width)
-        if written is None:
+            of_step[:, -1] += group.adjoint_next[:, j]
+        product = torch.bmm(of_step, group.state_jacobian(j, j + 1)[:, 0])
+        _add_adjoint(product, None if group.adjoint is None else group.adjoint[:, j], product)
+        k = product.shape[2] // slot_size
+        slots_first = product.view(size, r, k, slot_size).transpose(1, 2).reshape(size * k, r, slot_size)
+        if step_written is None:
             x.zero_()
         else:
-            x.index_fill_(0, written, 0.0)
-        if read is None:
-            x += turned
+            x.index_fill_(0, step_written, 0.0)
+        if step_touched is None:
+            x += slots_first
         else:
-            x[read] += turned  # no row occurs twice
-    last = x.view(size, c, r, width).transpose(1, 2).reshape(size, r, c * width)
-    return Sweep(Transition(rows, cols, last[:, :-1], last[:, -1], n, width), reach)
+            x[step_touched] += slots_first  # no slot occurs twice
+    first = x.view(size, c, r, slot_size).transpose(1, 2).reshape(size, r, c * slot_size)
+    return SweptBlock(Transition(written, touched, first[:, :-1], first[:, -1], n_slots, slot_size), cotangents)
 
 
 def _by_sample(index: Tensor | None) -> Tensor | None:

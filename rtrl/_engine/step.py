@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rtrl._engine import checks
 from rtrl._engine.contract import check_purity
-from rtrl._engine.linearization import Step
+from rtrl._engine.recorded import RecordedStep
 from rtrl._utils import pytrees
 from rtrl.cells.protocol import Sparsity, call_cell, check_input, check_sparsity, own_copy, same_choices
 from rtrl.errors import CellError, ConfigError, RTRLError, ShapeError, SparsityError
@@ -34,7 +34,7 @@ def check_replay(replay: Any, taken: bool, h: Tensor, named: Mapping[str, Tensor
 
 def take(
     cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None, number: int, first: bool, named: Mapping[str, Tensor]
-) -> tuple[Step, Any, Tensor]:
+) -> tuple[RecordedStep, Any, Tensor]:
     """Take the step ``number`` from the state ``h``.
 
     Args:
@@ -63,7 +63,7 @@ def take(
             checks.check_copied(h, h_next, sparsity.writes, number)
         y = pytrees.map_tensors(torch.clone, y)
         outputs = [leaf.requires_grad_() for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
-        return Step(x, h, own_copy(sparsity), outputs, number), y, h_next
+        return RecordedStep(x, h, own_copy(sparsity), outputs, number), y, h_next
     finally:
         torch._C._set_grad_enabled(grad)
 

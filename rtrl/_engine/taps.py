@@ -1,10 +1,8 @@
-"""Taps: where a parameter meets the forward pass through a linear map, its immediate Jacobian is an outer product of
-two factors.
+"""Taps: linear uses of parameters, whose immediate Jacobians are outer products of two factors.
 
 For ``z = W u`` the derivative of anything with respect to W is ``∂/∂z ⊗ u``. While a cell runs under ``TapRecorder``,
 every such use of a watched parameter is cut out of autograd's graph and its two ends are kept, so that no (state ×
-parameters) matrix is ever written a step. Uses that no rule knows stay in the graph; ``general`` names the parameters
-that still have some.
+parameters) matrix is written per step. A use that no rule covers stays in the graph: its parameter is *untapped*.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -27,7 +25,7 @@ class Tap:
         name: the parameter.
         index: LongTensor (N, K), the slices of the parameter's first dimension that were used; None: K = 1, the whole
             parameter.
-        inputs: (N, K or 1, L, I), or None for all ones with I = 1 (a bias, or a slice used as it is).
+        inputs: (N, K or 1, L, I), or None for ones with I = 1 (a bias, or a slice used as it is).
         output: the tensor z in the graph, of any shape that views as (N, K, L, O).
         shape: (K, L, O).
         transposed: the parameter is stored as (I, O), not (O, I).
@@ -45,21 +43,24 @@ class TapRecorder(TorchFunctionMode):
     """Records a tap for every linear use of the watched parameters while it is entered.
 
     Args:
-        parameters: name → parameter; names in ``general`` are left alone.
+        parameters: name → parameter.
         batch: the number N of samples; a use counts only if dimension 0 of its input runs over them (or over all their
             tokens).
-        general: parameters that must go the general way, because a tap of theirs was found to mix samples.
-        copy: hand out copies of recorded outputs; needed where the cell changes them in place.
+        untapped: names of parameters whose uses are not recorded.
+        copy: return copies of recorded outputs; needed where the cell changes them in place.
+
+    Attributes:
+        by_output: the taps, those of one output z together: a weight and its bias.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], batch: int, general: Iterable[str] = (), *, copy: bool = False
+        self, parameters: Mapping[str, Tensor], batch: int, untapped: Iterable[str] = (), *, copy: bool = False
     ) -> None:
         super().__init__()
-        skipped = set(general)
+        skipped = set(untapped)
         self._names = {id(p): name for name, p in parameters.items() if name not in skipped}
         self.batch, self._copy = batch, copy
-        self.taps: list[Tap] = []
+        self.by_output: list[list[Tap]] = []
         self._versions: list[int] = []
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -72,9 +73,16 @@ class TapRecorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     @property
+    def taps(self) -> list[Tap]:
+        """All taps."""
+        return [tap for taps in self.by_output for tap in taps]
+
+    @property
     def changed_in_place(self) -> bool:
-        """Whether the cell overwrote a recorded output, so that its taps are worthless."""
-        return any(tap.output._version != version for tap, version in zip(self.taps, self._versions, strict=True))
+        """Whether the cell overwrote a recorded output, so that its taps are wrong."""
+        return any(
+            taps[0].output._version != version for taps, version in zip(self.by_output, self._versions, strict=True)
+        )
 
     def name(self, tensor: Any) -> str | None:
         """The name under which a tensor is watched, if it is."""
@@ -88,17 +96,17 @@ class TapRecorder(TorchFunctionMode):
         index: Tensor | None = None,
         transposed: bool = False,
     ) -> Tensor:
-        """Keep ``out`` as the output of the given (parameter, inputs) pairs; returns what the cell is to go on with."""
-        fresh = not out.requires_grad  # nothing before it carries a gradient: it becomes a leaf of its own
-        if fresh:
+        """Record ``out`` as the output of (parameter, inputs) pairs; returns the tensor that the cell continues
+        with."""
+        is_leaf = not out.requires_grad  # nothing before it carries a gradient
+        if is_leaf:
             out = out.detach().requires_grad_()
-        for name, inputs in uses:
-            self.taps.append(Tap(name, index, inputs, out, shape, transposed))
-            self._versions.append(out._version)
-        return out.clone() if fresh or self._copy else out
+        self.by_output.append([Tap(name, index, inputs, out, shape, transposed) for name, inputs in uses])
+        self._versions.append(out._version)
+        return out.clone() if is_leaf or self._copy else out
 
     def tokens(self, leading: torch.Size) -> int | None:
-        """How many tokens a sample has if these leading dimensions run over the samples first; None if they do not."""
+        """Tokens per sample if these leading dimensions run over the samples first; None if they do not."""
         if leading and leading[0] == self.batch:
             return leading[1:].numel()
         if len(leading) == 1 and leading[0] % self.batch == 0:
@@ -112,7 +120,7 @@ def _linear(recorder: TapRecorder, input: Tensor, weight: Tensor, bias: Tensor |
     if name is None or tokens is None or weight.ndim != 2:
         return NotImplemented
     if bias is not None and bias_name is not None:
-        if bias.shape != weight.shape[:1]:  # it broadcasts: no slice of it belongs to a row of z
+        if bias.shape != weight.shape[:1]:  # it is broadcast, so that its slices are not rows of z
             return NotImplemented
         bias = bias.detach()
     out = F.linear(input, weight.detach(), bias)
@@ -141,7 +149,7 @@ def _grouped_linear(recorder: TapRecorder, inputs: Tensor, weight: Tensor, bias:
         return NotImplemented
     if bias is None or bias_name is not None:
         out = frozen_grouped_linear(inputs, weight, bias, index)
-    else:  # a bias that is computed from something else
+    else:  # the bias is computed from something else
         out = frozen_grouped_linear(inputs, weight, None, index) + bias[index].unsqueeze(2)
     uses: list[tuple[str, Tensor | None]] = [(name, inputs.detach())]
     if bias_name is not None:
@@ -188,7 +196,9 @@ def segment_products(left: Tensor, right: Tensor | None, segment: Tensor, count:
     """``out[s] = Σ_{i: segment[i] = s} left[i] · right[i]``, as one padded batched product.
 
     Args:
-        left: (n, U, L, O). right: (n, L, I), or None for ones with I = 1. segment: LongTensor (n,) in 0 … count − 1.
+        left: (n, U, L, O).
+        right: (n, L, I), or None for ones with I = 1.
+        segment: LongTensor (n,) in 0 … count − 1.
 
     Returns:
         (count, U, O, I).

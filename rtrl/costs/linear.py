@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtrl._engine.linearization import Linearization, Step
+from rtrl._engine.linearization import Linearization, UnitwiseOutputJacobian
 from rtrl._engine.linearizer import Linearizer
-from rtrl._engine.output_jacobian import UnitwiseOutputJacobian
+from rtrl._engine.recorded import RecordedStep
 from rtrl.profiling.live_bytes import LiveBytes
 from rtrl.profiling.macs import MacCounter, Rule
 
@@ -93,7 +93,7 @@ def _passes(samples: int) -> int:
 def measure(
     cell: nn.Module,
     parameters: Mapping[str, nn.Parameter],
-    steps: list[Step],
+    steps: list[RecordedStep],
     last: Tensor,
     lone_macs: int,
     rules: Mapping[str, Rule] | None,
@@ -108,7 +108,7 @@ def measure(
     """
     linearizer = Linearizer(cell, parameters)
 
-    def run(of: list[Step], after: Tensor) -> tuple[int, int, int, list[Linearization]]:
+    def run(of: list[RecordedStep], after: Tensor) -> tuple[int, int, int, list[Linearization]]:
         with torch.enable_grad(), MacCounter(rules) as counter, LiveBytes() as alive:
             groups = linearizer(of, after)
         return counter.macs, alive.peak, alive.now, groups
@@ -118,7 +118,8 @@ def measure(
     one, two = run(steps[:1], after), run(steps, last)
     first, a_pass = _split(checked[0] - one[0], checked[1] - two[0], steps[0].h.shape[0], lone_macs)
     group = one[3][0]
-    closed = [tap.response for tap in group.taps if isinstance(tap.response, UnitwiseOutputJacobian)]
+    jacobians = (tap.output_jacobian for tap in group.taps)
+    closed = [jacobian for jacobian in jacobians if isinstance(jacobian, UnitwiseOutputJacobian)]
     return Linear(
         uses=_uses(group),
         general=_general(group, steps[0].h, rules),
@@ -151,7 +152,7 @@ def _uses(group: Linearization) -> tuple[Use, ...]:
 
     found = []
     for tap in group.taps:
-        use, response = tap.tap, tap.response
+        use, response = tap.use, tap.output_jacobian
         k, length, outputs = use.shape
         found.append(
             Use(
@@ -162,8 +163,8 @@ def _uses(group: Linearization) -> tuple[Use, ...]:
                 inputs=0 if use.inputs is None else use.inputs.shape[-1],
                 indexed=use.index is not None,
                 transposed=use.transposed,
-                response=place(response if use.name not in group.general else None),
-                earned=place(tap.earned),
+                response=place(response if use.name not in group.untapped else None),
+                earned=place(tap.grad_output),
                 gates=response.values.shape[2] if isinstance(response, UnitwiseOutputJacobian) else None,
             )
         )
@@ -171,18 +172,18 @@ def _uses(group: Linearization) -> tuple[Use, ...]:
 
 
 def _general(group: Linearization, h: Tensor, rules: Mapping[str, Rule] | None) -> tuple[int, int]:
-    if not group.general:
+    if not group.untapped:
         return 0, 0
-    size, _, rows, _ = group.jacobian(0, 1).shape
+    size, _, rows, _ = group.state_jacobian(0, 1).shape
     macs = []
     for count in (1, 2):
         with MacCounter(rules) as counter, torch.no_grad():
-            group.jacobians(h.new_ones(size, count, 1, rows))
+            group.untapped_jacobians(h.new_ones(size, count, 1, rows))
         macs.append(counter.macs)
     return 2 * macs[0] - macs[1], macs[1] - macs[0]
 
 
-def _own(cell: Any, step: Step) -> int:
+def _own(cell: Any, step: RecordedStep) -> int:
     """The parts of the state that meet a linear map."""
     form = cell.analytic_step(step.x, step.h)
     return len({tap.part for tap in form.taps if tap.part is not None})

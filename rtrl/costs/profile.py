@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from rtrl._engine import checks, contract
-from rtrl._engine.linearization import Step as Kept
 from rtrl._engine.parameter_guard import ParameterGuard
+from rtrl._engine.recorded import RecordedStep as Kept
 from rtrl._utils import pytrees
 from rtrl.cells.example_input import WIDTHS, guessed_input
 from rtrl.cells.protocol import (

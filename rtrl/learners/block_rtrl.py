@@ -12,9 +12,9 @@ from rtrl._engine import checks, losses
 from rtrl._engine import step as forward_step
 from rtrl._engine.block import BlockResult, close_block, overflowing
 from rtrl._engine.buffers import ReusableBuffer
-from rtrl._engine.linearization import Step
 from rtrl._engine.linearizer import Linearizer
 from rtrl._engine.parameter_guard import ParameterGuard
+from rtrl._engine.recorded import RecordedStep
 from rtrl._influence.catch_up import catch_up
 from rtrl._influence.history import History
 from rtrl._influence.store import ParameterInfluence
@@ -94,7 +94,7 @@ class BlockRTRL:
         if first is not None:
             first = checks.checked_state(first, batch_size, parameter)
         self._state = checks.checked_state(first if state is None else state, batch_size, parameter, first)
-        self._steps: list[Step] = []
+        self._steps: list[RecordedStep] = []
         self._taken = 0  # steps since the beginning
         self._given: list[weakref.ref[Tensor]] = []  # the losses given at the newest step
         self._paid = 0  # sleeping slices have been paid for the blocks before this one

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rtrl._engine import checks
-from rtrl._engine.linearization import Step
+from rtrl._engine.recorded import RecordedStep
 from rtrl._influence.history import History
 from rtrl._influence.store import ParameterInfluence
 from rtrl._utils import pytrees
@@ -29,7 +29,7 @@ class Loaded:
     state: Tensor
     taken: int
     paid: int
-    steps: list[Step]
+    steps: list[RecordedStep]
     influences: dict[str, ParameterInfluence]
     history: History | None
     earned: dict[str, Tensor]
@@ -136,7 +136,7 @@ def _layout(learner: "BlockRTRL") -> dict[str, Any]:
     }
 
 
-def _step_state(step: Step) -> dict[str, Any]:
+def _step_state(step: RecordedStep) -> dict[str, Any]:
     return {
         "x": pytrees.map_tensors(torch.clone, step.x),
         "h": step.h.clone(),
@@ -147,7 +147,7 @@ def _step_state(step: Step) -> dict[str, Any]:
     }
 
 
-def _step_from_state(saved: Mapping[str, Any], like: Tensor) -> Step:
+def _step_from_state(saved: Mapping[str, Any], like: Tensor) -> RecordedStep:
     def move(value: Tensor) -> Tensor:
         return value.to(like.device, copy=True)
 
@@ -156,4 +156,4 @@ def _step_from_state(saved: Mapping[str, Any], like: Tensor) -> Step:
         leaf.grad = None if grad is None else move(grad)
     reads, writes = (None if saved[k] is None else move(saved[k]) for k in ("reads", "writes"))
     sparsity = Sparsity(reads, writes, {name: move(index) for name, index in saved["active"].items()})
-    return Step(pytrees.map_tensors(move, saved["x"]), move(saved["h"]), sparsity, outputs, saved["number"])
+    return RecordedStep(pytrees.map_tensors(move, saved["x"]), move(saved["h"]), sparsity, outputs, saved["number"])

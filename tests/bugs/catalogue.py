@@ -17,16 +17,25 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from rtrl._engine.analytic import check_analytic_step
-from rtrl._engine.block import _earn, close_block
+from rtrl._engine.autograd import AutogradLinearization
+from rtrl._engine.block import _accumulate_losses, close_block
 from rtrl._engine.checks import check_copied, check_finite
-from rtrl._engine.contract import taps_mixing_samples
-from rtrl._engine.immediate import DenseImmediate, _batches, active, births
-from rtrl._engine.linearization import _over_samples, joined
+from rtrl._engine.contract import check_declared_columns, check_unwritten_rows
+from rtrl._engine.immediate import DenseImmediate, _batches, active, immediate_terms
+from rtrl._engine.linearization import UnitwiseOutputJacobian, _over_samples, join
 from rtrl._engine.linearizer import Linearizer
-from rtrl._engine.losses import add_loss
-from rtrl._engine.output_jacobian import UnitwiseOutputJacobian
+from rtrl._engine.losses import add_loss, loss_cotangents
+from rtrl._engine.mixing import taps_mixing_samples
 from rtrl._engine.parameter_guard import ParameterGuard
-from rtrl._engine.reverse_sweep import _joined, _one_by_one, _onward, _scan, _start, sweep
+from rtrl._engine.recorded import join_steps
+from rtrl._engine.reverse_sweep import (
+    _add_adjoint,
+    _init_identity,
+    _one_by_one,
+    _per_step_adjoints,
+    _scan,
+    reverse_sweep,
+)
 from rtrl._engine.step import _checked_copy, take
 from rtrl._influence.catch_up import _Legs, _of
 from rtrl._influence.history import History
@@ -105,12 +114,12 @@ def carries_nothing(advance: Function) -> Function:
     return wrong_advance
 
 
-def transposes_dense_jacobians(sweep: Function) -> Function:
+def transposes_dense_jacobians(reverse_sweep: Function) -> Function:
     def wrong_group(group: Any) -> Any:
-        sparse = group.writes is not None or group.cols is not None
-        return group if sparse else replace(group, jacobian=lambda *steps: group.jacobian(*steps).mT)
+        sparse = group.written is not None or group.touched is not None
+        return group if sparse else replace(group, state_jacobian=lambda *steps: group.state_jacobian(*steps).mT)
 
-    return lambda groups, *rest: sweep([wrong_group(group) for group in groups], *rest)
+    return lambda groups, *rest: reverse_sweep([wrong_group(group) for group in groups], *rest)
 
 
 def keeps_y(step: Function) -> Function:
@@ -141,21 +150,21 @@ def gives_up_an_open_block(sync: Function) -> Function:
     return wrong_sync
 
 
-def lets_the_last_use_win(births: Function) -> Function:
-    def wrong_births(group: Any, *rest: Any) -> Any:
-        last = {tap.tap.name: tap for tap in group.taps if tap.response is not None}
-        return births(replace(group, taps=list(last.values())), *rest)
+def lets_the_last_use_win(immediate_terms: Function) -> Function:
+    def wrong_terms(group: Any, *rest: Any) -> Any:
+        last = {tap.name: tap for tap in group.taps if tap.output_jacobian is not None}
+        return immediate_terms(replace(group, taps=list(last.values())), *rest)
 
-    return wrong_births
+    return wrong_terms
 
 
-def forgets_the_adjoint_so_far(onward: Function) -> Function:
-    def wrong_onward(product: Tensor, adjoint: Tensor | None, out: Tensor) -> None:
-        onward(product, adjoint, out)
+def forgets_the_adjoint_so_far(add_adjoint: Function) -> Function:
+    def wrong_add_adjoint(product: Tensor, adjoint: Tensor | None, out: Tensor) -> None:
+        add_adjoint(product, adjoint, out)
         if adjoint is not None:
             out[:, -1] = adjoint
 
-    return wrong_onward
+    return wrong_add_adjoint
 
 
 def marks_losses(add_loss: Function) -> Function:
@@ -210,7 +219,7 @@ def adds_a_bias_put_aside(cell: RecurrentMoE, y: Tensor, h_next: Tensor) -> tupl
 # ---------------------------------------------------------------------- the bugs
 
 PARAMETERS_ARE_NOT_WATCHED = wrong(ParameterGuard.check, lambda check: lambda self, open_steps: check(self, []))
-CLOSED_FORMS_ARE_BELIEVED = wrong(check_analytic_step, idle)
+ANALYTIC_STEPS_ARE_BELIEVED = wrong(check_analytic_step, idle)
 
 BUGS = [
     Bug(
@@ -240,7 +249,7 @@ BUGS = [
     Bug(
         4,
         "a decaying row passes as unwritten",
-        (wrong(check_copied, idle), wrong(Linearizer._only_written, idle)),
+        (wrong(check_copied, idle), wrong(check_unwritten_rows, idle)),
         "under_declared",
     ),
     Bug(
@@ -248,9 +257,9 @@ BUGS = [
         "columns that matter are cut",
         (
             swap(
-                Linearizer._group,
-                "ROWS.union(SPARSITY.reads, SPARSITY.writes, SIZE)",
-                "ROWS.union(SPARSITY.writes, SPARSITY.writes, SIZE)",
+                AutogradLinearization._touched,
+                "ROWS.union(READS, WRITES, SIZE)",
+                "ROWS.union(WRITES, WRITES, SIZE)",
             ),
         ),
         "learner: sparse rows",
@@ -310,7 +319,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         12,
         "the Jacobian is transposed",
-        (wrong(sweep, transposes_dense_jacobians),),
+        (wrong(reverse_sweep, transposes_dense_jacobians),),
         "learner: layers",
     ),
     Bug(
@@ -348,9 +357,9 @@ for NAME, INFLUENCE in INFLUENCES.items():
         "the loss's direct path to the parameters is dropped",
         (
             swap(
-                _earn,
-                "TAP.earned if WEIGHT is None else WEIGHT + TAP.earned",
-                "TAP.earned if WEIGHT is None else WEIGHT",
+                _accumulate_losses,
+                "TAP.grad_output if WEIGHT is None else WEIGHT + TAP.grad_output",
+                "TAP.grad_output if WEIGHT is None else WEIGHT",
             ),
         ),
         "learner: dense cell",
@@ -400,7 +409,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         24,
         "a near tie is decided again",
-        (swap(Linearizer._group, "REPLAY = CHOICES if REPLAYS else None", "REPLAY = None"),),
+        (swap(join_steps, "SPARSITY if TAKES_REPLAY else None", "None"),),
         "learner: near ties",
     ),
     Bug(
@@ -420,9 +429,9 @@ for NAME, INFLUENCE in INFLUENCES.items():
         "the written rows' own columns are dropped",
         (
             swap(
-                Linearizer._group,
-                "ROWS.union(SPARSITY.reads, SPARSITY.writes, SIZE)",
-                "ROWS.union(SPARSITY.reads, SPARSITY.reads, SIZE)",
+                AutogradLinearization._touched,
+                "ROWS.union(READS, WRITES, SIZE)",
+                "ROWS.union(READS, READS, SIZE)",
             ),
         ),
         "learner: sparse rows",
@@ -454,19 +463,19 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         31,
         "parameters outside linear maps are forgotten",
-        (wrong(close_block, lambda close: lambda *args: replace(close(*args), dense={})),),
+        (wrong(close_block, lambda close: lambda *args: replace(close(*args), untapped={})),),
         "learner: unusual parameters",
     ),
     Bug(
         32,
         "of two uses of a parameter the last one wins",
-        (wrong(births, lets_the_last_use_win),),
+        (wrong(immediate_terms, lets_the_last_use_win),),
         "learner: shared parameters",
     ),
     Bug(
         33,
         "the adjoint does not travel inside a block",
-        (wrong(_onward, forgets_the_adjoint_so_far),),
+        (wrong(_add_adjoint, forgets_the_adjoint_so_far),),
         "learner: one loss at the end",
     ),
     Bug(
@@ -484,7 +493,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         36,
         "reads that are not declared pass",
-        (wrong(Linearizer._only_declared, idle),),
+        (wrong(check_declared_columns, idle),),
         "under_declared",
     ),
     Bug(
@@ -521,9 +530,9 @@ for NAME, INFLUENCE in INFLUENCES.items():
         "a step without a loss is given that of another",
         (
             swap(
-                Linearizer._earn,
-                "[ZERO if OWN is None else OWN for STEP, OWN in zip(STEPS, GIVEN, ...)]",
-                "[next(g for g in GIVEN if g is not None) if OWN is None else OWN for STEP, OWN in zip(STEPS, GIVEN)]",
+                loss_cotangents,
+                "[ZERO if OWN is None else OWN for LEAF, OWN in zip(LEAVES, GRADS, ...)]",
+                "[next(g for g in GRADS if g is not None) if OWN is None else OWN for LEAF, OWN in zip(LEAVES, GRADS)]",
             ),
         ),
         "learner: losses now and then",
@@ -752,7 +761,7 @@ if GRADIENT is not None:
     Bug(
         68,
         "outputs after one without a loss are forgotten",
-        (swap(Linearizer._earn, "continue", "break"),),
+        (swap(loss_cotangents, "continue", "break"),),
         "losses_of_the_second_output",
     ),
     Bug(
@@ -761,8 +770,8 @@ if GRADIENT is not None:
         (
             swap(
                 _scan,
-                "BEHIND[:, 1:].unsqueeze(2)",
-                "BEHIND[:, -1:].expand_as(BEHIND[:, 1:]).unsqueeze(2)",
+                "BETWEEN[:, 1:].unsqueeze(2)",
+                "BETWEEN[:, -1:].expand_as(BETWEEN[:, 1:]).unsqueeze(2)",
             ),
         ),
         "analytic_steps",
@@ -776,25 +785,25 @@ if GRADIENT is not None:
     Bug(
         71,
         "adjoints of tiny losses are set to zero with the products",
-        (wrong(_onward, lambda onward: lambda product, adjoint, out: onward(flush_subnormals(product), adjoint, out)),),
+        (wrong(_add_adjoint, lambda add: lambda product, adjoint, out: add(flush_subnormals(product), adjoint, out)),),
         "tiny_losses",
     ),
     Bug(
         72,
         "an analytic step forgets what a gate does",
-        (swap(derivatives, "BY_NEW * NEW * GATE * (1 - GATE)", "0 * BY_NEW"), CLOSED_FORMS_ARE_BELIEVED),
+        (swap(derivatives, "BY_NEW * NEW * GATE * (1 - GATE)", "0 * BY_NEW"), ANALYTIC_STEPS_ARE_BELIEVED),
         "analytic_steps",
     ),
     Bug(
         73,
         "an analytic step that is wrong is believed",
-        (CLOSED_FORMS_ARE_BELIEVED,),
+        (ANALYTIC_STEPS_ARE_BELIEVED,),
         "wrong_analytic_steps_are_refused",
     ),
     Bug(
         74,
         "only the first part of the state responds",
-        (swap(UnitwiseOutputJacobian.left, "range(1, PARTS)", "range(1, 1)"),),
+        (swap(UnitwiseOutputJacobian.vjp, "range(1, PARTS)", "range(1, 1)"),),
         "analytic_steps",
     ),
     Bug(
@@ -819,21 +828,21 @@ if GRADIENT is not None:
         77,
         "pieces of a block are joined without their analytic steps",
         (
-            swap(joined, "len(PIECES) == 1 or DIFFER or CLOSED", "len(PIECES) == 1 or DIFFER"),
-            swap(Linearizer.__call__, "len(TIMES) if CLOSED else SPAN", "SPAN"),
+            swap(join, "len(PIECES) == 1 or DIFFER or ANALYTIC", "len(PIECES) == 1 or DIFFER"),
+            swap(Linearizer.__call__, "len(TIMES) if ANALYTIC else SPAN", "SPAN"),
         ),
         "long_blocks",
     ),
     Bug(
         78,
-        "what is born some rows of the state at a time goes to the first rows every time",
+        "immediate influence added some rows of the state at a time goes to the first rows every time",
         (swap(DenseImmediate._add_by_rows, "slice(START, STOP)", "slice(STOP - START)"),),
         "long_blocks",
     ),
     Bug(
         79,
         "memory that is used again is taken to be empty",
-        (swap(_start, "REACH[:, -1] = 0.0", ""),),
+        (swap(_init_identity, "XS[:, -1] = 0.0", ""),),
         "long_blocks",
     ),
     Bug(
@@ -845,19 +854,19 @@ if GRADIENT is not None:
     Bug(
         81,
         "the adjoint does not travel through a large dense block",
-        (swap(_one_by_one, "REACH[..., -1, :].add_(ROW)", "REACH[..., -1, :].copy_(ROW)"),),
+        (swap(_one_by_one, "XS[..., -1, :].add_(ROW)", "XS[..., -1, :].copy_(ROW)"),),
         "long_blocks",
     ),
     Bug(
         82,
-        "what a step earns through its next state joins the adjoint a step late",
-        (swap(_joined, "JOINED[:, 1:] += AFTER", "JOINED[:, :-1] += AFTER"),),
+        "the adjoint at a step's next state is added a step late",
+        (swap(_per_step_adjoints, "ADJOINTS[:, 1:] += NEXT", "ADJOINTS[:, :-1] += NEXT"),),
         "long_blocks",
     ),
     Bug(
         83,
         "adjoints of tiny losses are set to zero in large dense blocks",
-        (swap(_one_by_one, "REACH[..., :-1, :]", "REACH"),),
+        (swap(_one_by_one, "XS[..., :-1, :]", "XS"),),
         "tiny_losses",
     ),
 ]

@@ -214,7 +214,7 @@ def _writes_more(cell: Breakable, x: Tensor, h: Tensor) -> Any:
     return y, torch.cat([h[:, :2], h[:, 2:] + cell.zero * x[:, None, :2]], dim=1), sparsity
 
 
-ANEW = "run once more as one batch, the cell does not reach the state"
+DIFFERENT = "re-running these steps as one batch gave a different state"
 CLOSING = [  # name, step, error, message, block sizes
     (
         "reads of the next state",
@@ -265,17 +265,17 @@ CLOSING = [  # name, step, error, message, block sizes
         "steps? 4( … 5)?: NaN or infinity in the gradient of parameter 'zero'",
         (1, 3),
     ),
-    ("mixes", _whole(lambda c, x, h: -h.mean(0)), CellError, f"{ANEW}|mixes samples", (1, 3)),
+    ("mixes", _whole(lambda c, x, h: -h.mean(0)), CellError, f"{DIFFERENT}|mixes samples", (1, 3)),
     (
         "mixes in one direction",
         _whole(lambda c, x, h: h.cumsum(0)),
         CellError,
-        f"{ANEW}|mixes samples",
+        f"{DIFFERENT}|mixes samples",
         (1, 3),
     ),
     ("mixes y", _y(lambda c, x, y: y.softmax(0)), CellError, "mixes samples", (3,)),
     ("mixes y by x", _y(lambda c, x, y: y * x.mean()), CellError, "y", (3,)),
-    ("branches", _whole(lambda c, x, h: h if x.shape[0] == B else -h), CellError, ANEW, (3,)),
+    ("branches", _whole(lambda c, x, h: h if x.shape[0] == B else -h), CellError, DIFFERENT, (3,)),
     ("branches in y", _y(lambda c, x, y: y if x.shape[0] == B else -y), CellError, "y", (3,)),
     ("dropout", _drops, CellError, "random|y", (1, 3)),
     ("random numbers of Python's own", _draws, CellError, "y", (1, 3)),
@@ -311,7 +311,7 @@ def test_a_step_that_branches_is_found_beside_a_large_entry():
         small = torch.tanh(h[:, 1:] if x.shape[0] == B else -h[:, 1:])
         return cell.head(small.flatten(1)), torch.cat([h[:, :1] * 0.0 + 1e9, small], dim=1)
 
-    check(step, CellError, ANEW, closing=True)
+    check(step, CellError, DIFFERENT, closing=True)
 
 
 def test_a_state_overwritten_in_a_later_step_is_refused():
@@ -365,7 +365,7 @@ def test_a_router_that_decides_near_ties_anew_is_refused():
     learner = rtrl.BlockRTRL(Router(obeys=False), B, block=2)
     for x in stream()[:2]:
         learner.backward(learner.step(x).sum())
-    with refused(learner, CellError, "step 0: run again, the cell makes other choices .*replay=None"):
+    with refused(learner, CellError, "steps 0 … 1: run again, the cell makes other choices .*replay=None"):
         learner.sync()
 
 

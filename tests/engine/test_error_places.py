@@ -64,10 +64,10 @@ def stream() -> Tensor:
     return xs
 
 
-ANEW = (
-    ": run once more as one batch, the cell does not reach the {} it reached step by step. Either it is no pure"
-    " function of (x, h, parameters), its samples are not independent, or its parameters were changed behind autograd's"
-    " back inside an open block (call sync() first)"
+DIFFERENT = (
+    ": re-running these steps as one batch gave a different {} than running them one by one. Either the cell is not a"
+    " pure function of (x, h, parameters), its samples are not independent, or its parameters were changed behind"
+    " autograd's back inside an open block (call sync() first)"
 )
 PLACES: dict[str, tuple[type[RTRLError], str]] = {
     "h of writes": (
@@ -96,8 +96,8 @@ PLACES: dict[str, tuple[type[RTRLError], str]] = {
         "NaN or infinity in the immediate Jacobian of parameter 'other.weight', step 4, sample 2",
     ),
     "y of tap": (NonFiniteError, "NaN or infinity in the gradient of parameter 'other.weight', step 4, sample 2"),
-    "h of state": (CellError, "{steps}" + ANEW.format("state")),
-    "y of state": (CellError, "{steps}" + ANEW.format("output")),
+    "h of state": (CellError, "{steps}" + DIFFERENT.format("state")),
+    "y of state": (CellError, "{steps}" + DIFFERENT.format("output")),
 }
 
 

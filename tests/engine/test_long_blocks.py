@@ -11,6 +11,7 @@ import oracles
 import rtrl
 from rtrl._engine import linearizer, reverse_sweep
 from rtrl._engine.buffers import ReusableBuffer
+from rtrl._engine.recorded import RecordedStep
 
 KINDS = [nn.RNNCell, nn.GRUCell, nn.LSTMCell]
 
@@ -21,7 +22,7 @@ def readout() -> nn.Module:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("lossless", [False, True], ids=["losses everywhere", "none in the first piece"])
-def test_pieces_of_closed_forms_are_joined(monkeypatch: pytest.MonkeyPatch, kind: type, lossless: bool) -> None:
+def test_pieces_of_analytic_steps_are_joined(monkeypatch: pytest.MonkeyPatch, kind: type, lossless: bool) -> None:
     monkeypatch.setattr(linearizer, "_SPAN_NUMBERS", 1)
     monkeypatch.setattr(linearizer, "_LEAST_SPAN", 3)
     cell, xs = seeded(rtrl.cells.from_torch(kind(3, 4), readout()), 0), normal(0, 11, 2, 3)
@@ -69,15 +70,15 @@ def test_products_of_a_long_dense_block_do_not_linger_as_subnormal_numbers(
         with torch.enable_grad():
             groups = learner._linearizer(learner._steps, learner.state)
         with torch.no_grad():
-            (reach,) = reverse_sweep.sweep(groups, learner.state, ReusableBuffer(0)).reach
+            (cotangents,) = reverse_sweep.reverse_sweep(groups, learner.state, ReusableBuffer(0)).cotangents
         tiny = torch.finfo(torch.float32).tiny
-        counts.append(int(((reach != 0) & (reach.abs() < tiny)).sum()))
+        counts.append(int(((cotangents != 0) & (cotangents.abs() < tiny)).sum()))
     few, many = counts
     assert many > 100, "the control: without care they do"
     assert few < many / 20
 
 
-def _step(cell: nn.Module, xs: torch.Tensor) -> linearizer.Step:
+def _step(cell: nn.Module, xs: torch.Tensor) -> RecordedStep:
     learner = rtrl.BlockRTRL(cell, 8)
     learner.step(xs[0])
     return learner._steps[0]

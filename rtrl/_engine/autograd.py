@@ -1,0 +1,143 @@
+"""The derivatives of a batch of steps by autograd, from one run with a graph."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rtrl._engine import checks, contract
+from rtrl._engine.linearization import DenseOutputJacobian, Linearization, LinearizedTap
+from rtrl._engine.losses import loss_cotangents
+from rtrl._engine.recorded import StepBatch
+from rtrl._engine.taps import TapRecorder
+from rtrl._engine.untapped import jacobian_rows, weighted_jacobians
+from rtrl._utils import index_sets, pytrees
+from rtrl.cells.protocol import call_cell
+
+
+class AutogradLinearization:
+    """A batch of steps, run again with a graph.
+
+    Args:
+        cell: the cell.
+        parameters: name → trainable parameter.
+        batch: the steps; its h requires grad.
+        untapped: parameters whose uses must not be recorded as taps.
+
+    Raises:
+        CellError: run as one batch, the cell computes something else than it did step by step.
+    """
+
+    def __init__(
+        self, cell: nn.Module, parameters: Mapping[str, nn.Parameter], batch: StepBatch, untapped: Iterable[str]
+    ) -> None:
+        self.cell, self.parameters, self.batch = cell, parameters, batch
+        y, self.h_next, self.recorder = self._run(untapped)
+        self.outputs = [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
+        contract.check_same_result(batch, self.h_next, self.outputs)
+        self.written = batch.written(self.h_next)
+        # A parameter that the recorded uses were cut off from, and that is reached all the same, has other uses.
+        through_state, through_y = (checks.reached_leaves(*heads) for heads in ((self.written,), self.outputs))
+        self.untapped = [name for name, p in parameters.items() if id(p) in through_state]
+        self.untapped_anywhere = {
+            name: p for name, p in parameters.items() if id(p) in through_state or id(p) in through_y
+        }
+
+    def _run(self, untapped: Iterable[str]) -> tuple[Any, Tensor, TapRecorder]:
+        batch = self.batch
+        for copy in (False, True):
+            recorder = TapRecorder(self.parameters, batch.h.shape[0], untapped, copy=copy)
+            with torch.enable_grad(), recorder:
+                y, h_next, sparsity = call_cell(self.cell, batch.x, batch.h, batch.replay)
+            if not recorder.changed_in_place:
+                break
+        contract.check_same_choices(batch, sparsity)
+        return y, h_next, recorder
+
+    def linearize(self) -> Linearization:
+        """Take all derivatives.
+
+        Raises:
+            SparsityError: a derivative lies outside the declared sparsity.
+            NonFiniteError: NaN or infinity in a derivative.
+
+        Cost: ``w·slot_size`` backward passes over the batch, batched, and one for the losses.
+        """
+        batch, cell, untapped = self.batch, self.cell, self.untapped
+        touched = self._touched()
+        inputs = [batch.h, *(taps[0].output for taps in self.recorder.by_output)]
+        jacobian, *output_jacobians = jacobian_rows(self.written, inputs)
+        state_jacobian = self._state_jacobian(jacobian, touched)
+        (adjoint, *grad_outputs), gradients = loss_cotangents(batch, self.outputs, inputs, self.untapped_anywhere)
+        adjoint = self._touched_adjoint(adjoint, touched)
+        taps = self._taps(output_jacobians, grad_outputs)
+        self._check_finite(state_jacobian, adjoint, taps)
+        # Only now: NaN would be taken for a dependence.
+        contract.check_unwritten_rows(batch, self.h_next, [*inputs, *self.parameters.values()])
+        states = batch.by_step(state_jacobian)
+        x, h, replay, written = batch.x, batch.h.detach(), batch.replay, batch.sparsity.writes
+        return Linearization(
+            times=batch.times,
+            written=None if written is None else batch.by_step(written),
+            touched=None if touched is None else batch.by_step(touched),
+            state_jacobian=lambda start, stop: states[:, start:stop],
+            adjoint=None if adjoint is None else batch.by_step(adjoint),
+            adjoint_next=None,
+            taps=taps,
+            active={
+                name: batch.by_step(index) for name, index in batch.sparsity.active.items() if name in self.parameters
+            },
+            untapped=untapped,
+            has_losses=batch.has_losses,
+            gradients=gradients,
+            untapped_jacobians=lambda weights: weighted_jacobians(cell, untapped, weights, x, h, replay, written),
+        )
+
+    def _touched(self) -> Tensor | None:
+        """The slots that the steps read or write, (N, c); None for all."""
+        reads, writes = self.batch.sparsity.reads, self.batch.sparsity.writes
+        if reads is None or writes is None:
+            return None
+        return index_sets.mask_to_indices(index_sets.union(reads, writes, self.batch.h.shape[1]))
+
+    def _state_jacobian(self, jacobian: Tensor, touched: Tensor | None) -> Tensor:
+        """``∂h_next[written]/∂h`` (W, *h.shape) → (N, W, c·slot_size)."""
+        batch = self.batch
+        slots = jacobian.reshape(jacobian.shape[0], *batch.h.shape[:2], batch.slot_size)
+        contract.check_declared_columns(batch, slots)
+        if touched is not None:
+            slots = slots.gather(2, touched[None, :, :, None].expand(slots.shape[0], -1, -1, batch.slot_size))
+        return slots.permute(1, 0, 2, 3).flatten(2)
+
+    def _touched_adjoint(self, adjoint: Tensor | None, touched: Tensor | None) -> Tensor | None:
+        """``∂ℓ/∂h`` like h → (N, c·slot_size)."""
+        if adjoint is None:
+            return None
+        slots = adjoint.reshape(*adjoint.shape[:2], self.batch.slot_size)
+        if touched is not None:
+            contract.check_declared_adjoint(self.batch, slots, touched)
+            slots = index_sets.gather(slots, touched)
+        return slots.flatten(1)
+
+    def _taps(self, output_jacobians: list[Tensor], grad_outputs: list[Tensor | None]) -> list[LinearizedTap]:
+        size = self.batch.h.shape[0]
+        linearized = []
+        for taps, jacobian, grad in zip(self.recorder.by_output, output_jacobians, grad_outputs, strict=True):
+            shape = taps[0].shape
+            output_jacobian = DenseOutputJacobian(jacobian.reshape(jacobian.shape[0], size, *shape))
+            grad_output = None if grad is None else grad.reshape(size, *shape)
+            linearized += [LinearizedTap(tap, output_jacobian, grad_output) for tap in taps]
+        return linearized
+
+    def _check_finite(self, state_jacobian: Tensor, adjoint: Tensor | None, taps: list[LinearizedTap]) -> None:
+        named = [("the dynamics Jacobian", state_jacobian)]
+        if adjoint is not None:
+            named.append(("the adjoint", adjoint))
+        for tap in taps:
+            if isinstance(tap.output_jacobian, DenseOutputJacobian):
+                values = tap.output_jacobian.values.movedim(1, 0)
+                named.append((f"the immediate Jacobian of parameter {tap.name!r}", values))
+            if tap.grad_output is not None:
+                named.append((f"the gradient of parameter {tap.name!r}", tap.grad_output))
+        contract.check_finite_samples(self.batch, named)
