@@ -132,7 +132,7 @@ def overflowing(
         for name in (tap.name for tap in term.taps):
             shape = parameters[name].shape
             trial[name] = ParameterInfluence(shape, name in sliced, state.shape[0], state[0].numel(), state)
-            rows[name] = trial[name].claim(result.keys[name], 0)
+            rows[name] = trial[name].allocate(result.keys[name], 0)
         term.add_to(InfluenceWriter(trial, rows, result.transition))
         for name, influence in trial.items():
             if not bool(torch.isfinite(influence.values).all()):

@@ -1,231 +1,306 @@
-"""The cheapest ways through a segment tree for what starts at several steps and ends at one, planned before any
-product."""
+"""Plan how influences are brought up to date through a segment tree, before any product is computed."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import accumulate
+from typing import Any, Generic, Protocol, TypeVar
 
-if TYPE_CHECKING:
-    from rtrl._influence.segment_tree import CircularSegmentTree
+from rtrl._influence.segment_tree import CircularSegmentTree, Node
+
+T = TypeVar("T")
 
 
-class Node(NamedTuple):
-    """A node of a tree over the places low … high − 1 of the ring; place + shift is the step held there."""
-
-    place: int
-    low: int
-    high: int
-    shift: int
+class Costs(Protocol):
+    """The pattern of a product: what it costs, known without computing it."""
 
     @property
-    def start(self) -> int:
-        """The first step it spans."""
-        return self.low + self.shift
+    def apply_macs(self) -> int:
+        """The cost of applying it to one column."""
+        ...
 
     @property
-    def stop(self) -> int:
-        """The step after the last one it spans."""
-        return self.high + self.shift
+    def compose_macs(self) -> int:
+        """The cost of composing it of its two factors."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class Leg:
-    """One product on the way: all that started at ``since`` … ``start`` is led from ``start`` to ``stop`` at once.
+class Hop:
+    """One product of a plan: it takes all columns that start at ``first_start`` … ``start`` from ``start`` to ``stop``.
 
     Attributes:
-        nodes: whose product it is, earliest first; more than one are composed for this leg alone.
-        outline: of that product.
-        onward: the leg whose product follows that of the nodes, to the end.
+        first_start: the earliest start of these columns.
+        start: the step before which the product is applied.
+        stop: the step that it leads to.
+        nodes: whose product it is, earliest first; several are composed for this hop alone.
+        pattern: of that product.
+        then: the hop whose product is composed to the end of that of the nodes.
     """
 
-    since: int
+    first_start: int
     start: int
     stop: int
     nodes: tuple[Node, ...]
-    outline: Any
-    onward: "Leg | None" = None
+    pattern: Any
+    then: "Hop | None" = None
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """Legs in an order in which they can be taken.
+class CatchUpPlan:
+    """Hops in an order in which they can be taken.
 
     Attributes:
-        cost: of all legs, with the compositions that they need.
-        advance: how much of ``cost`` is paid out of what compositions would have saved in earlier plans; ``cost −
-            advance`` is at most what any other choice of nodes costs now, without products for one leg alone.
+        hops: in order.
+        cost: of all hops, with the compositions that they need.
+        spent_credit: how much of ``cost`` is covered by credit; ``cost − spent_credit`` is at most what any other
+            choice of nodes costs now, without products for one hop alone.
     """
 
-    legs: list[Leg]
+    hops: Sequence[Hop]
     cost: int
-    advance: int
+    spent_credit: int
 
 
-class Planner:
-    """Plans for one tree: decides node by node between one product and the nodes under it.
+class CatchUpPlanner(Generic[T]):
+    """Plan the cheapest way through a segment tree for columns that start at several steps and end at one.
 
-    Everything that has reached the first step of a node goes through it together. It goes through the node itself if
-    ``use(node) · load``, plus the cost of composing what is not composed yet, less the node's credit, is at most the
-    cost of the best plan through its two halves; what starts inside a node joins at its own step or behind the node.
-    Two legs in a row with the same load are composed for this plan alone where that is cheaper still. And if it is
-    cheaper to compose the way from each start to the end, each out of that of the next start, every load takes its own.
+    Node by node, all columns that have reached a node's first step go through the node together: through its product if
+    that costs no more than the best way through its two halves, composing what is not composed yet included. Columns
+    that start inside a node join at their own step, or go on behind it. Two hops in a row with the same columns are
+    composed for this plan alone where that is cheaper. And where it is cheaper to compose one product to the end for
+    each start, out of that of the next start, all columns take their own product.
 
-    The credit of a node is what it would have saved if it had been there in earlier plans since its leaves changed, as
-    long as it was not composed: a composition is bought at the latest when going without it has cost as much. So a plan
-    for the first to wake costs no more than replay, and many small loads cannot avoid a product that all of them need.
+    Each uncomposed node accrues credit: what earlier plans would have saved had it been composed. It is composed at the
+    latest when its credit covers the cost. So the first plan costs no more than applying element by element, and many
+    small plans do not avoid a product that all of them need.
 
     Args:
-        tree: with outlines.
-        use: the cost of using an outline, for a load of one. make: the cost of composing an outline out of its halves.
-        shared: a load is not the sum of what goes through, but its largest part.
+        tree: whose elements are planned with; it is changed by appending to it and by ``products`` alone.
+        pattern_of: the pattern of an element.
+        compose_patterns: ``(first, second)``, the pattern of ``combine(first, second)``.
+        store_pattern: ``(number, pattern) -> pattern`` to hold for a node; by default the pattern itself.
 
-    Cost: O(range · log(starts)) look-ups of outlines.
+    Cost: O(range · log(starts)) look-ups of patterns per plan.
     """
 
     def __init__(
         self,
-        tree: "CircularSegmentTree[Any]",
-        use: Callable[[Any], int],
-        make: Callable[[Any], int],
-        shared: bool = False,
+        tree: CircularSegmentTree[T],
+        pattern_of: Callable[[T], Any],
+        compose_patterns: Callable[[Any, Any], Any],
+        store_pattern: Callable[[int, Any], Any] | None = None,
     ) -> None:
-        self._tree, self._use, self._make, self._shared = tree, use, make, shared
+        self.tree = tree
+        self._pattern_of, self.compose_patterns, self._store_pattern = pattern_of, compose_patterns, store_pattern
+        self._patterns: dict[int, tuple[int, Any]] = {}  # by node number: the node's first step, its pattern
+        self._credits: dict[int, tuple[int, int]] = {}  # by node number: the node's first step, its credit
 
-    def __call__(self, starts: Mapping[int, int], stop: int) -> Plan:
-        """The plan for loads by the step they start at, all to be led to ``stop``.
+    def plan(self, columns: Mapping[int, int], stop: int, *, shared: bool = False) -> CatchUpPlan:
+        """Plan how columns, by the step they start at, get to ``stop``.
+
+        Args:
+            columns: start → how many. stop: the step after the last one.
+            shared: where columns of several starts meet, they count as the largest of their numbers, not as the sum.
 
         Raises:
             WindowError: a step on the way is not held.
         """
-        self._starts = sorted(start for start in starts if start < stop)
-        self._loads = [starts[start] for start in self._starts]
-        self._sums = [0]
-        for load in self._loads:
-            self._sums.append(self._sums[-1] + load)
-        self._best: dict[tuple[int, int, bool], tuple[int, bool]] = {}
-        self._price: dict[int, int] = {}
-        self._advance, self._bought = 0, 0
-        legs: list[Leg] = []
-        if self._starts:
-            first = self._starts[0]
-            for node in self._tree.nodes(first, stop):
-                self._follow(node, first, False, legs)
-        legs = self._joined(legs)
-        cost = self._bought + sum(self._use(leg.outline) * self._load(leg.since, leg.start) for leg in legs)
+        return _Search(self, columns, stop, shared).plan()
+
+    def products(self, plan: CatchUpPlan) -> list[T]:
+        """Compute the products of a plan's hops; the tree must not have been appended to since."""
+        computed: dict[int, T] = {}
+        for hop in plan.hops:
+            product = self.tree.product(hop.nodes)
+            computed[id(hop)] = product if hop.then is None else self.tree.combine(product, computed[id(hop.then)])
+        return list(computed.values())
+
+    def state_dict(self) -> dict[str, list[list[int]]]:
+        """Return what plans depend on besides the elements: the inner nodes composed, and the credits of others."""
+        composed, credits = [], []
+        stack = self.tree.nodes(self.tree.oldest, self.tree.stop)
+        while stack:
+            node = stack.pop()
+            if self.tree.is_held(node):
+                composed.append([node.start, node.stop])
+            elif self.credit(node):
+                credits.append([node.number, node.start, self.credit(node)])
+            stack += [] if node.is_leaf else node.halves
+        return {"composed": composed, "credits": credits}
+
+    def load_state_dict(self, saved: Mapping[str, Sequence[Sequence[int]]]) -> None:
+        """Go on planning as the planner did that ``saved`` was taken of, over a tree with the same elements.
+
+        Raises:
+            WindowError: the tree does not hold what was composed.
+        """
+        for start, stop in saved["composed"]:
+            self.tree.query(start, stop)
+        self._credits = {number: (start, credit) for number, start, credit in saved["credits"]}
+
+    def pattern(self, node: Node) -> Any:
+        """The pattern of a node's product."""
+        start, pattern = self._patterns.get(node.number, (None, None))
+        if start != node.start:
+            if node.is_leaf:
+                pattern = self._pattern_of(self.tree.value(node))
+            else:
+                pattern = self.compose_patterns(*map(self.pattern, node.halves))
+                if self._store_pattern is not None:
+                    pattern = self._store_pattern(node.number, pattern)
+            self._patterns[node.number] = node.start, pattern
+        return pattern
+
+    def credit(self, node: Node) -> int:
+        """What earlier plans would have saved had the node been composed."""
+        start, credit = self._credits.get(node.number, (None, 0))
+        return credit if start == node.start else 0
+
+    def add_credit(self, node: Node, saved: int) -> None:
+        """Note what one more plan would have saved."""
+        self._credits[node.number] = node.start, self.credit(node) + saved
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """Hops through a node, and what they cost.
+
+    Attributes:
+        charged: the cost, less the credit spent.
+        hops: in order.
+        composing: the cost of composing nodes, part of the charge and of the credit spent.
+        spent: credit.
+        savings: uncomposed nodes that the way does without, and what it would save if they were composed.
+    """
+
+    charged: int = 0
+    hops: tuple[Hop, ...] = ()
+    composing: int = 0
+    spent: int = 0
+    savings: tuple[tuple[Node, int], ...] = ()
+
+    def __add__(self, other: "_Way") -> "_Way":
+        return _Way(
+            self.charged + other.charged,
+            self.hops + other.hops,
+            self.composing + other.composing,
+            self.spent + other.spent,
+            self.savings + other.savings,
+        )
+
+
+class _Search:
+    """The search for one plan; the arguments are those of ``CatchUpPlanner.plan``."""
+
+    def __init__(self, planner: CatchUpPlanner[Any], columns: Mapping[int, int], stop: int, shared: bool) -> None:
+        self._planner, self._tree, self._stop, self._shared = planner, planner.tree, stop, shared
+        self._starts = sorted(start for start in columns if start < stop)
+        self._counts = [columns[start] for start in self._starts]
+        self._sums = [0, *accumulate(self._counts)]
+        self._ways: dict[tuple[int, int, bool], _Way] = {}
+        self._uncomposed_costs: dict[int, int] = {}
+
+    def plan(self) -> CatchUpPlan:
+        """The cheapest plan; notes the credit of the nodes that it does without."""
+        if not self._starts:
+            return CatchUpPlan([], 0, 0)
+        first = self._starts[0]
+        way = sum((self._way(node, first, False) for node in self._tree.nodes(first, self._stop)), _Way())
+        for node, saving in way.savings:
+            self._planner.add_credit(node, saving)
+        hops, joining = self._joined(way.hops)
+        cost = way.composing + joining
+        cost += sum(hop.pattern.apply_macs * self._columns(hop.first_start, hop.start) for hop in hops)
         if len(self._starts) > 1 and not self._shared:
-            apart, price = self._apart(stop, cost - self._advance)
-            if price < cost - self._advance:
-                return Plan(apart, price, 0)
-        return Plan(legs, cost, self._advance)
+            alternative = self._one_product_each(cost - way.spent)
+            if alternative is not None:
+                return alternative
+        return CatchUpPlan(hops, cost, way.spent)
 
-    def _apart(self, stop: int, limit: int) -> tuple[list[Leg], int]:
-        """One product to the end for each start, made of that of the next start, so that every load is applied once;
-        and the cost. Given up once it is dearer than ``limit``."""
-        legs: list[Leg] = []
-        cost = 0
-        for start, load in reversed(list(zip(self._starts, self._loads, strict=True))):
-            onward = legs[-1] if legs else None
-            nodes = self._tree.nodes(start, onward.start if onward else stop)
-            outline = None
-            for node in nodes:
-                cost += self._missing(node)
-                outline = self._also(outline, self._tree.outline(node))
-                cost += self._make(outline) if node != nodes[0] else 0
-            if onward is not None:
-                outline = self._tree.merged(outline, onward.outline)
-                cost += self._make(outline)
-            cost += self._use(outline) * load
-            if cost >= limit:
-                break
-            legs.append(Leg(start, start, stop, tuple(nodes), outline, onward))
-        return legs, cost
-
-    def _also(self, outline: Any, then: Any) -> Any:
-        return then if outline is None else self._tree.merged(outline, then)
-
-    def _load(self, since: int, start: int) -> int:
-        """Of all that started at ``since`` … ``start``."""
-        i, j = bisect_left(self._starts, since), bisect_right(self._starts, start)
+    def _columns(self, first_start: int, start: int) -> int:
+        """How many start at ``first_start`` … ``start``."""
+        i, j = bisect_left(self._starts, first_start), bisect_right(self._starts, start)
         if i >= j:
             return 0
-        return max(self._loads[i:j]) if self._shared else self._sums[j] - self._sums[i]
+        return max(self._counts[i:j]) if self._shared else self._sums[j] - self._sums[i]
 
-    def _missing(self, node: Node) -> int:
-        """The cost of composing a node and all that is missing under it."""
-        if self._tree.composed(node):
+    def _uncomposed_cost(self, node: Node) -> int:
+        """The cost of composing a node and all that is not composed under it."""
+        if self._tree.is_held(node):
             return 0
-        if node.place not in self._price:
-            below = sum(self._missing(half) for half in self._tree.halves(node))
-            self._price[node.place] = below + self._make(self._tree.outline(node))
-        return self._price[node.place]
+        if node.number not in self._uncomposed_costs:
+            below = sum(map(self._uncomposed_cost, node.halves))
+            self._uncomposed_costs[node.number] = below + self._planner.pattern(node).compose_macs
+        return self._uncomposed_costs[node.number]
 
-    def _cheapest(self, node: Node, since: int, free: bool) -> int:
-        """The cost, less the credit used, of leading all that started at ``since`` or later, before the node's end, to
-        its end; ``free``: with the node composed already."""
-        key = (node.place, since, free)
-        if key not in self._best:
-            self._best[key] = self._choose(node, since, free)
-        return self._best[key][0]
+    def _way(self, node: Node, first_start: int, composed: bool) -> _Way:
+        """The cheapest way for all columns that start at ``first_start`` or later, and before the node's end, to its
+        end; ``composed``: the node's product is there, or is composed for other columns."""
+        key = (node.number, first_start, composed)
+        if key not in self._ways:
+            self._ways[key] = self._find_way(node, first_start, composed)
+        return self._ways[key]
 
-    def _choose(self, node: Node, since: int, free: bool) -> tuple[int, bool]:
-        """That cost, and whether what has reached the node goes through it in one leg."""
-        load = self._load(since, node.start)
-        if node.high - node.low == 1:
-            return (self._use(self._tree.outline(node)) * load if load else 0), True
-        if not load and not self._load(since, node.stop - 1):
-            return 0, False
-        split = sum(self._cheapest(half, since, free) for half in self._tree.halves(node))
-        if not load:
-            return split, False
-        missing = 0 if free else self._missing(node)
-        whole = self._through(node, load) + max(missing - self._tree.credit(node), 0)
-        return (whole, True) if whole <= split else (split, False)
+    def _find_way(self, node: Node, first_start: int, composed: bool) -> _Way:
+        if not self._columns(first_start, node.stop - 1):
+            return _Way()
+        columns = self._columns(first_start, node.start)
+        if not columns:  # all start inside the node
+            return sum((self._way(half, first_start, composed) for half in node.halves), _Way())
+        pattern = self._planner.pattern(node)
+        through = _Way(pattern.apply_macs * columns, (Hop(first_start, node.start, node.stop, (node,), pattern),))
+        if node.is_leaf:
+            return through
+        split = sum((self._way(half, first_start, composed) for half in node.halves), _Way())
+        through = sum((self._way(half, node.start + 1, True) for half in node.halves), through)
+        composing = 0 if composed else self._uncomposed_cost(node)
+        spent = min(composing, self._planner.credit(node))
+        if through.charged + composing - spent <= split.charged:
+            return through + _Way(composing - spent, composing=composing, spent=spent)
+        if not composed and not self._tree.is_held(node):
+            split += _Way(savings=((node, max(split.charged - through.charged, 0)),))
+        return split
 
-    def _through(self, node: Node, load: int) -> int:
-        """The cost of one leg through a composed node, and of what starts inside it."""
-        inside = 0
-        if self._load(node.start + 1, node.stop - 1):
-            inside = sum(self._cheapest(half, node.start + 1, True) for half in self._tree.halves(node))
-        return self._use(self._tree.outline(node)) * load + inside
+    def _joined(self, hops: Sequence[Hop]) -> tuple[list[Hop], int]:
+        """The hops, with neighbours composed for this plan alone where that is cheaper; and the cost of composing."""
+        joined: list[Hop] = []
+        cost = 0
+        for hop in hops:
+            while joined and (both := self._join(joined[-1], hop)) is not None:
+                cost += both.pattern.compose_macs
+                joined.pop()
+                hop = both
+            joined.append(hop)
+        return joined, cost
 
-    def _follow(self, node: Node, since: int, free: bool, legs: list[Leg]) -> None:
-        """Write down the legs of the plan through a node, and the credit of the nodes it goes without."""
-        load = self._load(since, node.start)
-        if not load and not self._load(since, node.stop - 1):
-            return
-        self._cheapest(node, since, free)
-        if self._best[node.place, since, free][1]:
-            legs.append(Leg(since, node.start, node.stop, (node,), self._tree.outline(node)))
-            missing = 0 if free else self._missing(node)
-            self._bought += missing
-            if missing:
-                self._advance += min(missing, self._tree.credit(node))
-            since, free = node.start + 1, True
-            if node.high - node.low == 1 or not self._load(since, node.stop - 1):
-                return
-        elif load and not free and not self._tree.composed(node):
-            split = sum(self._cheapest(half, since, free) for half in self._tree.halves(node))
-            self._tree.add_credit(node, max(split - self._through(node, load), 0))
-        for half in self._tree.halves(node):
-            self._follow(half, since, free, legs)
-
-    def _joined(self, legs: list[Leg]) -> list[Leg]:
-        """The legs, with those composed for this plan alone that are cheaper as one."""
-        out: list[Leg] = []
-        for leg in legs:
-            while out and (joined := self._join(out[-1], leg)) is not None:
-                self._bought += self._make(joined.outline)
-                out.pop()
-                leg = joined
-            out.append(leg)
-        return out
-
-    def _join(self, leg: Leg, then: Leg) -> Leg | None:
-        """Both as one, if the same load goes through them and one product is cheaper."""
-        if leg.stop != then.start or leg.since != then.since or self._load(leg.start + 1, then.start):
+    def _join(self, first: Hop, second: Hop) -> Hop | None:
+        """Both as one, if the same columns go through them and one product is cheaper."""
+        if first.stop != second.start or first.first_start != second.first_start:
             return None
-        outline, load = self._tree.merged(leg.outline, then.outline), self._load(leg.since, leg.start)
-        if self._make(outline) + self._use(outline) * load >= (self._use(leg.outline) + self._use(then.outline)) * load:
+        if self._columns(first.start + 1, second.start):
             return None
-        return Leg(leg.since, leg.start, then.stop, leg.nodes + then.nodes, outline)
+        pattern = self._planner.compose_patterns(first.pattern, second.pattern)
+        saved = first.pattern.apply_macs + second.pattern.apply_macs - pattern.apply_macs
+        if pattern.compose_macs >= saved * self._columns(first.first_start, first.start):
+            return None
+        return Hop(first.first_start, first.start, second.stop, first.nodes + second.nodes, pattern)
+
+    def _one_product_each(self, limit: int) -> CatchUpPlan | None:
+        """One product to the end for each start, composed with that of the next start, so that every column is
+        multiplied once; None if it costs ``limit`` or more."""
+        hops: list[Hop] = []
+        cost = 0
+        for start, columns in reversed(list(zip(self._starts, self._counts, strict=True))):
+            then = hops[-1] if hops else None
+            nodes = self._tree.nodes(start, then.start if then else self._stop)
+            cost += sum(map(self._uncomposed_cost, nodes))
+            pattern, *others = [*map(self._planner.pattern, nodes), *([then.pattern] if then else [])]
+            for other in others:
+                pattern = self._planner.compose_patterns(pattern, other)
+                cost += pattern.compose_macs
+            cost += pattern.apply_macs * columns
+            if cost >= limit:
+                return None
+            hops.append(Hop(start, start, self._stop, tuple(nodes), pattern, then))
+        return CatchUpPlan(hops, cost, 0)

@@ -1,8 +1,8 @@
-"""The affine monoid of steps: what a run of steps does to a sleeping influence, and what it is owed for it.
+"""Transitions: how blocks of steps transform a dormant influence, and the gradient that it contributes meanwhile.
 
-One element maps the influence S at its start to ``Φ S`` at its end and to the gradient ``v S`` earned on the way;
-``(Φ₁, v₁)`` then ``(Φ₂, v₂)`` is ``(Φ₂ Φ₁, v₁ + v₂ Φ₁)``. Elements are row-sparse, per sample: Φ is the identity
-outside ``rows``, and the rows it changes depend on ``cols`` alone.
+A transition ``(Φ, v)`` maps the influence S at its start to ``Φ S`` at its end and contributes ``v S`` to the gradient.
+Transitions form a monoid: ``(Φ₁, v₁)`` followed by ``(Φ₂, v₂)`` is ``(Φ₂ Φ₁, v₁ + v₂ Φ₁)``. They are row-sparse, per
+sample: Φ is the identity outside ``rows``, and the rows it changes depend on ``cols`` alone.
 """
 
 from dataclasses import dataclass, replace
@@ -15,11 +15,12 @@ from rtrl._utils import index_sets
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """Where the numbers of a transition are, and so what it costs: known without any of them.
+    """Where the numbers of a transition are, and what it costs: known without computing it.
 
     Attributes:
-        rows, cols, n, width: as of ``Transition``. size: B.
-        compose_macs: multiply-adds of the composition that makes it, all samples together; 0 for a leaf.
+        rows, cols, n, width: as in ``Transition``.
+        size: B.
+        compose_macs: multiply-adds of the composition that makes it, all samples together; 0 for a single block.
     """
 
     rows: Tensor | None
@@ -47,7 +48,7 @@ class Pattern:
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """``(Φ, v)`` of a run of steps, for every sample of a batch, over a state of ``n`` rows of ``width`` entries.
+    """``(Φ, v)`` of consecutive blocks, for every sample of a batch, over a state of ``n`` rows of ``width`` entries.
 
     Attributes:
         rows: LongTensor (B, u), the rows Φ may change, or None for all. No index occurs twice in a sample.
@@ -55,7 +56,8 @@ class Transition:
             depend on.
         jacobian: (B, u·width, c·width), Φ restricted to these; outside them Φ is the identity.
         adjoint: (B, c·width), v restricted to ``cols``; zero elsewhere.
-        n, width: the state's rows and entries a row; H = n · width.
+        n: rows of the state.
+        width: entries per row; H = n · width.
     """
 
     rows: Tensor | None
@@ -66,128 +68,138 @@ class Transition:
     width: int
 
     @property
-    def apply_macs(self) -> int:
-        """Multiply-adds to apply Φ to one column of one sample's influence."""
-        return self.jacobian.shape[1] * self.jacobian.shape[2]
-
-    @property
     def pattern(self) -> Pattern:
         """Where its numbers are."""
         return Pattern(self.rows, self.cols, self.n, self.width, self.jacobian.shape[0])
 
-    def apply(self, influence: Tensor, sample: Tensor | None) -> Tensor:
-        """``Φ S`` for influences (R, H, p) of the samples ``sample`` (LongTensor (R,); None: R = B, in order), out of
-        place."""
-        jacobian = index_sets.select_samples(self.jacobian, sample)
-        rows, cols = index_sets.select_samples(self.rows, sample), index_sets.select_samples(self.cols, sample)
-        if rows is None:
-            return torch.bmm(jacobian, influence)
-        slots = influence.unflatten(1, (self.n, self.width))
-        changed = torch.bmm(jacobian, index_sets.gather(slots, cols).flatten(1, 2))
-        return index_sets.scatter(slots, rows, changed.unflatten(1, (-1, self.width))).flatten(1, 2)
+    @property
+    def apply_macs(self) -> int:
+        """Multiply-adds to apply Φ to one column of one sample's influence."""
+        return self.pattern.apply_macs
 
-    def pull(self, functional: Tensor | None, *, earn: bool = True) -> Tensor:
-        """``v + w Φ`` for a row functional w (B, H), None meaning zero; with ``earn=False``, ``w Φ`` alone."""
-        if functional is None:
-            nothing = self.adjoint.new_zeros(self.jacobian.shape[0], self.n, self.width)
-            return index_sets.scatter(nothing, self.cols, self.adjoint.unflatten(1, (-1, self.width)) * earn).flatten(1)
-        slots = functional.unflatten(1, (self.n, self.width))
-        through = torch.bmm(index_sets.gather(slots, self.rows).flatten(1).unsqueeze(1), self.jacobian).squeeze(1)
-        if earn:
-            through = through + self.adjoint
+    def apply(self, influence: Tensor) -> Tensor:
+        """Return ``Φ S`` for an influence S (B, H, p)."""
+        return self.apply_(influence.clone())
+
+    def apply_(self, influence: Tensor) -> Tensor:
+        """Replace an influence S (B, H, p) by ``Φ S``, in place; it may be a view."""
+        slots = influence.unflatten(1, (self.n, self.width))
+        sample = torch.arange(len(influence), device=influence.device)[:, None]
+        read = influence if self.cols is None else slots[sample, self.cols].flatten(1, 2)
+        changed = torch.bmm(self.jacobian, read)
         if self.rows is None:
-            return through
-        return index_sets.scatter_add(
-            index_sets.zero(slots, self.rows), self.cols, through.unflatten(1, (-1, self.width))
-        ).flatten(1)
+            influence.copy_(changed)
+        else:
+            slots[sample, self.rows] = changed.unflatten(1, (-1, self.width))
+        return influence
+
+    def pull_back(self, cotangent: Tensor | None, *, with_adjoint: bool = True) -> Tensor:
+        """Return ``v + w Φ`` for a cotangent w (B, H), None meaning zero; without the adjoint, ``w Φ`` alone."""
+        if cotangent is None:
+            zero = self.adjoint.new_zeros(self.jacobian.shape[0], self.n, self.width)
+            adjoint = self.adjoint.unflatten(1, (-1, self.width)) * with_adjoint
+            return index_sets.scatter(zero, self.cols, adjoint).flatten(1)
+        slots = cotangent.unflatten(1, (self.n, self.width))
+        product = torch.bmm(index_sets.gather(slots, self.rows).flatten(1).unsqueeze(1), self.jacobian).squeeze(1)
+        if with_adjoint:
+            product = product + self.adjoint
+        if self.rows is None:
+            return product
+        unchanged = index_sets.zero(slots, self.rows)
+        return index_sets.scatter_add(unchanged, self.cols, product.unflatten(1, (-1, self.width))).flatten(1)
+
+    def select_samples(self, samples: Tensor | None) -> "Transition":
+        """Return the transition of these samples of the batch (LongTensor); None for all."""
+        if samples is None:
+            return self
+        rows, cols = (index_sets.select_samples(t, samples) for t in (self.rows, self.cols))
+        return replace(self, rows=rows, cols=cols, jacobian=self.jacobian[samples], adjoint=self.adjoint[samples])
 
     def within(self, cols: Tensor | None) -> "Transition":
-        """The same element, counted in the rows ``cols`` alone (a superset of its own columns; None: all)."""
+        """Return the same map over the state rows ``cols`` alone (a superset of its own columns; None: all)."""
         if cols is None:
             return self
         places = index_sets.positions(cols, self.n)
-        rows, own = (None if t is None else places.gather(1, t) for t in (self.rows, self.cols))
-        return replace(self, rows=rows, cols=own, n=cols.shape[1])
+        rows, local = (None if t is None else places.gather(1, t) for t in (self.rows, self.cols))
+        return replace(self, rows=rows, cols=local, n=cols.shape[1])
 
 
 def flush_subnormals(product: Tensor, out: Tensor | None = None) -> Tensor:
-    """A product of Jacobians without entries on their way to subnormal numbers: those below tiny / eps become zero.
+    """Set the entries of a product of Jacobians that are close to subnormal numbers, below tiny / eps, to zero.
 
     Products of contracting Jacobians end there, and a CPU multiplies subnormal numbers many times slower than others.
-    What is cut is 1e-31 (float32) or 1e-292 (float64) of the identity that the product began with.
+    The entries cut off are below 1e-31 (float32) or 1e-292 (float64).
     """
-    kind = torch.finfo(product.dtype)
+    limits = torch.finfo(product.dtype)
     if out is None:
-        return torch.nn.functional.hardshrink(product, kind.tiny / kind.eps)
-    flat: Tensor = torch.ops.aten.hardshrink.out(product, kind.tiny / kind.eps, out=out)
-    return flat
+        return torch.nn.functional.hardshrink(product, limits.tiny / limits.eps)
+    flushed: Tensor = torch.ops.aten.hardshrink.out(product, limits.tiny / limits.eps, out=out)
+    return flushed
 
 
 def identity(batch_size: int, n: int, width: int, like: Tensor) -> Transition:
-    """The element of no steps, ``(I, 0)``: no rows, no columns."""
+    """Return the transition of no steps, ``(I, 0)``: no rows, no columns."""
     none = torch.empty(batch_size, 0, dtype=torch.int64, device=like.device)
     return Transition(none, none, like.new_zeros(batch_size, 0, 0), like.new_zeros(batch_size, 0), n, width)
 
 
-def merge(first: Pattern, then: Pattern) -> Pattern:
-    """The pattern of ``compose(first, then)``; rows and columns grow only as they must."""
+def compose_patterns(first: Pattern, second: Pattern) -> Pattern:
+    """Return the pattern of ``compose(first, second)``; rows and columns grow only as they must."""
     n, width = first.n, first.width
-    rows = index_sets.mask_to_indices(index_sets.union(first.rows, then.rows, n))
-    cols = (
-        None
-        if rows is None
-        else index_sets.mask_to_indices(index_sets.union(index_sets.union(first.cols, then.cols, n), rows, n))
-    )
-    macs = first.size * (then.u * _meet(first, then)[1] * first.c * width**3 + first.apply_macs)
+    rows = index_sets.mask_to_indices(index_sets.union(first.rows, second.rows, n))
+    cols = None
+    if rows is not None:
+        cols = index_sets.mask_to_indices(index_sets.union(index_sets.union(first.cols, second.cols, n), rows, n))
+    macs = first.size * (second.u * _changed_columns(first, second)[1] * first.c * width**3 + first.apply_macs)
     return Pattern(rows, cols, n, width, first.size, macs)
 
 
-def _meet(first: Pattern, then: Pattern) -> tuple[Tensor | None, int]:
-    """Which of ``then``'s columns ``first`` has changed, as places in ``then.cols``, and the largest count of a sample;
-    None means all. Samples with fewer are filled up with other places."""
+def _changed_columns(first: Pattern, second: Pattern) -> tuple[Tensor | None, int]:
+    """The columns of ``second`` that ``first`` has changed, as positions in ``second.cols``, and their largest number
+    per sample; None means all. Samples with fewer are filled up with other positions."""
     if first.rows is None:
-        return None, then.c
-    if then.cols is None:
+        return None, second.c
+    if second.cols is None:
         return first.rows, first.u
-    met = index_sets.mask(first.rows, first.n).gather(1, then.cols)
-    places = index_sets.mask_to_indices(met)
-    return places, then.c if places is None else places.shape[1]
+    changed = index_sets.mask(first.rows, first.n).gather(1, second.cols)
+    places = index_sets.mask_to_indices(changed)
+    return places, second.c if places is None else places.shape[1]
 
 
-def compose(first: Transition, then: Transition) -> Transition:
-    """``first``, followed by ``then``: ``(Φ₂ Φ₁, v₁ + v₂ Φ₁)``; rows and columns grow only as they must.
+def compose(first: Transition, second: Transition) -> Transition:
+    """Return ``first`` followed by ``second``: ``(Φ₂ Φ₁, v₁ + v₂ Φ₁)``; rows and columns grow only as they must.
 
-    Only the columns of Φ₂ that Φ₁ has changed are multiplied; the others of its rows, and the rows of Φ₁ that Φ₂ leaves
-    alone, are put where they belong.
+    Only the columns of Φ₂ that Φ₁ has changed are multiplied; the other columns of its rows, and the rows of Φ₁ that Φ₂
+    leaves alone, are copied to their places.
 
-    Cost: a sample, ``u₂·q·c₁·width³ + u₁·c₁·width²`` multiply-adds, q ≤ min(c₂, u₁) the rows that Φ₁ changes and Φ₂
+    Cost: per sample, ``u₂·q·c₁·width³ + u₁·c₁·width²`` multiply-adds, q ≤ min(c₂, u₁) the rows that Φ₁ changes and Φ₂
     reads; memory for the result and the product of ``u₂·width`` by ``c₁·width``.
     """
     n, width, size = first.n, first.width, first.jacobian.shape[0]
-    adjoint = first.pull(then.pull(None))
-    if first.rows is None and then.rows is None:
-        return Transition(None, None, flush_subnormals(torch.bmm(then.jacobian, first.jacobian)), adjoint, n, width)
-    pattern = merge(first.pattern, then.pattern)
-    met, _ = _meet(first.pattern, then.pattern)
+    adjoint = first.pull_back(second.pull_back(None))
+    if first.rows is None and second.rows is None:
+        return Transition(None, None, flush_subnormals(torch.bmm(second.jacobian, first.jacobian)), adjoint, n, width)
+    pattern = compose_patterns(first.pattern, second.pattern)
+    changed_cols, _ = _changed_columns(first.pattern, second.pattern)
 
-    # What Φ₁ makes of the rows that Φ₂ reads, and the columns of Φ₂ that read them.
-    old = then.jacobian.unflatten(2, (-1, width)).transpose(1, 2)  # (B, c₂, u₂·width, width)
-    made = first.jacobian.unflatten(1, (-1, width))  # (B, u₁, width, c₁·width)
+    # The rows of Φ₁ that Φ₂ reads, and the columns of Φ₂ that read them.
+    columns = second.jacobian.unflatten(2, (-1, width)).transpose(1, 2)  # (B, c₂, u₂·width, width)
+    factor = first.jacobian.unflatten(1, (-1, width))  # (B, u₁, width, c₁·width)
     if first.rows is None:
-        made = index_sets.gather(made, then.cols)
-        kept = torch.zeros_like(old)
+        factor = index_sets.gather(factor, second.cols)
+        unchanged = torch.zeros_like(columns)
     else:
         changed = index_sets.mask(first.rows, n)
-        read = changed if then.cols is None else changed.gather(1, then.cols)
+        read = changed if second.cols is None else changed.gather(1, second.cols)
         rows = first.rows  # those that Φ₂ reads and Φ₁ changes
-        if then.cols is not None:
-            rows = then.cols if met is None else then.cols.gather(1, met)
-        made = index_sets.gather(made, index_sets.positions(first.rows, n).gather(1, rows))
-        made = made.masked_fill(~changed.gather(1, rows)[:, :, None, None], 0.0)
-        kept = old.masked_fill(read[:, :, None, None], 0.0)
-    product = torch.bmm(index_sets.gather(old, met).transpose(1, 2).flatten(2), made.flatten(1, 2))
+        if second.cols is not None:
+            rows = second.cols if changed_cols is None else second.cols.gather(1, changed_cols)
+        factor = index_sets.gather(factor, index_sets.positions(first.rows, n).gather(1, rows))
+        factor = factor.masked_fill(~changed.gather(1, rows)[:, :, None, None], 0.0)
+        unchanged = columns.masked_fill(read[:, :, None, None], 0.0)
+    product = torch.bmm(index_sets.gather(columns, changed_cols).transpose(1, 2).flatten(2), factor.flatten(1, 2))
 
-    # Rows of Φ₂ over the columns of the result: what it reads unchanged, and the product.
+    # The rows of Φ₂ over the columns of the result: those that it reads unchanged, and the product.
     c, inside = pattern.c, None if pattern.cols is None else index_sets.positions(pattern.cols, n)
 
     def local(index: Tensor | None) -> Tensor | None:
@@ -198,27 +210,30 @@ def compose(first: Transition, then: Transition) -> Transition:
         wide = blocks.new_zeros(size, c, *blocks.shape[2:])
         return index_sets.scatter(wide, None if blocks.shape[1] == c and cols is None else local(cols), blocks)
 
-    late = spread(kept, then.cols)
-    late = index_sets.scatter_add(late, local(first.cols), product.unflatten(2, (-1, width)).transpose(1, 2))
-    late = late.transpose(1, 2).flatten(2)  # (B, u₂·width, c·width)
-    if then.rows is None:
-        return Transition(None, None, flush_subnormals(late), adjoint, n, width)
-    early = spread(first.jacobian.unflatten(2, (-1, width)).transpose(1, 2), first.cols).transpose(1, 2).flatten(2)
+    second_rows = spread(unchanged, second.cols)
+    product = product.unflatten(2, (-1, width)).transpose(1, 2)
+    second_rows = index_sets.scatter_add(second_rows, local(first.cols), product)
+    second_rows = second_rows.transpose(1, 2).flatten(2)  # (B, u₂·width, c·width)
+    if second.rows is None:
+        return Transition(None, None, flush_subnormals(second_rows), adjoint, n, width)
+    first_rows = spread(first.jacobian.unflatten(2, (-1, width)).transpose(1, 2), first.cols)
+    first_rows = first_rows.transpose(1, 2).flatten(2)
     if first.rows is None:
-        out = index_sets.scatter(early.unflatten(1, (-1, width)), then.rows, late.unflatten(1, (-1, width)))
+        out = index_sets.scatter(
+            first_rows.unflatten(1, (-1, width)), second.rows, second_rows.unflatten(1, (-1, width))
+        )
         return Transition(None, None, flush_subnormals(out.flatten(1, 2)), adjoint, n, width)
 
     places = None if pattern.rows is None else index_sets.positions(pattern.rows, n)
-    device = late.device
-    own = torch.arange(n, device=device).expand(size, -1) if pattern.rows is None else local(pattern.rows)
-    out = late.new_zeros(size, pattern.u, width, c, width)  # rows that only fill up stay those of the identity
+    device = second_rows.device
+    diagonal = torch.arange(n, device=device).expand(size, -1) if pattern.rows is None else local(pattern.rows)
+    out = second_rows.new_zeros(size, pattern.u, width, c, width)  # rows that only fill up stay those of the identity
     sample, place = torch.arange(size, device=device)[:, None], torch.arange(pattern.u, device=device)
-    out[sample, place, :, own] = torch.eye(width, dtype=late.dtype, device=device)
+    out[sample, place, :, diagonal] = torch.eye(width, dtype=second_rows.dtype, device=device)
     out = out.flatten(3)
-    for index, part in ((first.rows, early), (then.rows, late)):
-        out = index_sets.scatter(
-            out, index if places is None else places.gather(1, index), part.unflatten(1, (-1, width))
-        )
+    for index, part in ((first.rows, first_rows), (second.rows, second_rows)):
+        index = index if places is None else places.gather(1, index)
+        out = index_sets.scatter(out, index, part.unflatten(1, (-1, width)))
     if pattern.cols is not None:
         adjoint = index_sets.gather(adjoint.unflatten(1, (n, width)), pattern.cols).flatten(1)
     return Transition(pattern.rows, pattern.cols, flush_subnormals(out.flatten(1, 2)), adjoint, n, width)

@@ -44,7 +44,7 @@ def closing(
     earned = profile.parameter_bytes
     left_over = max(kept - written, 0) + swept + both + earned
     widest = max((shape.numel() for name, shape in profile.shapes.items() if name not in extent.sliced), default=0)
-    scratch = min(max(1, store._SCRATCH // (size * rows)), widest) * size * rows * item
+    scratch = min(max(1, store.BUFFER_NUMBERS // (size * rows)), widest) * size * rows * item
     advance = both + scratch + widest * item if closed else 0
     growing = _growing(profile, touched, closed, steps)
     uses = [use for use in linear.uses if use.response is not None]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from rtrl._influence.catch_up import CHUNK_BYTES
-from rtrl._influence.catch_up_plan import Plan
+from rtrl._influence.catch_up_plan import CatchUpPlan, CatchUpPlanner
 from rtrl._influence.segment_tree import CircularSegmentTree
-from rtrl._influence.transition import Pattern, merge
+from rtrl._influence.transition import Pattern, compose_patterns
 from rtrl._utils import index_sets
 from rtrl.costs.routing import Group
 
@@ -62,11 +62,10 @@ class Sleepers:
         none = torch.empty(batch_size, 0, dtype=torch.int64)
         self._tree: CircularSegmentTree[Pattern] = CircularSegmentTree(
             window if lazy and groups else 1,
-            merge,
+            compose_patterns,
             Pattern(none, none, rows, width, batch_size),
-            outline=lambda pattern: pattern,
-            merge=merge,
         )
+        self._planner = CatchUpPlanner(self._tree, lambda pattern: pattern, compose_patterns)
         self._clocks = [torch.full((batch_size * group.slices,), -1, dtype=torch.int64) for group in groups]
 
     def close(self, block: Pattern, active: list[Tensor]) -> Moved:
@@ -134,14 +133,12 @@ class Sleepers:
             macs += late.numel() * self._full * group.width
         return macs + (self._planned(dict.fromkeys(times, self._size), shared=True)[0].cost if times else 0)
 
-    def _planned(self, columns: dict[int, int], shared: bool = False) -> tuple[Plan, list[Pattern]]:
+    def _planned(self, columns: dict[int, int], shared: bool = False) -> tuple[CatchUpPlan, list[Pattern]]:
         """How the learner would lead these columns to the present; its products count as composed from now on."""
-        plan = self._tree.plan(
-            columns, self._tree.stop, lambda p: p.apply_macs, lambda p: p.compose_macs, shared=shared
-        )
-        return plan, self._tree.products(plan)
+        plan = self._planner.plan(columns, self._tree.stop, shared=shared)
+        return plan, self._planner.products(plan)
 
-    def _scratch(self, plan: Plan, products: list[Pattern], layout: tuple[_Rows, ...], samples: int) -> int:
+    def _scratch(self, plan: CatchUpPlan, products: list[Pattern], layout: tuple[_Rows, ...], samples: int) -> int:
         """Bytes of the chunk of columns that takes most: gathered, put side by side, and what a product reads of them
         and makes of it."""
         n, width = products[0].n, products[0].width
@@ -158,9 +155,9 @@ class Sleepers:
                 numbers = reach * sum(rows.width for rows in chunk) * (2 if len(chunk) > 1 else 1)
                 numbers += reach * chunk[-1].width if chunk[-1].rows > 1 else 0  # turned
             numbers += max(
-                sum(rows.width for rows in chunk if leg.since <= rows.clock <= leg.start)
+                sum(rows.width for rows in chunk if hop.first_start <= rows.clock <= hop.start)
                 * (product.u + (0 if product.cols is None else product.c))
-                for leg, product in zip(plan.legs, products, strict=True)
+                for hop, product in zip(plan.hops, products, strict=True)
             )
             most = max(most, numbers)
         return samples * most * width * self._itemsize

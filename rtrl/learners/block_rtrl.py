@@ -205,7 +205,9 @@ class BlockRTRL:
         if self._history is None:
             return
         if dormant:
-            self._pay({name: influence.held() for name, influence in self._influences.items() if influence.sliced})
+            self._pay(
+                {name: influence.active_rows() for name, influence in self._influences.items() if influence.sliced}
+            )
             self._paid = self._history.now
         for name, gradient in self._earned.items():
             if not checks.finite(gradient):
@@ -238,8 +240,8 @@ class BlockRTRL:
         if name not in self._influences:
             return self._state.new_zeros(self.batch_size, self._state[0].numel(), self._parameters[name].numel())
         influence = self._influences[name]
-        self._advance({name: influence.held()})
-        value = influence.dense()
+        self._advance({name: influence.active_rows()})
+        value = influence.to_dense()
         if not checks.finite(value):
             raise NonFiniteError(
                 f"NaN or infinity in the influence of parameter {name!r} on the state after step {self._taken - 1}"
@@ -282,12 +284,12 @@ class BlockRTRL:
         if discard:
             self._earned = {}
         elif self._history is not None:
-            held = {name: influence.held() for name, influence in self._influences.items()}
+            held = {name: influence.active_rows() for name, influence in self._influences.items()}
             for name, own in held.items():
                 held[name] = own[samples[self._influences[name].sample[own.to(self._state.device)].cpu()]]
             self._pay(held)
         for influence in self._influences.values():
-            influence.drop(samples)
+            influence.clear_samples(samples)
         shape = (-1, *[1] * (self._state.ndim - 1))
         self._state = torch.where(rows.reshape(shape), first, self._state)
 
@@ -373,19 +375,21 @@ class BlockRTRL:
         del groups  # and with it the graph
         self._check_result(result, span)
 
-        expiring, now = self._history.expiring, self._history.now
-        if expiring is not None:
-            held = {name: self._influences[name].held() for name in sliced}
-            self._advance({name: own[self._influences[name].clock[own] <= expiring] for name, own in held.items()})
+        next_overwritten, now = self._history.next_overwritten, self._history.now
+        if next_overwritten is not None:
+            held = {name: self._influences[name].active_rows() for name in sliced}
+            self._advance(
+                {name: own[self._influences[name].last_block[own] <= next_overwritten] for name, own in held.items()}
+            )
         self._history.append(result.transition)
         known = {name: influence.values.shape[0] for name, influence in self._influences.items()}
-        rows = {name: influence.claim(result.keys[name], now) for name, influence in self._influences.items()}
-        self._advance({name: rows[name] if self.lazy else self._influences[name].held() for name in sliced})
+        rows = {name: influence.allocate(result.keys[name], now) for name, influence in self._influences.items()}
+        self._advance({name: rows[name] if self.lazy else self._influences[name].active_rows() for name in sliced})
         for name, influence in self._influences.items():
             if not influence.sliced:  # it has never slept
                 if known[name]:
                     influence.advance(result.transition, self._gradient(name))
-                influence.clock[rows[name]] = self._history.now
+                influence.last_block[rows[name]] = self._history.now
         result.add_immediate(self._influences, rows)
         for name, gradient in result.gradient.items():
             self._gradient(name).add_(gradient)
@@ -401,7 +405,7 @@ class BlockRTRL:
         behind = [(self._influences[name], own) for name, own in rows.items()]
         catch_up(self._history, [(influence, own) for influence, own in behind if influence.sliced])
         for influence, own in behind:
-            influence.clock[own] = self._history.now
+            influence.last_block[own] = self._history.now
 
     def _pay(self, rows: Mapping[str, Tensor]) -> None:
         """Add to the gradient what rows of influences, by parameter, are owed for the blocks since their clock, as far
@@ -410,18 +414,18 @@ class BlockRTRL:
         now = self._history.now
         if self._paid >= now:
             return
-        late = {name: own[self._influences[name].clock[own] < now] for name, own in rows.items()}
+        late = {name: own[self._influences[name].last_block[own] < now] for name, own in rows.items()}
         late = {name: own for name, own in late.items() if own.numel()}
         if not late:
             return
-        times = torch.cat([self._influences[name].clock[own] for name, own in late.items()]).unique()
-        owed = self._history.owed(times.tolist(), self._paid)
-        functionals = torch.stack([owed[time] for time in times.tolist()])
+        times = torch.cat([self._influences[name].last_block[own] for name, own in late.items()]).unique()
+        pending = self._history.pending_adjoints(times.tolist(), self._paid)
+        functionals = torch.stack([pending[time] for time in times.tolist()])
         for name, own in late.items():
             influence = self._influences[name]
-            place = torch.searchsorted(times, influence.clock[own]).to(functionals.device)
+            place = torch.searchsorted(times, influence.last_block[own]).to(functionals.device)
             sample = influence.sample[own.to(functionals.device)]
-            influence.earn(own, functionals[place, sample], self._gradient(name))
+            influence.accumulate_grad(own, functionals[place, sample], self._gradient(name))
 
     def _gradient(self, name: str) -> Tensor:
         if name not in self._earned:

@@ -119,7 +119,7 @@ def _check_clocks(influences: Mapping[str, ParameterInfluence], history: History
     if history.capacity not in (1, window):
         raise ConfigError(f"the saved history holds {history.capacity} blocks, this learner's {window}")
     for name, influence in influences.items():
-        clocks = influence.clock[influence.held()]
+        clocks = influence.last_block[influence.active_rows()]
         if clocks.numel() and (int(clocks.max()) > history.now or int(clocks.min()) < history.oldest):
             raise ConfigError(f"the saved influence of {name!r} is of a time that the saved history does not reach")
 

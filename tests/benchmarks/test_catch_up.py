@@ -59,7 +59,7 @@ class Sleeper:
     def asleep(self) -> tuple[ParameterInfluence, Tensor]:
         shape = torch.Size([1, self.setup.k * self.setup.size])
         influence = ParameterInfluence(shape, True, 1, self.setup.size, self.values)
-        rows = influence.claim(torch.tensor([0]), self.history.oldest)
+        rows = influence.allocate(torch.tensor([0]), self.history.oldest)
         influence.values.copy_(self.values)
         return influence, rows
 
@@ -70,11 +70,10 @@ class Sleeper:
         return late[0].values
 
     def one_by_one(self, steps: int) -> Tensor:
-        influence, rows = self.asleep()
-        first = self.history.oldest
+        values, first = self.values.clone(), self.history.oldest
         for step in range(first, first + steps):
-            influence.move(rows, self.history.cover(step, step + 1))
-        return influence.values
+            self.history.tree.query(step, step + 1).apply_(values)
+        return values
 
 
 def agree(setup: Setup) -> None:

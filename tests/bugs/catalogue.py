@@ -37,11 +37,11 @@ from rtrl._engine.reverse_sweep import (
     reverse_sweep,
 )
 from rtrl._engine.step import _checked_copy, take
-from rtrl._influence.catch_up import _Legs, _of
+from rtrl._influence.catch_up import SampleHops
 from rtrl._influence.history import History
 from rtrl._influence.segment_tree import CircularSegmentTree as Tree
 from rtrl._influence.store import ParameterInfluence as Influence
-from rtrl._influence.transition import compose, flush_subnormals
+from rtrl._influence.transition import Transition, compose, flush_subnormals
 from rtrl._utils.index_sets import zero
 from rtrl.cells import RecurrentMoE, Stack
 from rtrl.cells.torch_derivatives import derivatives
@@ -225,7 +225,7 @@ BUGS = [
     Bug(
         1,
         "a wrapped range is composed newest first",
-        (wrong(Tree.nodes, lambda nodes: lambda *args: sorted(nodes(*args), key=lambda node: node.low)),),
+        (wrong(Tree.nodes, lambda nodes: lambda *args: sorted(nodes(*args), key=lambda node: node.lo)),),
         "tree_in_order",
     ),
     Bug(
@@ -239,9 +239,9 @@ BUGS = [
         "losses that fall while a slice sleeps are dropped",
         (
             swap(
-                History._sweep,
-                "FOUND[LEG.start] = PRODUCT.pull(FOUND[LEG.stop], earn=EARN)",
-                "FOUND[LEG.start] = PRODUCT.pull(FOUND[LEG.stop], earn=EARN and LEG.stop == self.now)",
+                History._pull_back,
+                "FOUND[HOP.start] = PRODUCT.pull_back(FOUND[HOP.stop], with_adjoint=WITH)",
+                "FOUND[HOP.start] = PRODUCT.pull_back(FOUND[HOP.stop], with_adjoint=WITH and HOP.stop == self.now)",
             ),
         ),
         "learner: sleeping slices",
@@ -273,13 +273,13 @@ BUGS = [
     Bug(
         7,
         "a slice older than the window is not caught up",
-        (wrong(History.expiring, idle),),
+        (wrong(History.next_overwritten, idle),),
         "learner: long sleep",
     ),
     Bug(
         8,
         "the current block is applied twice at wake-up",
-        (swap(Learner._advance, "INFLUENCE.clock[ROWS] = NOW", "INFLUENCE.clock[ROWS] = NOW - 1"),),
+        (swap(Learner._advance, "INFLUENCE.last_block[ROWS] = NOW", "INFLUENCE.last_block[ROWS] = NOW - 1"),),
         "learner: sparse rows",
     ),
     Bug(
@@ -313,7 +313,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         11,
         "a reset leaves influence and clocks behind",
-        (wrong(Influence.drop, idle),),
+        (wrong(Influence.clear_samples, idle),),
         "learner: resets",
     ),
     Bug(
@@ -331,13 +331,19 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         14,
         "a remembered node outlives the leaf under it",
-        (swap(Tree._value, "VALUE is None or STAMP != NODE.start", "VALUE is None"),),
+        (swap(Tree.value, "VALUE is None or STAMP != NODE.start", "VALUE is None"),),
         "tree_in_order",
     ),
     Bug(
         15,
         "one sample's index sets serve all",
-        (swap(_of, "ROWS.select_samples(INDEX, SAMPLES)", "ROWS.select_samples(INDEX, SAMPLES * 0)"),),
+        (
+            swap(
+                Transition.select_samples,
+                "ROWS.select_samples(INDEX, SAMPLES)",
+                "ROWS.select_samples(INDEX, SAMPLES * 0)",
+            ),
+        ),
         "learner: sparse rows",
     ),
     Bug(
@@ -379,7 +385,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         20,
         "a reset touches the other samples",
-        (wrong(Influence.drop, lambda drop: lambda self, samples: drop(self, samples | True)),),
+        (wrong(Influence.clear_samples, lambda drop: lambda self, samples: drop(self, samples | True)),),
         "learner: resets",
     ),
     Bug(
@@ -421,7 +427,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         26,
         "old Jacobians are applied again",
-        (swap(_Legs.apply, "CLOCK <= LEG.start", "CLOCK <= LEG.start + 1"),),
+        (swap(SampleHops.apply_, "BLOCK <= HOP.start", "BLOCK <= HOP.start + 1"),),
         "learner: sparse rows",
     ),
     Bug(
@@ -451,7 +457,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         29,
         "sleeping slices are paid twice",
-        (wrong(History.owed, lambda owed: lambda self, clocks, paid: owed(self, clocks, 0)),),
+        (wrong(History.pending_adjoints, lambda pending: lambda self, blocks, done: pending(self, blocks, 0)),),
         "learner: early deliveries",
     ),
     Bug(
@@ -561,7 +567,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         44,
         "an influence is handed out without catching up",
-        (swap(Learner.influence, "self.ADVANCE({NAME: INFLUENCE.held()})", ""),),
+        (swap(Learner.influence, "self.ADVANCE({NAME: INFLUENCE.active_rows()})", ""),),
         "learner: influence",
     ),
     Bug(
@@ -755,7 +761,7 @@ if GRADIENT is not None:
     Bug(
         67,
         "bookkeeping of the CPU is made on the default device",
-        (swap(Influence.claim, 'torch.arange(COUNT, device="cpu")', "torch.arange(COUNT)"),),
+        (swap(Influence.allocate, 'torch.arange(COUNT, device="cpu")', "torch.arange(COUNT)"),),
         "whatever_the_default_device",
     ),
     Bug(

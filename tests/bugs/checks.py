@@ -259,7 +259,7 @@ def long_blocks() -> None:
         (immediate, "_ROWS_CHUNK", 60),
         (immediate, "_LEAST_ROWS", 2),
         (buffers, "_LEAST_BYTES", 1),
-        (store, "_SCRATCH", 30),
+        (store, "BUFFER_NUMBERS", 30),
         (reverse_sweep, "_CHUNK", 40),
         (reverse_sweep, "_LAUNCH_MACS", {"cpu": 0}),
     )

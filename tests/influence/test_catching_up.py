@@ -1,7 +1,8 @@
-"""Slices that wake: led to the present exactly, for the multiply-adds that were planned, and never for more than they
-would cost one by one."""
+"""Slices that reactivate: brought up to date exactly, for the multiply-adds planned, and never for more than they would
+cost one by one."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,13 +13,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracles
-from rtrl._influence import catch_up as waking
+from rtrl._influence import catch_up as catching_up
 from rtrl._influence.catch_up import catch_up
-from rtrl._influence.catch_up_plan import Node
 from rtrl._influence.history import History
-from rtrl._influence.segment_tree import CircularSegmentTree
+from rtrl._influence.segment_tree import Node
 from rtrl._influence.store import ParameterInfluence
-from rtrl._influence.transition import Pattern, Transition, compose, merge
+from rtrl._influence.transition import Pattern, Transition, compose, compose_patterns
 from rtrl.profiling.macs import MacCounter
 
 BATCH, ROWS, WIDTH, STEPS = 3, 6, 2, 19
@@ -41,8 +41,9 @@ def leaf(kind: str, step: int) -> Transition:
 
 
 KINDS = ("sparse", "dense", "mixture")
-# (sample, slice) → clock. What falls asleep together, apart, in one sample only; what is awake; the oldest step held.
-SLEEPERS: dict[str, dict[tuple[int, int], int]] = {
+# (sample, slice) → last block: dormant since one step, since several, in one sample only; active; since the oldest step
+# held.
+DORMANT: dict[str, dict[tuple[int, int], int]] = {
     "one": {(1, 2): 6},
     "one, a step ago": {(1, 2): STEPS - 1},
     "one of each sample, together": {(b, 1): 7 for b in range(BATCH)},
@@ -50,7 +51,7 @@ SLEEPERS: dict[str, dict[tuple[int, int], int]] = {
     "all, together": {(b, s): 7 for b in range(BATCH) for s in range(4)},
     "all, in turn": {(b, s): 6 + 3 * s for b in range(BATCH) for s in range(4)},
     "all, each at its own time": {(b, s): 6 + b + 3 * s for b in range(BATCH) for s in range(4)},
-    "some awake": {(0, 0): STEPS, (0, 1): 9, (1, 1): 9, (1, 2): STEPS},
+    "some active": {(0, 0): STEPS, (0, 1): 9, (1, 1): 9, (1, 2): STEPS},
 }
 
 
@@ -61,14 +62,14 @@ def history(kind: str) -> History:
     return held
 
 
-def asleep(clocks: Mapping[tuple[int, int], int]) -> list[tuple[ParameterInfluence, Tensor]]:
+def dormant(clocks: Mapping[tuple[int, int], int]) -> list[tuple[ParameterInfluence, Tensor]]:
     """Rows of three parameters, with numbers in them; beside them rows that are none of our business."""
     found = []
     for seed, shape in enumerate(SHAPES.values()):
         influence = ParameterInfluence(shape, True, BATCH, ROWS * WIDTH, torch.zeros(0, dtype=torch.float64))
-        influence.claim(torch.arange(BATCH * shape[0]).flip(0), STEPS)
-        rows = influence.claim(torch.tensor([b * shape[0] + s for b, s in clocks]), STEPS)
-        influence.clock[rows] = torch.tensor(list(clocks.values()))
+        influence.allocate(torch.arange(BATCH * shape[0]).flip(0), STEPS)
+        rows = influence.allocate(torch.tensor([b * shape[0] + s for b, s in clocks]), STEPS)
+        influence.last_block[rows] = torch.tensor(list(clocks.values()))
         influence.values = normal(seed, *influence.values.shape)
         found.append((influence, rows))
     return found
@@ -78,18 +79,18 @@ def columns(late: list[tuple[ParameterInfluence, Tensor]]) -> dict[int, int]:
     """How many, by clock."""
     found: dict[int, int] = {}
     for influence, rows in late:
-        for clock in influence.clock[rows].tolist():
+        for clock in influence.last_block[rows].tolist():
             if clock < STEPS:
                 found[clock] = found.get(clock, 0) + influence.values.shape[2]
     return found
 
 
-def assert_led(kind: str, late: list[tuple[ParameterInfluence, Tensor]], before: list[Tensor]) -> None:
+def assert_up_to_date(kind: str, late: list[tuple[ParameterInfluence, Tensor]], before: list[Tensor]) -> None:
     full = [written_out(leaf(kind, step)) for step in range(STEPS)]
     for (influence, rows), old in zip(late, before, strict=True):
         expected = old.clone()
         for row in rows.tolist():
-            clock = int(influence.clock[row])
+            clock = int(influence.last_block[row])
             if clock < STEPS:
                 phi, _ = oracles.ordered_product(full[clock:])
                 expected[row] = phi[influence.sample[row]] @ old[row]
@@ -99,21 +100,21 @@ def assert_led(kind: str, late: list[tuple[ParameterInfluence, Tensor]], before:
 
 @pytest.mark.parametrize(
     ("who", "chunk"),
-    [(who, waking.CHUNK_BYTES) for who in SLEEPERS]
+    [(who, catching_up.CHUNK_BYTES) for who in DORMANT]
     + [(who, size) for who in ("one", "all, together", "all, in turn") for size in (1, 8 * ROWS * WIDTH * 7)],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_exact_and_as_dear_as_planned(kind: str, who: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the size of the chunks; rows that do not wake keep every bit."""
-    monkeypatch.setattr(waking, "CHUNK_BYTES", chunk)
-    late = asleep(SLEEPERS[who])
+    """Whatever the size of the chunks; rows that do not reactivate keep every bit."""
+    monkeypatch.setattr(catching_up, "CHUNK_BYTES", chunk)
+    late = dormant(DORMANT[who])
     before = [influence.values.clone() for influence, _ in late]
     planned = history(kind).plan(columns(late)).cost
     with MacCounter() as counter:
         done = catch_up(history(kind), late)
     assert counter.macs == done == planned
     assert planned > 0
-    assert_led(kind, late, before)
+    assert_up_to_date(kind, late, before)
     for (influence, rows), old in zip(late, before, strict=True):
         others = torch.ones(len(old), dtype=torch.bool)
         others[rows] = False
@@ -121,7 +122,7 @@ def test_exact_and_as_dear_as_planned(kind: str, who: str, chunk: int, monkeypat
 
 
 def test_nobody_is_late() -> None:
-    late = asleep({(0, 0): STEPS})
+    late = dormant({(0, 0): STEPS})
     before = [influence.values.clone() for influence, _ in late]
     assert catch_up(history("dense"), late) == catch_up(history("dense"), []) == 0
     assert all(torch.equal(influence.values, old) for (influence, _), old in zip(late, before, strict=True))
@@ -132,23 +133,23 @@ def test_nobody_is_late() -> None:
 
 def replayed(held: History, loads: Mapping[int, int]) -> int:
     """The multiply-adds of applying leaf by leaf."""
-    leaves = {step: item.apply_macs for step, item in held._tree.leaves()}
+    leaves = {step: held.tree.query(step, step + 1).apply_macs for step in range(held.oldest, held.now)}
     return sum(load * sum(leaves[step] for step in range(clock, held.now)) for clock, load in loads.items())
 
 
 def all_nodes_first(held: History, loads: Mapping[int, int]) -> int:
     """Every node under a range is composed, whatever it costs; then each clock takes those cheapest to apply."""
-    tree, made = held._tree, set[int]()
+    tree, pattern, made = held.tree, held.planner.pattern, set[int]()
 
     def composing(node: Node) -> int:
-        if node.high - node.low == 1 or tree.composed(node) or node.place in made:
+        if node.is_leaf or tree.is_held(node) or node.number in made:
             return 0
-        made.add(node.place)
-        return tree.outline(node).compose_macs + sum(map(composing, tree.halves(node)))
+        made.add(node.number)
+        return pattern(node).compose_macs + sum(map(composing, node.halves))
 
     def applying(node: Node) -> int:
-        whole: int = tree.outline(node).apply_macs
-        return whole if node.high - node.low == 1 else min(whole, sum(map(applying, tree.halves(node))))
+        whole: int = pattern(node).apply_macs
+        return whole if node.is_leaf else min(whole, sum(map(applying, node.halves)))
 
     total = 0
     for clock, load in loads.items():
@@ -158,16 +159,16 @@ def all_nodes_first(held: History, loads: Mapping[int, int]) -> int:
 
 
 def loads_of(who: str, factor: int) -> dict[int, int]:
-    return {clock: factor * load for clock, load in columns(asleep(SLEEPERS[who])).items()}
+    return {clock: factor * load for clock, load in columns(dormant(DORMANT[who])).items()}
 
 
 @pytest.mark.parametrize("factor", [1, 30])
-@pytest.mark.parametrize("who", SLEEPERS)
+@pytest.mark.parametrize("who", DORMANT)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_first_to_wake_pays_no_more_than_by_any_simple_rule(kind: str, who: str, factor: int) -> None:
+def test_the_first_to_reactivate_costs_no_more_than_by_any_simple_rule(kind: str, who: str, factor: int) -> None:
     loads = loads_of(who, factor)
     plan = history(kind).plan(loads)
-    assert plan.advance == 0
+    assert plan.spent_credit == 0
     assert plan.cost <= replayed(history(kind), loads)
     assert plan.cost <= all_nodes_first(history(kind), loads)
 
@@ -176,10 +177,13 @@ def test_composing_free_of_charge_breaks_the_bound_of_replay(monkeypatch: pytest
     """The control: nodes chosen as if composing cost nothing."""
     loads = {6: 5}
     held = history("dense")
-    plan = held._tree.plan(loads, held.now, lambda pattern: pattern.apply_macs, lambda pattern: 0)
+    monkeypatch.setattr(
+        held.planner, "compose_patterns", lambda *parts: replace(compose_patterns(*parts), compose_macs=0)
+    )
+    plan = held.plan(loads)
     with MacCounter() as counter:
         held.products(plan)
-    applied = sum(leg.outline.apply_macs for leg in plan.legs) * sum(loads.values())
+    applied = sum(hop.pattern.apply_macs for hop in plan.hops) * sum(loads.values())
     assert counter.macs + applied > 2 * replayed(held, loads)
 
 
@@ -198,8 +202,8 @@ def test_replay_breaks_the_bound_of_composed_nodes() -> None:
         ("mixture", "all, each at its own time"),  # sparse: see docs/limits.md
     ],
 )
-def test_waking_together_is_cheaper_than_one_after_the_other(kind: str, who: str, factor: int) -> None:
-    """Each for itself pays its own products."""
+def test_reactivating_together_is_cheaper_than_one_after_the_other(kind: str, who: str, factor: int) -> None:
+    """Each alone needs products of its own."""
     loads = loads_of(who, factor)
     together = history(kind).plan(loads).cost
     alone = sum(history(kind).plan({clock: load}).cost for clock, load in loads.items())
@@ -212,8 +216,8 @@ def test_waking_together_is_cheaper_than_one_after_the_other(kind: str, who: str
 
 
 def staggered(columns_each: int, steps: int, change: Callable[[History], None] = lambda held: None) -> tuple[int, ...]:
-    """A slice wakes at every step, having slept for almost the window; dense leaves. Sums of: what it cost; replay; all
-    nodes first."""
+    """A slice reactivates at every step, dormant for almost the window; dense leaves. Sums of costs: planned; replay;
+    all nodes first."""
     zero = torch.zeros(1, 8, 1)
     held, other = (History(32, 8, 8, zero) for _ in range(2))
     change(held)
@@ -229,12 +233,12 @@ def staggered(columns_each: int, steps: int, change: Callable[[History], None] =
             total += plan.cost
             replay += replayed(held, loads)
             first += all_nodes_first(other, loads)
-            other._tree.query(other.oldest + 1, other.now)
+            other.tree.query(other.oldest + 1, other.now)
     return total, replay, first
 
 
 @pytest.mark.parametrize("columns_each", [1, 4, 8, 64])
-def test_many_small_wakings_share_what_is_composed(columns_each: int) -> None:
+def test_many_small_reactivations_share_what_is_composed(columns_each: int) -> None:
     """None alone is worth a product; together they are, and cost little more than if one had known."""
     total, replay, first = staggered(columns_each, 100)
     assert total <= replay
@@ -243,30 +247,30 @@ def test_many_small_wakings_share_what_is_composed(columns_each: int) -> None:
         assert total < 0.5 * replay
 
 
-def test_without_credit_small_wakings_replay_for_ever() -> None:
+def test_without_credit_small_reactivations_replay_for_ever() -> None:
     """The control: a plan that knows no earlier ones."""
 
     def forget(held: History) -> None:
-        held._tree.credit = lambda node: 0  # type: ignore[method-assign]
+        held.planner.credit = lambda node: 0  # type: ignore[method-assign]
 
     total, replay, first = staggered(4, 100, forget)
     assert total > 0.5 * replay
     assert total > 1.5 * first
 
 
-def test_what_is_owed_takes_one_sweep_for_all_clocks() -> None:
+def test_pending_adjoints_take_one_backward_pass_for_all_last_blocks() -> None:
     held = history("dense")
     clocks = range(held.oldest, STEPS)
     with MacCounter() as counter:
-        owed = held.owed(clocks, 10)
-    # a pull a step; those before the payment are pulled back through it
+        pending = held.pending_adjoints(clocks, 10)
+    # one product per step; the earlier ones are pulled back through the accumulated blocks
     assert counter.macs <= BATCH * (ROWS * WIDTH) ** 2 * CAPACITY
     full = [written_out(leaf("dense", step)) for step in range(STEPS)]
     for clock in clocks:
         phi = oracles.ordered_product(full[clock : max(clock, 10)], size=ROWS * WIDTH, dtype=torch.float64)[0]
         _, v = oracles.ordered_product(full[max(clock, 10) :], size=ROWS * WIDTH, dtype=torch.float64)
         expected = (v.unsqueeze(-2) @ phi).squeeze(-2)
-        assert float((owed[clock] - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
+        assert float((pending[clock] - expected).abs().max()) <= 1e-12 * float(expected.abs().max())
 
 
 # ---------------------------------------------------------------------- composing
@@ -277,7 +281,7 @@ def test_composing_costs_what_its_pattern_says(kind: str) -> None:
     product = leaf(kind, 0)
     for step in range(1, STEPS):
         for one, two in ((product, leaf(kind, step)), (leaf(kind, step), product)):
-            pattern = merge(one.pattern, two.pattern)
+            pattern = compose_patterns(one.pattern, two.pattern)
             with MacCounter() as counter:
                 both = compose(one, two)
             assert counter.macs == pattern.compose_macs
@@ -308,7 +312,7 @@ def test_apart_transitions_compose_without_a_product() -> None:
         index = torch.full((BATCH, 1), row)
         return Transition(index, index, normal(row, BATCH, WIDTH, WIDTH), normal(9, BATCH, WIDTH), ROWS, WIDTH)
 
-    pattern = merge(at(0).pattern, at(3).pattern)
+    pattern = compose_patterns(at(0).pattern, at(3).pattern)
     assert pattern.compose_macs == BATCH * WIDTH**2
     assert (pattern.u, pattern.c) == (2, 2)
 
@@ -346,20 +350,19 @@ def test_a_saved_history_plans_as_the_one_it_was_taken_of() -> None:
     for load in (40, 3, 3):
         held.products(held.plan({8: load}))
     again = History.from_state_dict(held.state_dict(), torch.zeros(BATCH, ROWS, WIDTH, dtype=torch.float64))
-    assert again._tree.memory() == held._tree.memory()
+    assert again.planner.state_dict() == held.planner.state_dict()
     fresh = history("dense").plan({9: 3})
-    plans = [(plan.cost, plan.legs) for plan in (held.plan({9: 3}), again.plan({9: 3}))]
-    spans = [[(leg.since, leg.start, leg.stop) for leg in legs] for _, legs in plans]
+    plans = [(plan.cost, plan.hops) for plan in (held.plan({9: 3}), again.plan({9: 3}))]
+    spans = [[(hop.first_start, hop.start, hop.stop) for hop in hops] for _, hops in plans]
     assert spans[0] == spans[1]
     assert plans[0][0] == plans[1][0] < fresh.cost
 
 
 def test_patterns_are_planned_without_a_product() -> None:
-    tree: CircularSegmentTree[Any] = history("sparse")._tree
+    held = history("sparse")
 
-    def refuse(first: Transition, then: Transition) -> Transition:
+    def refuse(first: Transition, second: Transition) -> Transition:
         raise AssertionError("a product before the plan was made")
 
-    tree._combine = refuse
-    plan = tree.plan({7: 9}, STEPS, lambda pattern: pattern.apply_macs, lambda pattern: pattern.compose_macs)
-    assert all(isinstance(leg.outline, Pattern) for leg in plan.legs)
+    held.tree.combine = refuse
+    assert all(isinstance(hop.pattern, Pattern) for hop in held.plan({7: 9}).hops)

@@ -2,9 +2,9 @@
 row-sparse matrices."""
 
 import math
-from collections.abc import Callable
 
 import pytest
+import torch
 from helpers.full_matrices import written_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,9 +24,9 @@ class Counting:
     def __init__(self) -> None:
         self.combines = 0
 
-    def __call__(self, earlier: str, later: str) -> str:
+    def __call__(self, first: str, second: str) -> str:
         self.combines += 1
-        return earlier + later
+        return first + second
 
 
 def letter(step: int) -> str:
@@ -60,94 +60,59 @@ def test_queries_between_bursts_of_appends(capacity: int, script: list[tuple[int
         assert tree.query(start, stop) == "".join(everything[start:stop])
 
 
-@given(
-    capacity=st.integers(1, 12),
-    appended=st.integers(1, 30),
-    prices=st.lists(st.integers(0, 9), min_size=13, max_size=13),
-    data=st.data(),
-)
-def test_a_cover_by_cost_has_the_same_product_and_the_least_price(
-    capacity: int, appended: int, prices: list[int], data: st.DataObject
-) -> None:
-    tree = CircularSegmentTree(capacity, Counting(), "")
-    for step in range(appended):
-        tree.append(letter(step))
-    start = data.draw(st.integers(tree.oldest, appended))
-    stop = data.draw(st.integers(start, appended))
-
-    def cost(value: str) -> float:
-        return prices[value.count("<")]
-
-    by_cost, plain = tree.cover(start, stop, cost), tree.cover(start, stop)
-    assert "".join(by_cost) == "".join(plain) == tree.query(start, stop)
-    leaves = [letter(i) for i in range(start, stop)]
-    assert sum(map(cost, by_cost)) <= min(sum(map(cost, plain)), sum(map(cost, leaves)))
-
-
-@pytest.mark.parametrize(
-    ("prices", "spans"),
-    [
-        ({1: 3, 2: 5, 4: 9, 8: 17}, [8]),
-        ({1: 1, 2: 2, 4: 4, 8: 8}, [8]),  # at the same price the fewest
-        ({1: 1, 2: 9, 4: 3, 8: 9}, [4, 4]),
-        ({1: 1, 2: 9, 4: 9, 8: 9}, [1] * 8),
-        ({1: 9, 2: 1, 4: 9, 8: 5}, [2] * 4),
-        ({1: 2, 2: 3, 4: 9, 8: 12}, [8]),
-        ({1: 2, 2: 3, 4: 9, 8: 13}, [2] * 4),
-    ],
-)
-def test_a_cover_by_cost_splits_where_that_is_cheaper_and_nowhere_else(
-    prices: dict[int, int], spans: list[int]
-) -> None:
-    tree = CircularSegmentTree(8, Counting(), "")
-    for step in range(8):
-        tree.append(letter(step))
-    cover = tree.cover(0, 8, lambda value: prices[value.count("<")])
-    assert [value.count("<") for value in cover] == spans
-    assert "".join(cover) == tree.query(0, 8)
-
-
-def test_a_cover_by_cost_is_split_on_both_sides_of_the_wrap_around() -> None:
-    tree = CircularSegmentTree(8, Counting(), "")
-    for step in range(12):
-        tree.append(letter(step))
-    assert len(tree.cover(4, 12)) == 2
-    assert tree.cover(4, 12, lambda value: value.count("<") ** 2) == [letter(step) for step in range(4, 12)]
-
-
-def test_the_steps_that_are_asked_for_and_those_that_are_held_are_named() -> None:
+def test_the_steps_requested_and_those_held_are_named() -> None:
     tree = CircularSegmentTree(3, Counting(), "", start=10)
     for step in range(5):
         tree.append(letter(step))
-    with pytest.raises(WindowError, match=r"^steps 11 … 13 were asked for, but 12 … 14 are held$"):
+    with pytest.raises(WindowError, match=r"^steps 11 … 13 were requested, but 12 … 14 are held$"):
         tree.query(11, 14)
-    with pytest.raises(WindowError, match=r"^steps 13 … 15 were asked for, but 12 … 14 are held$"):
+    with pytest.raises(WindowError, match=r"^steps 13 … 15 were requested, but 12 … 14 are held$"):
         tree.query(13, 16)
     with pytest.raises(WindowError, match=r"^the range 14 … 13 is reversed$"):
         tree.query(14, 13)
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 5, 8])
-def test_what_is_kept_is_asked_for_with_its_place_and_its_span(capacity: int) -> None:
-    """A place is a node of its own, and what is put there spans as many steps each time."""
-    asked: list[tuple[int, int, str]] = []
+def test_values_are_stored_by_the_number_of_their_node(capacity: int) -> None:
+    """A number stands for one node, and what is stored for it spans equally many steps each time."""
+    stored: list[tuple[int, str]] = []
 
-    def keep(node: int, span: int, value: str) -> str:
-        asked.append((node, span, value))
+    def store(number: int, value: str) -> str:
+        stored.append((number, value))
         return value.upper()
 
-    tree = CircularSegmentTree(capacity, lambda a, b: a + b, "", keep=keep)
+    tree = CircularSegmentTree(capacity, lambda first, second: first + second, "", store=store)
     for step in range(3 * capacity):
         tree.append("abcdefghijklmnopqrstuvwxyz"[step])
         tree.query(tree.oldest, tree.stop)
-    assert all(span == len(value) for _, span, value in asked)
     spans: dict[int, set[int]] = {}
-    for node, span, _ in asked:
-        spans.setdefault(node, set()).add(span)
+    for number, value in stored:
+        spans.setdefault(number, set()).add(len(value))
     assert sorted(spans) == list(range(2 * capacity - 1))
     assert spans[0] == {capacity}
-    assert all(len(own) == 1 for own in spans.values())
-    assert tree.query(tree.oldest, tree.stop).isupper()  # what is kept is what is used
+    assert all(len(lengths) == 1 for lengths in spans.values())
+    assert tree.query(tree.oldest, tree.stop).isupper()  # the stored value is the one used
+
+
+def test_a_node_is_held_from_when_it_is_computed_until_a_leaf_is_overwritten() -> None:
+    tree = CircularSegmentTree(4, Counting(), "")
+    for step in range(4):
+        tree.append(letter(step))
+    (root,) = tree.nodes(0, 4)
+    assert [root.start, root.stop, root.is_leaf] == [0, 4, False]
+    assert [tree.is_held(node) for node in (root, *root.halves)] == [False] * 3
+    assert tree.value(root.halves[0]) == "<0><1>"
+    assert [tree.is_held(node) for node in (root, *root.halves)] == [False, True, False]
+    assert tree.product(root.halves) == tree.value(root) == "<0><1><2><3>"
+    assert tree.product([]) == ""
+    tree.append(letter(4))
+    (later,) = tree.nodes(2, 4)
+    assert tree.is_held(later)
+    (early,) = tree.nodes(4, 5)
+    assert early.is_leaf and tree.is_held(early)
+    tree.append(letter(5))
+    assert not tree.is_held(tree.nodes(4, 6)[0])
+    assert tree.query(2, 6) == "<2><3><4><5>"
 
 
 @given(st.integers(1, 300))
@@ -199,150 +164,30 @@ def test_row_sparse_matrices_equal_ordered_products(
         now = step + 1
         for start in range(max(0, now - capacity), now):
             expected = oracles.ordered_product([written_out(items[i % len(items)]) for i in range(start, now)])
-            product = history.cover(start, now)
-            phi = written_out(product[0])[0]
-            for part in product[1:]:
+            phi = torch.eye(first.n * first.width, dtype=torch.float64)
+            for _, part in history.products(history.plan({start: 1})):
                 phi = written_out(part)[0] @ phi
-            assert_same((phi, history.owed([start], start)[start]), expected)
+            assert_same((phi, history.pending_adjoints([start], start)[start]), expected)
 
 
 @given(elements(), st.data())
-def test_what_is_owed_after_a_payment(items: list[Transition], data: st.DataObject) -> None:
-    """``v`` from the payment on, pulled back through the blocks before it: with what was paid, it makes the whole."""
+def test_pending_adjoints_after_gradients_were_accumulated(items: list[Transition], data: st.DataObject) -> None:
+    """``v`` of the later blocks, pulled back through the earlier ones, and what was accumulated make the whole."""
     first = items[0]
     history = History(
         len(items), first.n, first.n, first.jacobian.new_zeros(first.jacobian.shape[0], first.n, first.width)
     )
     cut = data.draw(st.integers(0, len(items)))
-    paid = None
+    accumulated = None
     for step, item in enumerate(items):
         if step == cut:
-            paid = history.owed([0], 0)[0]
+            accumulated = history.pending_adjoints([0], 0)[0]
         history.append(item)
-    whole = history.owed([0], 0)[0]
-    rest = history.owed([0], cut)[0]
-    early = whole if paid is None else paid + rest
-    assert_same((whole.unsqueeze(1) * 0 + 1, early), (whole.unsqueeze(1) * 0 + 1, whole))
-    assert (paid is None) == (cut == len(items))
-
-
-def spans(
-    capacity: int, appended: int, keep: Callable[[int, int, str], str] | None = None
-) -> tuple[CircularSegmentTree[str], Counting]:
-    """A tree of letters; the outline of a product is the range of its steps."""
-    combine = Counting()
-    tree: CircularSegmentTree[str] = CircularSegmentTree(
-        capacity,
-        combine,
-        "",
-        keep=keep,
-        outline=lambda value: (int(value[1:-1]), int(value[1:-1]) + 1),
-        merge=lambda earlier, later: (earlier[0], later[1]),
-    )
-    for step in range(appended):
-        tree.append(letter(step))
-    return tree, combine
-
-
-@given(
-    capacity=st.integers(1, 12),
-    appended=st.integers(1, 30),
-    prices=st.lists(st.integers(0, 9), min_size=13, max_size=13),
-    efforts=st.lists(st.integers(0, 9), min_size=13, max_size=13),
-    loads=st.lists(st.integers(1, 5), min_size=12, max_size=12),
-    shared=st.booleans(),
-    data=st.data(),
-)
-def test_plans_lead_every_start_through_every_step_once(
-    capacity: int,
-    appended: int,
-    prices: list[int],
-    efforts: list[int],
-    loads: list[int],
-    shared: bool,
-    data: st.DataObject,
-) -> None:
-    """Whatever the costs, again and again on one tree, and without a product before it is made."""
-    tree, combine = spans(capacity, appended)
-    for _ in range(3):
-        begins = data.draw(st.sets(st.integers(tree.oldest, appended), max_size=5))
-        starts = dict(zip(sorted(begins), loads, strict=False))
-        stop = data.draw(st.integers(max(starts, default=appended), appended))
-        before = combine.combines
-        plan = tree.plan(
-            starts,
-            stop,
-            lambda outline: prices[outline[1] - outline[0]],
-            lambda outline: efforts[outline[1] - outline[0]],
-            shared=shared,
-        )
-        assert combine.combines == before, "planned without a product"
-        led = {start: (start, "") for start in starts}
-        for leg, product in zip(plan.legs, tree.products(plan), strict=True):
-            mine = [start for start in starts if leg.since <= start <= leg.start]
-            for start in mine:
-                assert led[start][0] == leg.start
-                led[start] = (leg.stop, led[start][1] + product)
-        wanted = {start: (stop, "".join(letter(i) for i in range(start, stop))) for start in starts}
-        assert led == wanted
-        assert tree.query(tree.oldest, appended) == "".join(letter(i) for i in range(tree.oldest, appended))
-
-
-@given(
-    capacity=st.integers(1, 12),
-    appended=st.integers(1, 30),
-    prices=st.lists(st.integers(0, 9), min_size=13, max_size=13),
-    effort=st.integers(0, 9),
-    data=st.data(),
-)
-def test_the_cost_of_a_plan_is_that_of_its_combines_and_its_uses(
-    capacity: int, appended: int, prices: list[int], effort: int, data: st.DataObject
-) -> None:
-    tree, combine = spans(capacity, appended)
-    begins = data.draw(st.sets(st.integers(tree.oldest, appended), max_size=5))
-    starts = {start: 1 + start % 4 for start in begins}
-    cost = lambda outline: prices[outline[1] - outline[0]]
-    plan = tree.plan(starts, appended, cost, lambda outline: effort)
-    tree.products(plan)
-    used = sum(cost(leg.outline) * sum(starts[s] for s in starts if leg.since <= s <= leg.start) for leg in plan.legs)
-    assert plan.cost == used + effort * combine.combines
-    leaves = sum(load * prices[1] * (appended - start) for start, load in starts.items())
-    assert plan.cost <= leaves
-    cover = tree.cover(tree.oldest, appended, cost, lambda outline: effort)
-    assert "".join(cover) == tree.query(tree.oldest, appended)
-
-
-def test_a_product_is_bought_when_going_without_has_cost_as_much() -> None:
-    """One at a time: two leaves cost 2, their product 1, composing 3. The third would have saved a third 1."""
-    tree, combine = spans(2, 2)
-    found = []
-    for _ in range(5):
-        plan = tree.plan({0: 1}, 2, lambda outline: 1, lambda outline: 3)
-        tree.products(plan)
-        found.append((plan.cost, plan.advance, combine.combines))
-    assert found == [(2, 0, 0), (2, 0, 0), (4, 2, 1), (1, 0, 1), (1, 0, 1)]
-
-
-def test_credit_is_gone_with_the_leaves() -> None:
-    tree, _ = spans(2, 2)
-    for _ in range(2):
-        tree.plan({0: 1}, 2, lambda outline: 1, lambda outline: 3)
-    tree.append(letter(2))
-    tree.append(letter(3))
-    assert tree.plan({2: 1}, 4, lambda outline: 1, lambda outline: 3).advance == 0
-    assert tree.plan({2: 1}, 4, lambda outline: 1, lambda outline: 1).cost == 2
-
-
-def test_what_starts_inside_a_node_joins_where_that_is_cheaper() -> None:
-    """Eight leaves, a product as dear as a leaf, composing dear: one goes leaf by leaf, and takes the others along."""
-    tree, combine = spans(8, 8)
-    plan = tree.plan({0: 1, 3: 1, 7: 1}, 8, lambda outline: 1, lambda outline: 100)
-    assert [(leg.since, leg.start, leg.stop) for leg in plan.legs] == [(0, i, i + 1) for i in range(8)]
-    assert tree.plan({0: 1, 3: 1, 7: 1}, 8, lambda outline: 1, lambda outline: 100, shared=True).cost == 8
-    assert combine.combines == 0
-    tree.query(0, 8)  # with all nodes composed, the first goes alone
-    legs = tree.plan({0: 9, 7: 1}, 8, lambda outline: 1, lambda outline: 100).legs
-    assert [(leg.since, leg.start, leg.stop) for leg in legs] == [(0, 0, 8), (1, 7, 8)]
+    whole = history.pending_adjoints([0], 0)[0]
+    rest = history.pending_adjoints([0], cut)[0]
+    total = whole if accumulated is None else accumulated + rest
+    assert_same((whole.unsqueeze(1) * 0 + 1, total), (whole.unsqueeze(1) * 0 + 1, whole))
+    assert (accumulated is None) == (cut == len(items))
 
 
 class TreeMachine(RuleBasedStateMachine):
@@ -376,7 +221,8 @@ class TreeMachine(RuleBasedStateMachine):
     @invariant()
     def holds_the_last_ones(self) -> None:
         if hasattr(self, "tree"):
-            assert [value for _, value in self.tree.leaves()] == self.items[-self.tree.capacity :][: len(self.items)]
+            held = [self.tree.query(step, step + 1) for step in range(self.tree.oldest, self.tree.stop)]
+            assert held == self.items[-self.tree.capacity :][: len(self.items)]
             assert self.tree.stop == self.start + len(self.items)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.full_matrices import written_out
 from helpers.strategies import normal
 from torch import Tensor
 
@@ -29,24 +28,24 @@ def whole() -> ParameterInfluence:
 def filled(keys: list[int], now: int = 5) -> ParameterInfluence:
     """Rows of these keys, with numbers in them."""
     influence = sliced()
-    rows = influence.claim(torch.tensor(keys), now)
+    rows = influence.allocate(torch.tensor(keys), now)
     influence.values[rows] = normal(1, len(keys), STATE, WIDTH)
     return influence
 
 
 # ---------------------------------------------------------------------- loading
 
-FIT = "the saved influence is damaged: its rows and their samples, slices and clocks do not fit"
-ROWS = "the saved influence is damaged: a slice is said to be in a row that is not there"
+FIT = "the saved influence is damaged: its rows do not fit their samples, slices and last blocks"
+ROWS = "the saved influence is damaged: a slice refers to a row that does not exist"
 SHAPE = "the saved influence has rows of shape {} for {} slices, this learner needs (4, 2) for 6"
 DAMAGE: dict[str, tuple[str, Any, str]] = {
     "short samples": ("sample", lambda t: t[:1], FIT),
     "short slices": ("slice", lambda t: t[:1], FIT),
-    "short clocks": ("clock", lambda t: t[:1], FIT),
+    "short last blocks": ("last_block", lambda t: t[:1], FIT),
     "samples of two dimensions": ("sample", lambda t: t[:, None], FIT),
     "samples of another kind": ("sample", lambda t: t.int(), FIT),
     "slices of another kind": ("slice", lambda t: t.int(), FIT),
-    "clocks of another kind": ("clock", lambda t: t.double(), FIT),
+    "last blocks of another kind": ("last_block", lambda t: t.double(), FIT),
     "rows of another kind": ("row", lambda t: t.int(), ROWS),
     "a row too far": ("row", lambda t: t.clamp(min=2), ROWS),
     "another precision": (
@@ -76,9 +75,9 @@ def test_what_was_saved_is_loaded_as_a_copy() -> None:
     mine = filled([0])
     mine.load_state_dict(saved)
     again = mine.state_dict()
-    assert list(again) == ["sliced", "values", "sample", "slice", "clock", "row"]
+    assert list(again) == ["sliced", "values", "sample", "slice", "last_block", "row"]
     assert again["sliced"] is True
-    for name in ("values", "sample", "slice", "clock", "row"):
+    for name in ("values", "sample", "slice", "last_block", "row"):
         assert torch.equal(again[name], saved[name])
         held = mine._row if name == "row" else getattr(mine, name)
         assert len({t.data_ptr() for t in (held, saved[name], again[name])}) == 3
@@ -88,43 +87,43 @@ def test_what_was_saved_elsewhere_is_loaded_onto_the_device_of_the_learner() -> 
     mine = ParameterInfluence(torch.Size([SLICES, WIDTH]), True, BATCH, STATE, LIKE.to("meta"))
     mine.load_state_dict(filled([1, 5]).state_dict())
     assert {str(t.device) for t in (mine.values, mine.sample, mine.slice)} == {"meta"}
-    assert {str(t.device) for t in (mine.clock, mine._row)} == {"cpu"}
+    assert {str(t.device) for t in (mine.last_block, mine._row)} == {"cpu"}
     assert mine.values.shape == (2, STATE, WIDTH)
 
 
 def test_a_store_without_rows_may_be_saved_and_loaded() -> None:
     mine = filled([0])
     mine.load_state_dict(sliced().state_dict())
-    assert mine.held().numel() == 0
+    assert mine.active_rows().numel() == 0
     assert mine.values.shape == (0, STATE, WIDTH)
 
 
 def test_a_parameter_without_slices_has_a_store_without_rows() -> None:
     influence = ParameterInfluence(torch.Size([0, WIDTH]), True, BATCH, STATE, LIKE)
     assert influence.values.shape == (0, STATE, 0)
-    assert influence.dense().shape == (BATCH, STATE, 0)
+    assert influence.to_dense().shape == (BATCH, STATE, 0)
 
 
 # ---------------------------------------------------------------------- rows
 
 
-def test_rows_are_claimed_once_used_again_when_dropped_and_start_at_zero() -> None:
+def test_rows_are_allocated_once_used_again_when_cleared_and_start_at_zero() -> None:
     influence = filled([1, 5], now=5)
     assert influence.sample.tolist() == [0, 1]
     assert influence.slice.tolist() == [1, 2]
-    assert influence.clock.tolist() == [5, 5]
-    assert influence.held().tolist() == [0, 1]
-    assert influence.claim(torch.tensor([5, 1]), 6).tolist() == [1, 0]  # nothing new: the clocks stay
-    assert influence.clock.tolist() == [5, 5]
+    assert influence.last_block.tolist() == [5, 5]
+    assert influence.active_rows().tolist() == [0, 1]
+    assert influence.allocate(torch.tensor([5, 1]), 6).tolist() == [1, 0]  # nothing new: the last blocks stay
+    assert influence.last_block.tolist() == [5, 5]
 
-    influence.drop(torch.tensor([True, False]))
-    assert influence.held().tolist() == [1]
-    assert bool(influence.values[0].count_nonzero())  # the numbers are still there, but belong to nobody
-    assert influence.claim(torch.tensor([5, 0, 2]), 7).tolist() == [1, 0, 2]  # one row again, and one more
-    assert influence.held().tolist() == [0, 1, 2]
+    influence.clear_samples(torch.tensor([True, False]))
+    assert influence.active_rows().tolist() == [1]
+    assert bool(influence.values[0].count_nonzero())  # the numbers are still there, but of no sample
+    assert influence.allocate(torch.tensor([5, 0, 2]), 7).tolist() == [1, 0, 2]  # one row again, and one more
+    assert influence.active_rows().tolist() == [0, 1, 2]
     assert influence.sample.tolist() == [0, 1, 0]
     assert influence.slice.tolist() == [0, 2, 2]
-    assert influence.clock.tolist() == [7, 5, 7]
+    assert influence.last_block.tolist() == [7, 5, 7]
     assert not bool(influence.values[[0, 2]].count_nonzero())
     assert bool(influence.values[1].count_nonzero())
 
@@ -133,33 +132,33 @@ def test_bytes_are_those_of_all_its_tensors() -> None:
     assert filled([1, 5]).n_bytes == 8 * (2 * STATE * WIDTH + 3 * 2 + BATCH * SLICES)
 
 
-def test_dense_puts_every_row_at_its_sample_and_slice() -> None:
+def test_the_dense_form_has_every_row_at_its_sample_and_slice() -> None:
     influence = filled([1, 5])
     expected = torch.zeros(BATCH, STATE, SLICES, WIDTH, dtype=torch.float64)
     expected[0, :, 1], expected[1, :, 2] = influence.values
-    assert torch.equal(influence.dense(), expected.flatten(2))
+    assert torch.equal(influence.to_dense(), expected.flatten(2))
 
 
 # ---------------------------------------------------------------------- sums and products
 
 
 @pytest.mark.parametrize("keys", [[0, 1, 3, 4, 5], [4, 1]], ids=["all rows", "some rows"])
-def test_what_is_earned_is_added_slice_by_slice_over_the_samples(keys: list[int]) -> None:
+def test_gradients_are_added_slice_by_slice_over_the_samples(keys: list[int]) -> None:
     influence = filled([0, 1, 3, 4, 5])
     gradient = normal(3, SLICES, WIDTH)
     expected = gradient.clone()
-    rows = influence.claim(torch.tensor(keys), 9)
-    functional = normal(2, len(keys), STATE)
-    for weight, row in zip(functional, rows.tolist(), strict=True):
+    rows = influence.allocate(torch.tensor(keys), 9)
+    adjoints = normal(2, len(keys), STATE)
+    for weight, row in zip(adjoints, rows.tolist(), strict=True):
         expected[influence.slice[row]] += weight @ influence.values[row]
-    influence.earn(rows, functional, gradient)
+    influence.accumulate_grad(rows, adjoints, gradient)
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_nothing_is_earned_by_no_rows() -> None:
+def test_no_rows_add_nothing_to_a_gradient() -> None:
     influence, gradient = filled([0]), normal(3, SLICES, WIDTH)
     before = gradient.clone()
-    influence.earn(torch.empty(0, dtype=torch.int64), normal(2, 0, STATE), gradient)
+    influence.accumulate_grad(torch.empty(0, dtype=torch.int64), normal(2, 0, STATE), gradient)
     assert torch.equal(gradient, before)
 
 
@@ -172,35 +171,17 @@ def transition(rows: Tensor | None) -> Transition:
 @pytest.mark.parametrize("rows", [None, torch.tensor([[1], [0]])], ids=["all of the state", "a row of it"])
 @pytest.mark.parametrize("samples", [[1, 0], [1]], ids=["both samples", "one sample"])
 @pytest.mark.parametrize("make", [sliced, whole])
-def test_moving_and_adding_reach_the_rows_named_and_no_others(
-    make: Any, samples: list[int], rows: Tensor | None
-) -> None:
+def test_adding_reaches_the_rows_named_and_no_others(make: Any, samples: list[int], rows: Tensor | None) -> None:
     influence = make()
-    influence.claim(torch.arange(BATCH * influence.slices), 0)
+    influence.allocate(torch.arange(BATCH * influence.slices), 0)
     influence.values = normal(1, *influence.values.shape)
-    named = influence.claim(torch.tensor(samples) * influence.slices, 0).sort().values  # the first slice of each
+    named = influence.allocate(torch.tensor(samples) * influence.slices, 0).sort().values  # the first slice of each
     block = transition(rows)
-    born = normal(6, len(named), block.jacobian.shape[1], influence.values.shape[2])
+    immediate = normal(6, len(named), block.jacobian.shape[1], influence.values.shape[2])
     expected = influence.values.clone()
-    full = written_out(block)[0]
     for i, row in enumerate(named.tolist()):
         b = int(influence.sample[row])
-        expected[row] = full[b] @ full[b] @ expected[row]
         at = slice(None) if rows is None else slice(2 * int(rows[b, 0]), 2 * int(rows[b, 0]) + 2)
-        expected[row, at] += born[i]
-    influence.move(named, [block, block])
-    influence.add(named, block, born)
+        expected[row, at] += immediate[i]
+    influence.add(named, block, immediate)
     torch.testing.assert_close(influence.values, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_blocks_are_applied_the_earliest_first() -> None:
-    influence = whole()
-    rows = influence.claim(torch.arange(BATCH), 0)
-    influence.values = start = normal(1, *influence.values.shape)
-    first, then = transition(None), transition(torch.tensor([[1], [0]]))
-    influence.move(rows, [first, then])
-    product = written_out(then)[0] @ written_out(first)[0]
-    torch.testing.assert_close(influence.values, product @ start, rtol=1e-12, atol=1e-12)
-    influence.move(rows, [])
-    influence.move(rows[:0], [first])
-    torch.testing.assert_close(influence.values, product @ start, rtol=1e-12, atol=1e-12)

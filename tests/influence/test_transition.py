@@ -140,7 +140,7 @@ def test_composition_takes_no_more_rows_and_columns_than_it_must() -> None:
 
 
 @given(elements(count=1), seeds, st.data())
-def test_apply_and_pull_are_products_with_the_full_matrices(
+def test_apply_and_pull_back_are_products_with_the_full_matrices(
     items: list[Transition], seed: int, data: st.DataObject
 ) -> None:
     (item,) = items
@@ -149,14 +149,24 @@ def test_apply_and_pull_are_products_with_the_full_matrices(
     chosen = data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=4))
     sample = torch.tensor(chosen)
     influence = normal(seed, len(chosen), phi.shape[1], 3)
-    assert worst(item.apply(influence, sample), phi[sample] @ influence, dim=1) <= 1
+    assert worst(item.select_samples(sample).apply(influence), phi[sample] @ influence, dim=1) <= 1
     everyone = normal(seed, batch, phi.shape[1], 3)
-    assert worst(item.apply(everyone, None), phi @ everyone, dim=1) <= 1
+    assert worst(item.apply(everyone), phi @ everyone, dim=1) <= 1
     w = normal(seed + 1, batch, phi.shape[1])
     through = (w.unsqueeze(1) @ phi).squeeze(1)
-    assert worst(item.pull(w), v + through, dim=1) <= 1
-    assert worst(item.pull(w, earn=False), through, dim=1) <= 1
-    assert worst(item.pull(None), v, dim=1) <= 1
+    assert worst(item.pull_back(w), v + through, dim=1) <= 1
+    assert worst(item.pull_back(w, with_adjoint=False), through, dim=1) <= 1
+    assert worst(item.pull_back(None), v, dim=1) <= 1
+
+
+@given(elements(), seeds)
+def test_transitions_apply_in_place_in_turn_to_some_columns(items: list[Transition], seed: int) -> None:
+    phi = oracles.ordered_product([written_out(item) for item in items])[0]
+    columns = normal(seed, phi.shape[0], phi.shape[1], 5)
+    expected = torch.cat([columns[:, :, :1], phi @ columns[:, :, 1:4], columns[:, :, 4:]], dim=2)
+    for item in items:
+        item.apply_(columns[:, :, 1:4])
+    assert worst(columns, expected, dim=1) <= 1
 
 
 @given(elements(count=2), seeds)
@@ -165,8 +175,8 @@ def test_arguments_are_left_alone(items: list[Transition], seed: int) -> None:
     before = [[None if t is None else t.clone() for t in (i.rows, i.cols, i.jacobian, i.adjoint)] for i in items]
     product = compose(*items)
     product.jacobian.add_(1.0)
-    items[0].apply(normal(seed, *items[0].jacobian.shape[:1], items[0].n * items[0].width, 2), None).add_(1.0)
-    items[0].pull(None).add_(1.0)
+    items[0].apply(normal(seed, *items[0].jacobian.shape[:1], items[0].n * items[0].width, 2)).add_(1.0)
+    items[0].pull_back(None).add_(1.0)
     for item, old in zip(items, before, strict=True):
         for now, then in zip((item.rows, item.cols, item.jacobian, item.adjoint), old, strict=True):
             assert then is None or torch.equal(now, then)

@@ -320,10 +320,10 @@ def tree(**arguments: Any) -> rtrl.CircularSegmentTree[str]:
 @pytest.mark.parametrize(
     ("start", "stop", "match"),
     [
-        (1, 3, "steps 1 … 2 were asked for, but 2 … 4 are held"),
-        (-1, 2, "steps -1 … 1 were asked for"),
-        (4, 6, "steps 4 … 5 were asked for"),
-        (5, 9, "steps 5 … 8 were asked for"),
+        (1, 3, "steps 1 … 2 were requested, but 2 … 4 are held"),
+        (-1, 2, "steps -1 … 1 were requested"),
+        (4, 6, "steps 4 … 5 were requested"),
+        (5, 9, "steps 5 … 8 were requested"),
         (5, 3, "the range 5 … 3 is reversed"),
         (9, -9, "the range 9 … -9 is reversed"),
         pytest.param(2.5, 4, "integer", id="fraction"),
@@ -331,7 +331,7 @@ def tree(**arguments: Any) -> rtrl.CircularSegmentTree[str]:
         pytest.param(None, 4, "integer", id="none"),
     ],
 )
-@pytest.mark.parametrize("ask", ["query", "cover"])
+@pytest.mark.parametrize("ask", ["query", "nodes"])
 def test_a_tree_refuses_ranges_that_it_does_not_hold(ask, start, stop, match):
     held = tree()
     with pytest.raises(WindowError, match=match):

@@ -246,7 +246,7 @@ TORN: dict[tuple[Any, ...], Callable[[Tensor], Tensor]] = {
     ("steps", 0, "h"): lambda h: h[:, :2],
     ("steps", 0, "x"): lambda x: x[:1],
     ("influences", "enter.weight", "sample"): lambda sample: sample[:1],
-    ("influences", "enter.weight", "clock"): lambda clock: clock + 50,
+    ("influences", "enter.weight", "last_block"): lambda clock: clock + 50,
 }
 
 

@@ -20,7 +20,7 @@ class _Truncates(BlockRTRL):
     def _close(self) -> None:
         if self._steps:
             for influence in self._influences.values():
-                influence.drop(torch.ones(self.batch_size, dtype=torch.bool))
+                influence.clear_samples(torch.ones(self.batch_size, dtype=torch.bool))
         super()._close()
 
 
@@ -30,7 +30,7 @@ class _ForgetsDormantLosses(BlockRTRL):
     def _pay(self, rows: Mapping[str, Tensor]) -> None:
         assert self._history is not None
         last = self._history.now - 1
-        super()._pay({name: own[self._influences[name].clock[own] >= last] for name, own in rows.items()})
+        super()._pay({name: own[self._influences[name].last_block[own] >= last] for name, own in rows.items()})
 
 
 class _DoesNotCatchUp(BlockRTRL):
@@ -42,9 +42,11 @@ class _DoesNotCatchUp(BlockRTRL):
         now = self._history.now
         for name, own in rows.items():
             influence = self._influences[name]
-            behind = own[influence.clock[own] < now]
-            influence.move(behind, self._history.cover(now - 1, now) if now else [])
-            influence.clock[own] = now
+            behind = own[influence.last_block[own] < now]
+            if len(behind):
+                last = self._history.tree.query(now - 1, now).select_samples(influence.sample[behind])
+                influence.values[behind] = last.apply(influence.values[behind])
+            influence.last_block[own] = now
 
 
 class _AveragesTheBatch(BlockRTRL):
@@ -65,18 +67,18 @@ class _OffByOne(BlockRTRL):
         catch_up(self._history, [(self._influences[name], own) for name, own in rows.items()])
         self._pay(rows)
         for name, own in rows.items():
-            self._influences[name].clock[own] = self._history.now
+            self._influences[name].last_block[own] = self._history.now
 
 
 class _DropsExpired(BlockRTRL):
     """Slices that sleep for longer than the window lose their influence instead of being caught up."""
 
     def _close(self) -> None:
-        expiring = None if self._history is None or not self._steps else self._history.expiring
-        if expiring is not None:
+        oldest = None if self._history is None or not self._steps else self._history.next_overwritten
+        if oldest is not None:
             for influence in self._influences.values():
-                held = influence.held()
-                influence.values[held[influence.clock[held] <= expiring].to(influence.values.device)] = 0.0
+                held = influence.active_rows()
+                influence.values[held[influence.last_block[held] <= oldest].to(influence.values.device)] = 0.0
         super()._close()
 
 
@@ -92,11 +94,11 @@ class _ReversesProducts(BlockRTRL):
         self._reverse()
 
     def _reverse(self) -> None:
-        def backwards(first: Transition, then: Transition) -> Transition:
-            return compose(then, first)
+        def backwards(first: Transition, second: Transition) -> Transition:
+            return compose(second, first)
 
         if self._history is not None:
-            self._history._tree._combine = backwards
+            self._history.tree.combine = backwards
 
 
 class _KeepsInfluenceOverResets(BlockRTRL):

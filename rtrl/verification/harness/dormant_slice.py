@@ -59,7 +59,7 @@ class Sleeper:
     def _asleep(self) -> tuple[ParameterInfluence, Tensor]:
         shape = torch.Size([1, self.sleep.k * self.sleep.hidden])
         influence = ParameterInfluence(shape, True, 1, self.sleep.hidden, self._values)
-        rows = influence.claim(torch.tensor([0]), self.history.oldest)
+        rows = influence.allocate(torch.tensor([0]), self.history.oldest)
         influence.values.copy_(self._values)
         return influence, rows
 
@@ -71,17 +71,14 @@ class Sleeper:
 
     def one_by_one(self, steps: int) -> Tensor:
         """The first so many steps, one product each, in the rows that the step touches."""
-        influence, rows = self._asleep()
+        values = self._values.clone()
         for step in range(steps):
-            influence.move(rows, self.history.cover(step, step + 1))
-        return influence.values
+            self.history.tree.query(step, step + 1).apply_(values)
+        return values
 
     def composed(self) -> Tensor:
         """By one product over the whole sleep, composed in the tree, whatever it costs."""
-        influence, rows = self._asleep()
-        product = self.history._tree.query(0, self.sleep.n)
-        influence.move(rows, [product])
-        return influence.values
+        return self.history.tree.query(0, self.sleep.n).apply(self._values)
 
 
 def expected(sleep: Sleep) -> Tensor:

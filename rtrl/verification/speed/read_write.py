@@ -88,15 +88,15 @@ def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
     failures = []
     progress("one step", 0, len(sizes.sleeps) + 1)
     full, sparse, influence = _step(sizes)
-    error = float((full.apply(influence, None) - sparse.apply(influence, None)).abs().max() / influence.abs().max())
+    error = float((full.apply(influence) - sparse.apply(influence)).abs().max() / influence.abs().max())
     if not error <= 1e-5:
         failures.append(f"the row-sparse step is off by {error:.1e} in float32")
-    full_macs, sparse_macs = (count(partial(step.apply, influence, None)) for step in (full, sparse))
+    full_macs, sparse_macs = (count(partial(step.apply, influence)) for step in (full, sparse))
     if sparse_macs != (sizes.touched * sizes.width) ** 2 * sizes.columns:
         failures.append(f"a row-sparse step took {sparse_macs} multiply-adds, not W·R·p")
 
     def go(step: Transition) -> int:
-        step.apply(influence, None)
+        step.apply(influence)
         return 1
 
     took = alternate({"full": lambda: go(full), "sparse": lambda: go(sparse)}, sizes.rounds)
