@@ -40,6 +40,16 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests marked nightly, unless the profile or the marker is asked for."""
+    if config.getoption("hypothesis_profile", None) == "nightly" or "nightly" in (config.option.markexpr or ""):
+        return
+    nightly = [item for item in items if item.get_closest_marker("nightly")]
+    if nightly:
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if item not in nightly]
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The device that was asked for; the whole run fails where it is not there."""

@@ -38,8 +38,9 @@ def report(
         list[Path] | None,
         typer.Option(
             metavar="PAGE.md",
-            help="Write what stands between the markers <!-- rtrl:claims-table -->, <!-- rtrl:claims --> or "
-            "<!-- rtrl:run --> and their ends anew; may be repeated. With --pictures, claims show theirs.",
+            help="Rewrite what stands between the markers <!-- rtrl:claims-table -->, <!-- rtrl:claims -->, "
+            "<!-- rtrl:claim:ID --> or <!-- rtrl:run --> and their ends; may be repeated. With --pictures, claims show "
+            "theirs.",
             show_default=False,
         ),
     ] = None,
@@ -90,7 +91,7 @@ def _outdated(record: "Record", pages: list[Path], folder: Path | None, forms: t
     found = [path for path, (old, new) in update_markdown(record, pages, folder).items() if old != new]
     found += [] if folder is None else outdated_pictures(record, folder, forms)
     for path in found:
-        typer.echo(f"{path} is not what the results say; write it anew without --check", err=True)
+        typer.echo(f"{path} is not what the results say; update it by the same command without --check", err=True)
     return bool(found)
 
 

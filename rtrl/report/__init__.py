@@ -12,6 +12,7 @@ from rtrl.report.markdown import update_markdown
 from rtrl.report.model import ClaimResult, Finding, Plot, Record, Series, Table, Verdict
 from rtrl.report.page import render_page
 from rtrl.report.pictures import draw_pictures, outdated_pictures
+from rtrl.report.save import plain, save_record
 
 __all__ = [
     "ClaimResult",
@@ -24,7 +25,9 @@ __all__ = [
     "draw_pictures",
     "load_record",
     "outdated_pictures",
+    "plain",
     "render_page",
+    "save_record",
     "update_markdown",
 ]
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rtrl._utils.formatting import number
 from rtrl.errors import ConfigError
-from rtrl.report.load import drawn
-from rtrl.report.model import Plot
+from rtrl.report.model import Plot, Series
 from rtrl.report.style import MARKS, Style
 
 if TYPE_CHECKING:
@@ -23,6 +22,26 @@ if TYPE_CHECKING:
 WIDTH = 5.0  # inches; at 10 points a letter, a phone still shows it large enough to read
 MARKED = 40  # points of a line that all have their marks
 PARTS = 8  # marks of a line that has more points
+SMALLEST_LOG = 1e-250  # on a logarithmic axis, whose margins must be numbers too; its inverse is the largest
+
+
+def drawn(plot: Plot, series: Series) -> list[tuple[float, float]]:
+    """The points that the axes have room for: both numbers are there, and above 0 where an axis is logarithmic."""
+    return [
+        (x, y)
+        for x, y in zip(series.x, series.y, strict=True)
+        if x is not None and y is not None and _fits(x, plot.log_x) and _fits(y, plot.log_y)
+    ]
+
+
+def left_out(plot: Plot) -> int:
+    """The number of measured points that a logarithmic axis has no room for."""
+    present = sum(x is not None and y is not None for s in plot.series for x, y in zip(s.x, s.y, strict=True))
+    return present - sum(len(drawn(plot, series)) for series in plot.series)
+
+
+def _fits(value: float, log: bool) -> bool:
+    return not log or SMALLEST_LOG <= value <= 1 / SMALLEST_LOG
 
 
 def picture(plot: Plot, style: Style, form: str, salt: str) -> bytes:

@@ -1,241 +1,204 @@
-"""A results file of ``rtrl verify --json``, read and validated: nothing is drawn or written before all of it is sound.
+"""Read and validate a results file of ``rtrl verify --json``: nothing is drawn or written before all of it is sound.
 
-Numbers that were not finite stand in the file as null; here they are None, and a line has a gap there.
+The fields of the model say what the file must hold. Numbers that were not finite stand in the file as null; here they
+are None, and a line has a gap there.
 """
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from rtrl.errors import ConfigError
-from rtrl.report.model import SCHEMA, VERDICTS, Cell, ClaimResult, Plot, Record, Series, Table
+from rtrl.report.model import SCHEMA, Cell, ClaimResult, Record, Series, Table
 
-READABLE = (1, SCHEMA)  # form 1 says "figure" and "grids" for "result" and "tables"
-KINDS: tuple[Literal["line", "raster"], ...] = ("line", "raster")
+READABLE = (1, SCHEMA)
+OLDER = {"result": "figure", "tables": "grids"}  # the names of form 1
+REQUIRED = {"condition", "failures", "tables", "plots"}  # although the model has defaults for them
 LARGEST = 1e300  # of a number: what is beyond leaves no room for the margins of an axis
-SMALLEST_LOG = 1e-250  # on a logarithmic axis, for the same reason; its inverse is the largest
-
-T = TypeVar("T")
 
 
 def load_record(path: Path) -> Record:
-    """The record in a results file.
+    """Read the record in a results file.
+
+    Args:
+        path: a file that ``rtrl verify --json`` wrote.
+
+    Returns:
+        The whole record, validated.
 
     Raises:
-        ConfigError: there is no such file, it is no JSON, or a field is missing or of the wrong kind; the message names
-            the field and what was expected there.
+        ConfigError: the file cannot be read, is not JSON, or a field is missing or of the wrong kind; the message
+            names the field and what was expected there.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is no JSON file: {error}; make one with rtrl verify --json {path}") from error
+        raise ConfigError(f"{path} is not a JSON file: {error}; make one with rtrl verify --json {path}") from error
     return record(content, str(path))
 
 
 def record(content: object, name: str = "results") -> Record:
-    """The record in what was read from JSON; ``name`` is what messages call it.
+    """Read the record in what was read from JSON.
+
+    Args:
+        content: the decoded JSON.
+        name: what messages call it.
+
+    Returns:
+        The whole record, validated.
 
     Raises:
-        ConfigError: as of :func:`load_record`.
+        ConfigError: a field is missing or of the wrong kind, as for :func:`load_record`.
     """
-    whole = _Field(content, name)
-    schema = whole.get("schema")
-    if isinstance(schema.value, bool) or schema.value not in READABLE:
-        schema.refuse(f"{' or '.join(map(str, READABLE))}, the forms that this version of rtrl reads")
-    claims = whole.get("claims").items(_claim)
-    if not claims:
-        whole.get("claims").refuse("at least one claim")
-    seen: dict[str, str] = {}
-    for claim in claims:
-        twin = seen.setdefault(claim.id.casefold(), claim.id)
-        if twin is not claim.id:
-            raise ConfigError(f"{name}: two claims are called {claim.id!r}; ids must differ, not only in case")
-    return Record(
-        created=whole.get("created").time(),
-        command=whole.get("command").text(),
-        mode=whole.get("mode").text(),
-        seed=whole.get("seed").integer(),
-        machine=whole.get("machine").entries(),
-        versions=whole.get("versions").entries(),
-        duration_s=whole.get("duration_s").number(),
-        claims=claims,
-        device=whole.get("device").text() if whole.has("device") else "cpu",
-    )
+    schema = _field(content, "schema", name)
+    if isinstance(schema, bool) or schema not in READABLE:
+        expected = " or ".join(map(str, READABLE))
+        _refuse(schema, f"{name}: schema", f"{expected}, the forms that this version of rtrl reads")
+    found: Record = _dataclass(Record, content, name)
+    return found
 
 
-class _Field:
-    """A value of the file and where it stands, so that a refusal can say so."""
+def _refuse(value: object, where: str, expected: str) -> NoReturn:
+    shown = repr(value)
+    raise ConfigError(f"{where}: expected {expected}, found {shown if len(shown) <= 60 else f'{shown[:57]}...'}")
 
-    def __init__(self, value: object, where: str) -> None:
-        self.value = value
-        self.where = where
 
-    def refuse(self, expected: str) -> NoReturn:
-        shown = repr(self.value)
-        found = shown if len(shown) <= 60 else f"{shown[:57]}..."
-        raise ConfigError(f"{self.where}: expected {expected}, found {found}")
+def _inside(where: str, name: str) -> str:
+    return f"{where}.{name}" if ": " in where else f"{where}: {name}"
 
-    def has(self, name: str) -> bool:
-        return isinstance(self.value, dict) and name in self.value
 
-    def get(self, name: str, older: str | None = None) -> "_Field":
-        if not isinstance(self.value, dict):
-            self.refuse(f"an object with a field {name!r}")
-        if older is not None and older in self.value and name not in self.value:
-            name = older
-        if name not in self.value:
-            raise ConfigError(f"{self.where}: the field {name!r} is missing; write the file with rtrl verify --json")
-        return _Field(self.value[name], f"{self.where}: {name}" if ": " not in self.where else f"{self.where}.{name}")
+def _field(value: object, name: str, where: str) -> Any:
+    if not isinstance(value, dict):
+        _refuse(value, where, f"an object with a field {name!r}")
+    if name not in value:
+        raise ConfigError(f"{where}: the field {name!r} is missing; write the file with rtrl verify --json")
+    return value[name]
 
-    def items(self, read: Callable[["_Field"], T]) -> list[T]:
-        if not isinstance(self.value, list):
-            self.refuse("a list")
-        return [read(_Field(item, f"{self.where}[{i}]")) for i, item in enumerate(self.value)]
 
-    def text(self) -> str:
-        if not isinstance(self.value, str):
-            self.refuse("a text")
-        # No document can hold control characters and halves of pairs; the colours of a terminal leave nothing behind.
-        plain = re.sub(r"\x1b\[[0-9;]*m", "", self.value)
-        return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", plain.replace("\r\n", "\n"))
+def _dataclass(cls: Any, value: object, where: str) -> Any:
+    """The object of the model whose fields stand in ``value``; those with a default may be left out."""
+    kinds, found = get_type_hints(cls), {}
+    for field in fields(cls):
+        name, older = field.name, OLDER.get(field.name, field.name)
+        if isinstance(value, dict) and name not in value:
+            has_default = field.default is not MISSING or field.default_factory is not MISSING
+            if older in value:
+                name = older
+            elif has_default and name not in REQUIRED:
+                continue
+        found[field.name] = _value(kinds[field.name], _field(value, name, where), _inside(where, name))
+    made = cls(**found)
+    _check(made, where)
+    return made
 
-    def one_of(self, allowed: tuple[T, ...]) -> T:
-        if self.value not in allowed:
-            self.refuse(f"one of {', '.join(map(repr, allowed))}")
-        return allowed[allowed.index(self.value)]
 
-    def name(self) -> str:
-        text = self.text()
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}", text):
-            self.refuse("an id of letters, digits, _ and -, for it names files and sections")
-        return text
-
-    def time(self) -> str:
-        text = self.text()
-        try:
-            datetime.fromisoformat(text)
-        except ValueError:
-            self.refuse("a time such as 2026-01-31T12:00:00+00:00")
-        return text
-
-    def flag(self) -> bool:
-        if not isinstance(self.value, bool):
-            self.refuse("true or false")
-        return self.value
-
-    def integer(self) -> int:
-        if isinstance(self.value, bool) or not isinstance(self.value, int):
-            self.refuse("a whole number")
-        return self.value
-
-    def number(self) -> float:
-        value = self.number_or_none()
-        if value is None:
-            self.refuse("a number")
+def _value(kind: Any, value: Any, where: str) -> Any:
+    """``value``, if it is of the kind that the model names."""
+    if is_dataclass(kind):
+        return _dataclass(kind, value, where)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        if value not in arguments:
+            _refuse(value, where, f"one of {', '.join(map(repr, arguments))}")
         return value
-
-    def number_or_none(self) -> float | None:
-        if self.value is None:
-            return None
-        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
-            self.refuse("a number or null")
-        if not -LARGEST <= self.value <= LARGEST:  # before float(), for which a long whole number is too large
-            self.refuse(f"a number of at most {LARGEST:.0e}")
-        return self.value
-
-    def cell(self) -> Cell:
-        if isinstance(self.value, str):
-            return self.text()
-        return self.value if isinstance(self.value, bool) else self.number_or_none()
-
-    def mapping(self) -> dict[str, Any]:
-        if not isinstance(self.value, dict):
-            self.refuse("an object")
-        return self.value
-
-    def entries(self) -> dict[str, Cell]:
-        """Names and plain values; what is nested is written as JSON."""
-        return {
-            _Field(name, self.where).text(): _Field(
-                json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value,
-                f"{self.where}.{name}",
-            ).cell()
-            for name, value in self.mapping().items()
-        }
+    if origin in (list, Sequence):
+        if not isinstance(value, list):
+            _refuse(value, where, "a list")
+        return [_value(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    return _READERS[kind](value, where)
 
 
-def _claim(field: _Field) -> ClaimResult:
-    return ClaimResult(
-        id=field.get("id").name(),
-        claimed=field.get("claimed").text(),
-        result=field.get("result", "figure").text(),
-        threshold=field.get("threshold").text(),
-        verdict=field.get("verdict").one_of(VERDICTS),
-        condition=field.get("condition").text(),
-        failures=field.get("failures").items(_Field.text),
-        tables=field.get("tables", "grids").items(_table),
-        plots=field.get("plots").items(_plot),
-        data=field.get("data").mapping() if field.has("data") else {},
-        explanation=field.get("explanation").text() if field.has("explanation") else "",
-        duration_s=field.get("duration_s").number_or_none() if field.has("duration_s") else None,
-    )
+def _check(made: object, where: str) -> None:
+    """What the kinds of the fields do not say."""
+    if isinstance(made, Table):
+        for i, row in enumerate(made.rows):
+            if len(row) != len(made.columns):
+                _refuse(row, _inside(where, f"rows[{i}]"), f"a list of {len(made.columns)} cells, one per column")
+    elif isinstance(made, Series) and len(made.x) != len(made.y):
+        _refuse(made.y, _inside(where, "y"), f"as many numbers as x has, {len(made.x)}, not {len(made.y)}")
+    elif isinstance(made, ClaimResult) and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}", made.id):
+        _refuse(made.id, _inside(where, "id"), "an id of letters, digits, _ and -, for it names files and sections")
+    elif isinstance(made, Record):
+        try:
+            datetime.fromisoformat(made.created)
+        except ValueError:
+            _refuse(made.created, _inside(where, "created"), "a time such as 2026-01-31T12:00:00+00:00")
+        if not made.claims:
+            _refuse(made.claims, _inside(where, "claims"), "at least one claim")
+        ids = [claim.id.casefold() for claim in made.claims]
+        for i, claim in enumerate(made.claims):
+            if ids[i] in ids[:i]:
+                raise ConfigError(f"{where}: two claims are called {claim.id!r}; ids must differ, not only in case")
 
 
-def _table(field: _Field) -> Table:
-    columns = field.get("columns").items(_Field.text)
-
-    def row(line: _Field) -> list[Cell]:
-        cells = line.items(_Field.cell)
-        if len(cells) != len(columns):
-            line.refuse(f"a list of {len(columns)} cells, one a column")
-        return cells
-
-    return Table(field.get("title").text(), columns, field.get("rows").items(row))
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        _refuse(value, where, "a text")
+    # No document can hold control characters and halves of pairs; the colours of a terminal leave nothing behind.
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", value)
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", plain.replace("\r\n", "\n"))
 
 
-def _plot(field: _Field) -> Plot:
-    return Plot(
-        title=field.get("title").text(),
-        x_label=field.get("x_label").text(),
-        y_label=field.get("y_label").text(),
-        series=field.get("series").items(_series),
-        kind=field.get("kind").one_of(KINDS) if field.has("kind") else "line",
-        log_x=field.get("log_x").flag() if field.has("log_x") else False,
-        log_y=field.get("log_y").flag() if field.has("log_y") else False,
-    )
+def _flag(value: object, where: str) -> bool:
+    if not isinstance(value, bool):
+        _refuse(value, where, "true or false")
+    return value
 
 
-def _series(field: _Field) -> Series:
-    x, y = (field.get(axis).items(_Field.number_or_none) for axis in "xy")
-    if len(x) != len(y):
-        field.get("y").refuse(f"as many numbers as x has, {len(x)}, not {len(y)}")
-    dashed = field.get("dashed").flag() if field.has("dashed") else False
-    return Series(field.get("name").text(), x, y, dashed)
+def _integer(value: object, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        _refuse(value, where, "a whole number")
+    return value
+
+
+def _number(value: object, where: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        _refuse(value, where, "a number or null")
+    if not -LARGEST <= value <= LARGEST:  # before float(), for which a long whole number is too large
+        _refuse(value, where, f"a number of at most {LARGEST:.0e}")
+    return value
+
+
+def _cell(value: object, where: str) -> Cell:
+    if isinstance(value, str):
+        return _text(value, where)
+    return value if isinstance(value, bool) else _number(value, where)
+
+
+def _object(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        _refuse(value, where, "an object")
+    return value
+
+
+def _entries(value: object, where: str) -> dict[str, Cell]:
+    """Names and plain values; what is nested is written as JSON."""
+    return {
+        _text(name, where): _cell(
+            json.dumps(item, ensure_ascii=False) if isinstance(item, (dict, list)) else item, f"{where}.{name}"
+        )
+        for name, item in _object(value, where).items()
+    }
+
+
+_READERS: dict[Any, Callable[[object, str], Any]] = {
+    str: _text,
+    bool: _flag,
+    int: _integer,
+    float | None: _number,
+    Cell: _cell,
+    dict[str, Cell]: _entries,
+    dict[str, Any]: _object,
+}
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number in JSON; null stands for it")
-
-
-def drawn(plot: Plot, series: Series) -> list[tuple[float, float]]:
-    """The points that the axes have room for: both numbers are there, and above 0 where an axis is logarithmic."""
-    return [
-        (x, y)
-        for x, y in zip(series.x, series.y, strict=True)
-        if x is not None and y is not None and _fits(x, plot.log_x) and _fits(y, plot.log_y)
-    ]
-
-
-def left_out(plot: Plot) -> int:
-    """How many measured points a logarithmic axis has no room for."""
-    present = sum(x is not None and y is not None for s in plot.series for x, y in zip(s.x, s.y, strict=True))
-    return present - sum(len(drawn(plot, series)) for series in plot.series)
-
-
-def _fits(value: float, log: bool) -> bool:
-    return not log or SMALLEST_LOG <= value <= 1 / SMALLEST_LOG
+    raise ValueError(f"{name} is not a number in JSON; null stands for it")

@@ -1,7 +1,8 @@
-"""What stands between the markers of a page in Markdown, written anew from a record.
+"""Rewrite what stands between the markers of a page in Markdown, from a record.
 
-``<!-- rtrl:claims-table -->`` … ``<!-- /rtrl:claims-table -->`` holds the table of all claims, ``rtrl:claims`` a
-section a claim, ``rtrl:run`` how, when and where it was measured. All else on the page is left as it is.
+``<!-- rtrl:claims-table -->`` … ``<!-- /rtrl:claims-table -->`` holds the table of all claims, ``rtrl:claims`` one
+section per claim, ``rtrl:claim:ID`` one claim without its heading, ``rtrl:run`` how, when and where it was measured.
+All else on the page is left as it is.
 """
 
 import os
@@ -14,18 +15,26 @@ from rtrl.report import numbers, prose, tables
 from rtrl.report.model import Cell, ClaimResult, Record, Table
 
 LONG = 12  # rows that a table may have in the open
-NAMES = ("claims-table", "claims", "run")
-_MARKER = re.compile(r"<!-- (/?)rtrl:([\w-]+) -->")
+NAMES = ("claims-table", "claims", "run", "claim:ID")
+_MARKER = re.compile(r"<!-- (/?)rtrl:([\w:-]+) -->")
 
 
 def update_markdown(record: Record, pages: Sequence[Path], folder: Path | None = None) -> dict[Path, tuple[str, str]]:
-    """Every page's text as it is, and as the record has it; nothing is written.
+    """Render the record into the pages' texts; nothing is written.
 
-    Where one of the pages holds the claims' sections, tables of claims link to them. With the ``folder`` of pictures,
-    sections show them.
+    Where one of the pages holds the claims' sections, tables of claims link to them.
+
+    Args:
+        record: the results.
+        pages: the pages, each with at least one pair of markers.
+        folder: where the pictures lie that sections show; None for no pictures.
+
+    Returns:
+        For every page its present text and its new one.
 
     Raises:
-        ConfigError: a page cannot be read, has no marker, or its markers do not stand in pairs.
+        ConfigError: a page cannot be read, has no marker, its markers do not stand in pairs, or one names a claim that
+            the record lacks; the message says where.
     """
     texts = {page: _read(page) for page in pages}
     spans = {page: _spans(text, page) for page, text in texts.items()}
@@ -36,7 +45,7 @@ def update_markdown(record: Record, pages: Sequence[Path], folder: Path | None =
         images = None if folder is None else _path(folder, page)
         parts, at = [], 0
         for name, (begin, end) in spans[page].items():
-            parts += [text[at:begin], f"\n\n{_content(record, name, link, images)}\n\n"]
+            parts += [text[at:begin], f"\n\n{_content(record, name, link, images, page)}\n\n"]
             at = end
         new[page] = (text, "".join([*parts, text[at:]]))
     return new
@@ -56,7 +65,7 @@ def _spans(text: str, page: Path) -> dict[str, tuple[int, int]]:
     for marker in _MARKER.finditer(text):
         closes, name = marker[1], marker[2]
         line = text.count("\n", 0, marker.start()) + 1
-        if name not in NAMES:
+        if name not in NAMES and not name.startswith("claim:"):
             raise ConfigError(f"{page}:{line}: there is no marker rtrl:{name}; there are rtrl:{', rtrl:'.join(NAMES)}")
         if not closes and opened is None and name not in found:
             opened = marker
@@ -80,11 +89,16 @@ def _path(target: Path, page: Path) -> str:
     return Path(os.path.relpath(target.resolve(), page.resolve().parent)).as_posix()
 
 
-def _content(record: Record, name: str, link: str | None, images: str | None) -> str:
+def _content(record: Record, name: str, link: str | None, images: str | None, page: Path) -> str:
     if name == "claims-table":
         return claims_table(record, link)
     if name == "claims":
         return "\n\n".join(section(claim, images) for claim in record.claims)
+    if name.startswith("claim:"):
+        for claim in record.claims:
+            if claim.id == name.removeprefix("claim:"):
+                return body(claim, images)
+        raise ConfigError(f"{page}: the marker rtrl:{name} names a claim that the results do not have")
     return _table(["", ""], [[escape(entry), escape(text)] for entry, text in tables.run(record)])
 
 
@@ -104,9 +118,15 @@ def claims_table(record: Record, link: str | None) -> str:
 
 
 def section(claim: ClaimResult, images: str | None) -> str:
-    """A claim: what was claimed and found, how it was measured, its tables, and its pictures or links to none."""
-    head = [[escape(claim.result), escape(claim.threshold), _verdict(claim)]]
-    parts = [f"## `{claim.id}`", escape(claim.claimed), _table(["measured", "threshold", "verdict"], head)]
+    """A claim under its heading, with what was claimed."""
+    return "\n\n".join([f"## `{claim.id}`", escape(claim.claimed), body(claim, images)])
+
+
+def body(claim: ClaimResult, images: str | None) -> str:
+    """The finding of a claim, how it was measured, its tables, and its pictures from the folder ``images``, if any."""
+    parts = [
+        _table(["measured", "threshold", "verdict"], [[escape(claim.result), escape(claim.threshold), _verdict(claim)]])
+    ]
     if claim.failures:
         lines = "\n".join(f"- {escape(line)}" for line in claim.failures)
         parts.append(f"**✗ The code does not do what it says:**\n\n{lines}")

@@ -127,7 +127,7 @@ class Record:
         seed: the seed of everything that was drawn.
         machine: properties of the machine by name; those ending in "_bytes" are numbers of bytes.
         versions: versions of software by name.
-        duration_s: seconds that all claims took together.
+        duration_s: seconds that all claims took together; None if unknown.
         claims: the results, in the order in which they are shown.
         device: the device that was measured.
     """
@@ -138,6 +138,6 @@ class Record:
     seed: int
     machine: dict[str, Cell]
     versions: dict[str, Cell]
-    duration_s: float
+    duration_s: float | None
     claims: list[ClaimResult]
     device: str = "cpu"

@@ -15,8 +15,7 @@ from pathlib import Path
 from rtrl._utils import validation
 from rtrl._utils.formatting import number
 from rtrl.errors import ConfigError
-from rtrl.report.draw import picture
-from rtrl.report.load import drawn, left_out
+from rtrl.report.draw import drawn, left_out, picture
 from rtrl.report.model import Plot, Record
 from rtrl.report.style import NEUTRAL, PAPER
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from rtrl._utils.formatting import duration, number, show_bytes
 from rtrl.report.draw import runs, spacing
-from rtrl.report.model import VERDICTS, Cell, ClaimResult, Plot, Record, Table
+from rtrl.report.model import VERDICTS, Cell, Plot, Record, Table
 from rtrl.report.numbers import cell
 
 ROWS = 200  # of a table of numbers behind a picture; the results file has them all
@@ -16,7 +16,7 @@ SIGNS = {"holds": "✓", "holds when": "◐", "does not hold": "✗", "not measu
 class Numbers(NamedTuple):
     """The numbers behind a picture; ``note`` says what was left out, if anything was."""
 
-    grid: Table
+    table: Table
     note: str
 
 
@@ -28,20 +28,22 @@ def numbers(plot: Plot) -> Numbers:
             for i, series in enumerate(plot.series)
             for y, begin, end in runs(plot, i)
         ]
-        grid = Table(plot.title, ["series", plot.y_label, f"{plot.x_label}, in steps of {number(spacing(plot))}"], rows)
+        table = Table(
+            plot.title, ["series", plot.y_label, f"{plot.x_label}, in steps of {number(spacing(plot))}"], rows
+        )
     elif plot.kind == "line" and all(len(set(series.x)) == len(series.x) for series in plot.series):
         found = [dict(zip(series.x, series.y, strict=True)) for series in plot.series]
         xs = sorted({x for line in found for x in line if x is not None})
         names = [f"{s.name} (predicted)" if s.dashed else s.name for s in plot.series]
-        grid = Table(plot.title, [plot.x_label, *names], [[x, *(line.get(x) for line in found)] for x in xs])
+        table = Table(plot.title, [plot.x_label, *names], [[x, *(line.get(x) for line in found)] for x in xs])
     else:
         points = [[s.name, x, y] for s in plot.series for x, y in zip(s.x, s.y, strict=True)]
-        grid = Table(plot.title, ["series", plot.x_label, plot.y_label], points)
-    every = -(-len(grid.rows) // ROWS)
+        table = Table(plot.title, ["series", plot.x_label, plot.y_label], points)
+    every = -(-len(table.rows) // ROWS)
     if every <= 1:
-        return Numbers(grid, "")
-    note = f"One row in {every} of {len(grid.rows)}; the results file has them all."
-    return Numbers(Table(grid.title, grid.columns, grid.rows[::every]), note)
+        return Numbers(table, "")
+    note = f"One row in {every} of {len(table.rows)}; the results file has them all."
+    return Numbers(Table(table.title, table.columns, table.rows[::every]), note)
 
 
 def _span(begin: float, end: float) -> str:
@@ -54,8 +56,8 @@ def run(record: Record) -> list[tuple[str, str]]:
     zone = when.tzname() or ""
     return [
         ("command", record.command),
-        ("measured", f"{when:%Y-%m-%d %H:%M} {zone}".strip()),
-        ("took", duration(record.duration_s)),
+        ("measured", f"{when:%Y-%m-%d %H:%M} {zone}".strip() if "T" in record.created else record.created),
+        *([] if record.duration_s is None else [("took", duration(record.duration_s))]),
         ("form", f"{record.mode}, seed {record.seed}"),
         *(
             (name.replace("_bytes", "").replace("_", " "), _entry(name, value))
@@ -83,8 +85,3 @@ def summary(record: Record) -> str:
     failed = sum(len(claim.failures) for claim in record.claims)
     text = f"{len(record.claims)} claim{'s' * (len(record.claims) > 1)}: {', '.join(parts)}."
     return text + f" {failed} failure{'s' * (failed > 1)}: the code does not do what it says." * bool(failed)
-
-
-def verdict(claim: ClaimResult) -> str:
-    """Sign and word: "✓ holds"."""
-    return f"{SIGNS[claim.verdict]} {claim.verdict}"

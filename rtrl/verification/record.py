@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import math
 import os
 import platform
 import subprocess
@@ -18,6 +17,7 @@ import torch
 import rtrl
 from rtrl.errors import ConfigError
 from rtrl.report.model import SCHEMA
+from rtrl.report.save import plain
 from rtrl.verification.claim import Settings
 from rtrl.verification.runner import Outcome
 
@@ -97,23 +97,6 @@ def _circumstances(settings: Settings) -> dict[str, Any]:
         "machine": machine(),
         "versions": versions(),
     }
-
-
-def plain(value: Any) -> Any:
-    """Containers of JSON values, tuples as lists, numbers that are not finite as None.
-
-    Raises:
-        TypeError: something else is among them.
-    """
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    raise TypeError(f"{type(value).__name__} is no plain JSON value: {value!r}")
 
 
 def machine() -> dict[str, Any]:

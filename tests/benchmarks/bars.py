@@ -4,7 +4,10 @@ A bar of kind ``count`` is judged in every run, one of kind ``clock`` or ``memor
 by ``pytest --benchmark-only`` and nowhere else.
 """
 
+import math
 from dataclasses import dataclass, field
+
+from rtrl._utils.formatting import number
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,35 @@ class Bar:
     unit: str = " ×"
     control: bool = False
 
+    @property
+    def words(self) -> str:
+        return f"control: {self.text}" if self.control else self.text
+
     def bound(self, size: str) -> float | None:
         return self.full if size == "full" else self.small
 
-    def holds(self, value: float, size: str) -> bool | None:
-        """Whether a value reaches the bound; None where there is none."""
+    def reached(self, value: float | None, size: str) -> bool | None:
+        """Whether a value reaches the bound; None where there is no bound. What is not finite never does."""
         bound = self.bound(size)
         if bound is None:
             return None
+        if value is None or not math.isfinite(value):
+            return False
         return value >= bound if self.relation == "≥" else value <= bound
+
+    def shown(self, value: float | None) -> str:
+        return f"{number(value, 3)}{self.unit}" if value is not None and math.isfinite(value) else "not finite"
+
+    def asked(self, size: str) -> str:
+        bound = self.bound(size)
+        return "" if bound is None else f"{self.relation} {self.shown(bound)}"
+
+    def verdict(self, reached: bool | None) -> str:
+        if reached is None:
+            return "not judged at this size"
+        if self.control:
+            return "breaks it, as it must" if reached else "does not break it"
+        return "holds" if reached else "does not hold"
 
 
 def _clock(text: str, relation: str, full: float, **options: str | bool) -> Bar:
@@ -50,44 +73,44 @@ def _both(text: str, relation: str, bound: float, **options: str | bool) -> Bar:
 # A bar is called "claim.what". Counts at small size are what was counted, with a tenth to spare; at full size they are
 # the claims.
 BARS = {
-    "rnn.faster": _clock("faster a step than textbook RTRL", "≥", 100),
+    "rnn.faster": _clock("faster per step than textbook RTRL", "≥", 100),
     "rnn.limit": _clock(
         "of the limit that 2·(H·P·(1 + H/block) + H³) operations set at the rate of a matrix product",
         "≥",
         0.40,
         unit="",
     ),
-    "rnn.fewer": Bar("fewer multiply-adds a step than textbook RTRL", "≥", 40, 5.8),
-    "rnn.formula": _both("multiply-adds a step, in units of H·P·(1 + H/block) + H³", "≤", 2.25, unit=""),
+    "rnn.fewer": Bar("fewer multiply-adds per step than textbook RTRL", "≥", 40, 5.8),
+    "rnn.formula": _both("multiply-adds per step, in units of H·P·(1 + H/block) + H³", "≤", 2.25, unit=""),
     "rnn.control": _both("the same units at block = 1", "≥", 2.25, unit="", control=True),
-    "jax.32": _clock("faster a step than jitted JAX RTRL, H = 32", "≥", 1),
-    "jax.64": _clock("faster a step than jitted JAX RTRL, H = 64", "≥", 2),
-    "jax.128": _clock("faster a step than jitted JAX RTRL, H = 128", "≥", 10),
-    "jax.256": _clock("faster a step than jitted JAX RTRL, H = 256", "≥", 50),
-    "gru.faster.128": _clock("faster a step than textbook RTRL, H = 128", "≥", 60),
-    "gru.faster.256": _clock("faster a step than textbook RTRL, H = 256", "≥", 60),
-    "gru.time": _clock("exponent of the time a step over H; H·P has 3, H²·P has 4", "≤", 3.3, unit=""),
+    "jax.32": _clock("faster per step than jitted JAX RTRL, H = 32", "≥", 1),
+    "jax.64": _clock("faster per step than jitted JAX RTRL, H = 64", "≥", 2),
+    "jax.128": _clock("faster per step than jitted JAX RTRL, H = 128", "≥", 10),
+    "jax.256": _clock("faster per step than jitted JAX RTRL, H = 256", "≥", 50),
+    "gru.faster.128": _clock("faster per step than textbook RTRL, H = 128", "≥", 60),
+    "gru.faster.256": _clock("faster per step than textbook RTRL, H = 256", "≥", 60),
+    "gru.time": _clock("exponent of the time per step over H; H·P has 3, H²·P has 4", "≤", 3.3, unit=""),
     "gru.time.control": _clock("the same of textbook RTRL", "≥", 3.3, unit="", control=True),
-    "gru.fewer": Bar("fewer multiply-adds a step than textbook RTRL, the largest H", "≥", 40, 6.2),
+    "gru.fewer": Bar("fewer multiply-adds per step than textbook RTRL, the largest H", "≥", 40, 6.2),
     "gru.control": Bar("the same at block = 1", "≤", 40, 6.2, control=True),
-    "mixture.faster": _clock("faster a step than full RTRL over all parameters", "≥", 300),
-    "mixture.fewer": Bar("fewer multiply-adds a step than full RTRL over all parameters", "≥", 500, 25),
+    "mixture.faster": _clock("faster per step than full RTRL over all parameters", "≥", 300),
+    "mixture.fewer": Bar("fewer multiply-adds per step than full RTRL over all parameters", "≥", 500, 25),
     "mixture.control": Bar("the same, if nothing is declared and block = 1", "≤", 500, 25, control=True),
-    "batch.macs": _both("multiply-adds a sample at batch 3, in units of batch 1, block = 1", "≤", 1.1, unit=""),
+    "batch.macs": _both("multiply-adds per sample at batch 3, in units of batch 1, block = 1", "≤", 1.1, unit=""),
     "batch.control": _both(
         "the same, if every sample declares the union over the batch", "≥", 1.1, unit="", control=True
     ),
     "batch.blocks": _both("the same at block = 4, where samples touch unlike numbers of slots", "≤", 1.45, unit=""),
-    "batch.time": _clock("time a sample at batch 8, in units of batch 1", "≤", 1.0, unit=""),
+    "batch.time": _clock("time per sample at batch 8, in units of batch 1", "≤", 1.0, unit=""),
     "cells.rnn": _clock("time of an eager BPTT step, RNNCell", "≤", 1.5),
     "cells.gru": _clock("time of an eager BPTT step, GRUCell", "≤", 1.5),
     "cells.lstm": _clock("time of an eager BPTT step, LSTMCell", "≤", 1.5),
     "cells.operations": _both("operations launched by an eager BPTT step, the worst of the three", "≤", 1.4),
     "cells.control": _both("the same at block = 1, the best of the three", "≥", 1.4, control=True),
-    "growth.H": _both("exponent of the multiply-adds a step over H, inputs = H = block", "≤", 3.1, unit=""),
+    "growth.H": _both("exponent of the multiply-adds per step over H, inputs = H = block", "≤", 3.1, unit=""),
     "growth.H.control": _both("the same at block = 1", "≥", 3.6, unit="", control=True),
     "growth.P": _both("exponent over P, H and block fixed", "≤", 1.02, unit=""),
-    "growth.P.slope": _both("multiply-adds a step for one parameter more, in units of H", "≤", 2.3, unit=""),
+    "growth.P.slope": _both("multiply-adds per step for one parameter more, in units of H", "≤", 2.3, unit=""),
     "growth.P.control": _both("the same at block = 1", "≥", 2.3, unit="", control=True),
     "growth.T": _both("exponent of all multiply-adds over T, exact gradients after every block", "≤", 1.01, unit=""),
     "growth.T.control": _both("the same by BPTT over all that was", "≥", 1.5, unit="", control=True),
@@ -95,13 +118,17 @@ BARS = {
     "growth.bytes.control": _both("the same of BPTT", "≥", 0.95, unit="", control=True),
     "growth.block": _both("worst deviation from a + b/block, over blocks of 1 … 2 H", "≤", 0.02, unit=""),
     "growth.block.slope": _both("b, in units of H²·P", "≤", 1.05, unit=""),
-    "growth.experts": _both("exponent of the multiply-adds a step over the number of experts", "≤", 0.3, unit=""),
+    "growth.experts": _both("exponent of the multiply-adds per step over the number of experts", "≤", 0.3, unit=""),
     "growth.experts.control": _both("the same, if nothing is declared and block = 1", "≥", 0.8, unit="", control=True),
     "catchup.fewer.100": _both("fewer multiply-adds than step by step, after 100 steps", "≥", 14),
     "catchup.control": _both("fewer after 100 steps of an expert of H parameters", "≤", 14, control=True),
     "catchup.faster.100": _clock("faster, after 100 steps", "≥", 14),
     "catchup.fewer.1000": _both("fewer multiply-adds, after 1000 steps", "≥", 20),
     "catchup.faster.1000": _clock("faster, after 1000 steps", "≥", 20),
+    "lazy.fewer": _both("fewer multiply-adds with lazy=True than with lazy=False, 32 experts", "≥", 6.5),
+    "lazy.control": _both("the same, if all experts are used at every step", "≤", 1.01, control=True),
+    "lazy.growth": _both("exponent of the multiply-adds per step over the number of experts", "≤", 0.1, unit=""),
+    "lazy.growth.control": _both("the same with lazy=False", "≥", 0.8, unit="", control=True),
     "stream.bytes": _both("bytes the learner holds at the end, in units of those after warm-up", "≤", 1.0, unit=""),
     "stream.bytes.control": _both("the same of a BPTT that keeps all steps", "≥", 1.01, unit="", control=True),
     "stream.rss": Bar("the largest RSS after warm-up, in units of the one then", "≤", 1.01, kind="memory", unit=""),
@@ -110,7 +137,18 @@ BARS = {
     ),
 }
 
-CLAIMS = ("rnn", "jax", "gru", "mixture", "batch", "catchup", "cells", "growth", "stream")
+CLAIMS = {
+    "rnn": "a tanh network in blocks of H steps takes about 2·H·P + H³ multiply-adds per step, textbook RTRL H²·P",
+    "jax": "a tanh network steps faster than jitted RTRL in JAX",
+    "gru": "a GRU in blocks of 4·H steps is faster than textbook RTRL, and its time grows with H³ at most",
+    "mixture": "a mixture of experts is faster than full RTRL over all its parameters",
+    "batch": "a sample in a batch costs about what it costs alone",
+    "catchup": "a slice that was dormant for many dense steps is brought up to date at a fraction of the steps' cost",
+    "lazy": "dormant slices cost less when they are brought up to date on demand than when they are at every block",
+    "cells": "a step of a small cell takes at most 1.5 times as long as one of eager BPTT",
+    "growth": "costs grow as the formulas say",
+    "stream": "memory does not grow with the length of the stream",
+}
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """Where measured numbers go: beside their bars into the results, and then against them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from bars import BARS, SIZES, Sizes
+
+from rtrl.report import Plot, Series
 
 
 class Measurement:
@@ -21,45 +24,36 @@ class Measurement:
     def sizes(self) -> Sizes:
         return SIZES[self.size]
 
-    def settle(
-        self, measured: Mapping[str, float], *series: Mapping[str, Any], **facts: str | float | Sequence[int]
-    ) -> None:
+    def settle(self, measured: Mapping[str, float], *plots: Plot, **facts: str | float | Sequence[int]) -> None:
         """Store the numbers, then hold them to their bars.
 
         What was measured is in the results also where it does not reach its bar.
 
         Args:
-            measured: name of a bar → number. series: what ``curve`` made. facts: what else one must know of the run.
+            measured: name of a bar → number. plots: its curves. facts: what else one must know of the run.
         """
         values = {name: float(value) for name, value in measured.items()}
         self.benchmark.extra_info.update(
-            size=self.size, threads=torch.get_num_threads(), measured=values, series=series, facts=facts
+            size=self.size,
+            threads=torch.get_num_threads(),
+            measured=values,
+            plots=[asdict(plot) for plot in plots],
+            facts=facts,
         )
         missed = []
         for name, value in values.items():
             bar = BARS[name]
             gated = bar.kind == "count" or (self.size == "full" and (self.clock or bar.kind == "memory"))
-            if gated and bar.holds(value, self.size) is False:
-                bound = bar.bound(self.size)
-                missed.append(f"{name}: {value:.4g}{bar.unit} {bar.text}; the bar is {bar.relation} {bound}")
+            if gated and bar.reached(value, self.size) is False:
+                missed.append(f"{name}: {value:.4g}{bar.unit} {bar.text}; the bar is {bar.asked(self.size)}")
         assert not missed, "\n".join(missed)
 
 
-def curve(
-    name: str, title: str, over: str, at: Sequence[float], unit: str, values: Mapping[str, Sequence[float]]
-) -> dict[str, Any]:
-    """Numbers of several sides at several sizes, for a table and a plot.
+def curve(title: str, over: str, at: Sequence[float], unit: str, values: Mapping[str, Sequence[float]]) -> Plot:
+    """A plot of several sides at several sizes, over logarithmic axes; steps are linear.
 
     Args:
-        name: of the plot's file. title, over, unit: of the plot, its x axis, its y axis. values: side → one number a
-            size.
+        title, over, unit: of the plot, its x axis, its y axis. values: side → one number per size.
     """
-    assert all(len(numbers) == len(at) for numbers in values.values())
-    return {
-        "name": name,
-        "title": title,
-        "over": over,
-        "at": list(at),
-        "unit": unit,
-        "values": {side: [float(number) for number in numbers] for side, numbers in values.items()},
-    }
+    series = [Series(side, [float(x) for x in at], [float(y) for y in numbers]) for side, numbers in values.items()]
+    return Plot(title, over, unit, series, log_x=over != "steps", log_y=True)

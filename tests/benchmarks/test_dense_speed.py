@@ -63,7 +63,7 @@ def test_a_tanh_network(measurement: Measurement, benchmark: Any) -> None:
         "rnn.formula": counted / bound(problem, size),
         "rnn.control": dense_counted / bound(problem, size),
     }
-    facts: dict[str, str | float] = {"H": size, "P": problem.parameters, "multiply-adds a step": counted}
+    facts: dict[str, str | float] = {"H": size, "P": problem.parameters, "multiply-adds per step": counted}
     if measurement.clock:
         textbook = Textbook(problem)
         products = {
@@ -83,8 +83,8 @@ def test_a_tanh_network(measurement: Measurement, benchmark: Any) -> None:
         measured["rnn.faster"] = median_ratio(times["textbook"], times["ours"])
         measured["rnn.limit"] = bound(problem, size) * median_ratio(best, times["ours"])
         medians_s = medians(times)
-        facts.update({f"ms a step, {name}": 1e3 * medians_s[name] for name in ("ours", "textbook")})
-        facts["10⁹ operations a second in a matrix product"] = 2e-9 / min(medians_s[name] for name in products)
+        facts.update({f"ms per step, {name}": 1e3 * medians_s[name] for name in ("ours", "textbook")})
+        facts["10⁹ operations per second in a matrix product"] = 2e-9 / min(medians_s[name] for name in products)
     benchmark.pedantic(ours.advance, args=(size,), rounds=3)
     measurement.settle(measured, **facts)
 
@@ -122,5 +122,5 @@ def test_a_gru(measurement: Measurement, benchmark: Any) -> None:
     measured["gru.fewer"] = textbook_formula(problem) / macs(ours, block)
     measured["gru.control"] = textbook_formula(problem) / macs(stepwise, 2)
     benchmark.pedantic(ours.advance, args=(block,), rounds=3)
-    series = [curve("gru", "GRU, inputs = H", "H", sizes, "seconds a step", seconds)] if measurement.clock else []
+    series = [curve("GRU, inputs = H", "H", sizes, "seconds per step", seconds)] if measurement.clock else []
     measurement.settle(measured, *series, H=sizes, block="4·H")

@@ -14,7 +14,7 @@ from mixtures import Undeclared
 from problems import Problem, dense, mixture
 from rivals import Ours, Unrolled
 
-MACS = "multiply-adds a step"
+MACS = "multiply-adds per step"
 
 
 def steady(problem: Problem, steps: int, **options: Any) -> float:
@@ -34,7 +34,7 @@ def test_over_the_state(measurement: Measurement, benchmark: Any) -> None:
     benchmark.pedantic(Ours(dense("rnn", sizes[0]), block=sizes[0]).advance, args=(sizes[0],), rounds=3)
     measurement.settle(
         measured,
-        curve("growth-state", "tanh RNN, inputs = H", "H", sizes, MACS, {"block = H": blocks, "block = 1": stepwise}),
+        curve("tanh RNN, inputs = H", "H", sizes, MACS, {"block = H": blocks, "block = 1": stepwise}),
     )
 
 
@@ -55,7 +55,6 @@ def test_over_the_parameters(measurement: Measurement, benchmark: Any) -> None:
     measurement.settle(
         measured,
         curve(
-            "growth-parameters",
             f"tanh RNN, H = {hidden}, more inputs",
             "P",
             parameters,
@@ -95,9 +94,8 @@ def test_over_time(measurement: Measurement, benchmark: Any) -> None:
     benchmark.pedantic(ours.advance, args=(block,), rounds=3)
     measurement.settle(
         measured,
-        curve("growth-bytes", f"GRU, H = {hidden}", "T", steps, "bytes held", {"ours": ours_bytes, "BPTT": graphs}),
+        curve(f"GRU, H = {hidden}", "T", steps, "bytes held", {"ours": ours_bytes, "BPTT": graphs}),
         curve(
-            "growth-time",
             f"GRU, H = {hidden}, gradients every {block} steps",
             "T",
             steps,
@@ -122,9 +120,7 @@ def test_over_the_block(measurement: Measurement, benchmark: Any) -> None:
         "growth.block.slope": float(slope) / (hidden**2 * problem.parameters),
     }
     benchmark.pedantic(Ours(problem, block=hidden).advance, args=(hidden,), rounds=3)
-    measurement.settle(
-        measured, curve("growth-block", f"tanh RNN, H = {hidden}", "block", blocks, MACS, {"ours": counted.tolist()})
-    )
+    measurement.settle(measured, curve(f"tanh RNN, H = {hidden}", "block", blocks, MACS, {"ours": counted.tolist()}))
 
 
 def test_over_the_experts(measurement: Measurement, benchmark: Any) -> None:
@@ -141,7 +137,6 @@ def test_over_the_experts(measurement: Measurement, benchmark: Any) -> None:
     measurement.settle(
         measured,
         curve(
-            "growth-experts",
             "Mixture, d_model 8, 4 slots",
             "experts",
             sizes,

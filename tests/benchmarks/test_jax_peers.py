@@ -51,5 +51,5 @@ def test_jitted_jax(measurement: Measurement, benchmark: Any) -> None:
         for name, value in medians(times).items():
             seconds.setdefault(name, []).append(value)
     benchmark.pedantic(ours.advance, args=(size,), rounds=3)
-    series = [curve("jax", "tanh RNN, inputs = H", "H", sizes, "seconds a step", seconds)] if seconds else []
+    series = [curve("tanh RNN, inputs = H", "H", sizes, "seconds per step", seconds)] if seconds else []
     measurement.settle(measured, *series, H=sizes)

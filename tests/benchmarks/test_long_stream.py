@@ -51,7 +51,7 @@ def test_a_long_stream(measurement: Measurement, benchmark: Any, long: bool) -> 
         resident = {"ours": ours["rss_bytes"]}
         if control["steps"] == ours["steps"]:
             resident["BPTT"] = control["rss_bytes"]
-        series = [curve("stream", "GRU, H = 16: the process", "steps", ours["steps"], "bytes resident", resident)]
+        series = [curve("GRU, H = 16: the process", "steps", ours["steps"], "bytes resident", resident)]
     problem = dense("gru", stream.HIDDEN)
     benchmark.pedantic(Ours(problem, block=stream.BLOCK).advance, args=(stream.BLOCK,), rounds=3)
     measurement.settle(measured, *series, steps=ours["steps"][-1], **{"bytes held": ours["held_bytes"][-1]})

@@ -81,13 +81,13 @@ def test_a_mixture(measurement: Measurement, benchmark: Any) -> None:
     full_macs = problem.hidden**2 * problem.parameters
     measured = {"mixture.fewer": full_macs / counted, "mixture.control": without_declarations()}
     facts: dict[str, str | float] = {
-        "multiply-adds a step": counted,
+        "multiply-adds per step": counted,
         "MB held": sum(ours.learner.retained_bytes().values()) / 1e6,
     }
     if measurement.clock:
         ours_s = medians(alternate({"ours": lambda: ours.advance(size.block)}, 2))["ours"]
         measured["mixture.faster"] = full_s / ours_s
-        facts.update({"ms a step, ours": 1e3 * ours_s, "s a step, full RTRL": full_s, "full RTRL was timed by": how})
+        facts.update({"ms per step, ours": 1e3 * ours_s, "s per step, full RTRL": full_s, "full RTRL timed by": how})
     benchmark.pedantic(ours.advance, args=(size.block,), rounds=1)
     measurement.settle(
         measured,

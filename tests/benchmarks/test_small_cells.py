@@ -36,10 +36,10 @@ def test_a_step_of_a_small_cell(measurement: Measurement, benchmark: Any) -> Non
                 3 * measurement.sizes.rounds,
             )
             measured[f"cells.{kind}"] = median_ratio(times["ours"], times["eager"])
-            facts.update({f"µs a step, {kind}, {side}": 1e6 * value for side, value in medians(times).items()})
+            facts.update({f"µs per step, {kind}, {side}": 1e6 * value for side, value in medians(times).items()})
     measured["cells.operations"] = max(ours / eager for ours, _, eager in operations.values())
     measured["cells.control"] = min(stepwise / eager for _, stepwise, eager in operations.values())
     benchmark.pedantic(ours.advance, args=(block,), rounds=3)
-    facts.update({f"operations a step, {kind}, ours": ours for kind, (ours, _, _) in operations.items()})
-    facts.update({f"operations a step, {kind}, eager": eager for kind, (_, _, eager) in operations.items()})
+    facts.update({f"operations per step, {kind}, ours": ours for kind, (ours, _, _) in operations.items()})
+    facts.update({f"operations per step, {kind}, eager": eager for kind, (_, _, eager) in operations.items()})
     measurement.settle(measured, H=size, block=block, **facts)

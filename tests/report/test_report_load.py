@@ -74,7 +74,7 @@ def test_old_names_warn(old: str) -> None:
         (at("duration_s")("1"), "duration_s: expected a number"),
         (at("claims")({}), "claims: expected a list"),
         (at("claims")([]), "claims: expected at least one claim"),
-        (at("claims", 1)(7), "claims[1]: expected an object with a field 'id'"),
+        (at("claims", 1)(7), "claims[1]: expected an object with a field 'result'"),
         (at("claims", 1, "id")("MEMORY"), "two claims are called 'MEMORY'"),
         (at("claims", 1, "id")("../../etc"), "claims[1].id: expected an id of letters"),
         (at("claims", 0, "threshold")(...), "claims[0]: the field 'threshold' is missing"),
@@ -106,11 +106,11 @@ def test_what_is_wrong_is_named(tmp_path: Path, change: Change, message: str) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is no JSON file"),
-        ("[" * 100_000, "is no JSON file"),
-        ('{"schema": NaN}', "NaN is no number in JSON; null stands for it"),
-        ("\ud800".encode("utf-8", "surrogatepass"), "is no JSON file"),
-        ("9" * 5000, "is no JSON file"),
+        ("", "is not a JSON file"),
+        ("[" * 100_000, "is not a JSON file"),
+        ('{"schema": NaN}', "NaN is not a number in JSON; null stands for it"),
+        ("\ud800".encode("utf-8", "surrogatepass"), "is not a JSON file"),
+        ("9" * 5000, "is not a JSON file"),
         ("[]", "expected an object with a field 'schema'"),
     ],
 )

@@ -1,10 +1,11 @@
-"""What stands between the markers of README and docs is what the results say, and nothing else is touched."""
+"""What stands between the markers of a page is what the results say, and nothing else is touched."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import published
 from report_samples import nasty, sample
 
 from rtrl.errors import ConfigError
@@ -12,9 +13,7 @@ from rtrl.report import load_record, outdated_pictures, update_markdown
 from rtrl.report.load import record as read
 from rtrl.report.markdown import anchor, escape
 
-ROOT = Path(__file__).parent.parent.parent
-README, DOCS = ROOT / "README.md", ROOT / "docs" / "results"
-CLAIMS, LONG = DOCS / "claims.md", DOCS / "claims-full.md"
+README, CLAIMS = published.ROOT / "README.md", published.CLAIMS.pages[0]
 
 
 def pages(folder: Path, **texts: str) -> list[Path]:
@@ -39,18 +38,16 @@ def after(record: Any, paths: list[Path], folder: Path | None = None) -> list[st
 # ---------------------------------------------------------------------- this repository's own pages
 
 
-@pytest.mark.parametrize(
-    ("results", "pictures", "written"),
-    [("results.json", "pictures", [CLAIMS]), ("results-full.json", "pictures-full", [LONG])],
-)
-def test_readme_and_claims_say_what_the_results_say(results: str, pictures: str, written: list[Path]) -> None:
-    record = load_record(DOCS / results)
-    for path, (old, new) in update_markdown(record, written, DOCS / pictures).items():
-        assert old == new, (
-            f"{path.name} is not what {results} says: in docs/results, rtrl report {results} --pictures {pictures} "
-            f"--format svg {' '.join(f'--update {page.name}' for page in written)}"
-        )
-    assert outdated_pictures(record, DOCS / pictures, ("svg",)) == []
+@pytest.mark.parametrize("name", published.ALL)
+def test_pages_and_pictures_say_what_the_results_say(name: str) -> None:
+    files = published.ALL[name]
+    record = load_record(files.results)
+    for path, (old, new) in update_markdown(record, files.pages, files.pictures).items():
+        assert old == new, f"{path.name} is not what {files.results.name} says: {files.command}"
+    assert outdated_pictures(record, files.pictures, ("svg",)) == []
+    for path in files.pictures.glob("*.svg"):
+        assert "<text" in path.read_text(encoding="utf-8"), "text must stay text"
+        assert path.stat().st_size < 100_000
 
 
 def test_every_link_to_a_claim_leads_to_its_section() -> None:
@@ -92,6 +89,14 @@ def test_the_table_of_claims(tmp_path: Path) -> None:
     assert "<summary>Every row (40 rows)</summary>\n\n| n | n² |" in other
     assert "![Memory against T](pictures/memory-1.svg)" in other
     assert "- gradients differ at step 3" in other
+
+
+def test_one_claim_alone(tmp_path: Path) -> None:
+    whole, text = (after(sample(), pages(tmp_path, a=marked(n)), tmp_path)[0] for n in ("claims", "claim:memory"))
+    body = text.split("<!-- rtrl:claim:memory -->\n\n")[1].split("\n\n<!-- /rtrl:claim:memory -->")[0]
+    assert body.startswith("| measured | threshold | verdict |")
+    assert body.endswith("![Memory against T](./memory-1.svg)")
+    assert f"## `memory`\n\nwhat memory claims\n\n{body}\n\n## `depends`" in whole
 
 
 def test_without_sections_and_pictures_there_are_no_links(tmp_path: Path) -> None:
@@ -149,6 +154,7 @@ def test_escapes(text: str, escaped: str) -> None:
         (marked("run", "run"), r"a\.md:9: <!-- rtrl:run --> does not belong here"),
         ("<!-- rtrl:run --><!-- rtrl:claims --><!-- /rtrl:claims --><!-- /rtrl:run -->", "does not belong here"),
         (marked("runs"), "there is no marker rtrl:runs; there are rtrl:claims-table, rtrl:claims, rtrl:run"),
+        (marked("claim:none"), r"a\.md: the marker rtrl:claim:none names a claim that the results do not have"),
     ],
 )
 def test_markers_must_stand_in_pairs(tmp_path: Path, text: str, message: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rtrl.errors import ConfigError
+from rtrl.report import plain
 from rtrl.verification import record, registry, runner
 from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table
 
@@ -132,5 +133,5 @@ def test_the_record_is_json_without_nan() -> None:
 
 
 def test_what_is_no_json_is_refused() -> None:
-    with pytest.raises(TypeError, match="Tensor is no plain JSON value"):
-        record.plain({"a": [torch.ones(1)]})
+    with pytest.raises(TypeError, match="Tensor is not a plain JSON value"):
+        plain({"a": [torch.ones(1)]})

@@ -1,0 +1,43 @@
+"""Write a record to a results file, as plain JSON."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rtrl.report.model import SCHEMA, Record
+
+
+def save_record(record: Record, path: Path) -> None:
+    """Write the record to a results file that :func:`load_record` reads.
+
+    Args:
+        record: the results.
+        path: the file to write.
+    """
+    content = plain({"schema": SCHEMA, **asdict(record)})
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def plain(value: Any) -> Any:
+    """Convert containers to plain JSON values: tuples to lists, numbers that are not finite to None.
+
+    Args:
+        value: dicts, lists, tuples, texts, booleans, numbers and None, nested as you like.
+
+    Returns:
+        The same values, fit for ``json.dumps(..., allow_nan=False)``.
+
+    Raises:
+        TypeError: another type is among them; convert it first.
+    """
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    raise TypeError(f"{type(value).__name__} is not a plain JSON value: {value!r}")
