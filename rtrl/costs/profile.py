@@ -31,7 +31,7 @@ from rtrl.cells.protocol import (
 from rtrl.costs.linear import Linear, measure
 from rtrl.errors import ConfigError, RTRLError, ShapeError, UnknownOperationError
 from rtrl.learners.bptt import unrolled_gradient
-from rtrl.learners.replayed_step import Step, Values
+from rtrl.learners.replayed_step import ParameterSnapshot, ReplayedStep
 from rtrl.profiling.macs import MacCounter, Rule
 
 
@@ -183,11 +183,11 @@ def _profile(
         xs = [_resized(x, h) for x in xs] if xs is not None else [_drawn(cell, h)]
         with torch.no_grad():
             _guarded(lambda: contract.check_purity(cell, xs[0], h, None), xs[0], h)
-        values = Values(cell)
+        values = ParameterSnapshot(cell)
         taken, macs = _steps(cell, values, xs, h, rules)
-        kinds = {pytrees.signature((step.x, tuple(_choice(step)))) for step in taken}
+        kinds = {pytrees.signature((step.x, tuple(step.sparsity))) for step in taken}
         probe = _repeated(cell, values, taken[0], rules)
-        kinds |= {pytrees.signature((step.x, tuple(_choice(step)))) for step in probe}
+        kinds |= {pytrees.signature((step.x, tuple(step.sparsity))) for step in probe}
         one, lone = probe[0], _lone(probe[0], rules)
         return Profile(
             cell=type(cell).__name__,
@@ -203,10 +203,10 @@ def _profile(
             x_bytes=pytrees.n_bytes(one.x),
             state_bytes=pytrees.n_bytes(h),
             output_bytes=pytrees.n_bytes(one.outputs),
-            choice_bytes=pytrees.n_bytes(tuple(_choice(one))),
-            shared_bytes=pytrees.n_bytes(list({id(t): t for t in pytrees.tensors(tuple(_choice(one)))}.values())),
+            choice_bytes=pytrees.n_bytes(tuple(one.sparsity)),
+            shared_bytes=pytrees.n_bytes(list({id(t): t for t in pytrees.tensors(tuple(one.sparsity))}.values())),
             replays=takes_replay(cell),
-            choices=[_choice(step) for step in taken],
+            choices=[step.sparsity for step in taken],
             forward_macs=macs,
             again_macs=_again_macs(one, rules),
             losses_everywhere=_backward_macs(probe, rules, everywhere=True),
@@ -216,17 +216,6 @@ def _profile(
             linear=measure(cell, parameters, [_as_kept(s) for s in probe[:2]], probe[2].h, 2 * lone.forward, rules),
             steady=len(kinds) == 1,
         )
-
-
-class _Probed(Step):
-    """A step with what it declared, whether the cell takes ``replay`` or not."""
-
-    declared: Sparsity = Sparsity()
-
-
-def _choice(step: Step) -> Sparsity:
-    assert isinstance(step, _Probed)
-    return step.declared
 
 
 def _resized(x: Any, h: Tensor) -> Any:
@@ -275,8 +264,8 @@ def _guarded(call: Callable[[], Any], x: Any, h: Tensor) -> Any:
 
 
 def _steps(
-    cell: nn.Module, values: Values, xs: Sequence[Any], h: Tensor, rules: Mapping[str, Rule] | None
-) -> tuple[list[_Probed], list[int]]:
+    cell: nn.Module, values: ParameterSnapshot, xs: Sequence[Any], h: Tensor, rules: Mapping[str, Rule] | None
+) -> tuple[list[ReplayedStep], list[int]]:
     """The steps of a stream, taken without a graph, and the multiply-adds of each."""
     names, replays = dict(cell.named_parameters()), takes_replay(cell)
     cut = torch.ones(h.shape[0], dtype=torch.bool, device=h.device)
@@ -286,16 +275,16 @@ def _steps(
             y, h_next, sparsity = _guarded(partial(call_cell, values, x, h.clone(), None), x, h)
         checks.check_output(y, h, h_next, number)
         check_sparsity(sparsity, h, names)
-        step = _Probed(number, x, h, h_next, own_copy(sparsity) if replays else None, values, cut)
-        step.declared = own_copy(sparsity)
-        step.outputs = [leaf.detach() for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
-        taken.append(step)
+        outputs = [leaf.detach() for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
+        taken.append(ReplayedStep(x, h, own_copy(sparsity), outputs, number, h_next, values, cut, replays))
         macs.append(counter.macs)
         h, cut = h_next, torch.zeros_like(cut)
     return taken, macs
 
 
-def _repeated(cell: nn.Module, values: Values, first: _Probed, rules: Mapping[str, Rule] | None) -> list[_Probed]:
+def _repeated(
+    cell: nn.Module, values: ParameterSnapshot, first: ReplayedStep, rules: Mapping[str, Rule] | None
+) -> list[ReplayedStep]:
     """Three steps with the first one's x, with a loss at each."""
     steps, _ = _steps(cell, values, [first.x] * 3, first.h, rules)
     for step in steps:
@@ -303,21 +292,21 @@ def _repeated(cell: nn.Module, values: Values, first: _Probed, rules: Mapping[st
     return steps
 
 
-def _as_kept(step: _Probed) -> Kept:
+def _as_kept(step: ReplayedStep) -> Kept:
     """The step as ``BlockRTRL`` keeps it, with the gradients of its losses."""
     outputs = [y.clone().requires_grad_() for y in step.outputs]
     for leaf, adjoint in zip(outputs, step.adjoints, strict=True):
         leaf.grad = adjoint
-    return Kept(step.x, step.h, step.declared, outputs, step.number)
+    return Kept(step.x, step.h, step.sparsity, outputs, step.number)
 
 
-def _again_macs(step: _Probed, rules: Mapping[str, Rule] | None) -> int:
+def _again_macs(step: ReplayedStep, rules: Mapping[str, Rule] | None) -> int:
     with MacCounter(rules) as counter:
-        step.again(step.h)
+        step.rerun(step.h)
     return counter.macs
 
 
-def _backward_macs(steps: list[_Probed], rules: Mapping[str, Rule] | None, everywhere: bool) -> Series:
+def _backward_macs(steps: list[ReplayedStep], rules: Mapping[str, Rule] | None, everywhere: bool) -> Series:
     forward = _again_macs(steps[0], rules)
     found = []
     for number in range(len(steps)):
@@ -332,10 +321,10 @@ def _backward_macs(steps: list[_Probed], rules: Mapping[str, Rule] | None, every
     return Series((one, two, three))
 
 
-def _graph_bytes(steps: list[_Probed]) -> Series:
+def _graph_bytes(steps: list[ReplayedStep]) -> Series:
     """What autograd keeps, and the outputs that a loss begins at, storage by storage."""
-    ours = [[step.x, step.h, step.outputs, step.adjoints, step.replay and tuple(step.replay)] for step in steps]
-    known = {t.untyped_storage().data_ptr() for t in pytrees.tensors([ours, steps[0].values.tensors])}
+    ours = [[step.x, step.h, step.outputs, step.adjoints, step.replays and tuple(step.sparsity)] for step in steps]
+    known = {t.untyped_storage().data_ptr() for t in pytrees.tensors([ours, steps[0].snapshot.tensors])}
     kept: list[Tensor] = []  # alive until all is counted, so that no address comes twice
     found = []
     h = steps[0].h
@@ -346,7 +335,7 @@ def _graph_bytes(steps: list[_Probed]) -> Series:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         for step in steps:
-            pairs, h = step.again(h)
+            pairs, h = step.rerun(h)
             kept += [y.detach() for y, _ in pairs]
             storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
             found.append(sum(size for place, size in storages.items() if place not in known))
@@ -354,11 +343,11 @@ def _graph_bytes(steps: list[_Probed]) -> Series:
     return Series((one, two, three))
 
 
-def _lone(step: _Probed, rules: Mapping[str, Rule] | None) -> Lone:
-    theta = list(step.values.trainable.values())
+def _lone(step: ReplayedStep, rules: Mapping[str, Rule] | None) -> Lone:
+    theta = list(step.snapshot.trainable.values())
     h = step.h[:1].clone().requires_grad_()
     with MacCounter(rules) as forward:
-        pairs, h_next = step.again(h, 0)
+        pairs, h_next = step.rerun(h, 0)
     from_output = from_entry = 0
     if pairs:
         ys, adjoints = zip(*pairs, strict=True)

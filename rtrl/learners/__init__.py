@@ -1,11 +1,14 @@
-"""What online gradients are compared with: learners with the interface of ``rtrl.BlockRTRL``, exact, truncated,
-masked, random or local. They are written to be read, not to be fast."""
+"""Learners: exact RTRL in blocks, and what it is compared with, exact, truncated, masked, random or local.
 
+Those beside ``BlockRTRL`` are written to be read, not to be fast.
+"""
+
+from rtrl.learners.base import Learner
 from rtrl.learners.block_rtrl import BlockRTRL
 from rtrl.learners.bptt import BPTT, TBPTT
-from rtrl.learners.dense import DenseRTRL
+from rtrl.learners.influence_learner import DenseRTRL
 from rtrl.learners.local import RFLO, DiagonalRTRL
 from rtrl.learners.snap import SnAp
 from rtrl.learners.uoro import UORO
 
-__all__ = ["BPTT", "RFLO", "TBPTT", "UORO", "BlockRTRL", "DenseRTRL", "DiagonalRTRL", "SnAp"]
+__all__ = ["BPTT", "RFLO", "TBPTT", "UORO", "BlockRTRL", "DenseRTRL", "DiagonalRTRL", "Learner", "SnAp"]

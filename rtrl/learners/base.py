@@ -1,5 +1,7 @@
-"""What all baselines share: the checks of a step and of a loss, the step run again, and delivery to ``.grad``."""
+"""The base class of all learners: everything that does not depend on how a gradient is computed."""
 
+import inspect
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -7,30 +9,43 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
-from rtrl._engine import checks, contract, losses
+from rtrl._engine import checks, losses
+from rtrl._engine import step as forward_step
 from rtrl._engine.parameter_guard import ParameterGuard
+from rtrl._engine.recorded import RecordedStep
 from rtrl._utils import pytrees, validation
-from rtrl.cells.protocol import Cell, call_cell, check_input, first_state, own_copy, takes_replay
-from rtrl.errors import CellError, ConfigError, LossError, NonFiniteError, RTRLError, ShapeError
-from rtrl.learners import baseline_state
-from rtrl.learners.replayed_step import Step, Values
+from rtrl.cells.protocol import Cell, Sparsity, first_state, takes_replay
+from rtrl.errors import ConfigError, NonFiniteError, ShapeError
+from rtrl.learners import state as saved_state
+from rtrl.learners.state import LearnerState
 
 
-class Baseline(ABC):
-    """A learner with the interface of ``rtrl.BlockRTRL``, for cells of the same protocol; a ``Sparsity`` is replayed
-    and otherwise ignored.
+class Learner(ABC):
+    """Take a stream step by step, collect the losses, and deliver gradients to the ``.grad`` of the parameters.
 
-    A step takes losses until the next ``step``, ``sync`` or ``reset``. Parameters may change at any moment: each step
-    counts with the values it was taken with, of which the learner keeps a copy.
+    A learning rule is a subclass. It implements ``_process`` (process the open steps, which take no more losses), and
+    as needed ``_flush`` (accumulate gradients before a delivery), ``_clear`` (forget samples that restart),
+    ``_buffers`` with ``_load_buffers`` (what a saved learner contains beside the common part) and ``_held_bytes``.
 
     Args:
-        cell: ``forward(x, h) -> (y, h_next)`` or ``(y, h_next, Sparsity)``. batch_size: B, each sample a stream.
+        cell: a ``torch.nn.Module`` with ``forward(x, h) -> (y, h_next)`` or ``(y, h_next, Sparsity)``; see
+            ``rtrl.cells.protocol``.
+        batch_size: B, the number of samples; each sample is a stream of its own.
         state: (B, n, ...), the first state; ``cell.init_state(batch_size)`` by default.
 
+    Attributes:
+        cell: the cell.
+        batch_size: B.
+        block: the number of steps that are processed together; 1 unless the learner says otherwise.
+
     Raises:
-        ConfigError: a size is not a positive integer, or the cell has no trainable parameter or no first state.
+        ConfigError: ``batch_size`` is not a positive integer, or the cell has no trainable parameter or no first state.
+        ShapeError: the first state has the wrong shape, dtype or device.
     """
+
+    block: int = 1
 
     def __init__(self, cell: nn.Module, batch_size: int, *, state: Tensor | None = None) -> None:
         validation.integer("batch_size", batch_size)
@@ -39,16 +54,18 @@ class Baseline(ABC):
         self.cell, self.batch_size = cell, batch_size
         self._guard = ParameterGuard(cell)
         self._parameters = self._guard.parameters
+        self._takes_replay = takes_replay(cell)
         parameter = next(iter(self._parameters.values()))
         first = first_state(cell, batch_size) if state is None or isinstance(cell, Cell) else None
         if first is not None:
             first = checks.checked_state(first, batch_size, parameter)
         self._state = checks.checked_state(first if state is None else state, batch_size, parameter, first)
-        self._cut = torch.ones(batch_size, dtype=torch.bool, device=self._state.device)  # whose state is a constant
-        self._values: Values | None = None
-        self._taken = 0
-        self._open: Step | None = None  # the newest step, as long as it takes losses
-        self._earned: dict[str, Tensor] = {}  # not yet delivered to .grad
+        self._steps_taken = 0
+        self._open_steps: list[RecordedStep] = []  # these still accept losses
+        self._seen_losses: list[weakref.ref[Tensor]] = []  # of the newest step
+        self._pending_grads: dict[str, Tensor] = {}  # by parameter, not yet delivered to .grad
+
+    # ------------------------------------------------------------------ steps and losses
 
     @property
     def state(self) -> Tensor:
@@ -57,231 +74,273 @@ class Baseline(ABC):
 
     @property
     def steps_taken(self) -> int:
-        """How many steps have been taken since the beginning."""
-        return self._taken
+        """The number of steps since the learner was made."""
+        return self._steps_taken
 
     @property
     def at_block_end(self) -> bool:
-        """Whether now is a natural moment to ``sync``: after every step, unless a learner says otherwise."""
-        return self._open is not None
+        """Whether the open block is full: the natural moment to ``sync``."""
+        return len(self._open_steps) >= self.block
 
-    @torch.inference_mode(False)
-    def step(self, x: Any) -> Any:
-        """Take one step and return ``y``, cut off from any graph: its floating-point tensors are leaves that require
-        grad.
+    def step(self, x: Any, *, replay: Sparsity | None = None) -> Any:
+        """Take one step and return ``y`` without a graph: its floating-point tensors are leaves that require grad.
 
         Args:
-            x: the input, a tensor (B, ...) or any tree of such.
+            x: the input, a tensor (B, ...) or a pytree of such tensors.
+            replay: choices that a routing cell must make instead of its own.
+
+        Returns:
+            y as the cell returns it. A loss on it may be added by ``backward``, or by its own ``loss.backward()``,
+            until the block closes.
 
         Raises:
             ShapeError: x has the wrong batch, dtype or device, or the cell does not take it.
-            CellError: the cell breaks its contract. NonFiniteError: NaN or infinity in x, y or the next state.
-            ParameterChangedError: the cell has other trainable parameters than it had. Nothing has changed then.
+            CellError: the cell breaks its contract.
+            SparsityError: what the cell declares is malformed, or it writes more than it declares.
+            NonFiniteError: NaN or infinity in x, y or the next state.
+            ParameterChangedError: the cell has other trainable parameters than before, or, in a learner that works in
+                blocks, a parameter changed inside the open block; call ``sync()`` before changing parameters. Nothing
+                has changed when one of these errors is raised.
 
-        Cost: one forward pass without a graph, and the working off of the last step.
+        Cost:
+            One forward pass without a graph; at the first step of a new block, the processing of the last block.
         """
-        number = self._taken
-        self._guard.check([])
-        if not pytrees.tensors(x):
-            raise ShapeError("x holds no tensor")
-        for leaf in pytrees.tensors(x):
-            check_input("x", leaf, self.batch_size, self._state)
-            checks.check_finite("x", leaf, number)
-        with torch.no_grad():
-            x = pytrees.map_tensors(lambda leaf: leaf.detach().clone(), x)
-            h = self._state.clone()
-            try:
-                if number == 0:
-                    contract.check_purity(self.cell, x, h, None)
-                y, h_next, sparsity = call_cell(self.cell, x, h, None)
-            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-                if isinstance(error, RTRLError):
-                    raise
-                raise ShapeError(f"step {number}: the cell does not take this x with this state: {error}") from error
-            if h._version:
-                raise CellError(f"step {number}: the cell changes the state h in place; it must return a new one")
-            checks.check_output(y, self._state, h_next, number)
-        self._close()
-
-        replay = own_copy(sparsity) if takes_replay(self.cell) else None
-        if self._values is None or not self._values.current(self.cell):
-            self._values = Values(self.cell)
-        taken = Step(number, x, self._state, h_next.detach().clone(), replay, self._values, self._cut)
-
-        def leaf_of(value: Tensor) -> Tensor:
-            value = value.detach().clone()
-            if value.is_floating_point():
-                value.requires_grad_()
-                losses.refuse_when_closed(value, number, taken.open_)
-                taken.outputs.append(value)
-            return value
-
-        y = pytrees.map_tensors(leaf_of, y)
-        self._open, self._state, self._cut = taken, taken.h_next, torch.zeros_like(self._cut)
-        self._taken += 1
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self.step(x, replay=replay)
+        if not self._guard.unchanged():
+            self._check_parameters()
+        named, number = self._guard.named, self._steps_taken
+        if replay is not None:
+            forward_step.check_replay(replay, self._takes_replay, self._state, named)
+        taken, y, h_next = forward_step.take(self.cell, x, self._state, replay, number, number == 0, named)
+        if len(self._open_steps) >= self.block:
+            self._close()
+        if not self._open_steps:
+            self._begin_block(taken)
+        self._open_steps.append(taken)
+        self._state = h_next
+        self._steps_taken = number + 1
+        self._seen_losses = []
         return y
 
     def backward(self, loss: Tensor) -> None:
-        """Give a loss of the newest step; several are summed. Whatever else it depends on gets its gradient at once.
+        """Add a loss of the newest step; several losses of a step are summed.
+
+        Equation:
+            Adds ∂loss/∂y to what the step carries back through time. Everything else that the loss depends on gets its
+            gradient at once, as by ``loss.backward()``.
 
         Args:
             loss: a scalar tensor computed from what the last ``step`` returned.
 
         Raises:
-            LossError: not a scalar of this step's y, or already given. NonFiniteError. Nothing has changed then.
+            LossError: the loss is not a scalar that depends on this step's y, or was added before.
+            NonFiniteError: NaN or infinity in the loss or its gradient. No ``.grad`` has changed.
 
-        Cost: the loss's own backward pass.
+        Cost:
+            The loss's own backward pass.
         """
-        number = self._taken - 1
-        outputs, given = (self._open.outputs, self._open.given) if self._open is not None else ([], [])
-        leaves = losses.check_loss(loss, outputs, given, number)
-        try:
-            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-        except RuntimeError as error:
-            raise LossError(f"the loss of step {number} could not be pulled back: {error}") from error
-        for gradient in gradients:
-            if gradient is not None:
-                checks.check_finite("the gradient of the loss", gradient, number)
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            if gradient is not None:
-                kept = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-                leaf.grad = (kept + gradient).detach()
-        given.append(weakref.ref(loss))
+        outputs = self._open_steps[-1].outputs if self._open_steps else []
+        losses.add_loss(loss, outputs, self._seen_losses, self._steps_taken - 1)
+
+    # ------------------------------------------------------------------ delivery and reset
 
     @torch.inference_mode(False)
     def sync(self, dormant: bool = True) -> None:
-        """Add to every ``.grad`` what all losses not yet delivered have earned, each loss once.
+        """Process the open steps, and add the gradient of all losses not yet delivered to every ``.grad``.
+
+        Equation:
+            ``θ.grad += Σ_t dℓ_t/dθ`` over the losses added since the last delivery, as far as the learning rule follows
+            them. It accumulates, as autograd does.
 
         Args:
-            dormant: taken so that a learner can stand in for ``rtrl.BlockRTRL``; nothing sleeps here.
+            dormant: False leaves the pending gradients of dormant slices in the tree of ``BlockRTRL``, for a later
+                ``sync``; other learners have no dormant slices and ignore it.
 
         Raises:
-            CellError: run again, the cell does not do what it did. NonFiniteError. Nothing has been delivered then.
+            ParameterChangedError: a parameter was replaced, or changed inside an open block of ``BlockRTRL``.
+            CellError: run again, the cell does something else than it did.
+            NonFiniteError: NaN or infinity in a Jacobian or gradient. Nothing has been delivered.
 
-        Cost: the working off of the last step; the learner says what more.
+        Cost:
+            The processing of the open steps; the learner says what it adds.
         """
         self._close()
-        self._settle()
-        for name, gradient in self._earned.items():
+        self._flush(dormant)
+        for name, gradient in self._pending_grads.items():
             if not checks.finite(gradient):
-                raise NonFiniteError(f"NaN or infinity in the gradient of {name!r} up to step {self._taken - 1}")
-        for name, gradient in self._earned.items():
+                raise NonFiniteError(
+                    f"NaN or infinity in the gradient of parameter {name!r} up to step {self._steps_taken - 1}"
+                )
+        for name, gradient in self._pending_grads.items():
             parameter = self._parameters[name]
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        self._earned = {}
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad += gradient
+        self._pending_grads = {}
 
     @torch.inference_mode(False)
-    def reset(self, rows: Tensor | None = None, *, state: Tensor | None = None) -> None:
-        """Start samples anew in mid-stream; what their losses earned so far is kept.
+    def reset(
+        self,
+        samples: Tensor | None = None,
+        *,
+        state: Tensor | None = None,
+        discard: bool = False,
+        rows: Tensor | None = None,
+    ) -> None:
+        """Restart samples: give them a first state, and clear their influence. Accumulated gradients are kept.
 
         Args:
-            rows: Boolean (B,), the samples to start anew; None for all.
-            state: (B, n, ...), where to take their first states from; ``cell.init_state(batch_size)`` by default.
+            samples: Boolean (B,), the samples to restart; None for all.
+            state: (B, n, ...), the first states to take; ``cell.init_state(batch_size)`` by default.
+            discard: give up the open steps and every gradient not yet delivered. This is the way out of a block that
+                cannot be processed, because its Jacobian is infinite, for example. For all samples only.
+            rows: the former name of ``samples``; deprecated.
 
         Raises:
-            ShapeError: ``rows`` or ``state`` has the wrong form. And whatever ``sync`` raises.
+            ConfigError: ``discard`` together with some of the samples.
+            ShapeError: ``samples`` or ``state`` has the wrong shape, dtype or device.
+            RTRLError: the open steps cannot be processed; see ``sync``.
+
+        Cost:
+            The processing of the open steps.
         """
-        rows = torch.ones_like(self._cut) if rows is None else rows
-        if not isinstance(rows, Tensor) or rows.dtype != torch.bool or tuple(rows.shape) != (self.batch_size,):
-            kind = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
-            raise ShapeError(f"rows must be a Boolean tensor of shape ({self.batch_size},), got {kind}")
-        if rows.device != self._state.device:
-            raise ShapeError(f"rows is on {rows.device}, the state on {self._state.device}; move one of them")
-        first = first_state(self.cell, self.batch_size) if state is None else state
-        first = checks.checked_state(first, self.batch_size, self._state, self._state)
+        if rows is not None:
+            if samples is not None:
+                raise ConfigError("rows is the former name of samples; pass samples alone")
+            text = "reset(rows=...) is called reset(samples=...) now; the old name works in this release only"
+            warnings.warn(text, DeprecationWarning, stacklevel=3)
+            samples = rows
+        everyone = torch.ones(self.batch_size, dtype=torch.bool, device=self._state.device)
+        samples = everyone if samples is None else samples
+        if not isinstance(samples, Tensor) or samples.dtype != torch.bool or samples.shape != everyone.shape:
+            kind = f"{samples.dtype} {tuple(samples.shape)}" if isinstance(samples, Tensor) else type(samples).__name__
+            raise ShapeError(f"samples must be a Boolean tensor of shape ({self.batch_size},), got {kind}")
+        if samples.device != self._state.device:
+            raise ShapeError(f"samples is on {samples.device}, the state on {self._state.device}; move one of them")
+        if discard and not bool(samples.all()):
+            raise ConfigError("discard gives up the gradients of all samples; call reset(discard=True) without samples")
+        if state is None:
+            state = first_state(self.cell, self.batch_size)
+        first = checks.checked_state(state, self.batch_size, self._state, self._state)
+        if discard:
+            self._give_up_block()
         self._close()
-        self._forget(rows)
-        self._state = torch.where(rows.reshape(-1, *[1] * (first.ndim - 1)), first, self._state)
-        self._cut = self._cut | rows
+        self._clear(samples, discard)
+        if discard:
+            self._pending_grads = {}
+        self._state = torch.where(samples.reshape(-1, *[1] * (first.ndim - 1)), first, self._state)
 
     def retained_bytes(self) -> dict[str, int]:
-        """Bytes held between steps, by part; the copies of the parameters are not counted."""
-        kept = self._kept_steps() + ([] if self._open is None else [self._open])
-        return {
-            "influence": self._influence_bytes(),
-            "steps": sum(step.n_bytes for step in kept),
-            "gradient": pytrees.n_bytes(self._earned),
-            "state": pytrees.n_bytes(self._state),
-        }
+        """Bytes held between steps, by part."""
+        gradient, state = pytrees.n_bytes(self._pending_grads), pytrees.n_bytes(self._state)
+        return {**self._held_bytes(), "gradient": gradient, "state": state}
+
+    # ------------------------------------------------------------------ saving
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on bit for bit, as tensors, numbers and containers of such; save the cell's
-        parameters beside it.
+        """Return all that is needed to continue bit for bit, as tensors, numbers and containers of these.
 
-        Losses of a step must be given before it is saved: the ``y`` of steps taken before the save takes no more
-        losses after a load.
+        Save the cell's parameters beside it. Add the losses of a step before saving it: the ``y`` of a step taken
+        before the save accepts no more losses after a load.
         """
-        return baseline_state.save(self)
+        return saved_state.to_plain(self._learner_state())
 
     @torch.inference_mode(False)
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from where ``state_dict`` was taken, with the same cell, parameters and arguments.
+        """Continue from where ``state_dict`` was taken, with the same cell, parameters and arguments.
+
+        Args:
+            saved: what ``state_dict`` returned.
 
         Raises:
-            ConfigError: it was taken of a learner with other arguments or another cell. Nothing has changed then.
+            ConfigError: it is not a saved learner of this format, it is damaged, or it was taken of a learner with
+                another cell or other arguments. Nothing has changed.
         """
-        baseline_state.load(self, saved)
+        with saved_state.damage_reported():
+            loaded = saved_state.from_plain(saved, self._learner_state(), self._guard.named)
+            if len(loaded.open_steps) > self.block:
+                raise ConfigError(f"the saved learner has {len(loaded.open_steps)} open steps, but block={self.block}")
+            buffers = self._load_buffers(loaded)
+        self._give_up_block()
+        self._state, self._steps_taken = loaded.state, loaded.steps_taken
+        self._open_steps, self._pending_grads = loaded.open_steps, loaded.pending_grads
+        for attribute, value in buffers.items():
+            setattr(self, attribute, value)
+        self._guard.begin()
 
-    def _give_up_step(self) -> None:
-        """Let the newest step take no more losses."""
-        if self._open is not None:
-            self._open.open_.now = False
-        self._open = None
+    def _learner_state(self) -> LearnerState:
+        ours = [kind for kind in type(self).__mro__ if kind.__module__.startswith("rtrl.learners.")]
+        rules = [kind for kind in ours if not inspect.isabstract(kind)]  # a subclass of one loads what that one saved
+        layout = {
+            "learner": (rules or [type(self)])[0].__name__,
+            "batch_size": self.batch_size,
+            **self._arguments(),
+            "state": f"{tuple(self._state.shape)} {self._state.dtype}",
+            "parameters": {name: f"{tuple(p.shape)} {p.dtype}" for name, p in self._parameters.items()},
+        }
+        return LearnerState(
+            layout, self._state, self._steps_taken, self._open_steps, self._pending_grads, self._buffers()
+        )
+
+    # ------------------------------------------------------------------ what all rules share
+
+    def _check_parameters(self) -> None:
+        """Refuse parameters that were replaced, or that changed while steps are open."""
+        self._guard.check([step.number for step in self._open_steps])
+
+    def _check_name(self, name: str) -> None:
+        if name not in self._parameters:
+            raise ConfigError(f"no trainable parameter is called {name!r}; there are {', '.join(self._parameters)}")
 
     def _close(self) -> None:
-        """Work off the newest step. It takes no more losses then."""
-        if self._open is None:
-            return
-        self._open.take_adjoints()
-        self._work_off(self._open)
-        self._give_up_step()
+        """Process the open steps. They accept no more losses then."""
+        self._check_parameters()
+        if self._open_steps:
+            with torch.no_grad():
+                self._process()
+            self._give_up_block()
 
-    def _earn(self, gradients: dict[str, Tensor]) -> None:
-        for name, gradient in gradients.items():
-            if not checks.finite(gradient):
-                raise NonFiniteError(f"NaN or infinity in the gradient of {name!r} earned by step {self._taken - 1}")
-        self._earned = {
-            **self._earned,
-            **{n: self._earned[n] + g if n in self._earned else g for n, g in gradients.items()},
-        }
+    def _give_up_block(self) -> None:
+        """Let the open steps accept no more losses, and forget them."""
+        closed = [(TensorWeakRef(leaf), step.number) for step in self._open_steps for leaf in step.outputs]
+        self._open_steps, self._seen_losses = [], []
+        losses.close_leaves(closed)
+
+    # ------------------------------------------------------------------ what a rule supplies
+
+    def _begin_block(self, step: RecordedStep) -> None:
+        """Prepare for a block, of which this is the first step."""
+        self._guard.begin()
 
     @abstractmethod
-    def _work_off(self, step: Step) -> None:
-        """Take in a step that gets no more losses. What can fail comes before the first change."""
+    def _process(self) -> None:
+        """Process the open steps, of which there is at least one. Everything that can fail comes before the first
+        change."""
 
-    def _settle(self) -> None:
-        """Earn what is due before a delivery."""
+    def _flush(self, dormant: bool) -> None:
+        """Accumulate gradients that are still pending elsewhere, before a delivery."""
         return
 
-    def _forget(self, rows: Tensor) -> None:
-        """Drop what is carried for the samples that start anew."""
+    def _clear(self, samples: Tensor, discard: bool) -> None:
+        """Clear what is carried for these samples, Boolean (B,); unless ``discard``, their gradients are accumulated
+        first."""
         return
 
-    def _kept_steps(self) -> list[Step]:
-        return []
-
-    def _keep_steps(self, steps: list[Step]) -> None:
-        """Take over what ``_kept_steps`` gave."""
-        return
-
-    def _memory(self) -> dict[str, Tensor]:
-        """The tensors that are carried from step to step, by name."""
+    def _held_bytes(self) -> dict[str, int]:
+        """Bytes held, by part, of what the rule carries and of the open steps."""
         return {}
-
-    def _remember(self, memory: dict[str, Tensor]) -> None:
-        """Take over what ``_memory`` gave."""
-        return
 
     def _arguments(self) -> dict[str, Any]:
         """The arguments beside cell and batch_size, as plain values."""
         return {}
 
-    def _draws(self) -> Tensor | None:
-        """The state of the learner's own generator, if it has one."""
-        return None
+    def _buffers(self) -> dict[str, Any]:
+        """What a saved learner contains beside the common part: plain values and copies of tensors, by name."""
+        return {}
 
-    def _set_draws(self, state: Tensor) -> None:
-        return
-
-    def _influence_bytes(self) -> int:
-        return 0
+    def _load_buffers(self, loaded: LearnerState) -> dict[str, Any]:
+        """Check the buffers of a saved learner and return new values of attributes, by name; change nothing."""
+        return {}

@@ -1,22 +1,73 @@
-"""What the learners that carry an influence forward share; they differ in how it advances alone."""
+"""Learners that carry an influence forward by the full Jacobians of each step, and textbook RTRL, the plainest one."""
 
 from abc import abstractmethod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rtrl._engine import checks
 from rtrl._utils import pytrees
-from rtrl.errors import ConfigError
-from rtrl.learners.base import Baseline
-from rtrl.learners.replayed_step import Step
-from rtrl.learners.step_jacobians import linearize
+from rtrl.learners.replayed_step import ReplayedStep, ReplayingLearner
+from rtrl.learners.state import LearnerState, copy_like
 
 
-class InfluenceLearner(Baseline):
-    """Carries an influence, or an estimate of it, forward: earns ``∂ℓ_t/∂θ + δ_t S_t``, then advances S.
+class StepJacobians(NamedTuple):
+    """One step, linearised where it was taken. P counts the entries of all parameters, in the cell's own order.
 
-    What is carried is a tuple of tensors with the batch as dimension 0, all zero at the start of a sample.
+    Attributes:
+        dynamics: the dynamics Jacobian J (B, H, H).
+        immediate: the immediate Jacobian B (B, H, P).
+        adjoint: ∂ℓ/∂h (B, H) of the step's losses.
+        direct: ∂ℓ/∂θ (P,) with h held fixed.
+    """
+
+    dynamics: Tensor
+    immediate: Tensor
+    adjoint: Tensor
+    direct: Tensor
+
+
+def step_jacobians(step: ReplayedStep) -> StepJacobians:
+    """Return the Jacobians of a step in full, sample by sample and row by row, and the gradients of its losses.
+
+    Raises:
+        CellError: run again, the cell does something else than it did.
+        NonFiniteError: NaN or infinity in a Jacobian.
+
+    Cost:
+        B·(H + 1) backward passes through the step of one sample; B·H·(H + P) numbers.
+    """
+    theta = list(step.snapshot.trainable.values())
+    samples, size, n_theta = len(step.h), step.h[0].numel(), sum(p.numel() for p in theta)
+    dynamics, immediate = step.h.new_zeros(samples, size, size), step.h.new_zeros(samples, size, n_theta)
+    adjoint, direct = step.h.new_zeros(samples, size), step.h.new_zeros(n_theta)
+    for b in range(samples):
+        h = step.h[b : b + 1].clone().requires_grad_()
+        pairs, h_next = step.rerun(h, b)
+        if pairs:
+            ys, gs = zip(*pairs, strict=True)
+            by_h, *by_theta = torch.autograd.grad(ys, [h, *theta], gs, retain_graph=True, materialize_grads=True)
+            adjoint[b] = by_h.flatten()
+            direct += torch.cat([g.flatten() for g in by_theta])
+        if not h_next.requires_grad:
+            continue
+        with torch.enable_grad():
+            entries = h_next.flatten().unbind()
+        for i, entry in enumerate(entries):
+            by_h, *by_theta = torch.autograd.grad(entry, [h, *theta], retain_graph=True, materialize_grads=True)
+            dynamics[b, i] = by_h.flatten()
+            immediate[b, i] = torch.cat([g.flatten() for g in by_theta])
+    for what, value in (("dynamics", dynamics), ("immediate", immediate)):
+        checks.check_finite(f"the {what} Jacobian", value, step.number)
+    return StepJacobians(dynamics, immediate, adjoint, direct)
+
+
+class InfluenceLearner(ReplayingLearner):
+    """A learner that carries an influence S, or an estimate of it: it adds ``∂ℓ_t/∂θ + δ_t S_t`` to the gradient, then
+    advances S.
+
+    What it carries is a tuple of tensors with the batch as dimension 0, all zero at the start of a sample.
     """
 
     def __init__(self, cell: nn.Module, batch_size: int, *, state: Tensor | None = None) -> None:
@@ -25,61 +76,110 @@ class InfluenceLearner(Baseline):
         self._n_theta = sum(p.numel() for p in self._parameters.values())
         self._carried = self._first()
 
+    @torch.inference_mode(False)
+    def influence(self, name: str) -> Tensor:
+        """Return the influence of one parameter on the present state, as this learner estimates it.
+
+        The newest step accepts no more losses then.
+
+        Args:
+            name: a trainable parameter of the cell.
+
+        Returns:
+            (B, H, P), P in the parameter's own order.
+
+        Raises:
+            ConfigError: no trainable parameter has this name.
+            RTRLError: the newest step cannot be processed; see ``sync``.
+        """
+        self._check_name(name)
+        self._close()
+        return self._by_name(self._dense())[name].clone()
+
     def _first(self) -> tuple[Tensor, ...]:
+        """Return what is carried at the first step."""
         return (self._state.new_zeros(self.batch_size, self._size, self._n_theta),)
 
     @abstractmethod
     def _advance(self, dynamics: Tensor, immediate: Tensor) -> tuple[Tensor, ...]:
-        """What is carried after a step with J (B, H, H) and B (B, H, P)."""
+        """Return what is carried after a step with J (B, H, H) and B (B, H, P)."""
 
     def _pull(self, adjoint: Tensor) -> Tensor:
-        """``Σ_b δ_b S_b`` (P,) for adjoints (B, H)."""
+        """Return ``Σ_b δ_b S_b`` (P,) for adjoints (B, H)."""
         return torch.einsum("bh,bhp->p", adjoint, self._carried[0])
 
     def _dense(self) -> Tensor:
-        """S (B, H, P)."""
+        """Return S (B, H, P)."""
         return self._carried[0]
-
-    @torch.inference_mode(False)
-    def influence(self, name: str) -> Tensor:
-        """The influence on the present state of one parameter as this learner knows it: (B, H, P), P in the
-        parameter's own order. The newest step takes no more losses then.
-
-        Raises:
-            ConfigError: no trainable parameter has this name. And whatever ``sync`` raises.
-        """
-        if name not in self._parameters:
-            raise ConfigError(f"no trainable parameter is called {name!r}; there are {', '.join(self._parameters)}")
-        self._close()
-        return self._by_name(self._dense())[name].clone()
 
     def _by_name(self, flat: Tensor) -> dict[str, Tensor]:
         """Split the last dimension, P, by parameter."""
         parts = flat.split([p.numel() for p in self._parameters.values()], dim=-1)
         return dict(zip(self._parameters, parts, strict=True))
 
-    def _work_off(self, step: Step) -> None:
-        with torch.no_grad():
-            linear = linearize(step)
-            gradient = linear.direct + self._pull(linear.adjoint)
-            carried = self._advance(linear.dynamics, linear.immediate)
-            for value in carried:
-                checks.check_finite("the influence", value, step.number)
-            if step.owed:
-                parts = self._by_name(gradient)
-                self._earn({n: part.reshape(self._parameters[n].shape).clone() for n, part in parts.items()})
+    def _process_step(self, step: ReplayedStep) -> None:
+        jacobians = step_jacobians(step)
+        gradient = jacobians.direct + self._pull(jacobians.adjoint)
+        carried = self._advance(jacobians.dynamics, jacobians.immediate)
+        for value in carried:
+            checks.check_finite("the influence", value, step.number)
+        if step.has_pending_loss:
+            parts = self._by_name(gradient)
+            self._accumulate({n: part.reshape(self._parameters[n].shape).clone() for n, part in parts.items()})
         self._carried = carried
 
-    def _forget(self, rows: Tensor) -> None:
+    def _clear(self, samples: Tensor, discard: bool) -> None:
+        super()._clear(samples, discard)
         self._carried = tuple(
-            value.masked_fill(rows.reshape(-1, *[1] * (value.ndim - 1)), 0.0) for value in self._carried
+            value.masked_fill(samples.reshape(-1, *[1] * (value.ndim - 1)), 0.0) for value in self._carried
         )
 
-    def _memory(self) -> dict[str, Tensor]:
-        return {f"carried {place}": value for place, value in enumerate(self._carried)}
+    def _held_bytes(self) -> dict[str, int]:
+        return {**super()._held_bytes(), "influence": pytrees.n_bytes(self._carried)}
 
-    def _remember(self, memory: dict[str, Tensor]) -> None:
-        self._carried = tuple(memory[f"carried {place}"] for place in range(len(self._carried)))
+    def _buffers(self) -> dict[str, Any]:
+        return {**super()._buffers(), "carried": [value.clone() for value in self._carried]}
 
-    def _influence_bytes(self) -> int:
-        return pytrees.n_bytes(self._carried)
+    def _load_buffers(self, loaded: LearnerState) -> dict[str, Any]:
+        pairs = zip(loaded.buffers["carried"], self._carried, strict=True)
+        carried = tuple(copy_like("influence", value, present) for value, present in pairs)
+        return {**super()._load_buffers(loaded), "_carried": carried}
+
+
+class DenseRTRL(InfluenceLearner):
+    """Real-time recurrent learning as in the textbook: carry the whole influence, by the whole Jacobians.
+
+    Equation:
+        ``S_{t+1} = J_t S_t + B_t``, ``S_0 = 0``; ``dL/dθ = Σ_t ( ∂ℓ_t/∂θ + δ_t S_t )``.
+
+    Law:
+        Exact for every stream and any losses, resets and deliveries.
+
+    Args:
+        cell: ``forward(x, h) -> (y, h_next)`` or ``(y, h_next, Sparsity)``, with P trainable numbers.
+        batch_size: B.
+        state: the first state (B, n, ...) with H entries per sample; ``cell.init_state(B)`` by default.
+
+    Raises:
+        ConfigError: a size is not a positive integer, or the cell has no trainable parameter or no first state.
+
+    Cost:
+        ``B·H²·P`` multiply-adds and ``B·(H + 1)`` backward passes per step; ``B·H·P`` numbers held.
+
+    Source:
+        Williams and Zipser (1989), Neural Computation 1(2), the recursion for p_ij^k.
+
+    Example:
+        >>> import torch, rtrl
+        >>> from rtrl.learners import DenseRTRL
+        >>> cell = rtrl.cells.from_torch(torch.nn.GRUCell(3, 4))
+        >>> learner = DenseRTRL(cell, batch_size=2)
+        >>> for _ in range(5):
+        ...     learner.backward(learner.step(torch.ones(2, 3)).square().sum())
+        >>> learner.sync()
+        >>> learner.influence("cell.weight_hh").shape
+        torch.Size([2, 4, 48])
+    """
+
+    def _advance(self, dynamics: Tensor, immediate: Tensor) -> tuple[Tensor, ...]:
+        return (dynamics @ self._carried[0] + immediate,)

@@ -1,4 +1,4 @@
-"""Local approximations: what a parameter does to an entry of the state stays with that entry."""
+"""Local approximations, in which the influence of a parameter on one entry of the state stays with that entry."""
 
 from typing import Any
 
@@ -11,28 +11,34 @@ from rtrl.learners.influence_learner import InfluenceLearner
 class DiagonalRTRL(InfluenceLearner):
     """RTRL with the dynamics Jacobian replaced by its diagonal.
 
-    Equation: ``S_{t+1} = diag(J_t) S_t + B_t``.
+    Equation:
+        ``S_{t+1} = diag(J_t) S_t + B_t``.
 
-    Law: exact for a cell whose dynamics Jacobian is diagonal.
+    Law:
+        Exact for a cell whose dynamics Jacobian is diagonal.
 
     Args:
         cell: ``forward(x, h) -> (y, h_next)`` or ``(y, h_next, Sparsity)``, with P trainable numbers.
-        batch_size: B. state: the first state (B, n, ...) with H entries a sample; ``cell.init_state(B)`` by default.
+        batch_size: B.
+        state: the first state (B, n, ...) with H entries per sample; ``cell.init_state(B)`` by default.
 
     Raises:
         ConfigError: a size is not a positive integer, or the cell has no trainable parameter or no first state.
 
-    Cost: ``B·H·P`` multiply-adds and ``B·(H + 1)`` backward passes through a step; ``B·H·P`` numbers held.
+    Cost:
+        ``B·H·P`` multiply-adds and ``B·(H + 1)`` backward passes per step; ``B·H·P`` numbers held.
 
-    Source: Mozer (1989), "A Focused Backpropagation Algorithm for Temporal Pattern Recognition", Complex Systems 3,
-    for recurrence within units; Hochreiter and Schmidhuber (1997), Neural Computation 9(8), appendix A.1.
+    Source:
+        Mozer (1989), "A Focused Backpropagation Algorithm for Temporal Pattern Recognition", Complex Systems 3,
+        for recurrence within units; Hochreiter and Schmidhuber (1997), Neural Computation 9(8), appendix A.1.
 
-    >>> import torch, rtrl
-    >>> from rtrl.learners import DiagonalRTRL
-    >>> learner = DiagonalRTRL(rtrl.cells.from_torch(torch.nn.GRUCell(3, 4)), batch_size=2)
-    >>> for _ in range(5):
-    ...     learner.backward(learner.step(torch.ones(2, 3)).square().sum())
-    >>> learner.sync()
+    Example:
+        >>> import torch, rtrl
+        >>> from rtrl.learners import DiagonalRTRL
+        >>> learner = DiagonalRTRL(rtrl.cells.from_torch(torch.nn.GRUCell(3, 4)), batch_size=2)
+        >>> for _ in range(5):
+        ...     learner.backward(learner.step(torch.ones(2, 3)).square().sum())
+        >>> learner.sync()
     """
 
     def _advance(self, dynamics: Tensor, immediate: Tensor) -> tuple[Tensor, ...]:
@@ -42,31 +48,37 @@ class DiagonalRTRL(InfluenceLearner):
 class RFLO(InfluenceLearner):
     """RTRL with the dynamics Jacobian replaced by the leak of a leaky unit: the eligibility traces of RFLO.
 
-    Equation: ``S_{t+1} = (1 − leak) S_t + B_t``, with leak = 1/τ. Of the method, only this is taken: the adjoint
-    ``δ_t`` is the true one, not that of a random feedback matrix.
+    Equation:
+        ``S_{t+1} = (1 − leak) S_t + B_t``, with leak = 1/τ. The adjoint ``δ_t`` is the true one, not that of a random
+        feedback matrix as in the method's paper.
 
-    Law: exact for a cell whose dynamics Jacobian is ``(1 − leak) I``.
+    Law:
+        Exact for a cell whose dynamics Jacobian is ``(1 − leak) I``.
 
     Args:
         cell: ``forward(x, h) -> (y, h_next)`` or ``(y, h_next, Sparsity)``, with P trainable numbers.
-        batch_size: B. leak: 1/τ, in 0 … 1; with 1 nothing older than the last step counts.
-        state: the first state (B, n, ...) with H entries a sample; ``cell.init_state(B)`` by default.
+        batch_size: B.
+        leak: 1/τ, in 0 … 1; with 1 nothing older than the last step counts.
+        state: the first state (B, n, ...) with H entries per sample; ``cell.init_state(B)`` by default.
 
     Raises:
-        ConfigError: leak is no number in 0 … 1, a size is not a positive integer, or the cell has no trainable
+        ConfigError: leak is not a number in 0 … 1, a size is not a positive integer, or the cell has no trainable
             parameter or no first state.
 
-    Cost: ``B·H·P`` multiply-adds and ``B·(H + 1)`` backward passes through a step; ``B·H·P`` numbers held.
+    Cost:
+        ``B·H·P`` multiply-adds and ``B·(H + 1)`` backward passes per step; ``B·H·P`` numbers held.
 
-    Source: Murray (2019), "Local online learning in recurrent networks with random feedback", eLife 8:e43299, the
-    recursion of the eligibility trace.
+    Source:
+        Murray (2019), "Local online learning in recurrent networks with random feedback", eLife 8:e43299, the
+        recursion of the eligibility trace.
 
-    >>> import torch, rtrl
-    >>> from rtrl.learners import RFLO
-    >>> learner = RFLO(rtrl.cells.from_torch(torch.nn.RNNCell(3, 4)), batch_size=2, leak=0.1)
-    >>> for _ in range(5):
-    ...     learner.backward(learner.step(torch.ones(2, 3)).square().sum())
-    >>> learner.sync()
+    Example:
+        >>> import torch, rtrl
+        >>> from rtrl.learners import RFLO
+        >>> learner = RFLO(rtrl.cells.from_torch(torch.nn.RNNCell(3, 4)), batch_size=2, leak=0.1)
+        >>> for _ in range(5):
+        ...     learner.backward(learner.step(torch.ones(2, 3)).square().sum())
+        >>> learner.sync()
     """
 
     def __init__(self, cell: nn.Module, batch_size: int, leak: float, *, state: Tensor | None = None) -> None:

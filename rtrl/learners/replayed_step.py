@@ -1,6 +1,6 @@
-"""A step that was taken, with all that is needed to run it once more under a graph."""
+"""Steps that are run once more under a graph, with the parameters they were taken with, and learners that do so."""
 
-import weakref
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,98 +8,94 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtrl._engine import checks, losses
+from rtrl._engine import checks
+from rtrl._engine.recorded import RecordedStep
 from rtrl._utils import pytrees
 from rtrl._utils.functional_call import functional_call
 from rtrl.cells.protocol import Sparsity, call_cell
-from rtrl.errors import CellError, ConfigError
+from rtrl.errors import CellError, ConfigError, NonFiniteError
+from rtrl.learners.base import Learner
+from rtrl.learners.state import LearnerState, check_numbers, copy_like, step_from_plain, step_to_plain
 
 
-class Values:
-    """A copy of a cell's parameters and buffers at one moment; the trainable ones are leaves of their own.
+class ParameterSnapshot:
+    """A copy of a cell's parameters and buffers at one moment; the trainable ones are leaves.
+
+    Args:
+        cell: the cell.
+        values: its parameters and buffers by name, if not those that the cell has now.
 
     Attributes:
         trainable: name → leaf (the parameter's shape), in the order of the cell's own parameters.
+
+    Raises:
+        ConfigError: ``values`` are not those of such a cell.
     """
 
-    def __init__(self, cell: nn.Module) -> None:
-        self._take(cell, self._held(cell))
-
-    def _take(self, cell: nn.Module, held: Mapping[str, Tensor]) -> None:
-        self._cell = cell
-        self._all = {name: value.detach().clone() for name, value in held.items()}
-        self.trainable = {n: self._all[n].requires_grad_() for n, p in cell.named_parameters() if p.requires_grad}
-
-    @classmethod
-    def of(cls, cell: nn.Module, copies: Mapping[str, Tensor]) -> "Values":
-        """The values that ``copies`` gave, on the devices of the cell.
-
-        Raises:
-            ConfigError: they are not those of such a cell.
-        """
-        held = cls._held(cell)
-        if held.keys() != copies.keys() or any(
-            copies[n].shape != v.shape or copies[n].dtype != v.dtype for n, v in held.items()
-        ):
+    def __init__(self, cell: nn.Module, values: Mapping[str, Tensor] | None = None) -> None:
+        now = _values_of(cell)
+        values = now if values is None else values
+        form = {name: (value.shape, value.dtype) for name, value in values.items()}
+        if form != {name: (value.shape, value.dtype) for name, value in now.items()}:
             raise ConfigError("the saved parameters are not those of this cell")
-        values = cls.__new__(cls)
-        values._take(cell, {name: copies[name].to(value.device) for name, value in held.items()})
-        return values
+        self._cell = cell
+        self._values = {name: values[name].detach().to(value.device, copy=True) for name, value in now.items()}
+        self.trainable = {n: self._values[n].requires_grad_() for n, p in cell.named_parameters() if p.requires_grad}
 
     def copies(self) -> dict[str, Tensor]:
-        """Name → a copy of the value."""
-        return {name: value.detach().clone() for name, value in self._all.items()}
-
-    @staticmethod
-    def _held(cell: nn.Module) -> dict[str, Tensor]:
-        return {**dict(cell.named_parameters()), **dict(cell.named_buffers())}
+        """Return name → a copy of the value."""
+        return {name: value.detach().clone() for name, value in self._values.items()}
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that was copied."""
-        return list(self._all.values())
+        """All values."""
+        return list(self._values.values())
 
-    def current(self, cell: nn.Module) -> bool:
-        """Whether the cell still holds these values."""
-        now = self._held(cell)
-        return now.keys() == self._all.keys() and all(torch.equal(now[n], v) for n, v in self._all.items())
+    def matches(self, cell: nn.Module) -> bool:
+        """Return whether the cell still has these values."""
+        now = _values_of(cell)
+        return now.keys() == self._values.keys() and all(torch.equal(now[n], v) for n, v in self._values.items())
 
     def __call__(self, x: Any, h: Tensor, **replay: Sparsity) -> Any:
-        """One step of the cell with these values."""
-        return functional_call(self._cell, self._all, (x, h), replay)
+        """Take one step of the cell with these values."""
+        return functional_call(self._cell, self._values, (x, h), replay)
 
 
-@dataclass(eq=False)
-class Step:
-    """One step of a stream.
+def _values_of(cell: nn.Module) -> dict[str, Tensor]:
+    return {**dict(cell.named_parameters()), **dict(cell.named_buffers())}
 
-    Args:
-        x, h, h_next: what went in and came out, without a graph. replay: the choices made, if the cell routes.
-        values: the parameters it was taken with. cut: Boolean (B,), the samples whose h is a constant.
-        outputs: the floating-point leaves of y that were handed out; adjoints: the gradients of the losses at them.
-        open_: whether it still takes losses; given: those it got.
+
+@dataclass(eq=False, slots=True)
+class ReplayedStep(RecordedStep):
+    """A step that accepts no more losses, with all that is needed to run it once more.
+
+    Attributes:
+        h_next: (B, n, ...), the state it reached.
+        snapshot: the parameters it was taken with.
+        constant_state: Boolean (B,), the samples whose ``h`` is a constant.
+        replays: whether the cell takes the choices of ``sparsity`` as ``replay``; if not, ``sparsity`` is empty.
+        adjoints: the gradients of its losses at ``outputs``.
     """
 
-    number: int
-    x: Any
-    h: Tensor
     h_next: Tensor
-    replay: Sparsity | None
-    values: Values
-    cut: Tensor
-    outputs: list[Tensor] = field(default_factory=list)
+    snapshot: ParameterSnapshot
+    constant_state: Tensor
+    replays: bool
     adjoints: list[Tensor | None] = field(default_factory=list)
-    open_: losses.Open = field(default_factory=losses.Open)
-    given: list["weakref.ref[Tensor]"] = field(default_factory=list)
 
     @property
     def n_bytes(self) -> int:
         """Bytes held by this step alone."""
-        replay = () if self.replay is None else tuple(self.replay)
-        return pytrees.n_bytes([self.x, self.h, self.outputs, [a for a in self.adjoints if a is not None], replay])
+        adjoints = [adjoint for adjoint in self.adjoints if adjoint is not None]
+        return pytrees.n_bytes([self.x, self.h, self.outputs, adjoints, tuple(self.sparsity)])
+
+    @property
+    def has_pending_loss(self) -> bool:
+        """Whether the gradient of a loss of this step is still to be accumulated."""
+        return any(adjoint is not None for adjoint in self.adjoints)
 
     def take_adjoints(self) -> None:
-        """Move the losses' gradients from the leaves into ``adjoints``.
+        """Copy the gradients of the losses from the leaves to ``adjoints``.
 
         Raises:
             NonFiniteError: NaN or infinity in one of them.
@@ -109,37 +105,159 @@ class Step:
                 checks.check_finite("the gradient of the loss at y", leaf.grad, self.number)
         self.adjoints = [None if leaf.grad is None else leaf.grad.detach().clone() for leaf in self.outputs]
 
-    @property
-    def owed(self) -> bool:
-        """Whether a loss of this step is still to be earned."""
-        return any(adjoint is not None for adjoint in self.adjoints)
+    def drop_adjoints(self) -> None:
+        """Forget the losses, whose gradient has been accumulated."""
+        self.adjoints = [None] * len(self.adjoints)
 
-    def again(self, h: Tensor, sample: int | None = None) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Run the step once more from ``h`` with a graph: the pairs (y, its adjoint) that carry a loss, and h_next.
+    def rerun(self, h: Tensor, sample: int | None = None) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Run the step once more with a graph.
 
         Args:
-            h: the state (B, n, ...), or (1, n, ...) if one sample alone is run.
+            h: the state to begin at, (B, n, ...), or (1, n, ...) if one sample alone is run.
             sample: that sample; None for the batch.
 
+        Returns:
+            The pairs (y, its adjoint) that have a loss, and the next state.
+
         Raises:
-            CellError: it does something else than it did.
+            CellError: the cell gives another y or next state than it did.
         """
 
-        def rows(value: Tensor) -> Tensor:
+        def select(value: Tensor) -> Tensor:
             return value if sample is None else value[sample : sample + 1]
 
-        replay = None if self.replay is None else pytrees.map_tensors(rows, self.replay)
+        replay = pytrees.map_tensors(select, self.sparsity) if self.replays else None
         with torch.enable_grad():
-            y, h_next, _ = call_cell(self.values, pytrees.map_tensors(rows, self.x), h, replay)
+            y, h_next, _ = call_cell(self.snapshot, pytrees.map_tensors(select, self.x), h, replay)
         ys = [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
-        same = len(ys) == len(self.outputs) and checks.nearly_equal(h_next.detach(), rows(self.h_next))
+        same = len(ys) == len(self.outputs) and checks.nearly_equal(h_next.detach(), select(self.h_next))
         if not same or not all(
-            map(checks.nearly_equal, [y.detach() for y in ys], [rows(y.detach()) for y in self.outputs])
+            map(checks.nearly_equal, [y.detach() for y in ys], [select(y.detach()) for y in self.outputs])
         ):
             alone = "" if sample is None else f" with sample {sample} alone"
             raise CellError(
                 f"step {self.number}: run again{alone}, the cell gives another y or next state; it must be a pure "
-                "function of (x, h, parameters) in which samples do not meet"
+                "function of (x, h, parameters) in which samples do not interact"
             )
-        pairs = [(y, rows(a)) for y, a in zip(ys, self.adjoints, strict=True) if a is not None and y.requires_grad]
+        pairs = [(y, select(a)) for y, a in zip(ys, self.adjoints, strict=True) if a is not None and y.requires_grad]
         return pairs, h_next
+
+
+class ReplayingLearner(Learner):
+    """A learner that runs each step once more, with a copy of the parameters that the step was taken with.
+
+    A step accepts losses until the next ``step``, ``sync`` or ``reset``. Parameters may change at any moment.
+    """
+
+    def __init__(self, cell: nn.Module, batch_size: int, *, state: Tensor | None = None) -> None:
+        super().__init__(cell, batch_size, state=state)
+        self._constant_state = torch.ones(batch_size, dtype=torch.bool, device=self._state.device)
+        self._snapshot: ParameterSnapshot | None = None
+        self._kept_steps: list[ReplayedStep] = []
+
+    @abstractmethod
+    def _process_step(self, step: ReplayedStep) -> None:
+        """Process a step that accepts no more losses. Everything that can fail comes before the first change."""
+
+    def _check_parameters(self) -> None:
+        self._guard.check([])  # values may change inside a block
+
+    def _begin_block(self, step: RecordedStep) -> None:
+        if self._snapshot is None or not self._snapshot.matches(self.cell):
+            self._snapshot = ParameterSnapshot(self.cell)
+
+    def _process(self) -> None:
+        step = self._replayed(self._open_steps[0])
+        step.take_adjoints()
+        self._process_step(step)
+        self._constant_state = torch.zeros_like(self._constant_state)
+
+    def _replayed(self, step: RecordedStep) -> ReplayedStep:
+        """Return the open step, the newest one, as a step that can be run again."""
+        assert self._snapshot is not None
+        sparsity = step.sparsity if self._takes_replay else Sparsity()
+        return ReplayedStep(
+            step.x,
+            step.h,
+            sparsity,
+            step.outputs,
+            step.number,
+            self._state,
+            self._snapshot,
+            self._constant_state,
+            self._takes_replay,
+        )
+
+    def _accumulate(self, gradients: Mapping[str, Tensor]) -> None:
+        """Add gradients to those that are not yet delivered."""
+        for name, gradient in gradients.items():
+            if not checks.finite(gradient):
+                raise NonFiniteError(
+                    f"NaN or infinity in the gradient of parameter {name!r} at step {self._steps_taken - 1}"
+                )
+        pending = self._pending_grads
+        total = {name: pending[name] + g if name in pending else g for name, g in gradients.items()}
+        self._pending_grads = {**pending, **total}
+
+    def _clear(self, samples: Tensor, discard: bool) -> None:
+        self._constant_state = self._constant_state | samples
+
+    def _held_bytes(self) -> dict[str, int]:
+        """Bytes of the influence, and of the kept steps; the copies of the parameters are not counted."""
+        steps = [*self._kept_steps, *map(self._replayed, self._open_steps)]
+        return {"influence": 0, "steps": sum(step.n_bytes for step in steps)}
+
+    def _buffers(self) -> dict[str, Any]:
+        snapshots = {id(step.snapshot): step.snapshot for step in self._kept_steps}
+        if self._snapshot is not None:
+            snapshots[id(self._snapshot)] = self._snapshot
+        indices = {key: index for index, key in enumerate(snapshots)}
+        steps = [
+            {
+                **step_to_plain(step),
+                "h_next": step.h_next.clone(),
+                "constant_state": step.constant_state.clone(),
+                "adjoints": [None if adjoint is None else adjoint.clone() for adjoint in step.adjoints],
+                "snapshot": indices[id(step.snapshot)],
+            }
+            for step in self._kept_steps
+        ]
+        return {
+            "constant_state": self._constant_state.clone(),
+            "snapshots": [snapshot.copies() for snapshot in snapshots.values()],
+            "snapshot": None if self._snapshot is None else indices[id(self._snapshot)],
+            "kept_steps": steps,
+        }
+
+    def _load_buffers(self, loaded: LearnerState) -> dict[str, Any]:
+        saved, mask = loaded.buffers, self._constant_state
+        snapshots = [ParameterSnapshot(self.cell, values) for values in saved["snapshots"]]
+        if loaded.open_steps and saved["snapshot"] is None:
+            raise ConfigError("the saved learner has an open step without the parameters that it was taken with")
+        kept = []
+        for plain in saved["kept_steps"]:
+            step = step_from_plain(plain, self._state, self._guard.named)
+            adjoints = [
+                None if adjoint is None else copy_like("adjoint of a step", adjoint, leaf)
+                for adjoint, leaf in zip(plain["adjoints"], step.outputs, strict=True)
+            ]
+            kept.append(
+                ReplayedStep(
+                    step.x,
+                    step.h,
+                    step.sparsity,
+                    step.outputs,
+                    step.number,
+                    copy_like("next state of a step", plain["h_next"], self._state),
+                    snapshots[plain["snapshot"]],
+                    copy_like("constant_state of a step", plain["constant_state"], mask),
+                    self._takes_replay,
+                    adjoints,
+                )
+            )
+        check_numbers(kept, loaded.steps_taken - len(loaded.open_steps))
+        return {
+            "_constant_state": copy_like("constant_state", saved["constant_state"], mask),
+            "_snapshot": None if saved["snapshot"] is None else snapshots[saved["snapshot"]],
+            "_kept_steps": kept,
+        }

@@ -7,41 +7,50 @@ from torch import Tensor, nn
 
 from rtrl._utils import validation
 from rtrl.learners.influence_learner import InfluenceLearner
+from rtrl.learners.state import LearnerState, copy_like
+
+_PATTERNS = ("_reaches", "_drives", "_mask")
 
 
 class SnAp(InfluenceLearner):
     """The influence, kept only where a parameter reaches the state within n steps (SnAp-n).
 
-    Equation: ``S_{t+1} = M_n ∘ (J_t S_t + B_t)`` with the mask ``M_n = [ (|J| + I)^{n−1} |B| > 0 ]``, where ``|J|`` and
-    ``|B|`` say which entries of the Jacobians can be non-zero.
+    Equation:
+        ``S_{t+1} = M_n ∘ (J_t S_t + B_t)`` with the mask ``M_n = [ (|J| + I)^{n−1} |B| > 0 ]``, where ``|J|`` and
+        ``|B|`` say which entries of the Jacobians can be non-zero.
 
     The pattern is that of every entry seen to be non-zero so far, in any sample: it only grows, and within few steps
     of a dense cell it is the structural one. So no random point has to be tried, and cells that route are covered.
 
-    Law: zero outside the mask; exact if ``order ≥ H``, or if ``order`` is at least the number of steps. For a dense
-    cell, exact from order 2 on; order 1 keeps, of each parameter, the entries that it drives at once.
+    Law:
+        Zero outside the mask; exact if ``order ≥ H``, or if ``order`` is at least the number of steps. For a dense
+        cell, exact from order 2 on; order 1 keeps, of each parameter, the entries that it drives at once.
 
     Args:
         cell: ``forward(x, h) -> (y, h_next)`` or ``(y, h_next, Sparsity)``, with P trainable numbers.
-        batch_size: B. order: n, from 1 on.
-        state: the first state (B, n, ...) with H entries a sample; ``cell.init_state(B)`` by default.
+        batch_size: B.
+        order: n, from 1 on.
+        state: the first state (B, n, ...) with H entries per sample; ``cell.init_state(B)`` by default.
 
     Raises:
         ConfigError: a size is not a positive integer, or the cell has no trainable parameter or no first state.
 
-    Cost: a reference for comparison, it multiplies by the full matrices and masks then: ``B·H²·P`` multiply-adds a
-        step, ``B·H·P`` numbers and a mask of ``H·P`` bytes held. The method itself needs only the masked entries.
+    Cost:
+        ``B·H²·P`` multiply-adds per step, because this reference multiplies the full matrices before it masks them;
+        ``B·H·P`` numbers and a mask of ``H·P`` bytes held. The method itself needs only the masked entries.
 
-    Source: Menick et al. (2020), "A Practical Sparse Approximation for Real Time Recurrent Learning", section 3.
+    Source:
+        Menick et al. (2020), "A Practical Sparse Approximation for Real Time Recurrent Learning", section 3.
 
-    >>> import torch, rtrl
-    >>> from rtrl.learners import SnAp
-    >>> learner = SnAp(rtrl.cells.from_torch(torch.nn.RNNCell(3, 4)), batch_size=2, order=1)
-    >>> for _ in range(5):
-    ...     learner.backward(learner.step(torch.ones(2, 3)).square().sum())
-    >>> learner.sync()
-    >>> int(learner.mask("cell.weight_hh").sum())  # of 4 × 16 entries, those of the weight's own row
-    16
+    Example:
+        >>> import torch, rtrl
+        >>> from rtrl.learners import SnAp
+        >>> learner = SnAp(rtrl.cells.from_torch(torch.nn.RNNCell(3, 4)), batch_size=2, order=1)
+        >>> for _ in range(5):
+        ...     learner.backward(learner.step(torch.ones(2, 3)).square().sum())
+        >>> learner.sync()
+        >>> int(learner.mask("cell.weight_hh").sum())  # of 4 × 16 entries, those of the weight's own row
+        16
     """
 
     def __init__(self, cell: nn.Module, batch_size: int, order: int = 1, *, state: Tensor | None = None) -> None:
@@ -53,20 +62,27 @@ class SnAp(InfluenceLearner):
         self._mask = torch.zeros_like(self._drives)
 
     def mask(self, name: str) -> Tensor:
-        """The mask of one parameter's influence as of now: Boolean (H, P).
+        """Return the present mask of one parameter's influence.
+
+        Args:
+            name: a trainable parameter of the cell.
+
+        Returns:
+            Boolean (H, P).
 
         Raises:
-            ConfigError: no trainable parameter has this name. And whatever ``sync`` raises.
+            ConfigError: no trainable parameter has this name.
+            RTRLError: the newest step cannot be processed; see ``sync``.
         """
         self.influence(name)
         return self._by_name(self._mask)[name].clone()
 
-    def _memory(self) -> dict[str, Tensor]:
-        return {**super()._memory(), "reaches": self._reaches, "drives": self._drives, "mask": self._mask}
+    def _buffers(self) -> dict[str, Any]:
+        return {**super()._buffers(), **{name: getattr(self, name).clone() for name in _PATTERNS}}
 
-    def _remember(self, memory: dict[str, Tensor]) -> None:
-        super()._remember(memory)
-        self._reaches, self._drives, self._mask = (memory[name] for name in ("reaches", "drives", "mask"))
+    def _load_buffers(self, loaded: LearnerState) -> dict[str, Any]:
+        patterns = {name: copy_like(name, loaded.buffers[name], getattr(self, name)) for name in _PATTERNS}
+        return {**super()._load_buffers(loaded), **patterns}
 
     def _arguments(self) -> dict[str, Any]:
         return {"order": self.order}
@@ -80,7 +96,7 @@ class SnAp(InfluenceLearner):
 
 
 def within(reaches: Tensor, drives: Tensor, order: int) -> Tensor:
-    """``[ (J + I)^{order−1} B > 0 ]`` for Boolean patterns J (H, H) and B (H, P)."""
+    """Return ``[ (J + I)^{order−1} B > 0 ]`` for Boolean patterns J (H, H) and B (H, P)."""
     hop, mask = reaches.float(), drives
     for _ in range(order - 1):
         wider = mask | (hop @ mask.float() > 0)

@@ -7,44 +7,50 @@ from torch import Tensor, nn
 
 from rtrl.errors import ConfigError
 from rtrl.learners.influence_learner import InfluenceLearner
+from rtrl.learners.state import LearnerState
 
 
 class UORO(InfluenceLearner):
     """A rank-one estimate of the influence for each sample, drawn so that its mean is the influence.
 
-    Equation: ``S̃_t = s̃_t ⊗ θ̃_t`` with ``s̃_{t+1} = ρ₀ J_t s̃_t + ρ₁ ν_t`` and
-    ``θ̃_{t+1} = θ̃_t / ρ₀ + νᵀ_t B_t / ρ₁``, where the entries of ν are ±1 with equal chance,
-    ``ρ₀ = √(‖θ̃_t‖ / ‖J_t s̃_t‖)`` and ``ρ₁ = √(‖νᵀ_t B_t‖ / ‖ν_t‖)`` balance the norms. A term that is zero is left
-    out (its ρ is 1), so there is no ε.
+    Equation:
+        ``S̃_t = s̃_t ⊗ θ̃_t`` with ``s̃_{t+1} = ρ₀ J_t s̃_t + ρ₁ ν_t`` and
+        ``θ̃_{t+1} = θ̃_t / ρ₀ + νᵀ_t B_t / ρ₁``, where the entries of ν are ±1 with equal chance,
+        ``ρ₀ = √(‖θ̃_t‖ / ‖J_t s̃_t‖)`` and ``ρ₁ = √(‖νᵀ_t B_t‖ / ‖ν_t‖)`` balance the norms. A term that is zero is left
+        out (its ρ is 1), so there is no ε.
 
-    Law: unbiased, ``E S̃_t = S_t`` and so is each gradient, as long as parameters do not depend on the draws. The
-    variance grows with H and with how far the past reaches.
+    Law:
+        Unbiased, ``E S̃_t = S_t`` and so is each gradient, as long as parameters do not depend on the draws. The
+        variance grows with H and with how far the past reaches.
 
     Args:
         cell: ``forward(x, h) -> (y, h_next)`` or ``(y, h_next, Sparsity)``, with P trainable numbers.
-        batch_size: B; each sample draws for itself.
+        batch_size: B; each sample has draws of its own.
         generator: a CPU generator for ν; PyTorch's global one by default.
-        state: the first state (B, n, ...) with H entries a sample; ``cell.init_state(B)`` by default.
+        state: the first state (B, n, ...) with H entries per sample; ``cell.init_state(B)`` by default.
 
     Raises:
-        ConfigError: a size is not a positive integer, the generator is none, or the cell has no trainable parameter
-            or no first state.
+        ConfigError: a size is not a positive integer, the generator is not a generator on the CPU, or the cell has no
+            trainable parameter or no first state.
 
-    Cost: ``B·(H + P)`` numbers held between steps. A reference for comparison, it takes ``J s̃`` and ``νᵀB`` from the
-        full Jacobians: ``B·H·(H + P)`` multiply-adds and ``B·(H + 1)`` backward passes through a step; the method
-        itself needs one forward-mode and one backward pass.
+    Cost:
+        ``B·(H + P)`` numbers held between steps. This reference takes ``J s̃`` and ``νᵀB`` from the full Jacobians:
+        ``B·H·(H + P)`` multiply-adds and ``B·(H + 1)`` backward passes per step; the method itself needs one
+        forward-mode and one backward pass.
 
-    Source: Tallec and Ollivier (2017), "Unbiased Online Recurrent Optimization", algorithm 1.
+    Source:
+        Tallec and Ollivier (2017), "Unbiased Online Recurrent Optimization", algorithm 1.
 
-    >>> import torch, rtrl
-    >>> from rtrl.learners import UORO
-    >>> cell = rtrl.cells.from_torch(torch.nn.GRUCell(3, 4))
-    >>> learner = UORO(cell, batch_size=2, generator=torch.Generator().manual_seed(0))
-    >>> for _ in range(5):
-    ...     learner.backward(learner.step(torch.ones(2, 3)).square().sum())
-    >>> learner.sync()
-    >>> torch.linalg.matrix_rank(learner.influence("cell.weight_hh")).tolist()
-    [1, 1]
+    Example:
+        >>> import torch, rtrl
+        >>> from rtrl.learners import UORO
+        >>> cell = rtrl.cells.from_torch(torch.nn.GRUCell(3, 4))
+        >>> learner = UORO(cell, batch_size=2, generator=torch.Generator().manual_seed(0))
+        >>> for _ in range(5):
+        ...     learner.backward(learner.step(torch.ones(2, 3)).square().sum())
+        >>> learner.sync()
+        >>> torch.linalg.matrix_rank(learner.influence("cell.weight_hh")).tolist()
+        [1, 1]
     """
 
     def __init__(
@@ -67,21 +73,33 @@ class UORO(InfluenceLearner):
     def _arguments(self) -> dict[str, Any]:
         return {"generator": self._generator is not None}
 
-    def _draws(self) -> Tensor | None:
+    @property
+    def _rng_state(self) -> Tensor | None:
+        """The state of the learner's generator, if it has one."""
         return None if self._generator is None else self._generator.get_state()
 
-    def _set_draws(self, state: Tensor) -> None:
-        if self._generator is not None:
+    @_rng_state.setter
+    def _rng_state(self, state: Tensor | None) -> None:
+        if self._generator is not None and state is not None:
             self._generator.set_state(state)
+
+    def _buffers(self) -> dict[str, Any]:
+        return {**super()._buffers(), "rng_state": self._rng_state}
+
+    def _load_buffers(self, loaded: LearnerState) -> dict[str, Any]:
+        rng_state = loaded.buffers["rng_state"]
+        if rng_state is not None:
+            torch.Generator().set_state(rng_state)  # raises an error if it is not the state of a generator
+        return {**super()._load_buffers(loaded), "_rng_state": rng_state}
 
     def _advance(self, dynamics: Tensor, immediate: Tensor) -> tuple[Tensor, ...]:
         by_state, by_theta = self._carried
         moved = torch.einsum("bij,bj->bi", dynamics, by_state)
         device = "cpu" if self._generator is None else self._generator.device
         signs = torch.randint(0, 2, by_state.shape, generator=self._generator, device=device).to(by_state) * 2 - 1
-        born = torch.einsum("bi,bip->bp", signs, immediate)
-        rho_0, rho_1 = balance(by_theta, moved), balance(born, signs)
-        return rho_0 * moved + rho_1 * signs, by_theta / rho_0 + born / rho_1
+        immediate_sum = torch.einsum("bi,bip->bp", signs, immediate)
+        rho_0, rho_1 = balance(by_theta, moved), balance(immediate_sum, signs)
+        return rho_0 * moved + rho_1 * signs, by_theta / rho_0 + immediate_sum / rho_1
 
     def _pull(self, adjoint: Tensor) -> Tensor:
         by_state, by_theta = self._carried
@@ -93,6 +111,6 @@ class UORO(InfluenceLearner):
 
 
 def balance(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """``√(‖numerator‖ / ‖denominator‖)`` row by row, (B, 1); 1 where either is zero."""
+    """Return ``√(‖numerator‖ / ‖denominator‖)`` row by row, (B, 1); 1 where either is zero."""
     above, below = (value.norm(dim=1, keepdim=True) for value in (numerator, denominator))
     return torch.where((above > 0) & (below > 0), above / below.where(below > 0, 1.0), 1.0).sqrt()

@@ -33,7 +33,9 @@ ERRORS = [
     ErrorInput("NaN in x", lambda learner: learner.step(_x(learner, float("nan"))), errors.NonFiniteError, "NaN"),
     ErrorInput("no tensor", lambda learner: learner.step({}), errors.ShapeError, "no tensor"),
     ErrorInput("a loss of nothing", lambda learner: learner.backward(torch.ones(())), errors.LossError),
-    ErrorInput("rows of another batch", lambda learner: learner.reset(torch.ones(9).bool()), errors.ShapeError, "rows"),
+    ErrorInput(
+        "samples of another batch", lambda learner: learner.reset(torch.ones(9).bool()), errors.ShapeError, "samples"
+    ),
 ]
 
 

@@ -35,8 +35,8 @@ class LearnerSpec:
 
     Args:
         make_learner: ``make_learner(cell, batch_size)`` gives a learner with ``step(x) -> y``, ``backward(loss)`` and
-            ``sync()``, which adds to the ``.grad`` of the cell's parameters. ``reset(rows)``, ``influence(name)`` and
-            ``state_dict()``/``load_state_dict(...)`` are checked if it has them.
+            ``sync()``, which adds to the ``.grad`` of the cell's parameters. ``reset(samples)``, ``influence(name)``
+            and ``state_dict()``/``load_state_dict(...)`` are checked if it has them.
         gradients: in place of it, one function ``gradients(cell, xs, loss_fn)`` as the oracles have it, which returns
             gradients by parameter name.
         law: what its gradients must be; ``Exact()`` by default.

@@ -4,13 +4,12 @@ from rtrl.training.cell_factory import CELLS, load_cell, make_cell
 from rtrl.training.curve import Curve, Progress, Row
 from rtrl.training.evaluation import evaluate
 from rtrl.training.learner_factory import LEARNERS, make_learner
-from rtrl.training.trainer import Learner, Trainer, train
+from rtrl.training.trainer import Trainer, train
 
 __all__ = [
     "CELLS",
     "LEARNERS",
     "Curve",
-    "Learner",
     "Progress",
     "Row",
     "Trainer",

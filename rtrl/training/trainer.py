@@ -4,52 +4,21 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from rtrl._utils import validation
 from rtrl.cells.protocol import call_cell, first_state
 from rtrl.errors import ConfigError, NonFiniteError, RTRLError
+from rtrl.learners import Learner
 from rtrl.tasks.protocol import Task
 from rtrl.training.curve import Curve, Progress, Row, Tally
 from rtrl.training.evaluation import check_answer, parameter_of
 
 FORMAT = 1
-
-
-class Learner(Protocol):
-    """What a trainer asks of a learner: the interface of ``rtrl.BlockRTRL``.
-
-    ``state_dict`` and ``load_state_dict`` are needed for a trainer that is to be saved, and for nothing else.
-    """
-
-    @property
-    def at_block_end(self) -> bool:
-        """Whether now is a natural moment to ``sync``."""
-        ...
-
-    def step(self, x: Any) -> Any:
-        """Take one step; y is a leaf, or a tree of leaves."""
-        ...
-
-    def backward(self, loss: Tensor) -> None:
-        """Give a loss of the newest step."""
-        ...
-
-    def sync(self) -> None:
-        """Add to every ``.grad`` what the losses have earned."""
-        ...
-
-    def reset(self, rows: Tensor | None = None) -> None:
-        """Start samples anew."""
-        ...
-
-    def retained_bytes(self) -> dict[str, int]:
-        """Bytes held between steps, by part."""
-        ...
 
 
 class Trainer:
@@ -63,7 +32,8 @@ class Trainer:
 
     Args:
         cell: a cell with ``init_state(batch_size)``; it is trained in place, and its gradients are cleared first.
-        task: what it is to learn. learner: makes the learner, ``make(cell, batch_size)``.
+        task: what it is to learn. learner: makes the learner, ``make(cell, batch_size)``; anything with the methods of
+            ``rtrl.learners.Learner`` will do.
         optimizer: makes the optimizer of the cell's parameters.
         batch_size: B. every: an update is due after so many steps; None for once a block of the learner, which is
             every step for learners without blocks.
@@ -285,7 +255,8 @@ def train(
 
     Args:
         cell: a cell with ``init_state(batch_size)``; it is trained in place, on its own device and in its own dtype.
-        task: what it is to learn. learner: makes the learner, ``make(cell, batch_size)``.
+        task: what it is to learn. learner: makes the learner, ``make(cell, batch_size)``; anything with the methods of
+            ``rtrl.learners.Learner`` will do.
         optimizer: makes the optimizer of the cell's parameters.
         batch_size: B. steps: how many steps of the stream.
         every: the parameters are updated after every so many steps; None for once a block of the learner, which is

@@ -47,7 +47,7 @@ from rtrl.cells import RecurrentMoE, Stack
 from rtrl.cells.torch_derivatives import derivatives
 from rtrl.errors import NonFiniteError
 from rtrl.learners.block_rtrl import BlockRTRL as Learner
-from rtrl.learners.state import _step_state
+from rtrl.learners.state import step_to_plain
 
 Function = Callable[..., Any]
 
@@ -293,7 +293,7 @@ BUGS = [
         "the immediate Jacobian is added before catching up",
         (
             swap(
-                Learner._close_block,
+                Learner._process,
                 """
 for NAME, INFLUENCE in INFLUENCES.items():
     if not INFLUENCE.sliced:
@@ -487,7 +487,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         34,
         "gradients of an open block are not saved",
-        (wrong(_step_state, lambda state: lambda step: {**state(step), "grads": [None for _ in step.outputs]}),),
+        (wrong(step_to_plain, lambda state: lambda step: {**state(step), "grads": [None for _ in step.outputs]}),),
         "learner: saved and loaded",
     ),
     Bug(
@@ -552,7 +552,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         42,
         "the buffer of the gradient is not cleared",
-        (swap(Learner._gradient, "torch.zeros_like(PARAMETER)", "torch.full_like(PARAMETER, 1e-3)"),),
+        (swap(Learner._grad_buffer, "torch.zeros_like(PARAMETER)", "torch.full_like(PARAMETER, 1e-3)"),),
         "learner: no loss at all",
     ),
     Bug(
@@ -573,7 +573,11 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         45,
         "gradients are float64 whatever the parameters",
-        (swap(Learner._gradient, "torch.zeros_like(PARAMETER)", "torch.zeros_like(PARAMETER, dtype=torch.float64)"),),
+        (
+            swap(
+                Learner._grad_buffer, "torch.zeros_like(PARAMETER)", "torch.zeros_like(PARAMETER, dtype=torch.float64)"
+            ),
+        ),
         "learner: float32",
     ),
     Bug(

@@ -176,8 +176,8 @@ class Steep(nn.Module):
 OVERFLOWS: dict[str, tuple[float, float, float, str]] = {
     "products": (1e200, 1.0, 0.0, "NaN or infinity in the Jacobian product of {}: the state's dynamics overflow"),
     "adjoints": (1e100, 1e250, 0.0, "NaN or infinity in the adjoint of {}: the state's dynamics overflow"),
-    "gradients": (1.0, 1e250, 1e100, "NaN or infinity in the gradient of parameter 'w' earned in {}"),
-    "births": (1e120, 0.0, 1e200, "NaN or infinity in the influence of parameter 'w' born in {}"),
+    "gradients": (1.0, 1e250, 1e100, "NaN or infinity in the gradient of parameter 'w' inside {}"),
+    "births": (1e120, 0.0, 1e200, "NaN or infinity in the immediate influence of parameter 'w' in {}"),
 }
 
 
@@ -221,7 +221,7 @@ def started() -> Any:
 
 
 ALL = [True] * BATCH
-ROWS = "rows must be a Boolean tensor of shape (3,), got {}"
+ROWS = "samples must be a Boolean tensor of shape (3,), got {}"
 ARGUMENTS: dict[str, tuple[Callable[[Any], Any], type[RTRLError], str]] = {
     "reset: a list": (lambda own: own.reset(ALL), ShapeError, ROWS.format("list")),
     "reset: integers": (lambda own: own.reset(torch.ones(3)), ShapeError, ROWS.format("torch.float32 (3,)")),
@@ -233,7 +233,7 @@ ARGUMENTS: dict[str, tuple[Callable[[Any], Any], type[RTRLError], str]] = {
     "reset: elsewhere": (
         lambda own: own.reset(torch.ones(3, dtype=torch.bool, device="meta")),
         ShapeError,
-        "rows is on meta, the state on cpu; move one of them",
+        "samples is on meta, the state on cpu; move one of them",
     ),
     "x": (
         lambda own: own.step((torch.zeros(3, 1, dtype=F64), torch.zeros(3, 5, 2, dtype=F64))),

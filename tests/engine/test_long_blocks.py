@@ -12,6 +12,7 @@ import rtrl
 from rtrl._engine import linearizer, reverse_sweep
 from rtrl._engine.buffers import ReusableBuffer
 from rtrl._engine.recorded import RecordedStep
+from rtrl._engine.step import take
 
 KINDS = [nn.RNNCell, nn.GRUCell, nn.LSTMCell]
 
@@ -42,7 +43,7 @@ def test_a_wide_state_and_a_long_block() -> None:
     """Without a limit set low: B·H²·m is above what is linearised at a time."""
     cell = seeded(rtrl.cells.from_torch(nn.RNNCell(1, 128)), 0)
     xs = normal(0, 66, 8, 1)
-    assert linearizer.Linearizer._span(_step(cell, xs)) < len(xs)
+    assert linearizer.Linearizer._span(taken(cell, xs[:1])[0][0]) < len(xs)
     loss = lambda t, y: y.square().sum() if t == len(xs) - 1 else None
     learner = rtrl.BlockRTRL(cell, 8, block=len(xs))
     for x in xs:
@@ -64,13 +65,10 @@ def test_products_of_a_long_dense_block_do_not_linger_as_subnormal_numbers(
     counts = []
     for every in (dropped, 10**9):
         monkeypatch.setattr(reverse_sweep, "_FLUSH_EVERY", every)
-        learner = rtrl.BlockRTRL(cell, size, block=300)
-        for x in xs:
-            learner.step(x)
-        with torch.enable_grad():
-            groups = learner._linearizer(learner._steps, learner.state)
+        steps, state = taken(cell, xs)
+        groups = linearizer.Linearizer(cell, dict(cell.named_parameters()))(steps, state)
         with torch.no_grad():
-            (cotangents,) = reverse_sweep.reverse_sweep(groups, learner.state, ReusableBuffer(0)).cotangents
+            (cotangents,) = reverse_sweep.reverse_sweep(groups, state, ReusableBuffer(0)).cotangents
         tiny = torch.finfo(torch.float32).tiny
         counts.append(int(((cotangents != 0) & (cotangents.abs() < tiny)).sum()))
     few, many = counts
@@ -78,7 +76,10 @@ def test_products_of_a_long_dense_block_do_not_linger_as_subnormal_numbers(
     assert few < many / 20
 
 
-def _step(cell: nn.Module, xs: torch.Tensor) -> RecordedStep:
-    learner = rtrl.BlockRTRL(cell, 8)
-    learner.step(xs[0])
-    return learner._steps[0]
+def taken(cell: nn.Module, xs: torch.Tensor) -> tuple[list[RecordedStep], torch.Tensor]:
+    """The steps of a stream, and the state after them."""
+    steps, h = [], cell.init_state(xs.shape[1])
+    for number, x in enumerate(xs):
+        step, _, h = take(cell, x, h, None, number, number == 0, dict(cell.named_parameters()))
+        steps.append(step)
+    return steps, h

@@ -1,18 +1,34 @@
-"""A walk of any learner along a stream, and cells whose dynamics Jacobian has a form that can be read off."""
+"""The learners beside ``BlockRTRL``, a run of any learner along a stream, and cells whose dynamics Jacobian has a form
+that can be read off."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from helpers.running import gradients, trainable
 from helpers.toy_cells import Leaky, Ring
+from rtrl.learners import BPTT, RFLO, TBPTT, UORO, DenseRTRL, DiagonalRTRL, SnAp
 
-__all__ = ["F64", "Leaky", "Loss", "Ring", "differ", "earned", "normal", "squares"]
+__all__ = ["BASELINES", "F64", "Leaky", "Loss", "Ring", "differ", "earned", "normal", "squares"]
 
 F64 = torch.float64
 Loss = Callable[[int, Any], Tensor | None]
+
+# ``make(cell, batch_size)``, for ``pytest.mark.parametrize``
+BASELINES = [
+    pytest.param(BPTT, id="bptt"),
+    pytest.param(functools.partial(TBPTT, horizon=3), id="sliding"),
+    pytest.param(functools.partial(TBPTT, horizon=3, sliding=False), id="chunked"),
+    pytest.param(DenseRTRL, id="dense"),
+    pytest.param(functools.partial(SnAp, order=1), id="snap"),
+    pytest.param(functools.partial(RFLO, leak=0.5), id="rflo"),
+    pytest.param(DiagonalRTRL, id="diagonal"),
+    pytest.param(lambda *a, **k: UORO(*a, generator=torch.Generator().manual_seed(0), **k), id="uoro"),
+]
 
 
 def normal(seed: int, *shape: int) -> Tensor:

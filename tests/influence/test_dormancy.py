@@ -97,8 +97,13 @@ def test_a_slice_that_was_never_active_takes_no_memory() -> None:
             x[:, -1] = (t + 1) % used if used > 1 else 1 + t % 1
             learner.step(x)
         learner.sync()
-        held[used] = {name: store.values.shape[0] for name, store in learner._influences.items() if "expert" in name}
-    # two samples, and the experts that were ever used
-    assert set(held[1].values()) == {2 * 2}
-    assert set(held[3].values()) == {2 * 3}
-    assert set(held[EXPERTS].values()) == {2 * EXPERTS}
+        held[used] = learner.retained_bytes()["influence"]
+        updates = {name: learner.last_updates(name) for name, _ in cell.named_parameters()}
+        sliced = {name: update for name, update in updates.items() if update.shape[1] == EXPERTS}
+        assert {name for name in updates if "expert" in name} <= sliced.keys()
+        assert {int((update >= 0).sum()) for update in sliced.values()} == {2 * max(used, 2)}  # two samples
+    # a row (H, p) of every parameter of an expert, and its sample, slice and clock
+    sizes = [cell.get_parameter(name).numel() // EXPERTS for name in sliced]
+    row = sum(8 * (cell.init_state(1).numel() * p + 3) for p in sizes)
+    assert held[3] - held[1] == 2 * row
+    assert held[EXPERTS] - held[3] == 2 * (EXPERTS - 3) * row

@@ -209,7 +209,7 @@ ROWS = [
     ("integer", torch.tensor([0, 1]), r"got torch.int64 \(2,\)"),
     ("length", torch.ones(3, dtype=torch.bool), r"got torch.bool \(3,\)"),
     ("matrix", torch.ones(B, 1, dtype=torch.bool), r"got torch.bool \(2, 1\)"),
-    ("device", torch.ones(B, dtype=torch.bool, device="meta"), "rows is on meta, the state on cpu"),
+    ("device", torch.ones(B, dtype=torch.bool, device="meta"), "samples is on meta, the state on cpu"),
 ]
 
 

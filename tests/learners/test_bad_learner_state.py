@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import rtrl
 from rtrl.errors import CellError, ConfigError, LossError, NonFiniteError, ParameterChangedError, ShapeError
+from rtrl.learners import BPTT
 
 # ---------------------------------------------------------------------- parameters that change inside an open block
 
@@ -182,19 +183,57 @@ def _without(saved: dict[str, Any], *path: Any) -> dict[str, Any]:
     return edited
 
 
-KEYS = ["layout", "state", "taken", "paid", "steps", "influences", "history", "earned"]
+def _with(value: Any, saved: dict[str, Any], *path: Any) -> dict[str, Any]:
+    """A deep copy with another value in the place of one entry."""
+    edited = copy.deepcopy(saved)
+    functools.reduce(lambda held, key: held[key], path[:-1], edited)[path[-1]] = value
+    return edited
+
+
+PARTS = [
+    ("layout",),
+    ("state",),
+    ("steps_taken",),
+    ("open_steps",),
+    ("pending_grads",),
+    ("buffers",),
+    ("buffers", "accumulated_until"),
+    ("buffers", "influences"),
+    ("buffers", "history"),
+]
+WHOLE_NUMBERS = {
+    "steps_taken": "'steps_taken' of the saved learner must be a count",
+    "accumulated_until": "the parts of the saved learner do not fit together",
+}
 DAMAGED = "damaged: "
 INSIDE = [
     ("layout", "batch_size"),
     ("layout", "parameters", "enter.weight"),
-    ("steps", 0, "h"),
-    ("steps", 0, "number"),
-    ("influences", "enter.weight"),
-    ("history", "capacity"),
+    ("open_steps", 0, "h"),
+    ("open_steps", 0, "number"),
+    ("buffers", "influences", "enter.weight"),
+    ("buffers", "history", "capacity"),
 ]
 SAVED = [
-    pytest.param(lambda own: {}, "no saved learner of a format that is known", id="empty"),
-    pytest.param(lambda own: {**own, "format": 2}, "no saved learner of a format that is known", id="format"),
+    pytest.param(lambda own: {}, "this is not a saved learner; pass what state_dict", id="empty"),
+    pytest.param(
+        lambda own: {**own, "format": 1},
+        r"saved by rtrl 0\.1\.0, in format 1; this version reads format 2 alone\. Finish the run with that version",
+        id="older format",
+    ),
+    pytest.param(
+        lambda own: {**own, "format": 3}, "format 3, which this version does not know", id="format of the future"
+    ),
+    pytest.param(lambda own: {**own, "format": "2"}, "this is not a saved learner", id="format in words"),
+    pytest.param(lambda own: BPTT(Plain(), B).state_dict(), "learner='BPTT', this one 'BlockRTRL'", id="another rule"),
+    pytest.param(
+        lambda own: {**own, "open_steps": [*own["open_steps"][:1] * 3, *own["open_steps"]]}, ".", id="too many steps"
+    ),
+    pytest.param(
+        lambda own: {**own, "pending_grads": {"head.bias": torch.zeros(2, dtype=F64)}},
+        "the saved gradients are not those of this learner's parameters",
+        id="gradient of a frozen parameter",
+    ),
     pytest.param(lambda own: _saved_by(rtrl.BlockRTRL(Plain(), 3, block=3)), "batch_size=3, this one 2", id="batch"),
     pytest.param(lambda own: _saved_by(plain(block=2)), "block=2, this one 3", id="block"),
     pytest.param(lambda own: _saved_by(plain(window=5)), "window=5, this one 64", id="window"),
@@ -217,22 +256,26 @@ SAVED = [
     pytest.param(lambda own: _saved_by(_of(Renamed()), 0), "extra", id="before a step"),
     pytest.param(lambda own: {**own, "state": own["state"].float()}, "float32", id="dtype"),
     *[
-        pytest.param(lambda own, k=k: {q: own[q] for q in own if q != k}, f"{DAMAGED}KeyError: '{k}'", id=f"no {k}")
-        for k in KEYS
+        pytest.param(
+            lambda own, path=path: _without(own, *path),
+            f"{DAMAGED}KeyError: '{path[-1]}'",
+            id=f"no {'.'.join(path)}",
+        )
+        for path in PARTS
     ],
     *[
         pytest.param(
-            lambda own, k=k: {**own, k: object()},
-            f"'{k}' of the saved learner must be a count" if k in ("taken", "paid") else DAMAGED,
-            id=f"garbage {k}",
+            lambda own, path=path: _with(object(), own, *path),
+            WHOLE_NUMBERS.get(path[-1], DAMAGED),
+            id=f"garbage {'.'.join(path)}",
         )
-        for k in KEYS
+        for path in PARTS
     ],
     *[
         pytest.param(lambda own, path=path: _without(own, *path), ".", id=f"no {'.'.join(map(str, path))}")
         for path in INSIDE
     ],
-    pytest.param(lambda own: None, "no saved learner of a format that is known", id="none"),
+    pytest.param(lambda own: None, "this is not a saved learner", id="none"),
 ]
 
 
@@ -243,10 +286,10 @@ def test_what_another_learner_saved_is_refused(edit, match):
 
 TORN: dict[tuple[Any, ...], Callable[[Tensor], Tensor]] = {
     ("state",): lambda state: state * NAN,
-    ("steps", 0, "h"): lambda h: h[:, :2],
-    ("steps", 0, "x"): lambda x: x[:1],
-    ("influences", "enter.weight", "sample"): lambda sample: sample[:1],
-    ("influences", "enter.weight", "last_block"): lambda clock: clock + 50,
+    ("open_steps", 0, "h"): lambda h: h[:, :2],
+    ("open_steps", 0, "x"): lambda x: x[:1],
+    ("buffers", "influences", "enter.weight", "sample"): lambda sample: sample[:1],
+    ("buffers", "influences", "enter.weight", "last_block"): lambda clock: clock + 50,
 }
 
 
@@ -363,7 +406,9 @@ def test_giving_up_a_block_gives_up_what_sleeping_slices_are_owed():
 
 def test_a_block_is_given_up_for_all_samples_or_none():
     some = torch.tensor([True, False])
-    attacked(plain, lambda learner, ys, losses: learner.reset(some, discard=True), ConfigError, "it takes no rows")
+    attacked(
+        plain, lambda learner, ys, losses: learner.reset(some, discard=True), ConfigError, "gradients of all samples"
+    )
 
 
 def test_a_refused_first_state_gives_nothing_up():

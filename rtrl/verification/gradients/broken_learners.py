@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rtrl._influence.catch_up import catch_up
 from rtrl._influence.transition import Transition, compose
-from rtrl.cells.protocol import Sparsity, first_state
+from rtrl.cells.protocol import Sparsity
 from rtrl.errors import ConfigError
 from rtrl.learners.block_rtrl import BlockRTRL
 
@@ -18,7 +18,7 @@ class _Truncates(BlockRTRL):
     """The influence at the block's start is thrown away: the gradient is cut off at every block border."""
 
     def _close(self) -> None:
-        if self._steps:
+        if self._open_steps:
             for influence in self._influences.values():
                 influence.clear_samples(torch.ones(self.batch_size, dtype=torch.bool))
         super()._close()
@@ -27,10 +27,12 @@ class _Truncates(BlockRTRL):
 class _ForgetsDormantLosses(BlockRTRL):
     """Slices that slept are not paid for the losses of their sleep."""
 
-    def _pay(self, rows: Mapping[str, Tensor]) -> None:
+    def _accumulate_pending(self, rows: Mapping[str, Tensor]) -> None:
         assert self._history is not None
         last = self._history.now - 1
-        super()._pay({name: own[self._influences[name].last_block[own] >= last] for name, own in rows.items()})
+        super()._accumulate_pending(
+            {name: own[self._influences[name].last_block[own] >= last] for name, own in rows.items()}
+        )
 
 
 class _DoesNotCatchUp(BlockRTRL):
@@ -38,7 +40,7 @@ class _DoesNotCatchUp(BlockRTRL):
 
     def _advance(self, rows: Mapping[str, Tensor]) -> None:
         assert self._history is not None
-        self._pay(rows)
+        self._accumulate_pending(rows)
         now = self._history.now
         for name, own in rows.items():
             influence = self._influences[name]
@@ -65,7 +67,7 @@ class _OffByOne(BlockRTRL):
     def _advance(self, rows: Mapping[str, Tensor]) -> None:
         assert self._history is not None
         catch_up(self._history, [(self._influences[name], own) for name, own in rows.items()])
-        self._pay(rows)
+        self._accumulate_pending(rows)
         for name, own in rows.items():
             self._influences[name].last_block[own] = self._history.now
 
@@ -74,7 +76,7 @@ class _DropsExpired(BlockRTRL):
     """Slices that sleep for longer than the window lose their influence instead of being caught up."""
 
     def _close(self) -> None:
-        oldest = None if self._history is None or not self._steps else self._history.next_overwritten
+        oldest = None if self._history is None or not self._open_steps else self._history.next_overwritten
         if oldest is not None:
             for influence in self._influences.values():
                 held = influence.active_rows()
@@ -85,8 +87,8 @@ class _DropsExpired(BlockRTRL):
 class _ReversesProducts(BlockRTRL):
     """The tree composes blocks latest first."""
 
-    def _prepare(self, sparsity: Sparsity) -> None:
-        super()._prepare(sparsity)
+    def _allocate(self, sparsity: Sparsity) -> None:
+        super()._allocate(sparsity)
         self._reverse()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -104,21 +106,17 @@ class _ReversesProducts(BlockRTRL):
 class _KeepsInfluenceOverResets(BlockRTRL):
     """A reset starts the state anew, but not the influence."""
 
-    def reset(self, rows: Tensor | None = None, *, state: Tensor | None = None, discard: bool = False) -> None:
-        self._close()
-        first = first_state(self.cell, self.batch_size) if state is None else state
-        self._state = (
-            first if rows is None else torch.where(rows.reshape(-1, *[1] * (first.ndim - 1)), first, self._state)
-        )
+    def _clear(self, samples: Tensor, discard: bool) -> None:
+        return
 
 
 class _PaysTwice(BlockRTRL):
     """What a sync paid to sleeping slices is paid to them once more when they wake."""
 
-    def _pay(self, rows: Mapping[str, Tensor]) -> None:
-        paid, self._paid = self._paid, 0
-        super()._pay(rows)
-        self._paid = paid
+    def _accumulate_pending(self, rows: Mapping[str, Tensor]) -> None:
+        until, self._accumulated_until = self._accumulated_until, 0
+        super()._accumulate_pending(rows)
+        self._accumulated_until = until
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rtrl.learners import Learner
 from rtrl.tasks.protocol import Task, TaskStep
-from rtrl.training import Learner, evaluate
+from rtrl.training import evaluate
 
 MakeLearner = Callable[[nn.Module, int], Learner]
 Tell = Callable[[int], None]

@@ -325,8 +325,7 @@ def test_slices_sleep_only_where_the_learner_is_lazy(lazy: bool) -> None:
     for x in xs:
         learner.step(x)
     learner.sync()
-    influence = learner._influences["cell.expert_up"]
-    assert influence.last_block[influence.active_rows()].tolist() == ([1, 2, 3, 4, 5, 6] if lazy else [6] * 6)
+    assert learner.last_updates("cell.expert_up").tolist() == [[1, 2, 3, 4, 5, 6] if lazy else [6] * 6]
 
 
 def test_the_tree_reserves_what_the_first_step_shows_to_be_enough() -> None:

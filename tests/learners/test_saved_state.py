@@ -1,0 +1,118 @@
+"""What a learner saves: it continues bit for bit from a file, and what does not fit is refused with nothing changed."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.baseline_cells import BASELINES, F64, normal
+from helpers.toy_cells import PlainRNN, seeded
+
+import rtrl
+from rtrl.errors import ConfigError
+from rtrl.learners import BPTT, UORO, DenseRTRL, DiagonalRTRL
+
+Make = Callable[..., Any]
+ALL = [*BASELINES, pytest.param(lambda *a: rtrl.BlockRTRL(*a, block=4, window=3), id="block")]
+
+
+def through_a_file(state: dict[str, Any]) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def after_four_steps(make: Make, hidden: int = 3, batch_size: int = 2) -> Any:
+    learner = make(seeded(PlainRNN(2, hidden), 0), batch_size)
+    for x in normal(0, 4, batch_size, 2):
+        learner.backward(learner.step(x).square().sum())
+    return learner
+
+
+@pytest.mark.parametrize("make", BASELINES)
+def test_a_damaged_or_foreign_saved_learner_is_refused_and_changes_nothing(make: Make) -> None:
+    learner = after_four_steps(make)
+    saved, x = learner.state_dict(), torch.ones(2, 2)
+    buffers = saved["buffers"]
+    foreign = DiagonalRTRL if isinstance(learner, DenseRTRL) else DenseRTRL
+    wrong: list[tuple[Any, str]] = [
+        ({}, "not a saved learner"),
+        ({**saved, "format": 1}, r"saved by rtrl 0\.1\.0, in format 1"),
+        (after_four_steps(foreign).state_dict(), "learner='"),
+        (after_four_steps(make, hidden=4).state_dict(), "state="),
+        (after_four_steps(make, batch_size=3).state_dict(), "batch_size=3"),
+        ({**saved, "steps_taken": -1}, "count"),
+        ({**saved, "steps_taken": saved["steps_taken"] + 1}, "do not fit the number of steps"),
+        ({**saved, "open_steps": saved["open_steps"] * 2}, "do not fit the number of steps"),
+        ({**saved, "state": saved["state"].float()}, "saved state"),
+        ({**saved, "open_steps": [{**step, "x": x[:1]} for step in saved["open_steps"]]}, "batch"),
+        ({**saved, "pending_grads": {"inward": x[:1]}}, "gradient"),
+        ({**saved, "pending_grads": {"nobody": x}}, "gradients"),
+        ({**saved, "buffers": {**buffers, "snapshots": []}}, "damaged"),
+        ({**saved, "buffers": {**buffers, "snapshots": [{}] * len(buffers["snapshots"])}}, "not those of this cell"),
+        ({**saved, "buffers": {**buffers, "snapshot": None}}, "without the parameters"),
+        ({**saved, "buffers": {k: v for k, v in buffers.items() if k != "constant_state"}}, "damaged"),
+        ({**saved, "buffers": {**buffers, "kept_steps": [{}]}}, "damaged"),
+    ]
+    if "carried" in buffers:
+        wrong += [
+            ({**saved, "buffers": {**buffers, "carried": [x]}}, "influence|damaged"),
+            ({**saved, "buffers": {**buffers, "carried": []}}, "damaged"),
+        ]
+    if isinstance(learner, UORO):
+        wrong.append(({**saved, "buffers": {**buffers, "rng_state": x}}, "damaged"))
+    for state, words in wrong:
+        with pytest.raises(ConfigError, match=words):
+            learner.load_state_dict(state)
+    other, gradients = after_four_steps(make), []
+    other.load_state_dict(saved)
+    for loaded in (learner, other):
+        loaded.sync()
+        gradients.append([p.grad.clone() for p in loaded.cell.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_a_learner_saved_right_after_a_reset_of_some_samples_continues_bit_for_bit(make: Make) -> None:
+    gradients, state = [], None
+    for resumed in (False, True):
+        cell = seeded(PlainRNN(2, 3), 0)
+        learner = make(cell, 2)
+        for t in range(12):
+            if t == 5:
+                learner.reset(torch.tensor([True, False]))
+                state = through_a_file(learner.state_dict()) if state is None else state
+            x = torch.full((2, 2), 0.1 * t, dtype=F64)
+            if resumed and t < 8:
+                x += 1  # another stream, up to the load
+            learner.backward(learner.step(x).square().sum())
+            if resumed and t == 7:
+                learner.load_state_dict(state)
+                for again in range(5, 8):
+                    learner.backward(learner.step(torch.full_like(x, 0.1 * again)).square().sum())
+        learner.sync()
+        gradients.append([p.grad.clone() for p in cell.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_a_loss_of_the_open_step_is_saved_and_its_y_takes_no_more_after_a_load(make: Make) -> None:
+    learner, other = after_four_steps(make), make(seeded(PlainRNN(2, 3), 0), 2)
+    other.load_state_dict(through_a_file(learner.state_dict()))
+    assert other.steps_taken == 4 and torch.equal(other.state, learner.state)
+    assert other.retained_bytes() == learner.retained_bytes()
+    for loaded in (learner, other):
+        loaded.sync()
+    for one, two in zip(learner.cell.parameters(), other.cell.parameters(), strict=True):
+        assert one.grad is not None and two.grad is not None and torch.equal(one.grad, two.grad)
+
+
+def test_a_subclass_loads_what_its_class_saved() -> None:
+    class Logged(BPTT):
+        """A user's own."""
+
+    learner = Logged(seeded(PlainRNN(2, 3), 0), 2)
+    learner.load_state_dict(after_four_steps(BPTT).state_dict())
+    assert learner.steps_taken == 4
