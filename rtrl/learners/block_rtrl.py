@@ -201,11 +201,11 @@ class BlockRTRL(Learner):
         del groups  # and with it the graph
         self._check_result(result, span)
 
-        next_overwritten, now = self._history.next_overwritten, self._history.now
-        if next_overwritten is not None:
+        oldest, now = self._history.next_overwritten, self._history.now
+        if oldest is not None:
             held = {name: self._influences[name].active_rows() for name in sliced}
             self._advance(
-                {name: rows[self._influences[name].last_block[rows] <= next_overwritten] for name, rows in held.items()}
+                {name: rows[self._influences[name].last_block[rows] <= oldest] for name, rows in held.items()}
             )
         self._history.append(result.transition)
         known = {name: influence.values.shape[0] for name, influence in self._influences.items()}
