@@ -1,4 +1,4 @@
-"""The app of the command line: a command for each of ``check``, ``plan``, ``report``, ``train`` and ``verify``."""
+"""The app of the command line: ``check``, ``plan``, ``report``, ``train``, ``verify`` and ``verify-gradients``."""
 
 from typing import Annotated
 
@@ -9,7 +9,8 @@ from rtrl.cli.check import check
 from rtrl.cli.plan import plan
 from rtrl.cli.report import report
 from rtrl.cli.train import train
-from rtrl.cli.verify import verify
+from rtrl.cli.verify import MovedOptions, verify
+from rtrl.cli.verify_gradients import verify_gradients
 
 app = typer.Typer(name="rtrl", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -29,7 +30,8 @@ def main(
     """Exact real-time recurrent learning: verify it, check your own cell, plan, train, report."""
 
 
-app.command()(verify)
+app.command(cls=MovedOptions)(verify)
+app.command()(verify_gradients)
 app.command()(check)
 app.command()(train)
 app.command()(plan)

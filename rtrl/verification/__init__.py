@@ -1,5 +1,11 @@
-"""The project's claims, each measured by a module of its own.
+"""The project's claims, and the run that measures them.
 
-A claim module has a frozen dataclass of settings, a ``measure(settings, progress)`` that returns a result, and prints
-nothing. This package, like ``rtrl.testing``, may import the oracles; nothing else in ``rtrl`` does.
+A claim is data and functions (``claim.Claim``): how it is measured, judged and shown. Threads, seeds, time, voided
+verdicts and the record belong to ``runner`` and ``record``. This package may import the oracles, as ``rtrl.testing``
+may; nothing else in ``rtrl`` does.
 """
+
+from rtrl.verification.claim import Claim, Measurements, NotMeasured, Settings
+from rtrl.verification.registry import claims, select
+
+__all__ = ["Claim", "Measurements", "NotMeasured", "Settings", "claims", "select"]

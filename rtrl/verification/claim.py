@@ -1,38 +1,151 @@
-"""What a claim is, and what measuring it gives: a verdict, the figures behind it, tables and plots for people."""
+"""What a claim is: its words, how much is measured, and the functions that measure, judge and show it."""
 
+import inspect
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Generic, TypeVar
 
-from rtrl.report.model import Finding, Plot, Series, Table, Verdict
+from rtrl.report.model import Finding, Plot, Table, Verdict
 
-__all__ = ["Claim", "Finding", "Plot", "Progress", "Series", "Settings", "Table", "Verdict"]
+Progress = Callable[[str], None]
+"""Called with the name of every piece of work before it begins."""
 
-Progress = Callable[[str, int, int], None]
-"""Called before every piece of work with its name, how many pieces are done and how many there are."""
+
+def _silent(piece: str) -> None:
+    return
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How the claims are measured.
+    """How all claims of a run are measured.
 
     Attributes:
-        full: the long form: longer streams, more seeds, larger models. seed: of everything that is drawn.
+        full: whether to take the long form: longer streams, more seeds, larger models.
+        seed: the seed of everything that is drawn.
         device: the torch device to measure on, where a claim leaves it open.
+        progress: called with the name of every piece of work before it begins.
     """
 
     full: bool = False
     seed: int = 0
     device: str = "cpu"
+    progress: Progress = field(default=_silent, compare=False, repr=False)
+
+
+@dataclass(kw_only=True)
+class Measurements:
+    """Base class of what a claim measures.
+
+    Attributes:
+        failures: ways in which the code does not behave as its documentation says, a line each. They make the check
+            fail; a claim that does not hold is a finding, not a failure.
+    """
+
+    failures: list[str] = field(default_factory=list)
+
+
+class NotMeasured(Exception):
+    """A claim cannot be measured here; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
-    """One claim: its name, what was claimed, and the function that measures it.
+class Judgement:
+    """Whether a claim holds, and the condition, correction or reason that belongs to the verdict."""
 
-    The docstring of the module that holds it says how it is measured, why that is a fair test, and what it leaves
-    open.
+    name: Verdict
+    condition: str = ""
+
+    @classmethod
+    def holds(cls) -> "Judgement":
+        """Return the verdict of a claim that holds as it stands."""
+        return cls("holds")
+
+    @classmethod
+    def holds_when(cls, condition: str) -> "Judgement":
+        """Return the verdict of a claim that needs a condition."""
+        return cls("holds when", condition)
+
+    @classmethod
+    def does_not_hold(cls, instead: str) -> "Judgement":
+        """Return the verdict of a claim that is wrong, with what is true instead."""
+        return cls("does not hold", instead)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What people see of the measurements: the result in a few words, tables and plots."""
+
+    result: str
+    tables: list[Table] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
+
+
+C = TypeVar("C")
+M = TypeVar("M", bound=Measurements)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim(Generic[C, M]):
+    """One claim. Calling it measures; the runner adds threads, time, verdict and record.
+
+    Attributes:
+        id: the name on the command line and in the record.
+        claimed: what was claimed.
+        threshold: what is required of the measurements.
+        quick: how much is measured by default.
+        full: how much is measured with ``--full``.
+        measure: the function that measures.
+        verdict: the function that judges the measurements.
+        show: the function that shows the measurements.
+        void: why the verdict is "does not hold" whenever there are failures; "" leaves the verdict to ``verdict``.
+        explanation: how it is measured, why that is fair, and what it leaves open.
     """
 
     id: str
     claimed: str
-    measure: Callable[[Settings, Progress], Finding]
+    threshold: str
+    quick: C
+    full: C
+    measure: Callable[[C, Settings], M]
+    verdict: Callable[[M], Judgement]
+    show: Callable[[M], Shown]
+    void: str = ""
+    explanation: str = ""
+
+    def __call__(self, config: C, settings: Settings) -> M:
+        """Measure."""
+        return self.measure(config, settings)
+
+    def judge(self, measurements: M) -> Judgement:
+        """Return the verdict; failures void it where the claim says so."""
+        if measurements.failures and self.void:
+            return Judgement.does_not_hold(self.void)
+        return self.verdict(measurements)
+
+    def finding(self, measurements: M) -> Finding:
+        """Judge and show measurements."""
+        found, shown = self.judge(measurements), self.show(measurements)
+        parts = (measurements.failures, shown.tables, shown.plots, asdict(measurements))
+        return Finding(shown.result, self.threshold, found.name, found.condition, *parts)
+
+
+def claim(
+    id: str,
+    *,
+    claimed: str,
+    threshold: str,
+    quick: C,
+    full: C,
+    verdict: Callable[[M], Judgement],
+    show: Callable[[M], Shown],
+    void: str = "",
+    explanation: str = "",
+) -> Callable[[Callable[[C, Settings], M]], Claim[C, M]]:
+    """Make a function that measures into a claim; see ``Claim``. The module's docstring is the default explanation."""
+
+    def decorate(measure: Callable[[C, Settings], M]) -> Claim[C, M]:
+        text = explanation or sys.modules[measure.__module__].__doc__ or ""
+        return Claim(id, claimed, threshold, quick, full, measure, verdict, show, void, inspect.cleandoc(text))
+
+    return decorate

@@ -1,13 +1,10 @@
-"""What was measured, on record: plain JSON values, and what of an earlier record still stands."""
+"""Put what was measured on record, and read what is still valid of an earlier record."""
 
-import inspect
-import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,81 +13,64 @@ import torch
 
 import rtrl
 from rtrl.errors import ConfigError
-from rtrl.report.model import SCHEMA
-from rtrl.report.save import plain
+from rtrl.report import load_record
+from rtrl.report.model import Cell, ClaimResult, Finding, Record
 from rtrl.verification.claim import Settings
+from rtrl.verification.harness.subprocesses import physical_bytes
 from rtrl.verification.runner import Outcome
 
-Entry = dict[str, Any]
-"""One claim on record."""
+
+def entry(outcome: Outcome) -> ClaimResult:
+    """Return what a claim came to, with its words."""
+    claim, words = outcome.claim, {"id": outcome.claim.id, "claimed": outcome.claim.claimed}
+    finding = {part.name: getattr(outcome.finding, part.name) for part in fields(Finding)}
+    return ClaimResult(**finding, **words, explanation=claim.explanation, duration_s=round(outcome.duration_s, 3))
 
 
-def entry(outcome: Outcome) -> Entry:
-    """A claim, its explanation, and everything that was found."""
-    found: Entry = plain(
-        {
-            "id": outcome.claim.id,
-            "claimed": outcome.claim.claimed,
-            "explanation": inspect.getdoc(sys.modules[outcome.claim.measure.__module__]) or "",
-            **asdict(outcome.finding),
-            "duration_s": round(outcome.duration_s, 3),
-        }
-    )
-    return found
-
-
-def record(entries: Sequence[Entry], settings: Settings, command: str) -> dict[str, Any]:
-    """The claims, and how and where they were measured. ``duration_s`` is the sum over the claims."""
-    return {
+def record(entries: Sequence[ClaimResult], settings: Settings, command: str) -> Record:
+    """Return the claims with how and where they were measured. ``duration_s`` is the sum over the claims."""
+    return Record(
         **_circumstances(settings),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "duration_s": round(sum(found["duration_s"] for found in entries), 3),
-        "claims": list(entries),
-    }
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        duration_s=round(sum(entry.duration_s or 0.0 for entry in entries), 3),
+        claims=list(entries),
+    )
 
 
-def kept(path: Path, settings: Settings) -> list[Entry]:
-    """The claims in an earlier record, [] if there is none.
+def kept(path: Path, settings: Settings) -> list[ClaimResult]:
+    """Return the claims of an earlier record that a run with these settings may keep; [] if there is no file.
 
     Raises:
-        ConfigError: the file is no record, or its claims were measured by other code, on another machine, in another
-        form or with another seed; it says which, and to leave ``--resume`` away.
+        ConfigError: the file is not a record, or its claims were measured by other code, on another machine or with
+            other settings; the message says which.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not text.strip():
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
         return []
     try:
-        old = json.loads(text)
-        entries: list[Entry] = [dict(found) for found in old["claims"]]
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        old = load_record(path)
+    except ConfigError as error:
         raise ConfigError(
-            f"{path} holds no results of rtrl verify; name another file, or leave --resume away"
+            f"{path} holds no results of rtrl verify ({error}); name another file, or omit --resume"
         ) from error
     for name, value in _circumstances(settings).items():
-        if old.get(name) != value:
+        if getattr(old, name) != value:
             raise ConfigError(
-                f"{path} cannot be gone on with: its {name} is {old.get(name)!r}, now it is {value!r}; measure anew, "
-                "without --resume"
+                f"{path} cannot be resumed: its {name} is {getattr(old, name)!r}, now it is {value!r}; measure "
+                "everything again, without --resume"
             )
-    return entries
+    return old.claims
 
 
-def failures(entries: Sequence[Entry]) -> list[str]:
-    """Every way in which the code does not behave as documented, "claim: what"; also that nothing was measured."""
-    found = [f"{claim['id']}: {line}" for claim in entries for line in claim["failures"]]
+def failures(entries: Sequence[ClaimResult]) -> list[str]:
+    """Return every way in which the code does not behave as documented, or that nothing was measured, a line each."""
+    found = [f"{entry.id}: {line}" for entry in entries for line in entry.failures]
     return found if entries else ["no claim was measured"]
 
 
 def _circumstances(settings: Settings) -> dict[str, Any]:
-    """All that a result depends on beside the claim itself."""
+    """Return what a result depends on besides the claim itself."""
     return {
-        "schema": SCHEMA,
         "mode": "full" if settings.full else "quick",
         "seed": settings.seed,
         "device": settings.device,
@@ -99,22 +79,19 @@ def _circumstances(settings: Settings) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """The machine that measures."""
-    memory = None
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def machine() -> dict[str, Cell]:
+    """Describe the machine that measures."""
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": memory,
+        "memory_bytes": physical_bytes(),
         "os": platform.platform(),
     }
 
 
-def versions() -> dict[str, str | None]:
-    """What the results depend on; the commit where the package lies in a clone of its repository."""
+def versions() -> dict[str, Cell]:
+    """Return the versions that results depend on; the commit where the package lies in a clone of its repository."""
     return {
         "rtrl": rtrl.__version__,
         "torch": str(torch.__version__),

@@ -1,50 +1,51 @@
-"""All claims, in the order in which they are told."""
+"""All claims, in the order in which they are shown."""
 
 from importlib import import_module
+from typing import Any
 
 from rtrl._utils import validation
 from rtrl.verification.claim import Claim
 
-MODULES = (
-    "gradients.equivalence",
-    "learning.anbn_learns",
-    "learning.anbn_lr",
-    "speed.anbn_speed",
-    "learning.haystack_bptt",
-    "learning.haystack_rtrl",
-    "learning.haystack_long",
-    "speed.haystack_speed",
-    "memory.memory_table",
-    "memory.memory_constant",
-    "memory.long_stream",
-    "model.extraction",
-    "speed.dormancy",
-    "speed.catch_up",
-    "speed.read_write",
-    "speed.per_step",
-    "memory.bptt_limit",
-    "gradients.toggles",
-    "gradients.conditioning",
-    "model.patterns",
-    "memory.gpu",
-    "learning.byte_stream",
+_CLAIMS = (
+    "gradients.equivalence.measure",
+    "learning.anbn_learns.measure",
+    "learning.anbn_lr.measure",
+    "speed.sparse_vs_full.anbn",
+    "learning.haystack_bptt.measure",
+    "learning.haystack_rtrl.measure",
+    "learning.haystack_long.measure",
+    "speed.sparse_vs_full.haystack",
+    "memory.memory_table.measure",
+    "memory.memory_constant.measure",
+    "memory.long_stream.measure",
+    "model.extraction.measure",
+    "speed.dormancy.measure",
+    "speed.catch_up.measure",
+    "speed.read_write.measure",
+    "speed.per_step.measure",
+    "memory.bptt_limit.measure",
+    "gradients.toggles.measure",
+    "gradients.conditioning.measure",
+    "model.patterns.measure",
+    "memory.gpu.measure",
+    "learning.byte_stream.measure",
 )
-"""Modules of this package, each with a ``CLAIM``."""
+"""Modules of this package, each with the name of its claim."""
 
 
-def claims() -> list[Claim]:
-    """Every claim, gradient equivalence first: nothing else says much where that does not hold."""
-    return [import_module(f"{__package__}.{name}").CLAIM for name in MODULES]
+def claims() -> list[Claim[Any, Any]]:
+    """Return every claim, gradient equivalence first: without it the others mean little."""
+    places = [place.rpartition(".") for place in _CLAIMS]
+    return [getattr(import_module(f"{__package__}.{module}"), name) for module, _, name in places]
 
 
-def select(only: list[str]) -> list[Claim]:
-    """The claims with these ids, in the order of all; all of them if none is named.
+def select(only: list[str]) -> list[Claim[Any, Any]]:
+    """Return the claims with these ids, in the order of all; every claim if no id is given.
 
     Raises:
-        ConfigError: there is no claim of that id; it lists those there are.
+        ConfigError: an id is unknown; the message lists the known ones.
     """
     known = claims()
-    ids = [claim.id for claim in known]
-    for wanted in only:
-        validation.known("claim", wanted, ids)
+    for name in only:
+        validation.known("claim", name, [claim.id for claim in known])
     return [claim for claim in known if not only or claim.id in only]

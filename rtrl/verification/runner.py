@@ -1,66 +1,99 @@
-"""Measure a selection of claims."""
+"""Measure claims: one thread, seeded random numbers, the time taken, and errors that end one claim and not the run."""
 
 import gc
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from rtrl.verification.claim import Claim, Finding, Progress, Settings
+from rtrl.report.model import Finding
+from rtrl.verification.claim import Claim, Measurements, NotMeasured, Settings
+
+Report = Callable[[str, int], None]
+"""Called before every piece of work with its name, and how many claims are done."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a claim came to, and how long that took."""
+    """What a claim came to, how long that took, and what was measured (None if nothing was)."""
 
-    claim: Claim
+    claim: Claim[Any, Any]
     finding: Finding
     duration_s: float
+    measurements: Measurements | None = None
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Use one thread. For small tensors a second one makes times scatter: at every barrier the first waits for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def measure_one(claim: Claim[Any, Any], settings: Settings, config: Any = None) -> Outcome:
+    """Measure one claim, with one thread and seeded random numbers.
+
+    Args:
+        claim: the claim.
+        settings: how it is measured.
+        config: how much is measured; None for the claim's own quick or full form.
+
+    Raises:
+        Exception: whatever the claim raises, but ``NotMeasured``.
+    """
+    gc.collect()  # what the claim before left behind must not count as memory of this one
+    began = time.perf_counter()
+    measurements = None
+    with torch.random.fork_rng(devices=[]), one_thread():
+        torch.manual_seed(settings.seed)
+        try:
+            measurements = claim(config or (claim.full if settings.full else claim.quick), settings)
+            finding = claim.finding(measurements)
+        except NotMeasured as reason:
+            finding = Finding("—", claim.threshold, "not measured", str(reason))
+    return Outcome(claim, finding, time.perf_counter() - began, measurements)
 
 
 def measure(
-    chosen: Sequence[Claim],
+    chosen: Sequence[Claim[Any, Any]],
     settings: Settings,
-    progress: Progress | None = None,
+    report: Report | None = None,
     each: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
-    """Measure claims one after the other.
-
-    What a claim raises is a failure of that claim; the others go on. Random numbers are seeded anew for each, and the
-    number of threads is put back, so that a claim measures the same alone and among others.
+    """Measure claims one after the other. An exception is a failure of its claim; the others go on.
 
     Args:
-        chosen: the claims. settings: for all of them.
-        progress: told of every piece of work: "claim: piece", how many claims are done and how many there are.
-        each: given every outcome as soon as it is there.
+        chosen: the claims.
+        settings: how they are measured.
+        report: called before every piece of work.
+        each: called with every outcome as soon as it is there.
     """
     outcomes = []
-    threads = torch.get_num_threads()
     for done, claim in enumerate(chosen):
 
-        def tell(piece: str, _done: int, _pieces: int, done: int = done, name: str = claim.id) -> None:
-            if progress is not None:
-                progress(f"{name}: {piece}", done, len(chosen))
+        def progress(piece: str, done: int = done, name: str = claim.id) -> None:
+            if report is not None:
+                report(f"{name}: {piece}", done)
 
-        tell("begins", 0, 1)
-        gc.collect()  # what one claim leaves behind is no part of the next one's memory
+        progress("begins")
         began = time.perf_counter()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            try:
-                finding = claim.measure(settings, tell)
-            except Exception as error:
-                finding = raised(error)
-            finally:
-                torch.set_num_threads(threads)
-        outcomes.append(Outcome(claim, finding, time.perf_counter() - began))
+        try:
+            outcome = measure_one(claim, replace(settings, progress=progress))
+        except Exception as error:
+            outcome = Outcome(claim, _raised(error), time.perf_counter() - began)
+        outcomes.append(outcome)
         if each is not None:
-            each(outcomes[-1])
+            each(outcome)
     return outcomes
 
 
-def raised(error: Exception) -> Finding:
-    """The finding of a claim that could not be measured because of an error: it fails, whatever it would have found."""
-    said = f"{type(error).__name__}: {error}"
-    return Finding("", "", "not measured", f"it raised {said}", failures=[said])
+def _raised(error: Exception) -> Finding:
+    message = f"{type(error).__name__}: {error}"
+    return Finding("", "", "not measured", f"it raised {message}", failures=[message])

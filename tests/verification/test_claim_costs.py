@@ -2,48 +2,54 @@
 
 import json
 import math
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 
 from rtrl.learners.block_rtrl import BlockRTRL
+from rtrl.report import Finding, plain
 from rtrl.verification import record, runner
-from rtrl.verification.claim import Finding, Settings
+from rtrl.verification.claim import Claim, Judgement, Settings
 from rtrl.verification.gradients import conditioning, toggles
-from rtrl.verification.harness import bptt_process, dormant_slice, long_run, memory, problems, speed
-from rtrl.verification.harness.problems import Mixture, Run, problem
+from rtrl.verification.harness import dormant_slice, memory, problems, subprocesses
+from rtrl.verification.harness.problems import LearnerRun, Mixture, problem
 from rtrl.verification.memory import bptt_limit, gpu, long_stream, memory_constant, memory_table
 from rtrl.verification.model import extraction, patterns
-from rtrl.verification.speed import anbn_speed, catch_up, dormancy, haystack_speed, per_step, read_write
+from rtrl.verification.speed import catch_up, dormancy, per_step, read_write, sparse_vs_full
 
 TINY = Mixture("tiny", 2, 2, 4, 3, 4)
-SMALL: list[tuple[Any, Any]] = [
-    (anbn_speed, speed.Sizes(Mixture("small", 8, 4, 6, 4, 6), 6, 8, 4, 2, 1, (4,), 3)),
-    (memory_table, memory_table.Sizes(TINY, (8, 16, 32), (1000,), 4, 4)),
-    (long_stream, long_stream.Sizes(widths=(4,), warm=8, steps=16, flow=TINY)),
-    (extraction, extraction.Sizes(Mixture("small", 2, 2, 8, 4, 16), 12, 4, (8, 64, 4096))),
-    (dormancy, dormancy.Sizes((1, 3, 10, 100), 40, 3)),
-    (catch_up, catch_up.Sizes((3, 100), ((20, 16),), 32, 1, 1)),
-    (read_write, read_write.Sizes(16, 4, 2, 8, (3, 20), 4, 1, 1)),
-    (per_step, per_step.Sizes(Mixture("small", 2, 2, 16, 4, 6), (4, 8, 6), (1, 4), 4, 4, 8, 4, 1)),
-    (bptt_limit, bptt_limit.Sizes(("quick",), (3, 6, 9), process=(50, 150))),
-    (toggles, toggles.Sizes(Mixture("small", 2, 2, 4, 4, 6), 8, 4, 2)),
-    (conditioning, conditioning.Sizes(8, 1, (4, 8), 4, 2)),
-    (patterns, patterns.Sizes(48, 24, 8, 8, 2)),
-]
+BRIEF = (3, 6, 9)
+SMALL: dict[Any, Any] = {
+    sparse_vs_full.anbn: sparse_vs_full.Config(2.72, Mixture("small", 8, 4, 6, 4, 6), 6, 8, 4, 2, 1, (4,), 3),
+    memory_table.measure: memory_table.Config(TINY, (8, 16, 32), (1000,), 4, 4),
+    memory_constant.measure: memory_constant.Config(TINY, (8, 16, 24), 4, 2),
+    long_stream.measure: long_stream.Config(widths=(4,), warm=8, steps=16, flow=TINY),
+    extraction.measure: extraction.Config(Mixture("small", 2, 2, 8, 4, 16), 12, 4, (8, 64, 4096)),
+    dormancy.measure: dormancy.Config((1, 3, 10, 100), 40, 3),
+    catch_up.measure: catch_up.Config((3, 100), ((20, 16),), 32, 1, 1),
+    read_write.measure: read_write.Config(16, 4, 2, 8, (3, 20), 4, 1, 1),
+    per_step.measure: per_step.Config(Mixture("small", 2, 2, 16, 4, 6), (4, 8, 6), (1, 4), 4, 4, 8, 4, 1),
+    bptt_limit.measure: bptt_limit.Config(("quick",), BRIEF, process=(50, 150)),
+    toggles.measure: toggles.Config(Mixture("small", 2, 2, 4, 4, 6), 8, 4, 2),
+    conditioning.measure: conditioning.Config(8, 1, (4, 8), 4, 2),
+    patterns.measure: patterns.Config(48, 24, 8, 8, 2),
+}
 
 
-def quiet(piece: str, done: int, pieces: int) -> None:
-    assert piece
-    assert 0 <= done <= pieces
+def found(claim: Claim[Any, Any], config: Any = None, seed: int = 0) -> Finding:
+    """The finding of a claim in small; every piece of work has a name."""
+    pieces: list[str] = []
+    settings = Settings(seed=seed, progress=pieces.append)
+    finding = runner.measure_one(claim, settings, config or SMALL[claim]).finding
+    assert pieces and all(pieces)
+    return finding
 
 
-@pytest.mark.parametrize(("module", "sizes"), SMALL, ids=lambda value: getattr(value, "__name__", "").split(".")[-1])
-def test_each_is_measured_in_small(module: Any, sizes: Any) -> None:
-    threads = torch.get_num_threads()
-    finding = module.measure(Settings(seed=1), quiet, sizes)
-    assert isinstance(finding, Finding)
+@pytest.mark.parametrize("claim", SMALL, ids=lambda claim: claim.id)
+def test_each_is_measured_in_small(claim: Claim[Any, Any]) -> None:
+    finding = found(claim, seed=1)
     assert finding.failures == []
     assert finding.verdict != "not measured"
     assert finding.result
@@ -53,34 +59,43 @@ def test_each_is_measured_in_small(module: Any, sizes: Any) -> None:
         or finding.verdict == "holds when"
         or finding.condition
     )
-    for grid in finding.tables:
-        assert grid.rows
-        assert all(len(row) == len(grid.columns) for row in grid.rows), grid.title
+    for table in finding.tables:
+        assert table.rows
+        assert all(len(row) == len(table.columns) for row in table.rows), table.title
     for plot in finding.plots:
         assert all(len(series.x) == len(series.y) > 0 for series in plot.series), plot.title
-    entry = record.entry(runner.Outcome(module.CLAIM, finding, 0.0))
-    json.dumps(record.record([entry], Settings(), "test"), allow_nan=False)
-    assert torch.get_num_threads() == threads
+    entry = record.entry(runner.Outcome(claim, finding, 0.0))
+    json.dumps(plain(asdict(record.record([entry], Settings(), "test"))), allow_nan=False)
 
 
 # ---------------------------------------------------------------------- verdicts from planted outcomes
 
 
-def verdict(found: tuple[Any, ...]) -> str:
-    return str(found[0])
+def ratios(full: float, lazy: float, sweep: dict[int, float], time: float, claimed: float) -> sparse_vs_full.Ratios:
+    """Measurements of sparse_vs_full with these ratios."""
+    return sparse_vs_full.Ratios(
+        config=sparse_vs_full.Config(claimed, TINY, 1),
+        error=0.0,
+        macs={"full": full, "lazy=False": lazy, "sparse": 1.0},
+        seconds={"full": [time], "lazy=False": [1.0], "sparse": [1.0]},
+        sweep=sweep,
+    )
 
 
 def test_speed() -> None:
-    assert verdict(speed.judge(3.0, 2.8, 2.72, {16: 2.8}, 3.0)) == "holds"
-    when = speed.judge(30.0, 1.2, 2.72, {16: 1.2, 64: 2.9, 128: 4.0}, 7.0)
-    assert when[0] == "holds when"
-    assert "from 64 experts on" in when[1]
-    assert "clock" not in when[1]
-    never = speed.judge(30.0, 1.2, 2.72, {16: 1.2}, 1.1)
-    assert "not reached up to 16 experts" in never[1]
-    assert "by the clock even full RTRL is only 1.1 ×" in never[1]
-    assert verdict(speed.judge(3.0, 2.8, 2.72, {}, 1.0)) == "holds when"
-    assert verdict(speed.judge(2.0, 1.0, 2.72, {}, 2.0)) == "does not hold"
+    def verdict(*measured: Any) -> Any:
+        return sparse_vs_full.verdict(ratios(*measured, claimed=2.72))
+
+    assert verdict(3.0, 2.8, {16: 2.8}, 3.0).name == "holds"
+    when = verdict(30.0, 1.2, {16: 1.2, 64: 2.9, 128: 4.0}, 7.0)
+    assert when.name == "holds when"
+    assert "from 64 experts on" in when.condition
+    assert "clock" not in when.condition
+    never = verdict(30.0, 1.2, {16: 1.2}, 1.1)
+    assert "not reached up to 16 experts" in never.condition
+    assert "by the clock even full RTRL is only 1.1 ×" in never.condition
+    assert verdict(3.0, 2.8, {}, 1.0).name == "holds when"
+    assert verdict(2.0, 1.0, {}, 2.0).name == "does not hold"
 
 
 def test_speed_of_a_learner_with_wrong_gradients_is_void(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,84 +108,98 @@ def test_speed_of_a_learner_with_wrong_gradients_is_void(monkeypatch: pytest.Mon
                         p.grad *= 1.01
 
     monkeypatch.setattr(problems, "BlockRTRL", Wrong)
-    sizes = speed.Sizes(Mixture("small", 2, 2, 4, 3, 3), 4, 8, 2, 1, 1, ())
-    finding = anbn_speed.measure(Settings(), quiet, sizes)
-    assert finding.verdict == "does not hold"
+    config = sparse_vs_full.Config(2.72, Mixture("small", 2, 2, 4, 3, 3), 4, 8, 2, 1, 1, ())
+    finding = found(sparse_vs_full.anbn, config)
+    assert (finding.verdict, finding.condition) == ("does not hold", "gradients differ, so the results are void")
     assert any("sparse, float64" in failure for failure in finding.failures)
     assert not any("lazy=False" in failure for failure in finding.failures)
 
 
+def peaks(bptt: dict[int, int], peak: int, claimed: dict[int, tuple[int, int]], lengths: Any = ()) -> Any:
+    """Measurements of memory_table with these bytes."""
+    config = memory_table.Config(TINY, tuple(bptt), lengths)
+    peak_bytes, held = dict.fromkeys(bptt, peak), dict.fromkeys(bptt, 9)
+    return memory_table.Peaks(
+        config=config, bptt=bptt, peak=peak_bytes, held=held, short=(0, 1), formula=9, planned=9, claimed=claimed
+    )
+
+
 def test_memory_over_time() -> None:
     table = {32: (100, 10), 64: (200, 10)}
-    assert verdict(memory_table.judge({32: 110.0, 64: 190.0}, {32: 11.0, 64: 11.0}, 9, 2, True, table)) == "holds"
-    when = memory_table.judge({32: 110.0, 64: 190.0}, {32: 150.0, 64: 150.0}, 90, 48, True, table)
-    assert when[0] == "holds when"
-    assert "T > 48" in when[1]
-    assert verdict(memory_table.judge({32: 1.0}, {32: 9.0}, 9, 300, False, table)) == "does not hold"
+    assert memory_table.verdict(peaks({32: 110, 64: 190}, 11, table)).name == "holds"
+    when = memory_table.verdict(peaks({32: 110, 64: 190}, 150, table))
+    assert when.name == "holds when"
+    assert "T > 48" in when.condition
+    never = memory_table.verdict(peaks({32: 110, 64: 190}, 300, table))
+    assert never.name == "does not hold"
+    assert memory_table.verdict(peaks({32: 110, 64: 190}, 300, table, (1000,))).name == "holds when"
 
 
 def test_memory_that_grows_is_a_failure() -> None:
+    def bytes_of(held: list[int], rss: list[int | None]) -> Any:
+        return memory_constant.Bytes(held=dict(enumerate(held)), rss=dict(enumerate(rss)))
+
     flat, grown = [5, 5, 5, 5], [5, 5, 5, 6]
-    assert memory_constant.judge(flat, [100, 120, 200, 201])[0::3] == ("holds", [])
-    assert memory_constant.judge(grown, [200] * 4)[0] == "does not hold"
-    assert "change with T" in memory_constant.judge(grown, [200] * 4)[3][0]
-    assert memory_constant.judge(flat, [100, 100, 100, 102])[3] == ["the process grows by 2.0%"]
-    assert memory_constant.judge(flat, [None] * 4)[0] == "holds when"
+    steady = bytes_of(flat, [100, 120, 200, 201])
+    assert (memory_constant.verdict(steady).name, steady.failures) == ("holds", [])
+    more = bytes_of(grown, [200] * 4)
+    assert memory_constant.verdict(more).name == "does not hold"
+    assert "change with T" in more.failures[0]
+    assert bytes_of(flat, [100, 100, 100, 102]).failures == ["the process grows by 2.0%"]
+    assert memory_constant.verdict(bytes_of(flat, [None] * 4)).name == "holds when"
 
 
 def test_a_learner_that_holds_more_and_more_fails_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+    calls: list[int] = []
 
     def growing(learner: Any) -> int:
-        asked.append(1)
-        return memory.between_blocks(learner) + len(asked)
+        calls.append(1)
+        return memory.bytes_after_sync(learner) + len(calls)
 
-    monkeypatch.setattr(memory_table, "between_blocks", growing)
-    finding = memory_table.measure(Settings(), quiet, memory_table.Sizes(TINY, (4, 8), (), 4, 4))
+    monkeypatch.setattr(memory_table, "bytes_after_sync", growing)
+    finding = found(memory_table.measure, memory_table.Config(TINY, (4, 8), (), 4, 4))
     assert any("changes with T" in failure for failure in finding.failures)
     assert any("the formula says" in failure for failure in finding.failures)
 
 
-def test_a_long_run_here_and_in_a_process_of_its_own() -> None:
-    told = (TINY, (8, 16, 24), 4, 2, 3)
-    here = long_run.run(*told)
-    there = long_run.in_a_fresh_process(*told)
+def test_a_long_run_here_and_in_a_new_process() -> None:
+    here = subprocesses.online(asdict(TINY), (8, 16, 24), 4, 2, 3)
+    there = subprocesses.online_bytes(TINY, (8, 16, 24), 4, 2, 3)
     assert here["held_bytes"] == there["held_bytes"]
     assert len(set(here["held_bytes"])) == 1
     assert all(value is None or value > 10**7 for value in there["rss_bytes"])
 
 
-def test_what_a_process_of_its_own_cannot_do_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(long_run, "__name__", "json.no_such_module")
-    with pytest.raises(RuntimeError, match=r"ended with 1: .*no_such_module"):
-        long_run.in_a_fresh_process(TINY, (4,), 4, 2, 0)
+def test_what_a_new_process_cannot_do_is_reported() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)the process 'no_such_run' ended with 1: .*KeyError: 'no_such_run'"):
+        subprocesses.launch("no_such_run")
 
 
 def test_long_streams() -> None:
-    assert verdict(long_stream.judge(500, False, [])) == "holds"
-    assert long_stream.judge(500, True, [])[0] == "holds when"
-    assert "500 parameters" in long_stream.judge(500, True, [])[1]
-    assert verdict(long_stream.judge(None, True, [])) == "does not hold"
-    assert verdict(long_stream.judge(500, False, ["grows"])) == "does not hold"
+    assert long_stream.judge(500, False, []).name == "holds"
+    assert long_stream.judge(500, True, []).name == "holds when"
+    assert "500 parameters" in long_stream.judge(500, True, []).condition
+    assert long_stream.judge(None, True, []).name == "does not hold"
+    assert long_stream.judge(500, False, ["grows"]).name == "does not hold"
 
 
 @pytest.mark.parametrize("mixture", [TINY, Mixture("wide", 3, 2, 6, 5, 3)])
 @pytest.mark.parametrize(("block", "window"), [(1, 3), (4, 1)])
 def test_bytes_by_formula_are_those_held(mixture: Mixture, block: int, window: int) -> None:
-    side = Run(problem(mixture, 9), block=block, window=window)
-    memory.wake_all(side)
+    run = LearnerRun(problem(mixture, 9), block=block, window=window)
+    memory.use_all_slices(run)
     formula = memory.influence_bytes(mixture) + memory.tree_bytes(mixture, block, window) + 4 * mixture.hidden
-    assert memory.between_blocks(side.learner) == formula
+    assert memory.bytes_after_sync(run.learner) == formula
 
 
 def test_extraction_verdicts() -> None:
-    assert verdict(extraction.judge(0.0499, 0.125, 64)) == "holds"
-    assert extraction.judge(0.085, 0.125, 392) == (
+    assert extraction.judge(0.0499, 0.125, 64).name == "holds"
+    assert extraction.judge(0.085, 0.125, 392) == Judgement(
         "holds when",
         "an expert is 392 wide or wider; as configured 8.5% of the parameters are active",
     )
-    assert verdict(extraction.judge(0.085, 0.125, None)) == "does not hold"
-    assert verdict(extraction.judge(0.01, 0.25, 64)) == "does not hold"
+    assert extraction.judge(0.085, 0.125, None).name == "does not hold"
+    assert extraction.judge(0.01, 0.25, 64).name == "does not hold"
 
 
 def test_a_cell_that_declares_too_little_fails_extraction(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,78 +209,83 @@ def test_a_cell_that_declares_too_little_fails_extraction(monkeypatch: pytest.Mo
         return choices(self, reads, writes[:, :1], experts)
 
     monkeypatch.setattr(extraction.RecurrentMoE, "choices", less)
-    finding = extraction.measure(Settings(), quiet, SMALL[3][1])
+    finding = found(extraction.measure)
     assert finding.verdict == "does not hold"
     assert any("outside the rows declared written changed" in failure for failure in finding.failures)
     assert any("check_cell" in failure for failure in finding.failures)
 
 
 def test_dormancy_verdicts() -> None:
-    assert verdict(dormancy.judge({100: (7, 3, 6.0)})) == "holds"
-    assert verdict(dormancy.judge({100: (99, 3, 6.0)})) == "holds when"
-    assert verdict(dormancy.judge({100: (99, 99, 99.0)})) == "does not hold"
+    for counts, name in (((7, 3, 6.0), "holds"), ((99, 3, 6.0), "holds when"), ((99, 99, 99.0), "does not hold")):
+        assert dormancy.verdict(dormancy.Combinations(counts={100: counts}, errors={})).name == name
 
 
 def test_a_tree_out_of_order_fails_dormancy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dormancy.Counting, "_combine", lambda self, earlier, later: later + earlier)
-    assert any("another string" in line for line in dormancy.measure(Settings(), quiet, SMALL[4][1]).failures)
+    monkeypatch.setattr(dormancy.CountingTree, "_combine", lambda self, first, second: second + first)
+    assert any("another string" in line for line in found(dormancy.measure).failures)
 
 
 def test_catching_up_verdicts() -> None:
     claimed = {100: 14.0, 1000: 20.0}
     good, bad = {100: 15.0, 1000: 21.0}, {100: 1.3, 1000: 5.0}
-    assert verdict(catch_up.judge(good, good, claimed)) == "holds"
-    assert verdict(catch_up.judge(good, bad, claimed)) == "holds when"
-    assert verdict(catch_up.judge({**good, 1000: 19.0}, bad, claimed)) == "does not hold"
+    assert catch_up.judge(good, good, claimed).name == "holds"
+    assert catch_up.judge(good, bad, claimed).name == "holds when"
+    assert catch_up.judge({**good, 1000: 19.0}, bad, claimed).name == "does not hold"
 
 
 @pytest.mark.parametrize("touched", [2, 6])
 def test_all_ways_to_catch_up_agree_and_cost_what_is_known(touched: int) -> None:
-    sleep = dormant_slice.Sleep(9, 6, 2, touched, 3, torch.float64)
-    assert dormant_slice.worst_error(sleep) < 1e-13
-    found = dormant_slice.counted(sleep)
-    columns = 3 * sleep.hidden
-    assert found.one_by_one == 9 * (touched * 2) ** 2 * columns
-    assert found.full == 9 * sleep.hidden**2 * columns
-    assert found.planned <= min(found.one_by_one, found.composed)
+    dormant = dormant_slice.Dormancy(9, 6, 2, touched, 3, torch.float64)
+    assert dormant_slice.worst_error(dormant) < 1e-13
+    counts = dormant_slice.costs(dormant)
+    columns = 3 * dormant.hidden
+    assert counts.one_by_one == 9 * (touched * 2) ** 2 * columns
+    assert counts.full == 9 * dormant.hidden**2 * columns
+    assert counts.planned <= min(counts.one_by_one, counts.composed)
     if touched == 6:
-        assert found.composed == 8 * (sleep.hidden**3 + sleep.hidden**2) + sleep.hidden**2 * columns
+        assert counts.composed == 8 * (dormant.hidden**3 + dormant.hidden**2) + dormant.hidden**2 * columns
+
+
+def step_and_tree(rows: int, tree: dict[int, float]) -> Judgement:
+    macs = {"full": rows, "row-sparse": 1}
+    measured = read_write.StepAndTree(config=read_write.Config(), macs=macs, seconds={}, tree=tree, replay={})
+    return read_write.verdict(measured)
 
 
 def test_read_write_verdicts() -> None:
-    assert verdict(read_write.judge(64.0, {100: 900.0})) == "holds"
-    late = read_write.judge(64.0, {100: 71.0, 3000: 900.0})
-    assert late[0] == "holds when"
-    assert "about 3000 steps" in late[1]
-    assert "do not multiply" in read_write.judge(64.0, {100: 71.0})[1]
-    assert verdict(read_write.judge(60.0, {100: 900.0})) == "does not hold"
+    assert step_and_tree(64, {100: 900.0}).name == "holds"
+    late = step_and_tree(64, {100: 71.0, 3000: 900.0})
+    assert late.name == "holds when"
+    assert "about 3000 dormant steps" in late.condition
+    assert "do not multiply" in step_and_tree(64, {100: 71.0}).condition
+    assert step_and_tree(60, {100: 900.0}).name == "does not hold"
 
 
 def test_per_step_verdicts() -> None:
-    assert verdict(per_step.judge({1: 2100.0, 16: 1.0}, 0.03)) == "holds"
+    assert per_step.judge({1: 2100.0, 16: 1.0}, 0.03).name == "holds"
     when = per_step.judge({1: 100.0, 256: 2500.0}, 0.085)
-    assert when[0] == "holds when"
-    assert "blocks of 256 or more" in when[1]
-    assert verdict(per_step.judge({1: 100.0, 256: 500.0}, 0.085)) == "does not hold"
+    assert when.name == "holds when"
+    assert "blocks of 256 or more" in when.condition
+    assert per_step.judge({1: 100.0, 256: 500.0}, 0.085).name == "does not hold"
 
 
-def test_counts_are_carried_over_along_the_right_powers() -> None:
+def test_counts_are_extrapolated_along_the_right_powers() -> None:
     def formula(d: float) -> float:
         return 3 * d**4 + 5 * d**3
 
-    assert per_step.carried((4, 8), (formula(4), formula(8)), 64) == pytest.approx(formula(64), rel=1e-12)
+    assert per_step.extrapolate((4, 8), (formula(4), formula(8)), 64) == pytest.approx(formula(64), rel=1e-12)
 
 
 def test_the_limit_of_bptt() -> None:
-    assert verdict(bptt_limit.judge({"a": 9_000.0})) == "holds"
-    assert bptt_limit.judge({"a": 20_000.0, "b": 9_000.0})[0] == "holds when"
-    assert bptt_limit.judge({"a": 20_000.0})[0] == "does not hold"
+    assert bptt_limit.judge({"a": 9_000.0}).name == "holds"
+    assert bptt_limit.judge({"a": 20_000.0, "b": 9_000.0}).name == "holds when"
+    assert bptt_limit.judge({"a": 20_000.0}).name == "does not hold"
 
 
 def test_a_process_that_runs_bptt_grows_by_more_than_its_tensors() -> None:
     """And by about as much again when a configuration before it keeps its graph."""
-    alone = bptt_process.growth(["quick"], (50, 250), 0)["quick"]
-    both = bptt_process.growth(["haystack", "quick"], (50, 250), 0)["quick"]
+    alone = subprocesses.bptt_growth(["quick"], (50, 250), 0)["quick"]
+    both = subprocesses.bptt_growth(["haystack", "quick"], (50, 250), 0)["quick"]
     if alone is None or both is None:
         pytest.skip("this system does not tell the memory of a process")
     stream = problem(problems.CONFIGS["quick"], 64, 0)
@@ -261,18 +295,17 @@ def test_a_process_that_runs_bptt_grows_by_more_than_its_tensors() -> None:
 
 
 def test_bptt_limit_says_when_a_process_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = bptt_limit.Sizes(("quick",), (3, 6, 9))
-    for growth, told in ((None, True), (2e5, False)):
-        monkeypatch.setattr(bptt_limit, "growth", lambda *_, growth=growth: {"quick": growth})
-        finding = bptt_limit.measure(Settings(), quiet, sizes)
-        assert ("by tensors alone" in finding.condition) == told
+    for growth, said in ((None, True), (2e5, False)):
+        monkeypatch.setattr(bptt_limit, "bptt_growth", lambda *_, growth=growth: {"quick": growth})
+        finding = found(bptt_limit.measure, bptt_limit.Config(("quick",), BRIEF))
+        assert ("by tensors alone" in finding.condition) == said
 
 
 def test_conditioning_verdicts() -> None:
-    assert verdict(conditioning.judge({"a": 5.0}, {"a": 1e-5})) == "holds"
-    assert verdict(conditioning.judge({"a": 5.0, "b": 500.0}, {"a": 1e-5, "b": 1e-5})) == "holds when"
-    assert verdict(conditioning.judge({"a": 5.0}, {"a": 1e-2})) == "does not hold"
-    assert verdict(conditioning.judge({"a": math.nan}, {"a": 1e-5})) == "does not hold"
+    assert conditioning.judge({"a": 5.0}, {"a": 1e-5}).name == "holds"
+    assert conditioning.judge({"a": 5.0, "b": 500.0}, {"a": 1e-5, "b": 1e-5}).name == "holds when"
+    assert conditioning.judge({"a": 5.0}, {"a": 1e-2}).name == "does not hold"
+    assert conditioning.judge({"a": math.nan}, {"a": 1e-5}).name == "does not hold"
 
 
 def test_products_of_known_matrices() -> None:
@@ -282,11 +315,11 @@ def test_products_of_known_matrices() -> None:
 
 
 def test_jacobians_are_those_of_the_oracle() -> None:
-    cell = conditioning.byte_model(0, torch.device("cpu"))
+    cell = problems.byte_model(0)
     text = torch.nn.functional.one_hot(torch.tensor([[3], [7], [3]]), 256).double()
-    found, _ = conditioning.jacobians(cell, text)
+    jacobians, _ = conditioning.jacobians(cell, text)
     h = cell.init_state(1)
-    for x, jacobian in zip(text, found, strict=True):
+    for x, jacobian in zip(text, jacobians, strict=True):
 
         def after(h: torch.Tensor, x: torch.Tensor = x) -> torch.Tensor:
             return cell(x, h)[1]
@@ -297,10 +330,11 @@ def test_jacobians_are_those_of_the_oracle() -> None:
 
 
 def test_patterns_find_what_is_not_declared(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdict(patterns.judge(0, 10)) == "holds"
-    assert verdict(patterns.judge(3, 10)) == "does not hold"
-    assert verdict(patterns.judge(0, 0)) == "does not hold"
-    cell = patterns.byte_model(0, torch.device("cpu"))
+    for strays, looked_at, name in ((0, 10, "holds"), (3, 10, "does not hold"), (0, 0, "does not hold")):
+        config = patterns.Config()
+        picture = patterns.Picture(config=config, experts=1, slots=1, marks=[], strays=strays, looked_at=looked_at)
+        assert patterns.verdict(picture).name == name
+    cell = problems.byte_model(0)
     x = torch.eye(256, dtype=torch.float64)[None, 5]
     h = torch.ones(1, 4, 8, dtype=torch.float64)
     used = cell(x, h)[2]
@@ -310,16 +344,17 @@ def test_patterns_find_what_is_not_declared(monkeypatch: pytest.MonkeyPatch) -> 
     assert patterns.strays(cell, x, h, used._replace(writes=used.writes[:, :0]))[0] > 0
 
 
-def test_sleeps_are_counted() -> None:
+def test_dormancies_are_counted() -> None:
     marks = [patterns.Mark(t, [expert], [0], [0]) for t, expert in enumerate([0, 1, 1, 0, 1])]
-    assert patterns.sleeps(marks, 3) == {0: (2, 2), 1: (3, 1), 2: (0, 5)}
+    assert patterns.dormancies(marks, 3) == {0: (2, 2), 1: (3, 1), 2: (0, 5)}
 
 
 def test_a_gpu_is_measured_or_not() -> None:
-    assert verdict(gpu.judge({32: 10, 64: 20}, {32: 15, 64: 15})) == "holds when"
-    assert verdict(gpu.judge({32: 10, 64: 12}, {32: 15, 64: 15})) == "does not hold"
+    for bptt, name in (({32: 10, 64: 20}, "holds when"), ({32: 10, 64: 12}, "does not hold")):
+        peaks = gpu.Peaks(config=gpu.Config(), bptt=bptt, rtrl=dict.fromkeys(bptt, 15), held={}, device="")
+        assert gpu.verdict(peaks).name == name
     if not torch.cuda.is_available():
-        finding = gpu.measure(Settings(), quiet)
+        finding = runner.measure_one(gpu.measure, Settings()).finding
         assert (finding.verdict, finding.condition) == ("not measured", "no device")
 
 
@@ -336,11 +371,11 @@ def test_what_gpus_would_be_asked_runs_with_another_meter(monkeypatch: pytest.Mo
     monkeypatch.setattr(gpu, "CudaPeak", Flat)
     monkeypatch.setattr(gpu, "problem", lambda *args, device, **more: problem(*args, **more))
     monkeypatch.setattr(gpu, "_device", lambda settings: "cpu")
-    finding = gpu.measure(Settings(), quiet, gpu.Sizes(TINY, (8, 16), 4, 2))
+    finding = found(gpu.measure, gpu.Config(TINY, (8, 16), 4, 2))
     assert finding.failures == []
     assert "planted" in finding.result
 
 
 def test_haystack_speed_is_that_of_its_own_config() -> None:
-    assert haystack_speed.QUICK.mixture is problems.HAYSTACK
-    assert anbn_speed.QUICK.mixture is problems.SPEED
+    assert sparse_vs_full.haystack.quick.mixture is problems.HAYSTACK
+    assert sparse_vs_full.anbn.quick.mixture is problems.SPEED

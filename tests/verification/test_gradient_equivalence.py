@@ -1,4 +1,4 @@
-"""``rtrl verify``: the gate opens for the real learner and shuts for every broken one, and no row passes unseen."""
+"""``rtrl verify-gradients`` passes the real learner and fails every broken one, and no row passes unseen."""
 
 import json
 import math
@@ -17,37 +17,38 @@ from typer.testing import CliRunner
 import rtrl
 from rtrl.cli.app import app
 from rtrl.errors import ConfigError, NonFiniteError
+from rtrl.report.model import SCHEMA
 from rtrl.tasks import ByteStream
 from rtrl.verification.gradients import broken_learners, equivalence
-from rtrl.verification.gradients.driver import Sleep
+from rtrl.verification.gradients.driver import DormancyCount
 from rtrl.verification.harness.compare import Comparison, compare_gradients, compare_influences
 
-SMALL = ["verify", "--quick", "--steps", "30", "--block", "3", "--window", "1", "--window", "3"]
+SMALL = ["verify-gradients", "--quick", "--steps", "30", "--block", "3", "--window", "1", "--window", "3"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _references_once() -> Iterator[None]:
     """The dear references do not depend on the learner: they are computed once for all tests of one size."""
     kept: dict[Any, Any] = {}
-    dense, differences = equivalence.dense, equivalence.differences
+    dense, differences = equivalence.dense_rtrl, equivalence.finite_differences
 
-    def once(key: object, stretch: Any, compute: Any) -> Any:
-        place = f"{key} {stretch.inputs.argmax(dim=2).tolist()}"
+    def once(key: object, segment: Any, compute: Any) -> Any:
+        place = f"{key} {segment.inputs.argmax(dim=2).tolist()}"
         if place not in kept:
             kept[place] = compute()
         return kept[place]
 
-    def dense_once(cell: Any, stretch: Any, moments: Any, resets: Any = None, offsets: Any = None) -> Any:
+    def dense_once(cell: Any, segment: Any, checkpoints: Any, resets: Any = None, offsets: Any = None) -> Any:
         if offsets is not None:
-            return dense(cell, stretch, moments, resets, offsets)
-        return once(("dense", moments, resets is None), stretch, lambda: dense(cell, stretch, moments, resets))
+            return dense(cell, segment, checkpoints, resets, offsets)
+        return once(("dense", checkpoints, resets is None), segment, lambda: dense(cell, segment, checkpoints, resets))
 
-    def differences_once(cell: Any, stretch: Any, sliced: Any, seed: int) -> Any:
-        return once(("differences", seed), stretch, lambda: differences(cell, stretch, sliced, seed))
+    def differences_once(cell: Any, segment: Any, sliced: Any, seed: int) -> Any:
+        return once(("differences", seed), segment, lambda: differences(cell, segment, sliced, seed))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(equivalence, "dense", dense_once)
-        patch.setattr(equivalence, "differences", differences_once)
+        patch.setattr(equivalence, "dense_rtrl", dense_once)
+        patch.setattr(equivalence, "finite_differences", differences_once)
         yield
 
 
@@ -74,19 +75,17 @@ def test_the_real_learner_passes(tmp_path: Path) -> None:
     assert result.stdout.splitlines()[-1].startswith("PASS")
     assert result.stderr == ""  # no progress bar where there is no terminal
     record = json.loads(path.read_text(encoding="utf-8"))
-    assert record["passed"] is True
-    assert record["failures"] == []
     assert record["versions"]["torch"] == torch.__version__
     assert record["duration_s"] > 0
-    rows = record["rows"]
-    assert len(table_lines(result.stdout)) == len(rows)
-    (claim,) = record["claims"]  # the file is also one of results, as the whole table writes them
-    assert (record["schema"], claim["id"], claim["verdict"]) == (2, "gradient-equivalence", "holds")
-    assert len(claim["tables"][0]["rows"]) == len(rows)
+    (claim,) = record["claims"]  # the form of the file is that of rtrl verify
+    assert (record["schema"], claim["id"], claim["verdict"]) == (SCHEMA, "gradient-equivalence", "holds")
+    assert claim["failures"] == []
+    rows = claim["data"]["rows"]
+    assert len(table_lines(result.stdout)) == len(rows) == len(claim["tables"][0]["rows"])
     assert {row["oracle"] for row in rows} == {"BPTT", "dense RTRL", "finite differences"}
     assert {row["window"] for row in rows} == {1, 3}
+    assert verdicts(claim) == ["pass"] * len(rows)
     for row in rows:
-        assert row["passed"]
         assert row["block"] < row["steps"]
         assert row["gradient"]["compared"] > 0
         assert (row["influence"] is not None) == (row["oracle"] == "dense RTRL")
@@ -95,13 +94,19 @@ def test_the_real_learner_passes(tmp_path: Path) -> None:
         if row["influence"] is not None:
             assert row["influence"]["compared"] > 0
             assert row["influence"]["tolerance"] == 1e-10
-    assert any(row["sleep"]["expired"] > 0 and row["sleep"]["longest"] > row["block"] * row["window"] for row in rows)
+    assert any(
+        row["dormancy"]["expired"] > 0 and row["dormancy"]["longest"] > row["block"] * row["window"] for row in rows
+    )
+
+
+def verdicts(claim: Any) -> list[str]:
+    return [row[-1] for row in claim["tables"][0]["rows"]]
 
 
 FIXED, SGD, ADAM, RESETS = (
     "fixed parameters",
     "SGD in mid-stream",
-    "Adam in mid-stream, sleepers unpaid",
+    "Adam in mid-stream, slices pending",
     "resets in mid-stream",
 )
 WRONG = {  # where the break must be seen; where it makes no difference, and must not be
@@ -113,25 +118,25 @@ WRONG = {  # where the break must be seen; where it makes no difference, and mus
     "drop-expired": ({FIXED}, set()),
     "reverse-products": ({FIXED}, set()),
     "keep-over-resets": ({RESETS}, {FIXED, SGD, ADAM}),
-    "pay-twice": ({SGD}, {FIXED}),
+    "count-twice": ({SGD}, {FIXED}),
 }
 
 
-def test_every_break_is_tried() -> None:
-    assert WRONG.keys() == broken_learners.BREAKS.keys()
+def test_every_broken_learner_is_tried() -> None:
+    assert WRONG.keys() == broken_learners.BROKEN_LEARNERS.keys()
 
 
-@pytest.mark.parametrize("name", list(broken_learners.BREAKS))
+@pytest.mark.parametrize("name", list(broken_learners.BROKEN_LEARNERS))
 def test_a_broken_learner_fails(name: str, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     result = run(*SMALL, "--break", name, "--json", str(path))
     assert result.exit_code == 1, result.output
     assert "FAIL" in result.stdout.splitlines()[-1]
     assert f"broken on purpose: {name}" in words(result.stdout)
-    record = json.loads(path.read_text(encoding="utf-8"))
-    assert record["passed"] is False
-    failed = [row for row in record["rows"] if not row["passed"]]
-    assert len(record["failures"]) == len(failed)
+    (claim,) = json.loads(path.read_text(encoding="utf-8"))["claims"]
+    assert claim["verdict"] == "does not hold"
+    failed = [row for row, found in zip(claim["data"]["rows"], verdicts(claim), strict=True) if found == "FAIL"]
+    assert len(claim["failures"]) == len(failed)
     shown = [line for line in table_lines(result.stdout) if line[-1] == "FAIL"]
     assert [(line[0], line[2:5]) for line in shown] == [
         (row["oracle"], [str(row[part]) for part in ("block", "window", "steps")]) for row in failed
@@ -150,29 +155,36 @@ def test_what_a_learner_raises_is_a_failure_of_its_rows(monkeypatch: pytest.Monk
         def sync(self, dormant: bool = True) -> None:
             raise NonFiniteError("a Jacobian of step 7")
 
-    monkeypatch.setitem(broken_learners.BREAKS, "raises", broken_learners.Break("raises", "", Raises))
+    monkeypatch.setitem(broken_learners.BROKEN_LEARNERS, "raises", broken_learners.BrokenLearner("", Raises))
     result = run(*SMALL, "--break", "raises", "--json", "-")
     assert result.exit_code == 1
-    assert all("NonFiniteError: a Jacobian of step 7" in failure for failure in json.loads(result.stdout)["failures"])
+    assert all(
+        "NonFiniteError: a Jacobian of step 7" in failure
+        for failure in json.loads(result.stdout)["claims"][0]["failures"]
+    )
     assert {line[-1] for line in table_lines(result.stderr)} == {"FAIL"}
     assert result.stderr.splitlines()[-1].startswith("FAIL")
 
 
-def test_rows_in_which_no_expert_slept_prove_nothing() -> None:
-    settings = equivalence.Settings.quick()
-    row = equivalence.Row("BPTT", FIXED, 1, 1, 80, Comparison(0.0, 1e-10, 5), None, Sleep(1, woken=1, expired=1))
-    assert equivalence.Result(settings, {}, "", [row]).passed
-    assert not equivalence.Result(settings, {}, "", []).passed
-    for sleep in (Sleep(1, asleep=1), Sleep(1, woken=1)):
-        result = equivalence.Result(settings, {}, "", [replace(row, sleep=sleep)])
-        assert not result.passed
-        assert "this text says nothing" in result.failures[0]
+def test_rows_in_which_no_expert_was_dormant_prove_nothing() -> None:
+    def rows(*found: equivalence.OracleRow) -> equivalence.OracleRows:
+        return equivalence.OracleRows(config=equivalence.QUICK, stream={}, cell="", rows=list(found))
+
+    enough = DormancyCount(1, reactivated=1, expired=1)
+    row = equivalence.OracleRow("BPTT", FIXED, 1, 1, 80, Comparison(0.0, 1e-10, 5), None, enough)
+    assert rows(row).passed
+    assert not rows().passed
+    for dormancy in (DormancyCount(1, dormant=1), DormancyCount(1, reactivated=1)):
+        few = rows(replace(row, dormancy=dormancy))
+        assert not few.passed
+        assert "this text says nothing" in few.failures[0]
+        assert equivalence.measure.judge(few).name == "does not hold"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--break", "nope"], "no break is called 'nope'; there are truncate, forget-dormant-losses"),
+        (["--break", "nope"], "no broken learner is called 'nope'; there are truncate, forget-dormant-losses"),
         (["--steps", "32"], "steps must be more than 64"),
         (["--quick", "--block", "0"], "blocks and windows must be positive"),
         (["--device", "nowhere"], "device 'nowhere' cannot be used"),
@@ -182,33 +194,26 @@ def test_rows_in_which_no_expert_slept_prove_nothing() -> None:
     ],
 )
 def test_usage_errors(arguments: list[str], message: str) -> None:
-    result = run("verify", *arguments)
+    result = run("verify-gradients", *arguments)
     assert result.exit_code == 2, result.output
     assert message in words(result.stderr)
 
 
-def test_breaks_are_listed() -> None:
-    result = run("verify", "--break", "help")
+def test_broken_learners_are_listed() -> None:
+    result = run("verify-gradients", "--break", "help")
     assert result.exit_code == 0
-    assert all(name in result.stdout and fault.fault for name, fault in broken_learners.BREAKS.items())
+    assert all(name in result.stdout and fault.fault for name, fault in broken_learners.BROKEN_LEARNERS.items())
 
 
 def test_the_app_is_a_group() -> None:
     assert run("--version").stdout == f"rtrl {rtrl.__version__}\n"
-    assert "verify" in run("--help").stdout
-    for option in (
-        "--only",
-        "--list",
-        "--full",
-        "--file",
-        "--seed",
-        "--steps",
-        "--quick",
-        "--device",
-        "--break",
-        "--json",
+    assert "verify-gradients" in run("--help").stdout
+    common = ("--seed", "--device", "--json")
+    for command, options in (
+        ("verify", ("--only", "--list", "--full", "--resume")),
+        ("verify-gradients", ("--file", "--steps", "--block", "--window", "--quick", "--break")),
     ):
-        assert option in run("verify", "--help").stdout
+        assert all(option in run(command, "--help").stdout for option in (*common, *options)), command
 
 
 def test_the_command_line_loads_no_oracle() -> None:
@@ -264,19 +269,16 @@ def test_a_column_of_an_influence_is_judged_by_its_own_scale() -> None:
     assert not compare_influences({"r": reference * 0}, {"r": reference * 0}, ("r",), 1e-10).passed
 
 
-def test_sleep_is_counted_in_whole_blocks() -> None:
-    sleep = Sleep(window=2)
+def test_dormancy_is_counted_in_whole_blocks() -> None:
+    count = DormancyCount(window=2)
     for step, expert in enumerate([0, 1, 1, 1, 0, 2, 2, 2, 2, 0]):  # blocks of two steps
-        sleep.used(step, step // 2, torch.tensor([[expert]]))
-    assert (sleep.woken, sleep.expired, sleep.longest) == (
-        2,
-        0,
-        4,
-    )  # 0 slept through block 1 (3 steps), then through block 3 (4 steps)
-    end = sleep.so_far(9, 4)
-    assert (end.asleep, end.longest) == (1, 6)  # 1 sleeps since step 3; 2 and 0 were used in the last block
-    sleep.restarted([0])
-    assert sleep.so_far(9, 4).asleep == 0
+        count.used(step, step // 2, torch.tensor([[expert]]))
+    # 0 was dormant through block 1 (3 steps), then through block 3 (4 steps)
+    assert (count.reactivated, count.expired, count.longest) == (2, 0, 4)
+    end = count.so_far(9, 4)
+    assert (end.dormant, end.longest) == (1, 6)  # 1 is dormant since step 3; 2 and 0 were used in the last block
+    count.reset([0])
+    assert count.so_far(9, 4).dormant == 0
 
 
 # ---------------------------------------------------------------------- the text

@@ -1,4 +1,4 @@
-"""Learners that are wrong on purpose, each in one way: the gate is worth something only if it stops them all."""
+"""Learners that are wrong on purpose, each in one way: the gradient check is worth something only if it stops all."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class _Truncates(BlockRTRL):
 
 
 class _ForgetsDormantLosses(BlockRTRL):
-    """Slices that slept are not paid for the losses of their sleep."""
+    """Dormant slices receive no gradient for the losses while they were dormant."""
 
     def _accumulate_pending(self, rows: Mapping[str, Tensor]) -> None:
         assert self._history is not None
@@ -36,7 +36,7 @@ class _ForgetsDormantLosses(BlockRTRL):
 
 
 class _DoesNotCatchUp(BlockRTRL):
-    """The influence of slices that slept is moved by the last block alone."""
+    """The influence of dormant slices is propagated through the last block alone."""
 
     def _advance(self, rows: Mapping[str, Tensor]) -> None:
         assert self._history is not None
@@ -52,7 +52,7 @@ class _DoesNotCatchUp(BlockRTRL):
 
 
 class _AveragesTheBatch(BlockRTRL):
-    """One influence for the whole batch, the mean of the samples' own."""
+    """One influence for the whole batch, the mean over the samples."""
 
     def _close(self) -> None:
         super()._close()
@@ -62,7 +62,7 @@ class _AveragesTheBatch(BlockRTRL):
 
 
 class _OffByOne(BlockRTRL):
-    """The adjoint meets the influence that a block has already moved, not the one before it."""
+    """The adjoint is applied to the influence after its block, not to the one before it."""
 
     def _advance(self, rows: Mapping[str, Tensor]) -> None:
         assert self._history is not None
@@ -73,7 +73,7 @@ class _OffByOne(BlockRTRL):
 
 
 class _DropsExpired(BlockRTRL):
-    """Slices that sleep for longer than the window lose their influence instead of being caught up."""
+    """Slices that are dormant for longer than the window lose their influence instead of being caught up."""
 
     def _close(self) -> None:
         oldest = None if self._history is None or not self._open_steps else self._history.next_overwritten
@@ -104,14 +104,14 @@ class _ReversesProducts(BlockRTRL):
 
 
 class _KeepsInfluenceOverResets(BlockRTRL):
-    """A reset starts the state anew, but not the influence."""
+    """A reset restarts the state, but does not clear the influence."""
 
     def _clear(self, samples: Tensor, discard: bool) -> None:
         return
 
 
-class _PaysTwice(BlockRTRL):
-    """What a sync paid to sleeping slices is paid to them once more when they wake."""
+class _CountsTwice(BlockRTRL):
+    """What a sync accumulated for dormant slices is accumulated once more when they are reactivated."""
 
     def _accumulate_pending(self, rows: Mapping[str, Tensor]) -> None:
         until, self._accumulated_until = self._accumulated_until, 0
@@ -120,16 +120,15 @@ class _PaysTwice(BlockRTRL):
 
 
 @dataclass(frozen=True, slots=True)
-class Break:
-    """A deliberately broken learner: its name, what is wrong with it, and the class."""
+class BrokenLearner:
+    """A deliberately broken learner: what is wrong with it, and the class."""
 
-    name: str
     fault: str
     learner: type[BlockRTRL]
 
 
-BREAKS: dict[str, Break] = {
-    name: Break(name, (learner.__doc__ or "").strip(), learner)
+BROKEN_LEARNERS: dict[str, BrokenLearner] = {
+    name: BrokenLearner((learner.__doc__ or "").strip(), learner)
     for name, learner in {
         "truncate": _Truncates,
         "forget-dormant-losses": _ForgetsDormantLosses,
@@ -139,19 +138,19 @@ BREAKS: dict[str, Break] = {
         "drop-expired": _DropsExpired,
         "reverse-products": _ReversesProducts,
         "keep-over-resets": _KeepsInfluenceOverResets,
-        "pay-twice": _PaysTwice,
+        "count-twice": _CountsTwice,
     }.items()
 }
 
 
 def learner_type(broken: str | None) -> type[BlockRTRL]:
-    """The learner to be judged: the real one for None, else the broken one of this name.
+    """Return the learner to be checked: the real one for None, else the broken one of this name.
 
     Raises:
-        ConfigError: no break has this name.
+        ConfigError: no broken learner has this name.
     """
     if broken is None:
         return BlockRTRL
-    if broken not in BREAKS:
-        raise ConfigError(f"no break is called {broken!r}; there are {', '.join(BREAKS)}")
-    return BREAKS[broken].learner
+    if broken not in BROKEN_LEARNERS:
+        raise ConfigError(f"no broken learner is called {broken!r}; there are {', '.join(BROKEN_LEARNERS)}")
+    return BROKEN_LEARNERS[broken].learner

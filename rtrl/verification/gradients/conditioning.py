@@ -4,14 +4,14 @@
 fresh, and once more after some hundred updates by Adam. At each step the dynamics Jacobian is taken in full, and of
 the products over the last n steps, n = 1 … 256, the spectral norm and the condition number in float64. Then the
 learner runs over the same text in float32 and in float64, the float32 run making the choices of the other: the
-relative error of its gradient and of the largest influence is told over the number of steps.
+relative error of its gradient and of the largest influence is reported over the number of steps.
 
 *Holds* means: no product's norm exceeds 100, so nothing explodes; and after the whole span the float32 gradient is
 within 10⁻³ of the float64 one.
 
-**Why that is fair.** Choices are laid down for float32, since a near tie that falls otherwise is another function,
-not an error of rounding. The condition number is told (nothing where it is beyond 10¹⁵ and float64 cannot), but no
-bar is set: the engine never inverts a product, and a gated write that forgets a slot makes it infinite by design.
+**Why that is fair.** Choices are replayed for float32, since a near tie that falls otherwise is another function, not
+an error of rounding. The condition number is reported (nothing where it is beyond 10¹⁵ and float64 cannot), but no bar
+is set: the engine never inverts a product, and a gated write that forgets a slot makes it infinite by design.
 
 **What it leaves open.** One cell, one text, a few updates. A cell whose Jacobians grow makes every exact method's
 gradients grow, BPTT's too.
@@ -19,7 +19,7 @@ gradients grow, BPTT's too.
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,10 +29,10 @@ from rtrl.cells.moe import RecurrentMoE
 from rtrl.cells.protocol import Sparsity
 from rtrl.learners.block_rtrl import BlockRTRL
 from rtrl.tasks import ByteStream
-from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
+from rtrl.verification.claim import Judgement, Measurements, Settings, Shown, claim
 from rtrl.verification.harness.compare import compare_gradients
-from rtrl.verification.harness.models import byte_model
-from rtrl.verification.harness.threads import one_thread
+from rtrl.verification.harness.problems import byte_model
+from rtrl.verification.show import plot, table
 
 NORM, ROUNDING = 100.0, 1e-3
 TINY = 1e-15
@@ -40,26 +40,22 @@ TINY = 1e-15
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """The span, how many updates the trained model has had, the moments at which errors are taken, and the learner's
+class Config:
+    """The span, how many updates the trained model has had, the steps after which errors are taken, and the learner's
     sizes."""
 
     span: int = 256
     updates: int = 60
-    moments: tuple[int, ...] = (4, 16, 64, 256)
+    checkpoints: tuple[int, ...] = (4, 16, 64, 256)
     block: int = 16
     window: int = 16
     rate: float = 5e-3
 
 
-QUICK = Sizes()
-FULL = Sizes(span=2048, updates=1000, moments=(4, 16, 64, 256, 1024, 2048))
-
-
 @dataclass(frozen=True, slots=True)
 class Conditioned:
     """Of one model: by number of steps the largest spectral norm and the median condition number of products, and by
-    moment the relative float32 errors of gradient and influence."""
+    checkpoint the relative float32 errors of gradient and influence."""
 
     norms: dict[int, float]
     conditions: dict[int, float]
@@ -67,8 +63,25 @@ class Conditioned:
     influence: dict[int, float]
 
 
+@dataclass(kw_only=True)
+class Models(Measurements):
+    """The fresh and the trained model, by name."""
+
+    models: dict[str, Conditioned]
+
+    @property
+    def norms(self) -> dict[str, float]:
+        """Model → the largest norm of a product."""
+        return {name: max(model.norms.values()) for name, model in self.models.items()}
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Model → the error of the float32 gradient after the whole span."""
+        return {name: model.gradient[max(model.gradient)] for name, model in self.models.items()}
+
+
 def jacobians(cell: RecurrentMoE, text: Tensor) -> tuple[list[Tensor], list[Sparsity]]:
-    """The dynamics Jacobians (H, H) of one sample, and the choices made."""
+    """Return the dynamics Jacobians (H, H) of one sample, and the choices made."""
     h, found, choices = cell.init_state(1), [], []
     for x in text:
         with torch.no_grad():
@@ -85,7 +98,7 @@ def jacobians(cell: RecurrentMoE, text: Tensor) -> tuple[list[Tensor], list[Spar
 
 
 def products(steps: list[Tensor], length: int) -> tuple[float, float]:
-    """The largest spectral norm and the median condition number of products over consecutive stretches of a length."""
+    """Return the largest spectral norm and the median condition number of products over consecutive segments."""
     norms, conditions = [], []
     for start in range(0, len(steps) - length + 1, length):
         product = steps[start]
@@ -98,44 +111,42 @@ def products(steps: list[Tensor], length: int) -> tuple[float, float]:
 
 
 def _run(
-    cell: RecurrentMoE, text: Tensor, targets: Tensor, choices: list[Sparsity], sizes: Sizes
+    cell: RecurrentMoE, text: Tensor, targets: Tensor, choices: list[Sparsity], config: Config
 ) -> dict[int, tuple[dict[str, Tensor | None], Tensor]]:
-    """Gradient and the influence of the candidate's weight, after each moment."""
-    own = copy.deepcopy(cell)
-    own.zero_grad()
-    learner = BlockRTRL(own, 1, block=sizes.block, window=sizes.window)
+    """Return the gradient and the influence of the candidate's weight at each checkpoint."""
+    cell = copy.deepcopy(cell)
+    cell.zero_grad()
+    learner = BlockRTRL(cell, 1, block=config.block, window=config.window)
     found = {}
     for t, (x, target, used) in enumerate(zip(text, targets, choices, strict=True), 1):
         learner.backward(F.cross_entropy(learner.step(x, replay=used), target))
-        if t in sizes.moments:
+        if t in config.checkpoints:
             learner.sync()
-            gradient = {n: None if p.grad is None else p.grad.clone() for n, p in own.named_parameters()}
+            gradient = {n: None if p.grad is None else p.grad.clone() for n, p in cell.named_parameters()}
             found[t] = gradient, learner.influence("candidate.weight")
     return found
 
 
-def measured(cell: RecurrentMoE, text: Tensor, targets: Tensor, sizes: Sizes) -> Conditioned:
-    """All of one model."""
+def measure_model(cell: RecurrentMoE, text: Tensor, targets: Tensor, config: Config) -> Conditioned:
+    """Measure one model."""
     steps, choices = jacobians(cell, text)
-    lengths = [2**i for i in range(int(math.log2(len(text))) + 1)]
-    pairs = {n: products(steps, n) for n in lengths}
-    exact = _run(cell, text, targets, choices, sizes)
-    rounded = _run(copy.deepcopy(cell).float(), text.float(), targets, choices, sizes)
+    pairs = {n: products(steps, n) for n in [2**i for i in range(int(math.log2(len(text))) + 1)]}
+    exact = _run(cell, text, targets, choices, config)
+    rounded = _run(copy.deepcopy(cell).float(), text.float(), targets, choices, config)
     gradient, influence = {}, {}
     for t, (g, s) in exact.items():
         g32, s32 = rounded[t]
         gradient[t] = compare_gradients(g32, {n: v for n, v in g.items() if v is not None}, (), ROUNDING).error
         influence[t] = float((s32.double() - s).abs().max() / s.abs().max())
-    return Conditioned(
-        {n: a for n, (a, _) in pairs.items()}, {n: b for n, (_, b) in pairs.items()}, gradient, influence
-    )
+    norms, conditions = ({n: pair[i] for n, pair in pairs.items()} for i in (0, 1))
+    return Conditioned(norms, conditions, gradient, influence)
 
 
-def train(cell: RecurrentMoE, text: Tensor, targets: Tensor, sizes: Sizes) -> None:
-    """Some updates by Adam, exact gradients after every block."""
-    learner = BlockRTRL(cell, 1, block=sizes.block, window=sizes.window)
-    optimizer = torch.optim.Adam(cell.parameters(), lr=sizes.rate)
-    for t in range(sizes.updates * sizes.block):
+def train(cell: RecurrentMoE, text: Tensor, targets: Tensor, config: Config) -> None:
+    """Make some updates by Adam, with exact gradients after every block."""
+    learner = BlockRTRL(cell, 1, block=config.block, window=config.window)
+    optimizer = torch.optim.Adam(cell.parameters(), lr=config.rate)
+    for t in range(config.updates * config.block):
         learner.backward(F.cross_entropy(learner.step(text[t % len(text)]), targets[t % len(text)]))
         if learner.at_block_end:
             learner.sync()
@@ -143,92 +154,67 @@ def train(cell: RecurrentMoE, text: Tensor, targets: Tensor, sizes: Sizes) -> No
             optimizer.zero_grad()
 
 
-def judge(norms: dict[str, float], errors: dict[str, float]) -> tuple[Verdict, str]:
-    """The verdict from the largest norm and the float32 error at the end, by model; NaN does not hold."""
+def verdict(m: Models) -> Judgement:
+    """Judge both models."""
+    return judge(m.norms, m.errors)
+
+
+def judge(norms: dict[str, float], errors: dict[str, float]) -> Judgement:
+    """Judge the largest norm and the float32 error at the end, by model; NaN does not hold."""
     bad = [name for name in norms if not (norms[name] <= NORM and errors[name] <= ROUNDING)]
     if not bad:
-        return "holds", ""
-    told = "; ".join(f"{name}: norm {norms[name]:.3g}, float32 error {errors[name]:.1e}" for name in bad)
-    return ("does not hold" if len(bad) == len(norms) else "holds when"), told + (
-        "" if len(bad) == len(norms) else "; the other model keeps within both"
+        return Judgement.holds()
+    listed = "; ".join(f"{name}: norm {norms[name]:.3g}, float32 error {errors[name]:.1e}" for name in bad)
+    if len(bad) == len(norms):
+        return Judgement.does_not_hold(listed)
+    return Judgement.holds_when(f"{listed}; the other model keeps within both")
+
+
+def show(m: Models) -> Shown:
+    """Show norms, condition numbers and errors by number of steps."""
+
+    def by_model(attribute: str) -> dict[str, dict[int, float]]:
+        return {name: getattr(model, attribute) for name, model in m.models.items()}
+
+    def named(pattern: str, attribute: str) -> dict[str, dict[int, float]]:
+        return {pattern.format(name): column for name, column in by_model(attribute).items()}
+
+    in_product, last = "steps in the product", max(m.models["fresh"].gradient)
+    errors = {**named("gradient, {}", "gradient"), **named("influence, {}", "influence")}
+    products = {**named("norm, {}", "norms"), **named("condition, {} (median)", "conditions")}
+    norm, condition = "Largest spectral norm of Jacobian products", "Condition number of Jacobian products, median"
+    return Shown(
+        f"norms of products {m.norms['fresh']:.3g} at most fresh, {m.norms['trained']:.3g} trained; float32 gradient "
+        f"off by {m.errors['fresh']:.1e} and {m.errors['trained']:.1e} after {last} steps",
+        [
+            table("Products of Jacobians over n steps", "n", products),
+            table("Relative error of float32", "steps", errors),
+        ],
+        [
+            plot(norm, in_product, "norm", by_model("norms"), log="xy"),
+            plot(condition, in_product, "condition number", by_model("conditions"), log="xy"),
+            plot("Error of float32 against float64", "steps", "relative error", errors, log="xy"),
+        ],
     )
 
 
-def measure(settings: Settings, progress: Progress, sizes: Sizes | None = None) -> Finding:
-    """Both models; ``sizes`` to run less."""
-    with one_thread():
-        return _measure(settings, progress, sizes or (FULL if settings.full else QUICK))
-
-
-def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
-    sizes = replace(sizes, moments=tuple(t for t in sizes.moments if t <= sizes.span))
-    stream = ByteStream(None, 1, steps=sizes.span, dtype=torch.float64)
-    text, targets = stream.first(sizes.span)
-    cell = byte_model(settings.seed, torch.device("cpu"))
-    progress("a fresh model", 0, 3)
-    found = {"fresh": measured(cell, text, targets, sizes)}
-    progress("training", 1, 3)
-    train(cell, text, targets, sizes)
-    progress("a trained model", 2, 3)
-    found["trained"] = measured(cell, text, targets, sizes)
-    norms = {name: max(each.norms.values()) for name, each in found.items()}
-    errors = {name: each.gradient[max(each.gradient)] for name, each in found.items()}
-    verdict, condition = judge(norms, errors)
-    lengths = sorted(found["fresh"].norms)
-    at, moments = [float(n) for n in lengths], [float(t) for t in sizes.moments]
-    return Finding(
-        f"norms of products {norms['fresh']:.3g} at most fresh, {norms['trained']:.3g} trained; float32 gradient off "
-        f"by {errors['fresh']:.1e} and {errors['trained']:.1e} after {max(sizes.moments)} steps",
-        f"norm ≤ {NORM:g}, error ≤ {ROUNDING:g}",
-        verdict,
-        condition,
-        [],
-        [
-            Table(
-                "Products of Jacobians over n steps",
-                ["n", "norm, fresh", "norm, trained", "condition, fresh (median)", "condition, trained (median)"],
-                [[n, *(found[m].norms[n] for m in found), *(found[m].conditions[n] for m in found)] for n in lengths],
-            ),
-            Table(
-                "Relative error of float32",
-                ["steps", "gradient, fresh", "gradient, trained", "influence, fresh", "influence, trained"],
-                [
-                    [t, *(found[m].gradient[t] for m in found), *(found[m].influence[t] for m in found)]
-                    for t in sizes.moments
-                ],
-            ),
-        ],
-        [
-            Plot(
-                "Largest spectral norm of Jacobian products",
-                "steps in the product",
-                "norm",
-                [Series(name, at, list(each.norms.values())) for name, each in found.items()],
-                log_x=True,
-                log_y=True,
-            ),
-            Plot(
-                "Condition number of Jacobian products, median",
-                "steps in the product",
-                "condition number",
-                [Series(name, at, list(each.conditions.values())) for name, each in found.items()],
-                log_x=True,
-                log_y=True,
-            ),
-            Plot(
-                "Error of float32 against float64",
-                "steps",
-                "relative error",
-                [Series(f"gradient, {name}", moments, list(each.gradient.values())) for name, each in found.items()]
-                + [
-                    Series(f"influence, {name}", moments, list(each.influence.values())) for name, each in found.items()
-                ],
-                log_x=True,
-                log_y=True,
-            ),
-        ],
-        {"norms": norms, "errors": errors},
-    )
-
-
-CLAIM = Claim("conditioning", "gradients are stable over the span (left open)", measure)
+@claim(
+    "conditioning",
+    claimed="gradients are stable over the span (left open)",
+    threshold=f"norm ≤ {NORM:g}, error ≤ {ROUNDING:g}",
+    quick=Config(),
+    full=Config(span=2048, updates=1000, checkpoints=(4, 16, 64, 256, 1024, 2048)),
+    verdict=verdict,
+    show=show,
+)
+def measure(config: Config, settings: Settings) -> Models:
+    """Measure a fresh model and a trained one."""
+    text, targets = ByteStream(None, 1, steps=config.span, dtype=torch.float64).first(config.span)
+    cell = byte_model(settings.seed)
+    settings.progress("a fresh model")
+    models = {"fresh": measure_model(cell, text, targets, config)}
+    settings.progress("training")
+    train(cell, text, targets, config)
+    settings.progress("a trained model")
+    models["trained"] = measure_model(cell, text, targets, config)
+    return Models(models=models)

@@ -1,33 +1,34 @@
-"""Drive a learner over a stream and note what it gives and which experts slept; nothing is judged here."""
+"""Run a learner over a stream, and note its gradients, its influences and which experts were dormant. Nothing is judged
+here."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rtrl.cells.moe import RecurrentMoE
-from rtrl.cells.protocol import Sparsity
 from rtrl.learners.block_rtrl import BlockRTRL
+from rtrl.testing.driver import Driver
+from rtrl.verification.harness.routing_watch import WatchRouting
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class Segment:
     """A part of a stream: inputs (T, B, d) and target bytes (T, B)."""
 
     inputs: Tensor
     targets: Tensor
 
     def loss(self, t: int, y: Tensor) -> Tensor:
-        """Cross-entropy of step t, the mean over samples."""
+        """Return the cross-entropy of step t, the mean over samples."""
         return F.cross_entropy(y, self.targets[t])
 
-    def first(self, steps: int) -> "Stretch":
-        """The first so many steps."""
-        return Stretch(self.inputs[:steps], self.targets[:steps])
+    def first(self, steps: int) -> "Segment":
+        """Return the first steps."""
+        return Segment(self.inputs[:steps], self.targets[:steps])
 
     def __len__(self) -> int:
         return self.inputs.shape[0]
@@ -39,9 +40,10 @@ class Interventions:
 
     Attributes:
         optimizer: "SGD" or "Adam" changes the parameters after every ``every`` steps; None leaves them.
-        every: steps between two updates. rate: the learning rate.
-        dormant: what ``sync`` is told before an update: whether sleeping slices are to be paid.
-        resets: Boolean (T, B); before step t these samples start anew. None for never.
+        every: steps between two updates.
+        rate: the learning rate.
+        dormant: the argument of ``sync`` before an update: whether dormant slices are to be brought up to date.
+        resets: Boolean (T, B); before step t these samples are reset. None for never.
     """
 
     optimizer: str | None = None
@@ -52,22 +54,22 @@ class Interventions:
 
 
 @dataclass(slots=True)
-class Sleep:
-    """How experts slept, counted per (sample, expert) from the ``Sparsity`` that the cell returned.
+class DormancyCount:
+    """How experts were dormant, counted per (sample, expert) from the ``Sparsity`` that the cell returned.
 
     Attributes:
-        window: how many blocks the learner under watch remembers.
-        woken: wake-ups after at least one whole block asleep. expired: those of them after at least ``window`` whole
-            blocks.
-        asleep: (sample, expert) pairs used before that slept through at least the last block, at the moment of the
-            comparison.
-        longest: steps of the longest sleep that ``woken`` or ``asleep`` counts.
+        window: how many blocks the learner remembers.
+        reactivated: reactivations after at least one whole dormant block.
+        expired: those of them after at least ``window`` whole dormant blocks.
+        dormant: (sample, expert) pairs used before that were dormant through at least the last block, at the time of
+            the comparison.
+        longest: steps of the longest dormancy that ``reactivated`` or ``dormant`` counts.
     """
 
     window: int
-    woken: int = 0
+    reactivated: int = 0
     expired: int = 0
-    asleep: int = 0
+    dormant: int = 0
     longest: int = 0
     _last: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict, repr=False)
 
@@ -75,37 +77,37 @@ class Sleep:
         """Note the experts (B, k) that a step of a block used."""
         for pair in ((b, e) for b, row in enumerate(experts.tolist()) for e in row):
             if pair in self._last:
-                then, then_block = self._last[pair]
-                slept = block - then_block - 1
-                if slept > 0:
-                    self.woken += 1
-                    self.expired += slept >= self.window
-                    self.longest = max(self.longest, step - then - 1)
+                last_step, last_block = self._last[pair]
+                blocks = block - last_block - 1
+                if blocks > 0:
+                    self.reactivated += 1
+                    self.expired += blocks >= self.window
+                    self.longest = max(self.longest, step - last_step - 1)
             self._last[pair] = (step, block)
 
-    def restarted(self, samples: Collection[int]) -> None:
-        """Forget the samples that start anew: their influence is dropped, not caught up."""
+    def reset(self, samples: Collection[int]) -> None:
+        """Forget samples that are reset: their influence is dropped, not caught up."""
         self._last = {pair: last for pair, last in self._last.items() if pair[0] not in samples}
 
-    def so_far(self, step: int, block: int) -> "Sleep":
-        """The counts up to a comparison after this step of this block."""
-        sleeping = [step - then for then, then_block in self._last.values() if then_block < block]
-        return replace(self, asleep=len(sleeping), longest=max([self.longest, *sleeping]), _last={})
+    def so_far(self, step: int, block: int) -> "DormancyCount":
+        """Return the counts up to a comparison after this step of this block."""
+        lengths = [step - last_step for last_step, last_block in self._last.values() if last_block < block]
+        return replace(self, dormant=len(lengths), longest=max([self.longest, *lengths]), _last={})
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a learner gives after so many steps: its whole gradient, the influence if it was asked for, and who slept
-    until then."""
+    """What a learner gives after a number of steps: its whole gradient, its influences at a checkpoint, and who was
+    dormant until then."""
 
     steps: int
     gradient: dict[str, Tensor | None]
     influence: dict[str, Tensor | None]
-    sleep: Sleep
+    dormancy: DormancyCount
 
 
 @dataclass(frozen=True, slots=True)
-class Drive:
+class LearnerRecord:
     """One run of a learner: snapshots by number of steps, the last with the whole run; the parameters' offsets at
     every step."""
 
@@ -113,120 +115,94 @@ class Drive:
     offsets: list[dict[str, Tensor]]
 
 
-def drive(
+def run_learner(
     cell: RecurrentMoE,
-    stretch: Stretch,
+    segment: Segment,
     learner_type: type[BlockRTRL],
     block: int,
     window: int,
-    moments: Collection[int] = (),
+    checkpoints: Collection[int] = (),
     interventions: Interventions | None = None,
-) -> Drive:
-    """Run a learner over a stretch with a loss at every step and natural routing.
+) -> LearnerRecord:
+    """Run a learner over a segment with a loss at every step and the cell's own routing.
 
     Args:
         cell: where to start from; it is copied, not changed.
-        learner_type: the learner. block, window: as it takes them.
-        moments: numbers of steps after which a copy of the learner, made from its ``state_dict``, is asked for its
-            influences and gradient; the learner itself is not disturbed and its sleepers sleep on.
+        segment: the stream.
+        learner_type: the learner.
+        block: its block.
+        window: its window.
+        checkpoints: numbers of steps after which a copy of the learner, made from its ``state_dict``, returns its
+            influences and gradient; the learner itself is not disturbed.
         interventions: what happens in mid-stream.
 
     Raises:
-        RTRLError: whatever the learner raises.
+        RTRLError: the learner raises it.
 
-    Cost: the run; at every moment B·H·P numbers.
+    Cost: the run; at every checkpoint B·H·P numbers.
     """
-    plan = Interventions() if interventions is None else interventions
-    mine = copy.deepcopy(cell)
-    mine.zero_grad()
-    start = {name: p.detach().clone() for name, p in mine.named_parameters()}
+    interventions = interventions or Interventions()
+    fresh, cell = cell, copy.deepcopy(cell)
+    cell.zero_grad()
+    start = {name: p.detach().clone() for name, p in cell.named_parameters()}
     offset: dict[str, Tensor] = {}
     offsets: list[dict[str, Tensor]] = []
     total: dict[str, Tensor | None] = dict.fromkeys(start)
-    optimizer = _optimizer(mine, plan)
-    learner = learner_type(mine, stretch.inputs.shape[1], block=block, window=window)
-    sleep, snapshots = Sleep(window), {}
+    optimizer = _optimizer(cell, interventions)
+
+    def make(cell: nn.Module, batch_size: int) -> BlockRTRL:
+        return learner_type(cell, batch_size, block=block, window=window)
+
+    driver = Driver(make, cell, segment.inputs.shape[1])
+    dormancy, snapshots = DormancyCount(window), {}
     blocks = open_steps = 0
-    for t in range(len(stretch)):
+    for t in range(len(segment)):
         if open_steps == block:
             blocks, open_steps = blocks + 1, 0
-        if plan.resets is not None and bool(plan.resets[t].any()):
-            learner.reset(plan.resets[t])
-            sleep.restarted(plan.resets[t].nonzero().flatten().tolist())
+        if interventions.resets is not None and bool(interventions.resets[t].any()):
+            driver.reset(interventions.resets[t])
+            dormancy.reset(interventions.resets[t].nonzero().flatten().tolist())
             blocks, open_steps = blocks + bool(open_steps), 0
-        with _Watch(mine) as watch:
-            y = learner.step(stretch.inputs[t])
-        learner.backward(stretch.loss(t, y))
+        with WatchRouting(cell) as watch:
+            driver.step(segment.inputs[t], lambda y, t=t: segment.loss(t, y))  # type: ignore[misc]
         offsets.append(offset)
         open_steps += 1
-        sleep.used(t, blocks, watch.experts)
-        if t + 1 in moments:
-            snapshots[t + 1] = _ask(learner, cell, mine, total, sleep.so_far(t, blocks))
-        if optimizer is not None and (t + 1) % plan.every == 0 and t + 1 < len(stretch):
-            learner.sync(dormant=plan.dormant)
-            _collect(total, mine)
+        assert watch.used is not None
+        dormancy.used(t, blocks, watch.used.active["expert_up"])
+        if t + 1 in checkpoints:
+            twin = driver.fork(fresh)
+            influences: dict[str, Tensor | None] = {**twin.influences()}
+            twin.sync()
+            snapshots[t + 1] = Snapshot(t + 1, _added(total, twin.cell), influences, dormancy.so_far(t, blocks))
+        if optimizer is not None and (t + 1) % interventions.every == 0 and t + 1 < len(segment):
+            driver.sync(dormant=interventions.dormant)
+            total = _added(total, cell)
             optimizer.step()
             optimizer.zero_grad()
-            offset = {name: p.detach() - start[name] for name, p in mine.named_parameters()}
+            offset = {name: p.detach() - start[name] for name, p in cell.named_parameters()}
             with torch.no_grad():  # bit for bit what the references compute, so that no rounding starts another path
-                for name, p in mine.named_parameters():
+                for name, p in cell.named_parameters():
                     p.copy_(start[name] + offset[name])
             blocks, open_steps = blocks + 1, 0
-    if len(stretch) not in snapshots:
-        learner.sync()
-        _collect(total, mine)
-        snapshots[len(stretch)] = Snapshot(len(stretch), total, {}, sleep.so_far(len(stretch) - 1, blocks))
-    return Drive(snapshots, offsets)
+    if len(segment) not in snapshots:
+        driver.sync()
+        end = dormancy.so_far(len(segment) - 1, blocks)
+        snapshots[len(segment)] = Snapshot(len(segment), _added(total, cell), {}, end)
+    return LearnerRecord(snapshots, offsets)
 
 
-class _Watch:
-    """Keeps the experts that the cell chooses by itself; the learner's replays are not looked at."""
-
-    def __init__(self, cell: nn.Module) -> None:
-        self._cell = cell
-        self.experts = torch.empty(0, 0, dtype=torch.int64)
-
-    def __enter__(self) -> "_Watch":
-        self._handle = self._cell.register_forward_hook(self._note, with_kwargs=True)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._handle.remove()
-
-    def _note(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: tuple[Any, Tensor, Sparsity]) -> None:
-        if kwargs.get("replay") is None:
-            self.experts = out[2].active["expert_up"]
-
-
-def _optimizer(cell: nn.Module, plan: Interventions) -> torch.optim.Optimizer | None:
-    if plan.optimizer is None:
+def _optimizer(cell: nn.Module, interventions: Interventions) -> torch.optim.Optimizer | None:
+    if interventions.optimizer is None:
         return None
-    kinds: dict[str, type[torch.optim.SGD] | type[torch.optim.Adam]] = {
-        "SGD": torch.optim.SGD,
-        "Adam": torch.optim.Adam,
-    }
-    return kinds[plan.optimizer](cell.parameters(), lr=plan.rate)
+    kind = torch.optim.SGD if interventions.optimizer == "SGD" else torch.optim.Adam
+    return kind(cell.parameters(), lr=interventions.rate)
 
 
-def _collect(total: dict[str, Tensor | None], cell: nn.Module) -> None:
-    """Add every ``.grad`` to a total; a parameter that was never given one stays None."""
+def _added(total: Mapping[str, Tensor | None], cell: nn.Module) -> dict[str, Tensor | None]:
+    """Return the total with every ``.grad`` added; a parameter that never received one stays None."""
+    added = dict(total)
     for name, p in cell.named_parameters():
         if p.grad is not None:
             before = total[name]
-            total[name] = p.grad.detach().clone() if before is None else before + p.grad
-
-
-def _ask(
-    learner: BlockRTRL, fresh: RecurrentMoE, cell: RecurrentMoE, delivered: dict[str, Tensor | None], sleep: Sleep
-) -> Snapshot:
-    """Influences and the gradient up to now, from a copy of the learner with a copy of its cell."""
-    twin = copy.deepcopy(fresh)
-    twin.load_state_dict(cell.state_dict())
-    twin.zero_grad()
-    double = type(learner)(twin, learner.batch_size, block=learner.block, window=learner.window)
-    double.load_state_dict(learner.state_dict())
-    influence: dict[str, Tensor | None] = {name: double.influence(name) for name, _ in twin.named_parameters()}
-    double.sync()
-    total = dict(delivered)
-    _collect(total, twin)
-    return Snapshot(learner.steps_taken, total, influence, sleep)
+            added[name] = p.grad.detach().clone() if before is None else before + p.grad
+    return added

@@ -2,76 +2,75 @@
 differences.
 
 **How it is measured.** A small mixture of experts (256 inputs and outputs, 4 slots of 8, 8 experts, top-2; float64)
-reads real text, one byte a step, two samples at once, with a cross-entropy at every step. Its experts fall asleep and
-wake as the text has it; nothing is laid down. For every pair of block and window the learner runs over the whole
-text, and what it gives is compared with
+reads real text, one byte per step, two samples at once, with a cross-entropy at every step. Its experts become dormant
+and are reactivated as the text has it; nothing is replayed. For every pair of block and window the learner runs over
+the whole text, and what it gives is compared with
 
 - BPTT, unrolled over all steps: the gradient of every parameter, relative error at most 1e-10;
-- textbook RTRL with full Jacobians: the gradient and the influence of every parameter at two moments, at most 1e-10;
+- textbook RTRL with full Jacobians: the gradient and the influence of every parameter at two checkpoints, at most
+  1e-10;
 - central differences of the loss along random directions, held to their own error estimate.
 
-Three more runs change the parameters in mid-stream by SGD, by Adam while sleepers are not yet paid, and start samples
-anew in mid-stream.
+Three more runs change the parameters in mid-stream by SGD, by Adam while dormant slices are not yet up to date, and
+reset samples in mid-stream.
 
 **Why that is fair.** The references share no code with the learner. An entry is judged by the scale of its own slice,
 so that a seldom used expert is not hidden by the others; a reference that is zero or explodes voids its row. Each
 oracle sees more steps than the block has, for a block as long as the stream would be BPTT by another name. And the
-run fails if no expert slept through a block and woke, or none slept for longer than the window. Nine learners broken
-on purpose (``rtrl verify --break help``) show that the gate can shut.
+check fails if no expert was dormant through a block and reactivated, or none was dormant for longer than the window.
+Nine deliberately broken learners (``rtrl verify-gradients --break help``) confirm that the check fails when it should.
 
 **What it leaves open.** One cell and one text: the property suite has the others. Float32 rounds more (see
 *conditioning*).
 """
 
 import math
-import platform
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import oracles
-import rtrl
 from rtrl.cells.moe import RecurrentMoE
 from rtrl.errors import ConfigError, RTRLError
+from rtrl.report.model import Cell, Table
 from rtrl.tasks import ByteStream
-from rtrl.verification import claim
+from rtrl.verification.claim import Judgement, Measurements, Settings, Shown, claim
 from rtrl.verification.gradients.broken_learners import learner_type
-from rtrl.verification.gradients.driver import Drive, Interventions, Sleep, Stretch, drive
-from rtrl.verification.gradients.references import Slope, along, dense, differences
+from rtrl.verification.gradients.driver import DormancyCount, Interventions, LearnerRecord, Segment, run_learner
+from rtrl.verification.gradients.references import Slope, compare_slopes, dense_rtrl, finite_differences
 from rtrl.verification.harness.compare import Comparison, compare_gradients, compare_influences, void
-from rtrl.verification.harness.models import INERT, SLICED, byte_model, usable_device
-from rtrl.verification.harness.threads import one_thread
+from rtrl.verification.harness.problems import INERT, SLICED, byte_model, usable_device
 
 TOLERANCE = 1e-10
 """The largest relative error of an algebraic oracle; the same on every machine."""
 
+SGD = ("SGD in mid-stream", Interventions("SGD", every=8, rate=0.005))
+ADAM = ("Adam in mid-stream, slices pending", Interventions("Adam", every=11, rate=1e-3, dormant=False))
+
 
 @dataclass(frozen=True)
-class Settings:
-    """What is measured.
+class Config:
+    """How much is measured.
 
     Attributes:
-        file: the text; None for the standard library's sources. seed: of the weights and directions. device: where all
-            is computed.
-        steps: T for BPTT. prefix: T for the dense and difference oracles. side_prefix: T for the dense oracle of runs
-            with interventions.
-        blocks, windows: every pair of them is a run; a block is compared with oracles of more steps than it has, and
-            with no others.
-        broken: the name of a deliberately broken learner to put on trial, None for the real one.
+        file: the text; None for the standard library's sources.
+        steps: T for BPTT.
+        prefix: T for the dense and difference oracles.
+        side_prefix: T for the dense oracle of runs with interventions.
+        blocks: blocks of the learner; a block is compared with oracles of more steps than it has, and with no others.
+        windows: windows of the learner; every pair of block and window is a run.
+        batch_size: B.
+        broken: the name of a deliberately broken learner to take in place of the real one.
 
     Raises:
-        ConfigError: the largest block does not fit into ``steps``, the smallest not into the prefixes, or no break has
-        that name.
+        ConfigError: the largest block does not fit into ``steps``, the smallest does not fit into the prefixes, or no
+            broken learner has that name.
     """
 
-    file: Path | None = None
-    seed: int = 0
-    device: str = "cpu"
+    file: str | None = None
     steps: int = 300
     prefix: int = 64
     side_prefix: int = 24
@@ -92,21 +91,29 @@ class Settings:
             )
         learner_type(self.broken)
 
-    @classmethod
-    def quick(cls, **changes: Any) -> "Settings":
-        """A small selection, for a first look and for tests: a few seconds."""
-        return cls(**{"steps": 80, "prefix": 20, "side_prefix": 10, "blocks": (1, 7), "windows": (1, 3), **changes})
+    @property
+    def pieces(self) -> int:
+        """How many pieces of work there are."""
+        return 3 + len(self.blocks) * len(self.windows) + 3 * 3 - 1
+
+
+QUICK = Config(steps=80, prefix=20, side_prefix=10, blocks=(1, 7), windows=(1, 3))
+FULL = Config()
 
 
 @dataclass(frozen=True)
-class Row:
+class OracleRow:
     """One oracle against one run.
 
     Attributes:
-        oracle: the reference. learning: what happens to the parameters and samples in mid-stream. block, window,
-            steps: of the run.
-        gradient, influence: the comparisons; None where the oracle gives no influence.
-        sleep: how the experts slept in these steps.
+        oracle: the reference.
+        learning: what happens to the parameters and samples in mid-stream.
+        block: of the learner.
+        window: of the learner.
+        steps: steps of the comparison.
+        gradient: the comparison of gradients.
+        influence: the comparison of influences; None where the oracle gives none.
+        dormancy: how the experts were dormant in these steps.
     """
 
     oracle: str
@@ -116,11 +123,11 @@ class Row:
     steps: int
     gradient: Comparison
     influence: Comparison | None
-    sleep: Sleep
+    dormancy: DormancyCount
 
     @property
     def passed(self) -> bool:
-        """Every comparison of the row passed."""
+        """Whether every comparison of the row passed."""
         return self.gradient.passed and (self.influence is None or self.influence.passed)
 
     @property
@@ -128,265 +135,208 @@ class Row:
         """What voids the row, in words."""
         return self.gradient.problem or (None if self.influence is None else self.influence.problem)
 
-    def record(self) -> dict[str, Any]:
-        """The row as plain numbers and strings; numbers that are not finite become None."""
-        sleep = {name: getattr(self.sleep, name) for name in ("woken", "expired", "asleep", "longest")}
-        compared = {
-            what: None if c is None else _plain(asdict(c))
-            for what, c in (("gradient", self.gradient), ("influence", self.influence))
-        }
-        kind = {name: getattr(self, name) for name in ("oracle", "learning", "block", "window", "steps")}
-        return {**kind, **compared, "sleep": sleep, "passed": self.passed}
 
+@dataclass(kw_only=True)
+class OracleRows(Measurements):
+    """All rows, and what they were measured with."""
 
-@dataclass
-class Result:
-    """All rows of the claim, and what they were measured with."""
-
-    settings: Settings
+    config: Config
     stream: dict[str, Any]
     cell: str
-    rows: list[Row] = field(default_factory=list)
-    duration_s: float = 0.0
+    rows: list[OracleRow] = field(default_factory=list)
 
-    @property
-    def failures(self) -> list[str]:
-        """Why the gate is shut, a line each; empty if the claim holds."""
-        found = [
+    def __post_init__(self) -> None:
+        self.failures += [
             f"{row.oracle}, {row.learning}, block {row.block}, window {row.window}: "
             f"{row.problem or 'outside the tolerance'}"
             for row in self.rows
             if not row.passed
         ]
         if not self.rows:
-            found.append("nothing was compared")
-        elif not found and not any(row.sleep.woken for row in self.rows):
-            found.append("no expert slept through a block and woke: this text says nothing about sleeping slices")
-        elif not found and not any(row.sleep.expired for row in self.rows):
-            found.append("no expert slept for longer than a window: this text says nothing about the window")
-        return found
+            self.failures.append("nothing was compared")
+        elif not self.failures and not any(row.dormancy.reactivated for row in self.rows):
+            self.failures.append(
+                "no expert was dormant through a block and reactivated: this text says nothing about dormant slices"
+            )
+        elif not self.failures and not any(row.dormancy.expired for row in self.rows):
+            self.failures.append(
+                "no expert was dormant for longer than a window: this text says nothing about the window"
+            )
 
     @property
     def passed(self) -> bool:
-        """Whether every row passed and experts slept, some beyond the window."""
+        """Whether every row passed and experts were dormant, some beyond the window."""
         return not self.failures
 
-    def record(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        settings = {**asdict(self.settings), "file": None if self.settings.file is None else str(self.settings.file)}
-        versions = {"rtrl": rtrl.__version__, "torch": torch.__version__, "python": platform.python_version()}
-        return {
-            "claim": "gradient equivalence",
-            "passed": self.passed,
-            "failures": self.failures,
-            "seed": self.settings.seed,
-            "duration_s": round(self.duration_s, 3),
-            "tolerance": TOLERANCE,
-            "versions": versions,
-            "settings": settings,
-            "stream": self.stream,
-            "cell": self.cell,
-            "rows": [row.record() for row in self.rows],
-        }
+    @property
+    def failed(self) -> int:
+        """How many rows did not pass."""
+        return sum(not row.passed for row in self.rows)
+
+    @property
+    def largest_error(self) -> float:
+        """The largest error of an algebraic oracle."""
+        algebraic = [row for row in self.rows if row.oracle != "finite differences"]
+        errors = [c.error for row in algebraic for c in (row.gradient, row.influence) if c is not None]
+        return max((error for error in errors if math.isfinite(error)), default=math.nan)
 
 
-Report = Callable[[str, int, int], None]
-"""Called before every piece of work with its name, how many pieces are done and how many there are."""
+def verdict(m: OracleRows) -> Judgement:
+    """Judge whether every row passed."""
+    if m.passed:
+        return Judgement.holds()
+    return Judgement.does_not_hold(f"{max(m.failed, 1)} comparisons disagree or say nothing")
 
 
-def measure(settings: Settings, progress: Report | None = None) -> Result:
-    """Run every block and window over the text and compare each with every oracle.
+def show(m: OracleRows) -> Shown:
+    """Show the rows as a table."""
+    columns = ["oracle", "learning", "block", "window", "steps", "gradient error", "influence error", "tolerance"]
+    more = ["dormant slices caught up", "longest dormancy", "verdict"]
+    rows: list[list[Cell]] = [
+        [
+            row.oracle, row.learning, row.block, row.window, row.steps, row.gradient.error,
+            None if row.influence is None else row.influence.error, row.gradient.tolerance,
+            f"{row.dormancy.reactivated} + {row.dormancy.dormant}", row.dormancy.longest,
+            "pass" if row.passed else "FAIL",
+        ]
+        for row in m.rows
+    ]  # fmt: skip
+    n = len(m.rows)
+    return Shown(
+        f"{n - m.failed} of {n} comparisons agree, largest error {m.largest_error:.1e}",
+        [Table("Gradients and influences against the oracles", [*columns, *more], rows)],
+    )
+
+
+@claim(
+    "gradient-equivalence",
+    claimed="for every block and window, the gradient is that of BPTT, textbook RTRL and finite differences",
+    threshold=f"all, to {TOLERANCE:.0e}",
+    quick=QUICK,
+    full=FULL,
+    verdict=verdict,
+    show=show,
+)
+def measure(config: Config, settings: Settings) -> OracleRows:
+    """Run every block and window over the text, and compare each with every oracle.
+
+    What a learner raises in a run is a failure of its rows, not an error.
 
     Raises:
-        ConfigError: the text or the device cannot be used. What a learner raises in a run is a failure of its rows,
-        not an error.
+        ConfigError: the text or the device cannot be used.
 
-    Cost: by default about a minute on one core; the dense oracle holds about 200 megabytes.
+    Cost: in the full form about a minute on one core; the dense oracle holds about 200 megabytes.
     """
-    began = time.perf_counter()
     device = usable_device(settings.device)
-    text = ByteStream(settings.file, settings.batch_size, steps=settings.steps, dtype=torch.float64, device=device)
-    stretch = Stretch(*text.first(settings.steps))
+    text = ByteStream(config.file, config.batch_size, steps=config.steps, dtype=torch.float64, device=device)
+    segment = Segment(*text.first(config.steps))
     cell = byte_model(settings.seed, device)
-    result = Result(
-        settings,
-        {"source": text.source, "sha256": text.digest},
-        f"{type(cell).__name__}({cell.extra_repr()}), normal weights from the seed",
+    return OracleRows(
+        config=config,
+        stream={"source": text.source, "sha256": text.digest},
+        cell=f"{type(cell).__name__}({cell.extra_repr()}), normal weights from the seed",
+        rows=list(_Comparisons(config, settings, cell, segment).rows()),
     )
-    trial = _Trial(settings, cell, stretch, progress)
-    with one_thread():
-        result.rows = list(trial.rows())
-    result.duration_s = time.perf_counter() - began
-    return result
 
 
-class _Trial:
-    """The plan of all runs, and the references that they share."""
+class _Comparisons:
+    """All runs, and the references that they share."""
 
-    def __init__(self, settings: Settings, cell: RecurrentMoE, stretch: Stretch, progress: Report | None) -> None:
-        self._settings, self._cell, self._stretch, self._progress = settings, cell, stretch, progress
-        self._learner = learner_type(settings.broken)
-        self._done, self._pieces = 0, 3 + len(settings.blocks) * len(settings.windows) + 3 * 3 - 1
+    def __init__(self, config: Config, settings: Settings, cell: RecurrentMoE, segment: Segment) -> None:
+        self._config, self._settings, self._cell, self._segment = config, settings, cell, segment
+        self._learner = learner_type(config.broken)
 
-    def rows(self) -> Iterator[Row]:
-        settings, cell, stretch = self._settings, self._cell, self._stretch
-        self._piece("BPTT")
-        whole = oracles.bptt(cell, stretch.inputs, stretch.loss)
-        self._piece("dense RTRL")
-        head = stretch.first(settings.prefix)
-        gradient, influences = dense(cell, head, (settings.prefix // 2, settings.prefix))
-        self._piece("finite differences")
-        slopes = differences(cell, head, SLICED, settings.seed)
-        for block in settings.blocks:
-            for window in settings.windows:
-                self._piece(f"block {block}, window {window}")
-                run = self._drive(block, window, stretch, tuple(influences) if block < settings.prefix else ())
+    def rows(self) -> Iterator[OracleRow]:
+        config, cell, segment, progress = self._config, self._cell, self._segment, self._settings.progress
+        progress("BPTT")
+        bptt = oracles.bptt(cell, segment.inputs, segment.loss)
+        progress("dense RTRL")
+        head = segment.first(config.prefix)
+        gradient, influences = dense_rtrl(cell, head, (config.prefix // 2, config.prefix))
+        progress("finite differences")
+        slopes = finite_differences(cell, head, SLICED, self._settings.seed)
+        for block in config.blocks:
+            for window in config.windows:
+                progress(f"block {block}, window {window}")
+                run = self._run(block, window, tuple(influences) if block < config.prefix else ())
                 at = ("fixed parameters", block, window)
-                yield self._judge("BPTT", *at, settings.steps, run, whole)
-                if block < settings.prefix:
-                    yield self._judge("dense RTRL", *at, settings.prefix, run, gradient, influences)
-                    yield self._differ(*at, run, slopes)
-        yield from self._side("SGD in mid-stream", Interventions("SGD", every=8, rate=0.005))
-        yield from self._side(
-            "Adam in mid-stream, sleepers unpaid", Interventions("Adam", every=11, rate=1e-3, dormant=False), False
-        )
-        yield from self._side("resets in mid-stream", Interventions(resets=_resets(stretch)))
+                yield self._compare("BPTT", *at, config.steps, run, bptt)
+                if block < config.prefix:
+                    yield self._compare("dense RTRL", *at, config.prefix, run, gradient, influences)
+                    yield self._compare_slopes(*at, run, slopes)
+        yield from self._intervened(*SGD)
+        yield from self._intervened(*ADAM, with_dense=False)
+        yield from self._intervened("resets in mid-stream", Interventions(resets=_resets(segment)))
 
-    def _side(self, learning: str, plan: Interventions, with_dense: bool = True) -> Iterator[Row]:
+    def _intervened(self, learning: str, interventions: Interventions, with_dense: bool = True) -> Iterator[OracleRow]:
         """The rows of one run with interventions; where parameters change, its own offsets go into the references."""
-        settings, n = self._settings, self._settings.side_prefix
-        fitting = [block for block in settings.blocks if block < n]
-        at = (learning, fitting[min(1, len(fitting) - 1)], sorted(settings.windows)[min(1, len(settings.windows) - 1)])
-        self._piece(learning)
-        run = self._drive(at[1], at[2], self._stretch, (n,), plan)
-        offsets = None if plan.optimizer is None or isinstance(run, RTRLError) else run.offsets
-        self._piece(f"BPTT, {learning}")
-        inputs, loss = self._stretch.inputs, self._stretch.loss
-        yield self._judge(
-            "BPTT",
-            *at,
-            settings.steps,
-            run,
-            oracles.bptt(self._cell, inputs, loss, resets=plan.resets, offsets=offsets),
-        )
+        config, n, progress = self._config, self._config.side_prefix, self._settings.progress
+        fitting = [block for block in config.blocks if block < n]
+        at = (learning, fitting[min(1, len(fitting) - 1)], sorted(config.windows)[min(1, len(config.windows) - 1)])
+        progress(learning)
+        run = self._run(at[1], at[2], (n,), interventions)
+        offsets = None if interventions.optimizer is None or isinstance(run, RTRLError) else run.offsets
+        progress(f"BPTT, {learning}")
+        inputs, loss, resets = self._segment.inputs, self._segment.loss, interventions.resets
+        gradient = oracles.bptt(self._cell, inputs, loss, resets=resets, offsets=offsets)
+        yield self._compare("BPTT", *at, config.steps, run, gradient)
         if with_dense:
-            self._piece(f"dense RTRL, {learning}")
-            resets = None if plan.resets is None else plan.resets[:n]
+            progress(f"dense RTRL, {learning}")
             until = None if offsets is None else offsets[:n]
-            gradient, influences = dense(self._cell, self._stretch.first(n), (n,), resets, until)
-            yield self._judge("dense RTRL", *at, n, run, gradient, influences)
+            resets = None if resets is None else resets[:n]
+            gradient, influences = dense_rtrl(self._cell, self._segment.first(n), (n,), resets, until)
+            yield self._compare("dense RTRL", *at, n, run, gradient, influences)
 
-    def _drive(
-        self, block: int, window: int, stretch: Stretch, moments: tuple[int, ...], plan: Interventions | None = None
-    ) -> Drive | RTRLError:
+    def _run(
+        self, block: int, window: int, checkpoints: tuple[int, ...], interventions: Interventions | None = None
+    ) -> LearnerRecord | RTRLError:
         try:
-            return drive(self._cell, stretch, self._learner, block, window, moments, plan)
+            return run_learner(self._cell, self._segment, self._learner, block, window, checkpoints, interventions)
         except RTRLError as error:
             return error
 
-    def _judge(
-        self, oracle: str, learning: str, block: int, window: int, steps: int, run: Drive | RTRLError,
+    def _compare(
+        self, oracle: str, learning: str, block: int, window: int, steps: int, run: LearnerRecord | RTRLError,
         gradient: Mapping[str, Tensor], influences: Mapping[int, Mapping[str, Tensor]] | None = None,
-    ) -> Row:  # fmt: skip
+    ) -> OracleRow:  # fmt: skip
         if isinstance(run, RTRLError):
-            return Row(oracle, learning, block, window, steps, _raised(run), None, Sleep(window))
-        snapshot = run.snapshots[steps]
+            return OracleRow(oracle, learning, block, window, steps, _raised(run), None, DormancyCount(window))
+        snapshot, worst = run.snapshots[steps], None
         compared = compare_gradients(snapshot.gradient, gradient, SLICED, TOLERANCE)
-        worst = None
         if influences is not None:
-            parts = [
-                compare_influences(run.snapshots[t].influence, at, INERT, TOLERANCE) for t, at in influences.items()
-            ]
-            worst = _together(parts, TOLERANCE)
-        return Row(oracle, learning, block, window, steps, compared, worst, snapshot.sleep)
+            worst = _worst(
+                compare_influences(run.snapshots[t].influence, reference, INERT, TOLERANCE)
+                for t, reference in influences.items()
+            )
+        return OracleRow(oracle, learning, block, window, steps, compared, worst, snapshot.dormancy)
 
-    def _differ(self, learning: str, block: int, window: int, run: Drive | RTRLError, slopes: list[Slope]) -> Row:
-        steps = self._settings.prefix
+    def _compare_slopes(
+        self, learning: str, block: int, window: int, run: LearnerRecord | RTRLError, slopes: list[Slope]
+    ) -> OracleRow:
+        at = ("finite differences", learning, block, window, self._config.prefix)
         if isinstance(run, RTRLError):
-            return Row("finite differences", learning, block, window, steps, _raised(run), None, Sleep(window))
-        snapshot = run.snapshots[steps]
-        return Row(
-            "finite differences",
-            learning,
-            block,
-            window,
-            steps,
-            along(snapshot, slopes, TOLERANCE),
-            None,
-            snapshot.sleep,
-        )
-
-    def _piece(self, name: str) -> None:
-        if self._progress is not None:
-            self._progress(name, self._done, self._pieces)
-        self._done += 1
+            return OracleRow(*at, _raised(run), None, DormancyCount(window))
+        snapshot = run.snapshots[self._config.prefix]
+        return OracleRow(*at, compare_slopes(snapshot, slopes, TOLERANCE), None, snapshot.dormancy)
 
 
-def _resets(stretch: Stretch) -> Tensor:
-    """Sample 0 anew at step 4, the last at 8, then once more each, and all at once: mostly inside a block."""
-    steps, size = stretch.targets.shape
-    resets = torch.zeros(steps, size, dtype=torch.bool, device=stretch.targets.device)
+def _resets(segment: Segment) -> Tensor:
+    """Reset sample 0 at step 4, the last at 8, then once more each, and all at once: mostly inside a block."""
+    steps, size = segment.targets.shape
+    resets = torch.zeros(steps, size, dtype=torch.bool, device=segment.targets.device)
     resets[4, 0] = resets[8, -1] = resets[17, 0] = resets[steps // 2 + 1, -1] = resets[2 * steps // 3 + 2] = True
     return resets
 
 
-def _together(parts: list[Comparison], tolerance: float) -> Comparison:
-    """Several comparisons as one: void if one is, else the worst."""
+def _worst(comparisons: Iterator[Comparison]) -> Comparison:
+    """Join several comparisons: void if one is, else the worst."""
+    parts = list(comparisons)
     for part in parts:
         if part.problem is not None or part.compared == 0:
             return part
     worst = max(parts, key=lambda part: part.error)
-    return Comparison(worst.error, tolerance, sum(part.compared for part in parts), worst.where)
+    return Comparison(worst.error, TOLERANCE, sum(part.compared for part in parts), worst.where)
 
 
 def _raised(error: RTRLError) -> Comparison:
     return void(f"{type(error).__name__}: {error}", TOLERANCE)
-
-
-def _plain(record: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
-    }
-
-
-def finding(result: Result) -> claim.Finding:
-    """The result as the finding of a claim; its rows become a table."""
-    algebraic = [row for row in result.rows if row.oracle != "finite differences"]
-    errors = [c.error for row in algebraic for c in (row.gradient, row.influence) if c is not None]
-    worst = max((error for error in errors if math.isfinite(error)), default=math.nan)
-    columns = ["oracle", "learning", "block", "window", "steps", "gradient error", "influence error", "verdict"]
-    rows: list[list[str | int | float | None]] = [
-        [
-            row.oracle,
-            row.learning,
-            row.block,
-            row.window,
-            row.steps,
-            row.gradient.error,
-            None if row.influence is None else row.influence.error,
-            "pass" if row.passed else "FAIL",
-        ]
-        for row in result.rows
-    ]
-    failed = sum(not row.passed for row in result.rows)
-    return claim.Finding(
-        f"{len(result.rows) - failed} of {len(result.rows)} comparisons agree, largest error {worst:.1e}",
-        f"all, to {TOLERANCE:.0e}",
-        "holds" if result.passed else "does not hold",
-        "" if result.passed else f"{max(failed, 1)} comparisons disagree or say nothing",
-        failures=result.failures,
-        tables=[claim.Table("Gradients and influences against the oracles", columns, rows)],
-        data={"largest_error": worst, "stream": result.stream, "cell": result.cell},
-    )
-
-
-def _measure(settings: claim.Settings, progress: claim.Progress) -> claim.Finding:
-    sizes: dict[str, Any] = {"seed": settings.seed, "device": settings.device}
-    return finding(measure(Settings(**sizes) if settings.full else Settings.quick(**sizes), progress))
-
-
-CLAIM = claim.Claim(
-    "gradient-equivalence",
-    "for every block and window, the gradient is that of BPTT, textbook RTRL and finite differences",
-    _measure,
-)

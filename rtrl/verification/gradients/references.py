@@ -9,11 +9,11 @@ from torch import Tensor
 
 import oracles
 from rtrl.cells.moe import RecurrentMoE
-from rtrl.verification.gradients.driver import Snapshot, Stretch
+from rtrl.verification.gradients.driver import Segment, Snapshot
 from rtrl.verification.harness.compare import Comparison, void
 
 SHARPNESS = 1e-5
-"""A difference whose own relative error estimate exceeds this is no check, and another direction is drawn."""
+"""A difference whose own relative error estimate exceeds this is not a check; another direction is drawn."""
 _DIRECTIONS = 3
 
 
@@ -26,11 +26,11 @@ class Slope:
     estimate: float
 
 
-def differences(cell: RecurrentMoE, stretch: Stretch, sliced: Collection[str], seed: int) -> list[Slope]:
-    """Slopes along random directions: all parameters, the sliced ones alone, all again.
+def finite_differences(cell: RecurrentMoE, segment: Segment, sliced: Collection[str], seed: int) -> list[Slope]:
+    """Return slopes along random directions: all parameters, the sliced ones alone, all again.
 
     A direction on which the choices flip within every difference gives no sharp value; then another is drawn and
-    smaller steps are taken, whatever the learner says.
+    smaller steps are taken, independently of the learner.
     """
     generator = torch.Generator().manual_seed(seed)
     slopes: list[Slope] = []
@@ -43,7 +43,7 @@ def differences(cell: RecurrentMoE, stretch: Stretch, sliced: Collection[str], s
         }
         step = 1e-2 / 4 ** (attempt - len(slopes))
         slope = Slope(
-            direction, *oracles.directional_difference(cell, stretch.inputs, stretch.loss, direction, step=step)
+            direction, *oracles.directional_difference(cell, segment.inputs, segment.loss, direction, step=step)
         )
         if slope.value != 0 and slope.estimate <= SHARPNESS * abs(slope.value):
             slopes.append(slope)
@@ -52,8 +52,8 @@ def differences(cell: RecurrentMoE, stretch: Stretch, sliced: Collection[str], s
     return slopes
 
 
-def along(snapshot: Snapshot, slopes: list[Slope], rounding: float) -> Comparison:
-    """A gradient against slopes: the error relative to each slope, which its own estimate bounds (plus
+def compare_slopes(snapshot: Snapshot, slopes: list[Slope], rounding: float) -> Comparison:
+    """Compare a gradient with slopes: the error relative to each slope, which its own estimate bounds (plus
     ``rounding``)."""
     if len(slopes) < _DIRECTIONS:
         return void(f"only {len(slopes)} of {_DIRECTIONS} directions have a sharp finite difference", SHARPNESS)
@@ -70,12 +70,12 @@ def along(snapshot: Snapshot, slopes: list[Slope], rounding: float) -> Compariso
     return max(worst, key=lambda pair: pair[0])[1]
 
 
-def dense(
-    cell: RecurrentMoE, stretch: Stretch, moments: tuple[int, ...], resets: Tensor | None = None,
+def dense_rtrl(
+    cell: RecurrentMoE, segment: Segment, checkpoints: tuple[int, ...], resets: Tensor | None = None,
     offsets: list[dict[str, Tensor]] | None = None,
 ) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:  # fmt: skip
-    """The gradient after the last step and the influences at some moments, by the textbook recursion."""
+    """Return the gradient after the last step and the influences at checkpoints, by the textbook recursion."""
     gradient, influences = oracles.dense_rtrl(
-        cell, stretch.inputs, stretch.loss, resets=resets, offsets=offsets, return_influence=True
+        cell, segment.inputs, segment.loss, resets=resets, offsets=offsets, return_influence=True
     )
-    return gradient, {t: influences[t] for t in moments}
+    return gradient, {t: influences[t] for t in checkpoints}

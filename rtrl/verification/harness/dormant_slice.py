@@ -1,4 +1,4 @@
-"""An expert's influence that has slept through steps of a dense or a sparse state, and the ways to catch it up."""
+"""A slice's influence that was dormant over steps of a dense or sparse state, and three ways to bring it up to date."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,21 @@ from rtrl._influence.catch_up import catch_up
 from rtrl._influence.history import History
 from rtrl._influence.store import ParameterInfluence
 from rtrl._influence.transition import Transition
-from rtrl.verification.harness.problems import count
+from rtrl.verification.harness.measuring import count_macs
 
 
 @dataclass(frozen=True, slots=True)
-class Sleep:
-    """n steps of a state of ``slots`` rows of ``width``, ``touched`` of them read and written a step (all: dense), and
-    an expert of k·H parameters asleep over them."""
+class Dormancy:
+    """Steps over which an expert is dormant.
+
+    Attributes:
+        n: the number of steps.
+        slots: rows of the state.
+        width: entries per row.
+        touched: rows read and written per step; all of them for dense steps.
+        k: the expert has k·H parameters.
+        dtype: the dtype of everything.
+    """
 
     n: int
     slots: int
@@ -30,8 +38,8 @@ class Sleep:
         """H."""
         return self.slots * self.width
 
-    def leaf(self, step: int) -> Transition:
-        """The transition of a step, drawn from its number."""
+    def transition(self, step: int) -> Transition:
+        """Return the transition of a step, drawn from its number."""
         draw = torch.Generator().manual_seed(step)
         side = self.touched * self.width
         jacobian = torch.randn(1, side, side, generator=draw, dtype=self.dtype) / side**0.5
@@ -40,77 +48,74 @@ class Sleep:
             rows = torch.randperm(self.slots, generator=draw)[None, : self.touched].sort().values
         return Transition(rows, rows, jacobian, torch.zeros(1, side, dtype=self.dtype), self.slots, self.width)
 
+    def full_jacobian(self, step: int) -> Tensor:
+        """Return the same step's Jacobian (H, H) in full."""
+        sparse = self.transition(step)
+        if sparse.rows is None:
+            return sparse.jacobian[0]
+        jacobian = torch.eye(self.hidden, dtype=self.dtype)
+        places = (sparse.rows[0, :, None] * self.width + torch.arange(self.width)).flatten()
+        jacobian[places] = 0.0
+        jacobian[places[:, None], places] = sparse.jacobian[0]
+        return jacobian
+
     def values(self) -> Tensor:
-        """The influence (1, H, k·H) when it fell asleep."""
+        """Return the influence (1, H, k·H) at the first step."""
         draw = torch.Generator().manual_seed(10**6)
         return torch.randn(1, self.hidden, self.k * self.hidden, generator=draw, dtype=self.dtype)
 
 
-class Sleeper:
-    """The history of the sleep, and the influence caught up in three ways; each gives it led to the end."""
+class DormantSlice:
+    """An influence and the history of its dormancy; each method returns the influence after the last step."""
 
-    def __init__(self, sleep: Sleep) -> None:
-        self.sleep, self._values = sleep, sleep.values()
-        like = torch.zeros(1, sleep.slots, sleep.width, dtype=sleep.dtype)
-        self.history = History(sleep.n, sleep.touched, sleep.touched, like)
-        for step in range(sleep.n):
-            self.history.append(sleep.leaf(step))
-
-    def _asleep(self) -> tuple[ParameterInfluence, Tensor]:
-        shape = torch.Size([1, self.sleep.k * self.sleep.hidden])
-        influence = ParameterInfluence(shape, True, 1, self.sleep.hidden, self._values)
-        rows = influence.allocate(torch.tensor([0]), self.history.oldest)
-        influence.values.copy_(self._values)
-        return influence, rows
+    def __init__(self, dormancy: Dormancy) -> None:
+        self.dormancy, self._values = dormancy, dormancy.values()
+        like = torch.zeros(1, dormancy.slots, dormancy.width, dtype=dormancy.dtype)
+        self.history = History(dormancy.n, dormancy.touched, dormancy.touched, like)
+        for step in range(dormancy.n):
+            self.history.append(dormancy.transition(step))
 
     def planned(self) -> Tensor:
-        """By the plan of a tree that has composed nothing yet, or what it has composed before."""
-        late = self._asleep()
-        catch_up(self.history, [late])
-        return late[0].values
+        """Catch up as the learner does, by the plan of a tree, which at first has composed nothing."""
+        shape = torch.Size([1, self.dormancy.k * self.dormancy.hidden])
+        influence = ParameterInfluence(shape, True, 1, self.dormancy.hidden, self._values)
+        rows = influence.allocate(torch.tensor([0]), self.history.oldest)
+        influence.values.copy_(self._values)
+        catch_up(self.history, [(influence, rows)])
+        return influence.values
 
     def one_by_one(self, steps: int) -> Tensor:
-        """The first so many steps, one product each, in the rows that the step touches."""
+        """Apply the first steps one by one, in the rows that each step touches."""
         values = self._values.clone()
         for step in range(steps):
             self.history.tree.query(step, step + 1).apply_(values)
         return values
 
     def composed(self) -> Tensor:
-        """By one product over the whole sleep, composed in the tree, whatever it costs."""
-        return self.history.tree.query(0, self.sleep.n).apply(self._values)
+        """Apply one product over all steps; composing it in the tree is part of the work."""
+        return self.history.tree.query(0, self.dormancy.n).apply(self._values)
 
 
-def expected(sleep: Sleep) -> Tensor:
-    """The influence led on by full Jacobians, one after the other, by the oracle."""
-    full = []
-    for step in range(sleep.n):
-        leaf = sleep.leaf(step)
-        jacobian = torch.eye(sleep.hidden, dtype=sleep.dtype)
-        if leaf.rows is None:
-            jacobian = leaf.jacobian[0]
-        else:
-            places = (leaf.rows[0, :, None] * sleep.width + torch.arange(sleep.width)).flatten()
-            jacobian[places] = 0.0
-            jacobian[places[:, None], places] = leaf.jacobian[0]
-        full.append((jacobian, torch.zeros(sleep.hidden, dtype=sleep.dtype)))
-    phi, _ = oracles.ordered_product(full)
-    return phi @ sleep.values()
-
-
-def worst_error(sleep: Sleep) -> float:
-    """The largest relative error of all three ways against full Jacobians one by one."""
-    reference = expected(sleep)
-    sleeper = Sleeper(sleep)
-    scale = float(reference.abs().max())
-    found = (sleeper.planned(), sleeper.one_by_one(sleep.n), Sleeper(sleep).composed())
+def worst_error(dormancy: Dormancy) -> float:
+    """Return the largest relative error of all three ways against full Jacobians applied one by one by the oracle."""
+    none = torch.zeros(dormancy.hidden, dtype=dormancy.dtype)
+    phi, _ = oracles.ordered_product([(dormancy.full_jacobian(step), none) for step in range(dormancy.n)])
+    reference = phi @ dormancy.values()
+    dormant, scale = DormantSlice(dormancy), float(reference.abs().max())
+    found = (dormant.planned(), dormant.one_by_one(dormancy.n), DormantSlice(dormancy).composed())
     return max(float((value - reference).abs().max()) / scale for value in found)
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
-    """Multiply-adds to catch up: full Jacobians one by one (H²·p each), sparse ones one by one, one composed product
-    (its making included), and the plan (likewise)."""
+class Costs:
+    """Multiply-adds to catch up.
+
+    Attributes:
+        full: full Jacobians one by one, H²·p each.
+        one_by_one: the steps' own Jacobians one by one.
+        composed: one product, its composition included.
+        planned: the learner's plan, compositions included.
+    """
 
     full: int
     one_by_one: int
@@ -118,12 +123,11 @@ class Counted:
     planned: int
 
 
-def counted(sleep: Sleep) -> Counted:
+def costs(dormancy: Dormancy) -> Costs:
     """Count all ways; each starts from a tree that has composed nothing."""
-    full = sleep.n * sleep.hidden**2 * sleep.k * sleep.hidden
-    return Counted(
-        full,
-        sleep.n * count(lambda: Sleeper(sleep).one_by_one(1)),
-        count(lambda: Sleeper(sleep).composed()),
-        count(lambda: Sleeper(sleep).planned()),
+    return Costs(
+        dormancy.n * dormancy.hidden**2 * dormancy.k * dormancy.hidden,
+        dormancy.n * count_macs(lambda: DormantSlice(dormancy).one_by_one(1)),
+        count_macs(lambda: DormantSlice(dormancy).composed()),
+        count_macs(lambda: DormantSlice(dormancy).planned()),
     )

@@ -1,8 +1,6 @@
-"""Bytes that learning takes, with a peak over everything alive: what the claims about memory share."""
+"""Measure bytes that learning takes: peaks of everything alive, and what the learner holds by formula."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -10,27 +8,20 @@ import torch
 from rtrl._influence.history import History
 from rtrl.learners.block_rtrl import BlockRTRL
 from rtrl.profiling.live_bytes import LiveBytes
-from rtrl.verification.harness.problems import Mixture, Problem, Run
+from rtrl.verification.harness.problems import LearnerRun, Mixture, Problem
 
 
 class Meter(Protocol):
-    """Something that knows how many bytes are taken at once."""
+    """Something that knows how many bytes were taken at once."""
 
     @property
     def peak(self) -> int:
-        """The most so far, above what was there at the beginning."""
+        """The most bytes so far, above what was there at the beginning."""
         ...
 
 
-@contextmanager
-def alive() -> Iterator[Meter]:
-    """The bytes of all tensors alive at once, storage by storage."""
-    with LiveBytes() as meter:
-        yield meter
-
-
 class CudaPeak:
-    """What PyTorch's CUDA allocator has handed out at once."""
+    """The most bytes that PyTorch's CUDA allocator has handed out at once."""
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
@@ -45,39 +36,26 @@ class CudaPeak:
         return torch.cuda.max_memory_allocated(self._device) - self._base
 
 
-@dataclass(frozen=True, slots=True)
-class Peaks:
-    """Peak bytes after T steps of both ways to learn, and what the online learner holds between steps then."""
-
-    lengths: list[int]
-    bptt: list[int]
-    rtrl: list[int]
-    held: list[int]
-
-
-def wake_all(run: Run) -> int:
-    """Lay down every expert and every slot once, so that whatever can take memory does; the steps that took."""
-    cell = run.own
-    experts, slots = int(cell.n_experts), int(cell.n_slots)  # type: ignore[arg-type]
-    steps = max(experts, slots)
-    for i in range(steps):
+def use_all_slices(run: LearnerRun) -> None:
+    """Use every expert and slot once, so that all memory is allocated."""
+    cell = run.cell
+    for i in range(max(cell.n_experts, cell.n_slots)):
         near = torch.tensor([[i, i + 1]], device=run.learner.state.device)
-        laid = cell.choices(near % slots, near % slots, near % experts)  # type: ignore[operator]
-        y = run.learner.step(run.problem.xs[i % len(run.problem.xs)], replay=laid)
+        chosen = cell.choices(near % cell.n_slots, near % cell.n_slots, near % cell.n_experts)
+        y = run.learner.step(run.problem.xs[i % len(run.problem.xs)], replay=chosen)
         run.learner.backward(run.problem.loss(i, y))
-    run.deliver()
-    return steps
+    run.sync()
 
 
-def bptt_peak(problem: Problem, steps: int, meter: Callable[[], "Meter"]) -> int:
-    """Peak bytes of plain backpropagation through time over so many steps, parameters not counted, gradients counted.
+def bptt_peak(problem: Problem, steps: int, meter: Callable[[], Meter]) -> int:
+    """Return the peak bytes of plain backpropagation through time. Gradients are counted, parameters are not.
 
-    The loss is summed as it falls; the graph is what autograd saves, freed as it goes backward.
+    The loss is summed step by step; the graph is what autograd saves, freed in the backward pass.
     """
     cell = problem.cell
     cell.zero_grad()
     measured = meter()
-    h = cell.init_state(problem.xs.shape[1])  # type: ignore[operator]
+    h = cell.init_state(problem.xs.shape[1])
     total = torch.zeros((), dtype=problem.xs.dtype, device=problem.xs.device)
     for t in range(steps):
         y, h, _ = cell(problem.xs[t % len(problem.xs)], h)
@@ -89,20 +67,20 @@ def bptt_peak(problem: Problem, steps: int, meter: Callable[[], "Meter"]) -> int
 
 
 def bptt_on_cpu(problem: Problem, steps: int) -> int:
-    """The same, by the bytes of all tensors alive at once."""
-    with alive() as meter:
+    """Return ``bptt_peak`` as the bytes of all tensors alive at once."""
+    with LiveBytes() as meter:
         return bptt_peak(problem, steps, lambda: meter)
 
 
 def tree_bytes(mixture: Mixture, block: int, window: int, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes that the tree of a learner reserves, at once and for good; nothing is allocated."""
+    """Return the bytes that a learner's tree reserves. Nothing is allocated."""
     state = torch.empty(1, mixture.n_slots, mixture.d_model, dtype=dtype, device="meta")
     rows, cols = min(mixture.n_slots, block * 2), min(mixture.n_slots, block * 4)
     return History(window, rows, cols, state).n_bytes
 
 
 def influence_bytes(mixture: Mixture, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of the influence of one sample once every slice has been active: H·P numbers, and the index of each row."""
+    """Return the bytes of one sample's influence once every slice has been active: H·P numbers and the row indices."""
     cell = mixture.cell(0)
     near = torch.zeros(1, 1, dtype=torch.int64)
     sliced = cell.choices(near, near, near).active
@@ -114,7 +92,7 @@ def influence_bytes(mixture: Mixture, dtype: torch.dtype = torch.float32) -> int
     return numbers * torch.empty((), dtype=dtype).element_size() + index
 
 
-def between_blocks(learner: BlockRTRL) -> int:
-    """Bytes held right after a delivery: influence, tree and state; no open block and no gradient waits."""
+def bytes_after_sync(learner: BlockRTRL) -> int:
+    """Return the bytes held right after ``sync``, with no open block or pending gradient: influence, tree and state."""
     held = learner.retained_bytes()
     return held["influence"] + held["tree"] + held["state"]

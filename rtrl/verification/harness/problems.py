@@ -1,7 +1,7 @@
-"""The mixtures, streams and learners that the claims about cost share, and how they are counted and timed."""
+"""The mixtures, streams and learners that the claims share."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,20 +11,24 @@ from torch import Tensor, nn
 import oracles
 from rtrl.cells.moe import RecurrentMoE
 from rtrl.cells.protocol import Sparsity
+from rtrl.errors import ConfigError
 from rtrl.learners.block_rtrl import BlockRTRL
-from rtrl.profiling.macs import MacCounter
 from rtrl.verification.harness.compare import Comparison, compare_gradients
-from rtrl.verification.harness.models import SLICED
+
+SLICED = ("router.weight", "expert_up", "expert_up_bias", "expert_down", "expert_down_bias", "slot_embedding")
+"""The parameters of ``RecurrentMoE`` whose influence is kept slice by slice."""
+INERT = ("out_query.weight", "out_key.weight", "out_value.weight", "out_mix.weight", "head.weight", "head.bias")
+"""The parameters of the readout, which no later state depends on."""
 
 EXACT = 1e-10
 """The largest relative error of a gradient in float64."""
 ROUGH = 1e-3
-"""The same in float32, of a parameter's largest entry: shows that the right thing was counted, and no more."""
+"""The largest error in float32, relative to a parameter's largest entry: it shows that the right thing was counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """A configuration of ``RecurrentMoE``: top-2, two heads, two slots read and written a step."""
+    """A configuration of ``RecurrentMoE``: top-2, two heads, two slots read and written per step."""
 
     name: str
     d_in: int
@@ -34,11 +38,10 @@ class Mixture:
     n_experts: int
 
     def cell(self, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> RecurrentMoE:
-        """The cell, its weights drawn from the seed."""
+        """Return the cell, its weights drawn from the seed."""
         generator = torch.Generator().manual_seed(seed)
         sizes = (self.d_in, self.d_out, self.d_model, self.n_slots, self.n_experts, 2)
-        cell = RecurrentMoE(*sizes, generator=generator, dtype=dtype)
-        return cell.to(device)
+        return RecurrentMoE(*sizes, generator=generator, dtype=dtype).to(device)
 
     @property
     def hidden(self) -> int:
@@ -55,15 +58,14 @@ CONFIGS = {mixture.name: mixture for mixture in (QUICK, SPEED, HAYSTACK, FLOW)}
 
 @dataclass(frozen=True)
 class Problem:
-    """A cell, a stream of normal numbers for one sample and a squared error at every step; the stream begins anew when
-    it is over."""
+    """A cell, a stream of normal numbers for one sample, and a squared error at every step. The stream repeats."""
 
-    cell: nn.Module
+    cell: RecurrentMoE
     xs: Tensor
     targets: Tensor
 
     def loss(self, t: int, y: Any) -> Tensor:
-        """The squared error of step t."""
+        """Return the squared error of step t."""
         error: Tensor = y - self.targets[t % len(self.targets)]
         return error.square().sum()
 
@@ -73,14 +75,14 @@ class Problem:
         return sum(p.numel() for p in self.cell.parameters())
 
     def first(self, steps: int) -> "Problem":
-        """The first so many steps of the stream."""
+        """Return the problem with only the first steps of the stream."""
         return Problem(self.cell, self.xs[:steps], self.targets[:steps])
 
 
 def problem(
     mixture: Mixture, steps: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Problem:
-    """A mixture with a stream of that length."""
+    """Return a mixture with a stream of that length."""
     draw = torch.Generator().manual_seed(seed + 1)
     xs, targets = (
         torch.randn(steps, 1, width, generator=draw, dtype=torch.float64).to(device, dtype)
@@ -89,127 +91,128 @@ def problem(
     return Problem(mixture.cell(seed, dtype, device), xs, targets)
 
 
-class Declares(nn.Module):
-    """A mixture that keeps some of what it touches to itself; what it does not name counts as touched.
+def byte_model(seed: int, device: torch.device | str = "cpu") -> RecurrentMoE:
+    """Return a small mixture of experts that reads and predicts bytes, in float64."""
+    return RecurrentMoE(
+        256, 256, d_model=8, n_slots=4, n_experts=8, topk=2, read_slots=2, write_slots=1, expert_hidden=8, ffn_hidden=8,
+        generator=torch.Generator().manual_seed(seed), dtype=torch.float64,
+    ).to(device)  # fmt: skip
 
-    It takes no replay: it chooses by itself whenever it runs, or, with ``laid``, as x says: x = [features | two reads |
-    two writes | two experts], as ``lay_down`` makes it.
+
+def usable_device(name: str) -> torch.device:
+    """Return the device, after trying it out.
+
+    Raises:
+        ConfigError: it is not there, or has no float64.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used in float64: {str(error).splitlines()[0]}") from error
+    return device
+
+
+class HideSparsity(nn.Module):
+    """A mixture that declares only part of what it touches; what it does not declare counts as touched.
+
+    It takes no replay: it chooses by itself whenever it runs, or, with ``recorded``, as x says: x = [features | two
+    reads | two writes | two experts], as ``record_routing`` makes it.
     """
 
     def __init__(
-        self, cell: nn.Module, reads: bool = True, writes: bool = True, experts: bool = True, laid: bool = False
+        self, cell: RecurrentMoE, reads: bool = True, writes: bool = True, experts: bool = True, recorded: bool = False
     ) -> None:
         super().__init__()
-        self.cell, self._told, self._laid = cell, (reads, writes, experts), laid
+        self.cell, self._declared, self._recorded = cell, (reads, writes, experts), recorded
 
     def init_state(self, batch_size: int) -> Tensor:
-        """The first state of the mixture."""
-        first: Tensor = self.cell.init_state(batch_size)  # type: ignore[operator]
-        return first
+        """Return the first state of the mixture."""
+        return self.cell.init_state(batch_size)
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Sparsity]:
-        """A step of the mixture."""
-        if self._laid:
+        """Take a step of the mixture."""
+        replay = None
+        if self._recorded:
             x, *chosen = x.split([x.shape[-1] - 6, 2, 2, 2], dim=-1)
-            laid = self.cell.choices(*(index.long() for index in chosen))  # type: ignore[operator]
-            y, h_next, used = self.cell(x, h, replay=laid)
-        else:
-            y, h_next, used = self.cell(x, h)
-        reads, writes, experts = self._told
+            replay = self.cell.choices(*(index.long() for index in chosen))
+        y, h_next, used = self.cell(x, h, replay)
+        reads, writes, experts = self._declared
         active = {f"cell.{name}": index for name, index in used.active.items()} if experts else {}
         return y, h_next, Sparsity(used.reads if reads else None, used.writes if writes else None, active)
 
 
-def lay_down(problem: Problem) -> Problem:
-    """The stream with what the mixture chooses on it written into x, for ``Declares(..., laid=True)``."""
-    h, rows = problem.cell.init_state(1), []  # type: ignore[operator]
+def routing(problem: Problem) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return what the mixture chooses by itself at every step: reads, writes and experts."""
+    h, chosen = problem.cell.init_state(1), []
     with torch.no_grad():
         for x in problem.xs:
             _, h, used = problem.cell(x, h)
-            rows.append(torch.cat([x, used.reads, used.writes, used.active["expert_up"]], dim=-1))
+            chosen.append((used.reads, used.writes, used.active["expert_up"]))
+    return chosen
+
+
+def record_routing(problem: Problem) -> Problem:
+    """Return the problem with the mixture's own choices written into x, for ``HideSparsity(..., recorded=True)``."""
+    rows = [torch.cat([x, *chosen], dim=-1) for x, chosen in zip(problem.xs, routing(problem), strict=True)]
     return Problem(problem.cell, torch.stack(rows), problem.targets)
 
 
-NOTHING = {"reads": False, "writes": False, "experts": False}
-"""What ``Run`` is given for full updates: every row read and written, every slice active."""
+DECLARE_NOTHING = {"reads": False, "writes": False, "experts": False}
+"""What ``LearnerRun`` declares for full updates: every row read and written, every slice active."""
 
 
-class Run:
+class LearnerRun:
     """``BlockRTRL`` on a problem, with a loss at every step.
 
     Args:
+        problem: the problem; its cell is copied.
         declared: which of reads, writes and experts the cell declares; None for the cell as it is.
-        options: of the learner.
+        options: options of the learner.
     """
 
     def __init__(self, problem: Problem, declared: Mapping[str, bool] | None = None, **options: Any) -> None:
         self.problem, self.t = problem, 0
-        self.own = copy.deepcopy(problem.cell)
-        self.own.zero_grad()
-        told = self.own if declared is None else Declares(self.own, **declared)
-        self.learner = BlockRTRL(told, problem.xs.shape[1], **options)
+        self.cell = copy.deepcopy(problem.cell)
+        self.cell.zero_grad()
+        cell = self.cell if declared is None else HideSparsity(self.cell, **declared)
+        self.learner = BlockRTRL(cell, problem.xs.shape[1], **options)
 
     def advance(self, steps: int) -> int:
-        """Take steps; the gradients wait for a delivery."""
+        """Take steps; their gradients wait for ``sync``."""
         for _ in range(steps):
             y = self.learner.step(self.problem.xs[self.t % len(self.problem.xs)])
             self.learner.backward(self.problem.loss(self.t, y))
             self.t += 1
         return steps
 
-    def deliver(self) -> None:
-        """Close the open block and pay everybody, sleepers too."""
+    def sync(self) -> None:
+        """Close the open block and deliver all gradients."""
         self.learner.sync()
 
     def gradients(self) -> dict[str, Tensor | None]:
-        """What has been delivered so far."""
-        return {name: None if p.grad is None else p.grad.clone() for name, p in self.own.named_parameters()}
+        """Return the gradients delivered so far."""
+        return {name: None if p.grad is None else p.grad.clone() for name, p in self.cell.named_parameters()}
 
     def held_bytes(self) -> int:
-        """What the learner holds between two steps."""
+        """Return the bytes that the learner holds between two steps."""
         return sum(self.learner.retained_bytes().values())
 
 
-def unrolled(problem: Problem) -> dict[str, Tensor]:
-    """The gradient over the whole stream, by the oracle's backpropagation through time."""
+def bptt_gradients(problem: Problem) -> dict[str, Tensor]:
+    """Return the gradients over the whole stream by the oracle's backpropagation through time."""
     return oracles.bptt(problem.cell, problem.xs, problem.loss)
 
 
-def agree(
-    found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor], what: str = "gradient", tolerance: float = EXACT
+def check_gradients(
+    found: Mapping[str, Tensor | None], reference: Mapping[str, Tensor], what: str, tolerance: float = EXACT
 ) -> tuple[Comparison, list[str]]:
-    """A comparison of gradients, and, if it does not pass, the failure that voids whatever was counted of the run.
+    """Compare gradients; also return the failure, if there is one, which voids whatever was counted of the run.
 
-    A tolerance above ``EXACT`` is for float32, where a slice of a small gradient is not judged by its own scale.
+    A tolerance above ``EXACT`` is for float32, where a slice with small gradients is not judged by its own scale.
     """
-    compared = compare_gradients(found, expected, SLICED if tolerance <= EXACT else (), tolerance)
+    compared = compare_gradients(found, reference, SLICED if tolerance <= EXACT else (), tolerance)
     if compared.passed:
         return compared, []
     why = compared.problem or f"{compared.where} is off by {compared.error:.1e}, more than {tolerance:.0e}"
     return compared, [f"{what}: {why}"]
-
-
-def count(work: Callable[[], Any]) -> int:
-    """The multiply-adds of a call."""
-    with MacCounter() as counter:
-        work()
-    return counter.macs
-
-
-def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The exponent of growth: the slope of log(values) over log(sizes), by least squares."""
-    xs, ys = (torch.tensor(list(numbers), dtype=torch.float64).log() for numbers in (sizes, values))
-    xs, ys = xs - xs.mean(), ys - ys.mean()
-    return float((xs * ys).sum() / xs.square().sum())
-
-
-def line(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
-    """(a, b) of the least-squares line ``a + b · size``."""
-    xs, ys = (torch.tensor(list(numbers), dtype=torch.float64) for numbers in (sizes, values))
-    b = float(((xs - xs.mean()) * (ys - ys.mean())).sum() / (xs - xs.mean()).square().sum())
-    return float(ys.mean()) - b * float(xs.mean()), b
-
-
-def times(number: float) -> str:
-    """A ratio for people."""
-    return f"{number:,.0f} ×" if number >= 100 else f"{number:.3g} ×"

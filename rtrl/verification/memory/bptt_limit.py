@@ -4,9 +4,9 @@
 tensor bytes alive during plain backpropagation through time is measured at three lengths (autograd's saved tensors and
 the backward pass; parameters are not counted). Growth is linear, which the third length checks, so that the bytes at
 10⁴, 10⁵ and 10⁶ steps follow from a line. And a process that does nothing else takes 400 steps and keeps the graph:
-by how much its resident memory grows a step from the 100th on. That is several times more than the tensors hold, since
-each operation also leaves a node of the graph and each small tensor its own bookkeeping; and it is what fills this
-machine's memory. In the full form config *quick* is really run over 10⁴ steps.
+by how much its resident memory grows per step from the 100th on. That is several times more than the tensors hold,
+since each operation also leaves a node of the graph and each small tensor its own bookkeeping; and it is what fills
+this machine's memory. In the full form config *quick* is really run over 10⁴ steps.
 
 **Why that is fair.** It is this machine's physical memory that is compared, all of it. BPTT is what autograd does by
 itself; checkpointing every √T steps would lengthen the limit a hundred-fold at twice the time, and truncation would
@@ -15,117 +15,134 @@ make it another gradient.
 **What it leaves open.** A batch of B divides the limit by B; a GPU usually has less memory than its host.
 """
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rtrl._utils.formatting import show_bytes
-from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
-from rtrl.verification.harness.bptt_process import growth
+from rtrl.report.model import Cell, Table
+from rtrl.verification.claim import Judgement, Measurements, NotMeasured, Settings, Shown, claim
+from rtrl.verification.harness.measuring import fit_line
 from rtrl.verification.harness.memory import bptt_on_cpu
-from rtrl.verification.harness.problems import CONFIGS, line, problem
-from rtrl.verification.harness.threads import one_thread
+from rtrl.verification.harness.problems import CONFIGS, problem
+from rtrl.verification.harness.subprocesses import bptt_growth, physical_bytes
+from rtrl.verification.show import plot
 
 CLAIMED = 10_000
-COLUMNS = ("config", "P", "tensor bytes a step", "error of the line at the third length")
+COLUMNS = ("config", "P", "tensor bytes per step", "error of the line at the third length")
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """The configurations, the lengths of which two are fitted and the last checks, the lengths that are told from the
-    fit, those between which a process grows, and how long BPTT is really run."""
+class Config:
+    """How much is measured.
+
+    Attributes:
+        configs: the configurations.
+        lengths: the lengths of which two are fitted and the last one checks.
+        extrapolated: the lengths that are read off the line.
+        process: the steps between which a process grows.
+        really: how long BPTT is really run; None for not at all.
+    """
 
     configs: tuple[str, ...] = tuple(CONFIGS)
     lengths: tuple[int, int, int] = (8, 24, 48)
-    told: tuple[int, ...] = (10_000, 100_000, 1_000_000)
+    extrapolated: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     process: tuple[int, int] = (100, 400)
     really: int | None = None
 
 
-QUICK = Sizes()
-FULL = Sizes(lengths=(64, 256, 1024), really=10_000)
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """One configuration: P, peaks at the three lengths, and bytes per step of a process (None if not known)."""
+
+    parameters: int
+    peaks: tuple[int, ...]
+    process: float | None
 
 
-def physical_bytes() -> int | None:
-    """The memory of this machine; None where the system does not tell."""
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+@dataclass(kw_only=True)
+class Limits(Measurements):
+    """The growth of every configuration, this machine's memory, and the peak of the really run one."""
+
+    config: Config
+    memory: int
+    grown: dict[str, Growth]
+    really: int | None
+
+    def line(self, name: str) -> tuple[float, float]:
+        """Return the line through the peaks at the first two lengths."""
+        return fit_line(self.config.lengths[:2], self.grown[name].peaks[:2])
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The longest stream that fits, by configuration."""
+        return {name: self.memory / (growth.process or self.line(name)[1]) for name, growth in self.grown.items()}
 
 
-def judge(limits: dict[str, float]) -> tuple[Verdict, str]:
-    """The verdict from the longest stream that fits, by configuration."""
-    told = ", ".join(f"{limit:,.0f} steps for {name}" for name, limit in limits.items())
+def verdict(m: Limits) -> Judgement:
+    """Judge the limits; say where a process's memory is not known."""
+    found = judge(m.limits)
+    if all(growth.process is not None for growth in m.grown.values()):
+        return found
+    more = f"{found.condition}; by tensors alone, since this system does not report a process's memory"
+    return replace(found, condition=more.lstrip("; "))
+
+
+def judge(limits: dict[str, float]) -> Judgement:
+    """Judge the longest stream that fits, by configuration."""
+    listed = ", ".join(f"{limit:,.0f} steps for {name}" for name, limit in limits.items())
     beyond = [name for name, limit in limits.items() if limit > CLAIMED]
     if not beyond:
-        return "holds", ""
+        return Judgement.holds()
     if len(beyond) == len(limits):
-        return "does not hold", f"this machine's memory is full at {told}"
-    return "holds when", f"the model is larger than {', '.join(beyond)}: memory is full at {told}"
+        return Judgement.does_not_hold(f"this machine's memory is full at {listed}")
+    return Judgement.holds_when(f"the model is larger than {', '.join(beyond)}: memory is full at {listed}")
 
 
-def measure(settings: Settings, progress: Progress, sizes: Sizes | None = None) -> Finding:
-    """Bytes and limits; ``sizes`` to run less."""
-    with one_thread():
-        return _measure(settings, progress, sizes or (FULL if settings.full else QUICK))
-
-
-def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
-    memory = physical_bytes()
-    if memory is None:
-        return Finding("", "> 10 000 steps do not fit", "not measured", "this system does not tell its memory")
-    rows: list[list[str | int | float | None]] = []
-    limits: dict[str, float] = {}
-    curves = []
-    pieces = len(sizes.configs) + 2
-    progress("a process of its own", 0, pieces)
-    grows = growth(sizes.configs, sizes.process, settings.seed)
-    for done, name in enumerate(sizes.configs):
-        progress(f"config {name}", done + 1, pieces)
-        stream = problem(CONFIGS[name], 64, settings.seed)
-        peaks = [bptt_on_cpu(stream, t) for t in sizes.lengths]
-        start, rate = line(sizes.lengths[:2], peaks[:2])
-        off = (start + rate * sizes.lengths[2]) / peaks[2] - 1
-        told = [start + rate * t for t in sizes.told]
-        limits[name] = memory / (grows[name] or rate)
-        rows.append([name, stream.parameters, rate, off, *told, grows[name], limits[name]])
-        curves.append(Series(name, [float(t) for t in sizes.told], told, dashed=True))
-    really = None
-    if sizes.really:
-        progress(f"{sizes.really} steps", pieces - 1, pieces)
-        really = bptt_on_cpu(problem(CONFIGS[sizes.configs[0]], 64, settings.seed), sizes.really)
-        rows.append(
-            [
-                f"{sizes.configs[0]}, really run over {sizes.really} steps",
-                None,
-                None,
-                None,
-                really,
-                None,
-                None,
-                None,
-                None,
-            ]
-        )
-    verdict, condition = judge(limits)
-    if None in grows.values():
-        condition = f"{condition}; by tensors alone, since this system does not tell a process's memory".lstrip("; ")
-    curves.append(Series("this machine", [float(t) for t in sizes.told], [float(memory)] * len(sizes.told)))
-    return Finding(
-        ", ".join(f"{name} {limit:,.0f}" for name, limit in limits.items()) + f" steps fill {show_bytes(memory)}",
-        "no more than 10 000 steps",
-        verdict,
-        condition,
-        [],
-        [
-            Table(
-                "Peak bytes of BPTT, one sample, float32",
-                [*COLUMNS, *(f"T = {t:,}" for t in sizes.told), "of the process a step", "longest T here"],
-                rows,
-            )
-        ],
-        [Plot("Tensors of BPTT against this machine's memory", "T, steps", "bytes", curves, log_x=True, log_y=True)],
-        {"limits": limits, "process_bytes_per_step": grows, "memory_bytes": memory, "really_bytes": really},
+def show(m: Limits) -> Shown:
+    """Show bytes over T and the limits."""
+    config, limits = m.config, m.limits
+    rows: list[list[Cell]] = []
+    lines: dict[str, dict[int, float]] = {}
+    for name, growth in m.grown.items():
+        start, rate = m.line(name)
+        off = (start + rate * config.lengths[2]) / growth.peaks[2] - 1
+        lines[name] = {t: start + rate * t for t in config.extrapolated}
+        rows.append([name, growth.parameters, rate, off, *lines[name].values(), growth.process, limits[name]])
+    if m.really:
+        empty = [None] * (len(config.extrapolated) + 1)
+        rows.append([f"{config.configs[0]}, really run over {config.really} steps", None, None, None, m.really, *empty])
+    columns = [*COLUMNS, *(f"T = {t:,}" for t in config.extrapolated), "of the process per step", "longest T here"]
+    title, level = "Tensors of BPTT against this machine's memory", dict.fromkeys(config.extrapolated, m.memory)
+    return Shown(
+        ", ".join(f"{name} {limit:,.0f}" for name, limit in limits.items()) + f" steps fill {show_bytes(m.memory)}",
+        [Table("Peak bytes of BPTT, one sample, float32", columns, rows)],
+        [plot(title, "T, steps", "bytes", {**lines, "this machine": level}, dashed=lines, log="xy")],
     )
 
 
-CLAIM = Claim("bptt-limit", "BPTT is impossible beyond 10 000 tokens", measure)
+@claim(
+    "bptt-limit",
+    claimed="BPTT is impossible beyond 10 000 tokens",
+    threshold="no more than 10 000 steps",
+    quick=Config(),
+    full=Config(lengths=(64, 256, 1024), really=10_000),
+    verdict=verdict,
+    show=show,
+)
+def measure(config: Config, settings: Settings) -> Limits:
+    """Measure bytes and growth of every configuration."""
+    memory = physical_bytes()
+    if memory is None:
+        raise NotMeasured("this system does not report its memory")
+    settings.progress("a new process")
+    process = bptt_growth(config.configs, config.process, settings.seed)
+    grown = {}
+    for name in config.configs:
+        settings.progress(f"config {name}")
+        stream = problem(CONFIGS[name], 64, settings.seed)
+        peaks = tuple(bptt_on_cpu(stream, t) for t in config.lengths)
+        grown[name] = Growth(stream.parameters, peaks, process[name])
+    really = None
+    if config.really:
+        settings.progress(f"{config.really} steps")
+        really = bptt_on_cpu(problem(CONFIGS[config.configs[0]], 64, settings.seed), config.really)
+    return Limits(config=config, memory=memory, grown=grown, really=really)

@@ -2,212 +2,215 @@
 
 **How it is measured.** Config *quick* (H = 128, 32 thousand parameters, one sample, float32), a loss at every step.
 For each T, the peak of all tensor bytes alive at once, counted storage by storage as tensors are made and freed:
-whatever autograd saves for backpropagation through time, its backward pass included; and for ``BlockRTRL`` the
-influence, the tree, the traces of the open block, and all that exists while a block is closed. The cell's own
-parameters are left out on both sides, the gradient is in. ``BlockRTRL`` first has every expert and slot laid down
-once, so that it holds all that it can ever hold. T*, the length from which BPTT needs more, is told twice, and both
-times predicted before the table is measured: of what is held between two steps by a plain formula, the learner's H·P
-numbers of influence plus its tree over the bytes a step that BPTT takes on a stream of 32; of the peaks by
-``rtrl.plan``, which knows both sides' peaks to 10 %. Measured, both are where the line through BPTT's two longest runs
-meets RTRL's level.
+what autograd saves for backpropagation through time, its backward pass included; and for ``BlockRTRL`` the influence,
+the tree, the traces of the open block, and all that exists while a block is closed. The cell's own parameters are left
+out on both sides, the gradient is in. ``BlockRTRL`` first uses every expert and slot once, so that it holds all that it
+can ever hold. T*, the length from which BPTT needs more, is given twice, and both times predicted before the table is
+measured: of what is held between two steps by a plain formula, the learner's H·P numbers of influence plus its tree
+over the bytes per step that BPTT takes on a stream of 32; of the peaks by ``rtrl.plan``, which knows both sides' peaks
+to 10 %. Measured, both are where the line through BPTT's two longest runs meets RTRL's level.
 
-**Why that is fair.** The old table counted one state a step for BPTT (512 bytes, nothing of the graph) and one state
+**Why that is fair.** The old table counted one state per step for BPTT (512 bytes, nothing of the graph) and one state
 alone for RTRL: it left the influence out, which is nearly all of it. Here both sides are metered by the same counter.
-BPTT is plain; checkpointing would lessen its growth and pay in time.
+BPTT is plain; checkpointing would reduce its growth and cost time.
 
 **What it leaves open.** An allocator rounds up, operations need scratch memory inside themselves that no tensor shows,
-and autograd's own nodes are no tensors: a process that runs BPTT grows several times as fast (*bptt-limit*), so that
+and autograd's own nodes are not tensors: a process that runs BPTT grows several times as fast (*bptt-limit*), so that
 its T* is shorter. *gpu* measures an allocator.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rtrl._utils.formatting import show_bytes
 from rtrl.costs import plan
-from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
+from rtrl.profiling.live_bytes import LiveBytes
+from rtrl.report.model import Cell, Table
+from rtrl.verification.claim import Judgement, Measurements, Settings, Shown, claim
 from rtrl.verification.harness import problems
-from rtrl.verification.harness.memory import alive, between_blocks, bptt_on_cpu, influence_bytes, tree_bytes, wake_all
-from rtrl.verification.harness.problems import Mixture, Problem, Run, line, problem, slope
-from rtrl.verification.harness.threads import one_thread
+from rtrl.verification.harness.measuring import fit_line
+from rtrl.verification.harness.memory import bptt_on_cpu, bytes_after_sync, influence_bytes, tree_bytes, use_all_slices
+from rtrl.verification.harness.problems import LearnerRun, Mixture, Problem, problem
+from rtrl.verification.show import plot, table
 
 CLAIMED = {32: (16_000, 500), 128: (62_000, 500), 512: (250_000, 500), 1024: (500_000, 500), 100_000: (48_800_000, 500)}
 """T → (BPTT, RTRL) as claimed, bytes."""
 
 NEAR = 0.2
-"""A T* that ``rtrl.plan`` predicts from two peaks, each to 10 %."""
+"""How far a T* may be that ``rtrl.plan`` predicts from two peaks, each to 10 %."""
 
 METERED = 128
-"""So many steps the online learner runs under the meter, which slows it; after that, what it holds is compared."""
+"""The longest T at which the online learner runs under the meter, which slows it; after that, what it holds is
+compared."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """The configuration, the lengths that are run, the one that is told from the fit, and the learner's sizes."""
+class Config:
+    """The configuration, the lengths that are run, those that are extrapolated, and the learner's sizes."""
 
     mixture: Mixture = problems.QUICK
     lengths: tuple[int, ...] = (32, 128, 512, 1024)
-    told: tuple[int, ...] = (100_000,)
+    extrapolated: tuple[int, ...] = (100_000,)
     block: int = 16
     window: int = 16
 
 
-QUICK = Sizes()
-FULL = Sizes(lengths=(32, 128, 512, 1024, 4096, 16_384))
+@dataclass(kw_only=True)
+class Peaks(Measurements):
+    """What was measured.
+
+    Attributes:
+        bptt: T → peak bytes of BPTT, for the lengths that are run.
+        peak: peak bytes of RTRL at each of these lengths.
+        held: what RTRL holds between steps at each of these lengths.
+        short: the line through BPTT's peaks on short streams, from which T* is predicted.
+        formula: what RTRL holds between steps by formula.
+        planned: T* of the peaks as ``rtrl.plan`` predicts it.
+        claimed: T → (BPTT, RTRL) as claimed, bytes.
+    """
+
+    config: Config
+    bptt: dict[int, int]
+    peak: dict[int, int]
+    held: dict[int, int]
+    short: tuple[float, float]
+    formula: int
+    planned: int | None
+    claimed: dict[int, tuple[int, int]] = field(default_factory=lambda: CLAIMED)
+
+    @property
+    def rate(self) -> float:
+        """Bytes per step of BPTT, by its two longest runs."""
+        first, last = sorted(self.bptt)[-2:]
+        return (self.bptt[last] - self.bptt[first]) / (last - first)
+
+    @property
+    def crossover(self) -> float:
+        """T* of the peaks."""
+        last = max(self.bptt)
+        return last + (max(self.peak.values()) - self.bptt[last]) / self.rate
+
+    @property
+    def crossover_held(self) -> float:
+        """T* of what is held between steps."""
+        return (min(self.held.values()) - self.short[0]) / self.rate
+
+    @property
+    def predicted_held(self) -> float:
+        """T* of what is held between steps, as predicted."""
+        return (self.formula - self.short[0]) / self.short[1]
+
+    @property
+    def extended(self) -> tuple[dict[int, float], dict[int, float]]:
+        """T → peak bytes of BPTT and of RTRL, with the lengths that are extrapolated."""
+        last, beyond = max(self.bptt), self.config.extrapolated
+        bptt = {t: self.bptt[last] + self.rate * (t - last) for t in beyond}
+        return {**self.bptt, **bptt}, {**self.peak, **dict.fromkeys(beyond, max(self.peak.values()))}
 
 
-def judge(
-    bptt: dict[int, float],
-    rtrl: dict[int, float],
-    held: float,
-    crossover: float,
-    within: bool,
-    claimed: dict[int, tuple[int, int]],
-) -> tuple[Verdict, str]:
-    """The verdict: the claimed figures hold, or only their shape does, from T* on."""
-    alike = [0.5 <= bptt[t] / old[0] <= 2 and 0.5 <= rtrl[t] / old[1] <= 2 for t, old in claimed.items() if t in bptt]
+def verdict(m: Peaks) -> Judgement:
+    """Judge whether the claimed bytes hold, or only their shape does, from T* on."""
+    bptt, rtrl = m.extended
+    alike = [0.5 <= bptt[t] / old[0] <= 2 and 0.5 <= rtrl[t] / old[1] <= 2 for t, old in m.claimed.items() if t in bptt]
     if alike and all(alike):
-        return "holds", ""
-    if not within:
-        return "does not hold", f"at no length measured does RTRL need less than BPTT (T* would be {crossover:,.0f})"
+        return Judgement.holds()
+    if m.crossover >= max(bptt):
+        return Judgement.does_not_hold(
+            f"at no length measured does RTRL need less than BPTT (T* would be {m.crossover:,.0f})"
+        )
     per = show_bytes((bptt[max(bptt)] - bptt[min(bptt)]) / max(max(bptt) - min(bptt), 1))
-    return (
-        "holds when",
-        f"T > {crossover:,.0f}: only from there on does RTRL need less. Not the figures hold but their shape: BPTT "
-        f"grows by {per} a step; RTRL is constant, {show_bytes(held)} between steps, nearly all of it influence, and "
-        f"{show_bytes(rtrl[max(rtrl)])} while a block is closed",
+    held, peak = show_bytes(min(m.held.values())), show_bytes(rtrl[max(rtrl)])
+    return Judgement.holds_when(
+        f"T > {m.crossover:,.0f}: only from there on does RTRL need less. Not the bytes hold but their shape: BPTT "
+        f"grows by {per} per step; RTRL is constant, {held} between steps, nearly all of it influence, and {peak} "
+        "while a block is closed"
     )
 
 
-def measure(settings: Settings, progress: Progress, sizes: Sizes | None = None) -> Finding:
-    """The table; ``sizes`` to run less."""
-    with one_thread():
-        return _measure(settings, progress, sizes or (FULL if settings.full else QUICK))
+def show(m: Peaks) -> Shown:
+    """Show the table, the crossover and the peaks over T."""
+    config, (bptt, rtrl), held, peak = m.config, m.extended, min(m.held.values()), max(m.peak.values())
+    t = max(t for t in config.lengths if t <= 1024)
+    planned = "none" if m.planned is None else f"{m.planned:,}"
+    old = {t: bytes_[0] for t, bytes_ in m.claimed.items()}
+    claimed = {"BPTT, claimed": old, "RTRL, claimed": {t: bytes_[1] for t, bytes_ in m.claimed.items()}}
+    columns = {
+        "how": {t: "extrapolated" if t in config.extrapolated else "measured" for t in bptt},
+        "BPTT": bptt, "RTRL, peak": rtrl, "RTRL, between steps": m.held, **claimed,
+    }  # fmt: skip
+    title = f"Peak bytes, config {config.mixture.name}, block {config.block}, window {config.window}, float32"
+    crossovers: list[list[Cell]] = [
+        ["held between steps", m.predicted_held, m.crossover_held, m.rate, held],
+        ["peak", m.planned, m.crossover, m.rate, peak],
+    ]
+    lines = {"BPTT": bptt, "RTRL, influence and tree included": rtrl, "BPTT as claimed": old}
+    shown = plot(
+        "Peak memory over the length of the stream", "T, steps", "bytes", lines, dashed=["BPTT as claimed"], log="xy"
+    )
+    heading = ["of what", "predicted", "measured", "bytes per step of BPTT", "bytes of RTRL"]
+    return Shown(
+        f"at T = {t}: BPTT {show_bytes(bptt[t])}, RTRL {show_bytes(rtrl[t])} always; RTRL's peak is lower from T* = "
+        f"{m.crossover:,.0f} on ({planned} predicted), what it holds between steps from {m.crossover_held:,.0f} on "
+        f"({m.predicted_held:,.0f} predicted)",
+        [table(title, "T", columns), Table("The crossover T*", heading, crossovers)],
+        [shown],
+    )
 
 
-def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
-    failures = []
-    stream = problem(sizes.mixture, 256, settings.seed)
-    progress("the prediction", 0, len(sizes.lengths) + 2)
+@claim(
+    "memory-table",
+    claimed="BPTT 0.016 / 0.062 / 0.25 / 0.5 MB at T = 32 / 128 / 512 / 1024; RTRL 0.0005 MB always",
+    threshold="BPTT 0.016 … 48.8 MB, RTRL 0.0005 MB always",
+    quick=Config(),
+    full=Config(lengths=(32, 128, 512, 1024, 4096, 16_384)),
+    verdict=verdict,
+    show=show,
+)
+def measure(config: Config, settings: Settings) -> Peaks:
+    """Predict T*, then measure both sides."""
+    stream = problem(config.mixture, 256, settings.seed)
+    settings.progress("the prediction")
     probe = (8, 16, 32)
-    short = [bptt_on_cpu(stream, t) for t in probe]
-    offset, per_step = line(probe, short)
-    formula = influence_bytes(sizes.mixture) + tree_bytes(sizes.mixture, sizes.block, sizes.window)
-    predicted = (formula - offset) / per_step
-    planned = _planned(stream, sizes)
+    short = fit_line(probe, [bptt_on_cpu(stream, t) for t in probe])
+    formula = influence_bytes(config.mixture) + tree_bytes(config.mixture, config.block, config.window)
+    planned = _planned(stream, config)
 
-    progress("BlockRTRL", 1, len(sizes.lengths) + 2)
-    rtrl: dict[int, float] = {}
+    settings.progress("BlockRTRL")
+    peak: dict[int, int] = {}
     held: dict[int, int] = {}
-    with alive() as meter:
-        run = Run(stream, block=sizes.block, window=sizes.window)
-        wake_all(run)
-        for t in sizes.lengths:
+    with LiveBytes() as meter:
+        run = LearnerRun(stream, block=config.block, window=config.window)
+        use_all_slices(run)
+        for t in config.lengths:
             if t <= METERED:
                 run.advance(t - run.t)
-                run.deliver()
-                rtrl[t], held[t] = meter.peak, between_blocks(run.learner)
-    for t in (t for t in sizes.lengths if t > METERED):  # no meter: it is slow, and what is held shows any growth
+                run.sync()
+                peak[t], held[t] = meter.peak, bytes_after_sync(run.learner)
+    for t in (t for t in config.lengths if t > METERED):  # no meter: it is slow, and what is held shows any growth
         run.advance(t - run.t)
-        run.deliver()
-        rtrl[t], held[t] = max(rtrl.values()), between_blocks(run.learner)
+        run.sync()
+        peak[t], held[t] = max(peak.values()), bytes_after_sync(run.learner)
+    failures = []
+    first = next(iter(held.values()))
     if len(set(held.values())) != 1:
         failures.append(f"what BlockRTRL holds after a delivery changes with T: {held}")
-    if next(iter(held.values())) - 4 * sizes.mixture.hidden != formula:
-        failures.append(f"BlockRTRL holds {next(iter(held.values()))} bytes; the formula says {formula} and a state")
+    if first - 4 * config.mixture.hidden != formula:
+        failures.append(f"BlockRTRL holds {first} bytes; the formula says {formula} and a state")
     del run
 
-    bptt: dict[int, float] = {}
-    for done, t in enumerate(sizes.lengths):
-        progress(f"BPTT over {t} steps", done + 2, len(sizes.lengths) + 2)
+    bptt: dict[int, int] = {}
+    for t in config.lengths:
+        settings.progress(f"BPTT over {t} steps")
         bptt[t] = bptt_on_cpu(stream, t)
-    last = sorted(bptt)[-2:]
-    rate = (bptt[last[1]] - bptt[last[0]]) / (last[1] - last[0])
-    peak = max(rtrl.values())
-    crossover = last[1] + (peak - bptt[last[1]]) / rate
-    between = (next(iter(held.values())) - offset) / rate
-    if planned is None or abs(planned / crossover - 1) > NEAR:
-        failures.append(f"rtrl.plan puts T* of the peaks at {planned} steps; measured are {crossover:.0f}")
-    for t in sizes.told:
-        bptt[t], rtrl[t] = bptt[last[1]] + rate * (t - last[1]), peak
-    lengths = sorted(bptt)
-    growth = slope([float(t) for t in sizes.lengths[1:]], [bptt[t] for t in sizes.lengths[1:]])
-    verdict, condition = judge(bptt, rtrl, held[min(held)], crossover, crossover < max(lengths), CLAIMED)
-    rows: list[list[str | int | float | None]] = [
-        [
-            t,
-            "told by the fit" if t in sizes.told else "measured",
-            bptt[t],
-            rtrl[t],
-            held.get(t),
-            *CLAIMED.get(t, (None, None)),
-        ]
-        for t in lengths
-    ]
-    shown = max(t for t in sizes.lengths if t <= 1024)
-    return Finding(
-        f"at T = {shown}: BPTT {show_bytes(bptt[shown])}, RTRL {show_bytes(rtrl[shown])} always; RTRL's peak is "
-        f"lower from T* = {crossover:,.0f} on ({_steps(planned)} predicted), what it holds between steps from "
-        f"{between:,.0f} on ({predicted:,.0f} predicted)",
-        "BPTT 0.016 … 48.8 MB, RTRL 0.0005 MB always",
-        verdict,
-        condition,
-        failures,
-        [
-            Table(
-                f"Peak bytes, config {sizes.mixture.name}, block {sizes.block}, window {sizes.window}, float32",
-                ["T", "how", "BPTT", "RTRL, peak", "RTRL, between steps", "BPTT, claimed", "RTRL, claimed"],
-                rows,
-            ),
-            Table(
-                "The crossover T*",
-                ["of what", "predicted", "measured", "bytes a step of BPTT", "bytes of RTRL"],
-                [
-                    ["held between steps", predicted, between, rate, next(iter(held.values()))],
-                    ["peak", planned, crossover, rate, peak],
-                ],
-            ),
-        ],
-        [
-            Plot(
-                "Peak memory over the length of the stream",
-                "T, steps",
-                "bytes",
-                [
-                    Series("BPTT", [float(t) for t in lengths], [bptt[t] for t in lengths]),
-                    Series(
-                        "RTRL, influence and tree included", [float(t) for t in lengths], [rtrl[t] for t in lengths]
-                    ),
-                    Series(
-                        "BPTT as claimed", [float(t) for t in CLAIMED], [float(b) for b, _ in CLAIMED.values()], True
-                    ),
-                ],
-                log_x=True,
-                log_y=True,
-            )
-        ],
-        {
-            "crossover": crossover,
-            "crossover_planned": planned,
-            "crossover_held": between,
-            "crossover_held_predicted": predicted,
-            "bytes_per_step": rate,
-            "rtrl_peak_bytes": peak,
-            "growth_exponent_bptt": growth,
-        },
+    m = Peaks(
+        config=config, bptt=bptt, peak=peak, held=held, short=short, formula=formula, planned=planned, failures=failures
     )
+    if planned is None or abs(planned / m.crossover - 1) > NEAR:
+        failures.append(f"rtrl.plan puts T* of the peaks at {planned} steps; measured are {m.crossover:.0f}")
+    return m
 
 
-def _steps(number: int | None) -> str:
-    return "none" if number is None else f"{number:,}"
-
-
-def _planned(stream: Problem, sizes: Sizes) -> int | None:
-    """The last length at which BPTT's peak is no higher, as ``rtrl.plan`` has it."""
-    found = plan(stream.cell, stream.xs[0], steps=max(sizes.lengths), blocks=[sizes.block], windows=[sizes.window])
+def _planned(stream: Problem, config: Config) -> int | None:
+    """Return the last length at which BPTT's peak is no higher, as ``rtrl.plan`` predicts it."""
+    found = plan(stream.cell, stream.xs[0], steps=max(config.lengths), blocks=[config.block], windows=[config.window])
     (row,) = (row for row in found.rows if row.method == "BlockRTRL")
     return row.crossover_peak_steps
-
-
-CLAIM = Claim(
-    "memory-table", "BPTT 0.016 / 0.062 / 0.25 / 0.5 MB at T = 32 / 128 / 512 / 1024; RTRL 0.0005 MB always", measure
-)

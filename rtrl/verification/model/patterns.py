@@ -1,36 +1,40 @@
 """Which parameters are active when? Left open by the earlier work; here is the picture, from a real run.
 
 **How it is measured.** A byte model (8 experts, 4 slots, float64) learns to predict real text by ``BlockRTRL`` and
-Adam. Over the last steps, whatever the cell itself chooses is noted from the ``Sparsity`` that it returns: experts
-used, slots read, slots written, one mark each. At some steps the gradient of the next state and of the loss is taken
-by plain autograd, and every slice that is not marked must have a gradient of exactly zero in every parameter, and
-every unmarked slot must be copied bit for bit: the picture shows all that is active, or the claim fails.
+Adam. Over the last steps, what the cell itself chooses is noted from the ``Sparsity`` that it returns: experts used,
+slots read, slots written, one mark each. At some steps the gradient of the next state and of the loss is taken by plain
+autograd, and every slice that is not marked must have a gradient of exactly zero in every parameter, and every unmarked
+slot must be copied bit for bit: the picture shows all that is active, or the claim fails.
 
-**Why that is fair.** Nothing is laid down; the run is one that learns, and autograd knows nothing of what is
-declared.
+**Why that is fair.** Nothing is replayed; the run is one that learns, and autograd knows nothing of what is declared.
 
-**What it leaves open.** Whether a use of experts is a good one: the table tells how even it is and how long they
-sleep.
+**What it leaves open.** Whether a use of experts is a good one: the table tells how even it is and how long they are
+dormant.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from rtrl.cells.moe import RecurrentMoE
 from rtrl.cells.protocol import Sparsity
 from rtrl.learners.block_rtrl import BlockRTRL
+from rtrl.report.model import Plot, Series
 from rtrl.tasks import ByteStream
-from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
-from rtrl.verification.harness.models import byte_model
-from rtrl.verification.harness.threads import one_thread
+from rtrl.verification.claim import Judgement, Measurements, Settings, Shown, claim
+from rtrl.verification.harness.problems import byte_model
+from rtrl.verification.harness.routing_watch import WatchRouting
+from rtrl.verification.show import table
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """Steps of learning, of them the last that are drawn, every how many one is proven, and the learner's sizes."""
+class Config:
+    """Steps of learning, the last of them that are drawn, the distance of those that are proven, and the learner's
+    sizes."""
 
     steps: int = 800
     drawn: int = 300
@@ -38,10 +42,6 @@ class Sizes:
     block: int = 16
     window: int = 16
     rate: float = 5e-3
-
-
-QUICK = Sizes()
-FULL = Sizes(steps=20_000, drawn=600, proven=10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,22 @@ class Mark:
     writes: list[int]
 
 
-def strays(cell: RecurrentMoE, x: torch.Tensor, h: torch.Tensor, used: Sparsity) -> tuple[int, int]:
-    """(entries of gradients and state outside what is declared that are not what they should be, entries looked at),
-    by plain autograd of one step."""
+@dataclass(kw_only=True)
+class Picture(Measurements):
+    """The marks of the last steps, how many undeclared entries were active and how many were looked at, and the mean
+    loss in bits per byte."""
+
+    config: Config
+    experts: int
+    slots: int
+    marks: list[Mark]
+    strays: int = 0
+    looked_at: int = 0
+    bits: float = 0.0
+
+
+def strays(cell: RecurrentMoE, x: Tensor, h: Tensor, used: Sparsity) -> tuple[int, int]:
+    """Return (entries outside what is declared that are active, entries looked at), by plain autograd of one step."""
     y, h_next, _ = cell(x, h)
     assert used.writes is not None
     total = y.square().sum() + (h_next * torch.linspace(1, 2, h_next.numel(), dtype=h.dtype).view_as(h_next)).sum()
@@ -73,53 +86,8 @@ def strays(cell: RecurrentMoE, x: torch.Tensor, h: torch.Tensor, used: Sparsity)
     return wrong + int((h_next[0, kept] != h[0, kept]).sum()), looked + h[0, kept].numel()
 
 
-def run(sizes: Sizes, seed: int, progress: Progress) -> tuple[list[Mark], int, int, float]:
-    """The marks of the last steps, strays among how many entries, and the mean loss there in bits a byte."""
-    stream = ByteStream(None, 1, steps=sizes.steps, dtype=torch.float64)
-    cell = byte_model(seed, torch.device("cpu"))
-    learner = BlockRTRL(cell, 1, block=sizes.block, window=sizes.window)
-    optimizer = torch.optim.Adam(cell.parameters(), lr=sizes.rate)
-    marks: list[Mark] = []
-    seen: list[Sparsity] = []
-    wrong = looked = 0
-    bits = 0.0
-
-    def note(
-        module: torch.nn.Module, args: object, kwargs: dict[str, object], out: tuple[object, object, Sparsity]
-    ) -> None:
-        if kwargs.get("replay") is None:
-            seen.append(out[2])
-
-    for t in range(sizes.steps):
-        if t % 100 == 0:
-            progress(f"step {t}", t, sizes.steps)
-        x, target = stream[t]
-        h = learner.state
-        handle = cell.register_forward_hook(note, with_kwargs=True)
-        y = learner.step(x)
-        handle.remove()
-        used = seen[-1]
-        seen.clear()
-        loss = F.cross_entropy(y, target)
-        if t >= sizes.steps - sizes.drawn:
-            assert used.reads is not None
-            assert used.writes is not None
-            experts = used.active["expert_up"][0].tolist()
-            marks.append(Mark(t, experts, used.reads[0].tolist(), used.writes[0].tolist()))
-            bits += float(loss.detach()) / 0.6931471805599453 / sizes.drawn
-            if t % sizes.proven == 0:
-                some, entries = strays(cell, x, h, used)
-                wrong, looked = wrong + some, looked + entries
-        learner.backward(loss)
-        if learner.at_block_end:
-            learner.sync()
-            optimizer.step()
-            optimizer.zero_grad()
-    return marks, wrong, looked, bits
-
-
-def sleeps(marks: list[Mark], experts: int) -> dict[int, tuple[int, int]]:
-    """Expert → (steps in use, longest sleep between two uses or to an end)."""
+def dormancies(marks: list[Mark], experts: int) -> dict[int, tuple[int, int]]:
+    """Return expert → (steps in use, longest dormancy between two uses or to an end)."""
     found = {}
     for expert in range(experts):
         used = [i for i, mark in enumerate(marks) if expert in mark.experts]
@@ -128,59 +96,88 @@ def sleeps(marks: list[Mark], experts: int) -> dict[int, tuple[int, int]]:
     return found
 
 
-def judge(wrong: int, looked: int) -> tuple[Verdict, str]:
-    """The verdict: the picture is complete, and something was looked at."""
-    if not looked:
-        return "does not hold", "nothing was compared"
-    return ("holds", "") if not wrong else ("does not hold", f"{wrong} entries outside the marks are active")
+def verdict(m: Picture) -> Judgement:
+    """Judge whether the picture is complete, and something was looked at."""
+    if not m.looked_at:
+        return Judgement.does_not_hold("nothing was compared")
+    if m.strays:
+        return Judgement.does_not_hold(f"{m.strays} entries outside the marks are active")
+    return Judgement.holds()
 
 
-def measure(settings: Settings, progress: Progress, sizes: Sizes | None = None) -> Finding:
-    """The picture; ``sizes`` to run less."""
-    sizes = sizes or (FULL if settings.full else QUICK)
-    with one_thread():
-        marks, wrong, looked, bits = run(sizes, settings.seed, progress)
-    failures = [f"{wrong} of {looked} entries that are not declared active are"] if wrong else []
-    verdict, condition = judge(wrong, looked)
-    n_experts, n_slots = 8, 4
-    by_expert = sleeps(marks, n_experts)
+def show(m: Picture) -> Shown:
+    """Show the marks as rasters, and how even the use is."""
+    n, by_expert = len(m.marks), dormancies(m.marks, m.experts)
+    use = {expert: used for expert, (used, _) in by_expert.items()}
+    shares = {expert: used / n for expert, used in use.items()}
+    longest = {expert: length for expert, (_, length) in by_expert.items()}
+
+    def touched(attribute: str) -> dict[int, int]:
+        return {slot: sum(slot in getattr(mark, attribute) for mark in m.marks) for slot in range(m.slots)}
 
     def raster(title: str, label: str, parts: dict[str, str]) -> Plot:
-        series = []
+        lines = []
         for name, attribute in parts.items():
-            pairs = [(mark.step, index) for mark in marks for index in getattr(mark, attribute)]
-            series.append(Series(name, [float(step) for step, _ in pairs], [float(index) for _, index in pairs]))
-        return Plot(title, "step", label, series, kind="raster")
+            pairs = [(mark.step, index) for mark in m.marks for index in getattr(mark, attribute)]
+            lines.append(Series(name, [float(step) for step, _ in pairs], [float(index) for _, index in pairs]))
+        return Plot(title, "step", label, lines, kind="raster")
 
-    in_use = [used / len(marks) for used, _ in by_expert.values()]
-    return Finding(
-        f"{len(marks)} steps drawn; experts in use {min(in_use):.0%} … {max(in_use):.0%} of the time, longest sleep "
-        f"{max(longest for _, longest in by_expert.values())} steps; {wrong} of {looked:,} unmarked entries active",
-        "all that is active is in the picture",
-        verdict,
-        condition,
-        failures,
+    title = f"Experts over the last {n} of {m.config.steps} steps ({m.bits:.2f} bits per byte)"
+    return Shown(
+        f"{n} steps drawn; experts in use {min(shares.values()):.0%} … {max(shares.values()):.0%} of the time, longest "
+        f"dormancy {max(longest.values())} steps; {m.strays} of {m.looked_at:,} unmarked entries active",
         [
-            Table(
-                f"Experts over the last {len(marks)} of {sizes.steps} steps ({bits:.2f} bits a byte)",
-                ["expert", "steps in use", "share", "longest sleep"],
-                [[expert, used, used / len(marks), longest] for expert, (used, longest) in by_expert.items()],
-            ),
-            Table(
-                "Slots",
-                ["slot", "steps read", "steps written"],
-                [
-                    [slot, sum(slot in mark.reads for mark in marks), sum(slot in mark.writes for mark in marks)]
-                    for slot in range(n_slots)
-                ],
-            ),
+            table(title, "expert", {"steps in use": use, "share": shares, "longest dormancy": longest}),
+            table("Slots", "slot", {"steps read": touched("reads"), "steps written": touched("writes")}),
         ],
         [
             raster("Experts used at each step", "expert", {"used": "experts"}),
             raster("Slots read and written at each step", "slot", {"read": "reads", "written": "writes"}),
         ],
-        {"bits_per_byte": bits, "strays": wrong, "looked_at": looked},
     )
 
 
-CLAIM = Claim("patterns", "one can see which parameters are active when (left open)", measure)
+@claim(
+    "patterns",
+    claimed="one can see which parameters are active when (left open)",
+    threshold="all that is active is in the picture",
+    quick=Config(),
+    full=Config(steps=20_000, drawn=600, proven=10),
+    verdict=verdict,
+    show=show,
+)
+def measure(config: Config, settings: Settings) -> Picture:
+    """Learn, and note what the last steps touch."""
+    stream = ByteStream(None, 1, steps=config.steps, dtype=torch.float64)
+    cell = byte_model(settings.seed)
+    learner = BlockRTRL(cell, 1, block=config.block, window=config.window)
+    optimizer = torch.optim.Adam(cell.parameters(), lr=config.rate)
+    m = Picture(config=config, experts=cell.n_experts, slots=cell.n_slots, marks=[])
+    for t in range(config.steps):
+        if t % 100 == 0:
+            settings.progress(f"step {t}")
+        x, target = stream[t]
+        h = learner.state
+        with WatchRouting(cell) as watch:
+            y = learner.step(x)
+        loss = F.cross_entropy(y, target)
+        if t >= config.steps - config.drawn:
+            used = watch.used
+            assert used is not None
+            assert used.reads is not None
+            assert used.writes is not None
+            m.marks.append(
+                Mark(t, used.active["expert_up"][0].tolist(), used.reads[0].tolist(), used.writes[0].tolist())
+            )
+            m.bits += float(loss.detach()) / math.log(2) / config.drawn
+            if t % config.proven == 0:
+                wrong, looked = strays(cell, x, h, used)
+                m.strays, m.looked_at = m.strays + wrong, m.looked_at + looked
+        learner.backward(loss)
+        if learner.at_block_end:
+            learner.sync()
+            optimizer.step()
+            optimizer.zero_grad()
+    if m.strays:
+        m.failures.append(f"{m.strays} of {m.looked_at} entries that are not declared active are")
+    return m

@@ -1,14 +1,14 @@
 """Catching up was said to be 14 × cheaper after 100 dormant steps and 20 × after 1000, at H = 1024.
 
-**How it is measured.** An expert of 32·H parameters has slept for n steps. It is caught up step by step, by one
-product over the whole sleep (its composition included), and by the learner's plan, which chooses node by node between
-the two. The influences of all three are compared with full Jacobians applied one by one by the oracle (float64,
-1e-12, n up to 300), then multiply-adds are counted as they are dispatched; that ratio does not depend on H, so it is
-counted at a small one, and times are taken in turns, one thread, at the largest H that this form has time and memory
-for. Twice: over dense steps, and over steps that touch two of sixteen slots, as config *flow* has them.
+**How it is measured.** An expert of 32·H parameters was dormant for n steps. It is caught up step by step, by one
+product over all steps (its composition included), and by the learner's plan, which chooses node by node between the
+two. The influences of all three are compared with full Jacobians applied one by one by the oracle (float64, 1e-12, n up
+to 300), then multiply-adds are counted as they are dispatched; that ratio does not depend on H, so it is counted at a
+small one, and times are taken in turns, one thread, at the largest H that this form has time and memory for. Twice:
+over dense steps, and over steps that touch two of sixteen slots, as config *flow* has them.
 
-**Why that is fair.** The tree begins with nothing composed, so that every product is paid for here; in a stream,
-others that wake share them. Step by step means the sparse step where the step is sparse: that is what one would do
+**Why that is fair.** The tree begins with nothing composed, so that every product is counted here; in a stream, other
+reactivations share them. Step by step means the sparse step where the step is sparse: that is what one would do
 without a tree. No composed product can save more than a factor n·k / (n − 1 + k), k·H being the parameters, so that
 20 × needs k > 20.
 
@@ -22,171 +22,162 @@ import torch
 
 from rtrl._influence.history import History
 from rtrl.profiling.timing import alternate, median_ratio
-from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
-from rtrl.verification.harness.dormant_slice import Counted, Sleep, Sleeper, counted, worst_error
-from rtrl.verification.harness.problems import times
-from rtrl.verification.harness.threads import one_thread
+from rtrl.report.model import Table
+from rtrl.verification.claim import Judgement, Measurements, Settings, Shown, claim
+from rtrl.verification.harness.dormant_slice import Costs, Dormancy, DormantSlice, costs, worst_error
+from rtrl.verification.harness.measuring import times
+from rtrl.verification.show import plot
 
 CLAIMED = {100: 14.0, 1000: 20.0}
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """The sleeps counted, and at which H each claimed one is timed; k of the experts."""
+class Config:
+    """The lengths that are counted; which of them are timed, and at which H; k of the experts; slot width; rounds."""
 
-    sleeps: tuple[int, ...] = (10, 100, 1000)
+    lengths: tuple[int, ...] = (10, 100, 1000)
     timed: tuple[tuple[int, int], ...] = ((100, 128), (1000, 32))
     k: int = 32
     width: int = 2
     rounds: int = 3
 
+    @property
+    def kinds(self) -> dict[str, Dormancy]:
+        """Dense and sparse steps, as they are counted."""
+        return {"dense": Dormancy(0, 8, 1, 8, self.k), "sparse": Dormancy(0, 16, self.width, 2, self.k)}
 
-QUICK = Sizes()
-FULL = Sizes(sleeps=(3, 10, 30, 100, 300, 1000, 3000), timed=((100, 1024), (1000, 256)))
+
+@dataclass(kw_only=True)
+class Savings(Measurements):
+    """By kind of steps and length: multiply-adds, and seconds of step by step over those of the plan with H."""
+
+    config: Config
+    macs: dict[str, dict[int, Costs]]
+    seconds: dict[str, dict[int, tuple[float, int]]]
+
+    @property
+    def saved(self) -> dict[str, dict[int, float]]:
+        """Multiply-adds of step by step over those of the plan."""
+        return {kind: {n: c.one_by_one / c.planned for n, c in found.items()} for kind, found in self.macs.items()}
 
 
-def judge(dense: dict[int, float], sparse: dict[int, float], claimed: dict[int, float]) -> tuple[Verdict, str]:
-    """The verdict from the ratios step by step : plan, over dense and over sparse steps."""
+def verdict(m: Savings) -> Judgement:
+    """Judge the savings, and say where one composed product loses."""
+    found = judge(m.saved["dense"], m.saved["sparse"], CLAIMED)
+    sparse = m.macs["sparse"]
+    losing = [n for n, c in sparse.items() if c.composed > c.one_by_one]
+    if not losing:
+        return found
+    n = max(losing)
+    more = (
+        f"; one log-depth product over sparse steps loses to replaying them up to {n} dormant steps "
+        f"({times(sparse[n].composed / sparse[n].one_by_one)} the cost there)"
+    )
+    return replace(found, condition=found.condition + more)
+
+
+def judge(dense: dict[int, float], sparse: dict[int, float], claimed: dict[int, float]) -> Judgement:
+    """Judge the ratios step by step : plan, over dense and over sparse steps."""
 
     def reached(found: dict[int, float]) -> bool:
         return all(found[n] >= least for n, least in claimed.items() if n in found)
 
-    told = ", ".join(f"{times(value)} at n = {n}" for n, value in sparse.items() if n in claimed)
+    def listed(found: dict[int, float]) -> str:
+        return ", ".join(f"{times(value)} at n = {n}" for n, value in found.items() if n in claimed)
+
     if reached(dense) and reached(sparse):
-        return "holds", ""
+        return Judgement.holds()
     if reached(dense):
-        return (
-            "holds when",
-            f"the steps are dense and the expert has more than about 20·H parameters; over steps that touch two of "
-            f"sixteen slots, replaying them is cheap already, and the plan saves {told}",
+        return Judgement.holds_when(
+            "the steps are dense and the expert has more than about 20·H parameters; over steps that touch two of "
+            f"sixteen slots, replaying them is cheap already, and the plan saves {listed(sparse)}"
         )
-    return "does not hold", ", ".join(f"{times(value)} at n = {n}" for n, value in dense.items() if n in claimed)
+    return Judgement.does_not_hold(listed(dense))
 
 
-def timed(sleep: Sleep, rounds: int, few: int = 5) -> float:
-    """Seconds of step by step over those of the plan; step by step, ``few`` steps are timed, as each takes the same.
+def timed(dormancy: Dormancy, rounds: int, few: int = 5) -> float:
+    """Return the seconds of step by step over those of the plan.
 
-    Copying the influence and putting the leaves back, which each round needs, are timed apart and taken off.
+    Step by step, ``few`` steps are timed, since each takes the same. Copying the influence and restoring the leaves,
+    which each round needs, are timed apart and subtracted.
     """
-    kept = Sleeper(sleep)
-    first, leaves = torch.zeros(1, sleep.slots, sleep.width), kept.history.state_dict()
-
-    def fresh() -> History:
-        return History.from_state_dict(leaves, first)
-
-    def plan() -> int:
-        kept.history = fresh()
-        kept.planned()
-        return 1
+    dormant = DormantSlice(dormancy)
+    first, leaves = torch.zeros(1, dormancy.slots, dormancy.width), dormant.history.state_dict()
 
     def restore() -> int:
-        fresh()
+        dormant.history = History.from_state_dict(leaves, first)
         return 1
 
-    def replay() -> int:
-        kept.one_by_one(few)
-        return few
-
-    def copy() -> int:
-        kept.one_by_one(0)
+    def plan() -> int:
+        restore()
+        dormant.planned()
         return 1
 
-    took = alternate({"plan": plan, "restore": restore, "replay": replay, "copy": copy}, rounds)
-    copies = took["copy"]
-    planned = [max(a - b - c, 1e-9) for a, b, c in zip(took["plan"], took["restore"], copies, strict=True)]
-    replayed = [sleep.n * max(a - c / few, 1e-9) for a, c in zip(took["replay"], copies, strict=True)]
+    def replay(steps: int) -> int:
+        dormant.one_by_one(steps)
+        return max(steps, 1)
+
+    sides = {"plan": plan, "restore": restore, "replay": lambda: replay(few), "copy": lambda: replay(0)}
+    seconds = alternate(sides, rounds)
+    copies = seconds["copy"]
+    planned = [max(a - b - c, 1e-9) for a, b, c in zip(seconds["plan"], seconds["restore"], copies, strict=True)]
+    replayed = [dormancy.n * max(a - c / few, 1e-9) for a, c in zip(seconds["replay"], copies, strict=True)]
     return median_ratio(replayed, planned)
 
 
-def measure(settings: Settings, progress: Progress, sizes: Sizes | None = None) -> Finding:
-    """Ratios over dense and sparse steps; ``sizes`` to run less."""
-    with one_thread():
-        return _measure(settings, progress, sizes or (FULL if settings.full else QUICK))
-
-
-def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
-    failures = []
-    kinds = {"dense": Sleep(0, 8, 1, 8, sizes.k), "sparse": Sleep(0, 16, sizes.width, 2, sizes.k)}
-    macs: dict[str, dict[int, Counted]] = {kind: {} for kind in kinds}
-    pieces = len(sizes.sleeps) + len(sizes.timed)
-    for done, n in enumerate(sizes.sleeps):
-        progress(f"a sleep of {n}", done, pieces)
-        for kind, sleep in kinds.items():
-            error = worst_error(replace(sleep, n=n, k=4, dtype=torch.float64)) if n <= 300 else 0.0
-            if not error <= 1e-12:
-                failures.append(f"a sleep of {n} {kind} steps is caught up with an error of {error:.1e}")
-            macs[kind][n] = counted(replace(sleep, n=n))
-            if macs[kind][n].planned > macs[kind][n].one_by_one:
-                failures.append(f"the plan for {n} {kind} steps costs more than replaying them")
-    seconds: dict[tuple[str, int], tuple[float, int]] = {}
-    for done, (n, hidden) in enumerate(sizes.timed):
-        progress(f"timing {n} steps", len(sizes.sleeps) + done, pieces)
-        for kind, shape in (("dense", (hidden, 1, hidden)), ("sparse", (16, hidden // 16, 2))):
-            sleep = Sleep(n, *shape, sizes.k)
-            seconds[kind, n] = timed(sleep, sizes.rounds), hidden
-
-    saved = {kind: {n: c.one_by_one / c.planned for n, c in found.items()} for kind, found in macs.items()}
-    losing = [n for n, c in macs["sparse"].items() if c.composed > c.one_by_one]
-    verdict, condition = judge(saved["dense"], saved["sparse"], CLAIMED)
-    if losing:
-        condition += (
-            f"; one log-depth product over sparse steps loses to replaying them for sleeps up to {max(losing)} "
-            f"({times(macs['sparse'][max(losing)].composed / macs['sparse'][max(losing)].one_by_one)} the cost there)"
-        )
-    if failures:
-        verdict, condition = "does not hold", "what is caught up is wrong, so the figures are void"
-    told = [n for n in CLAIMED if n in saved["dense"]] or list(saved["dense"])[-1:]
-    clock = {kind: {n: value for (k, n), (value, _) in seconds.items() if k == kind} for kind in kinds}
-    at = [float(n) for n in sizes.sleeps]
-    rows: list[list[str | int | float | None]] = [
-        [
-            kind,
-            n,
-            c.one_by_one,
-            c.composed,
-            c.planned,
-            c.one_by_one / c.planned,
-            clock[kind].get(n),
-            seconds[kind, n][1] if (kind, n) in seconds else None,
-        ]
-        for kind, found in macs.items()
-        for n, c in found.items()
+def show(m: Savings) -> Shown:
+    """Show the savings by length of dormancy."""
+    saved, kinds, k = m.saved, m.config.kinds, m.config.k
+    parts = []
+    for n in [n for n in CLAIMED if n in saved["dense"]] or list(saved["dense"])[-1:]:
+        seconds = f" ({times(m.seconds['dense'][n][0])} in time)" if n in m.seconds["dense"] else ""
+        dense, sparse = times(saved["dense"][n]), times(saved["sparse"][n])
+        parts.append(f"{dense} at {n} dense steps{seconds}, {sparse} at {n} sparse")
+    states = f"H = {kinds['dense'].hidden} dense, {kinds['sparse'].hidden} sparse"
+    counts = {kind: {n: (c.one_by_one, c.composed, c.planned) for n, c in m.macs[kind].items()} for kind in kinds}
+    rows = [
+        [kind, n, *counts[kind][n], saved[kind][n], *m.seconds[kind].get(n, (None, None))]
+        for kind in kinds
+        for n in m.config.lengths
     ]
-    return Finding(
-        ", ".join(
-            f"{times(saved['dense'][n])} at {n} dense steps"
-            + (f" ({times(clock['dense'][n])} in time)" if n in clock["dense"] else "")
-            + f", {times(saved['sparse'][n])} at {n} sparse"
-            for n in told
-        ),
-        "≥ 14 × at 100, ≥ 20 × at 1000",
-        verdict,
-        condition,
-        failures,
-        [
-            Table(
-                f"Multiply-adds to catch up {sizes.k}·H parameters (H = {kinds['dense'].hidden} dense, "
-                f"{kinds['sparse'].hidden} sparse), and times",
-                ["steps", "n", "one by one", "one product", "plan", "one by one / plan", "the same in time", "H timed"],
-                rows,
-            )
-        ],
-        [
-            Plot(
-                "What the tree saves against step by step",
-                "steps asleep",
-                "multiply-adds of one by one over those of the plan",
-                [
-                    Series("dense steps", at, list(saved["dense"].values())),
-                    Series("sparse steps", at, list(saved["sparse"].values())),
-                    Series("most that a product can save", at, [n * sizes.k / (n - 1 + sizes.k) for n in at], True),
-                ],
-                log_x=True,
-                log_y=True,
-            )
-        ],
-        {"macs_ratio": {k: {str(n): v for n, v in found.items()} for k, found in saved.items()}},
+    lines = {
+        "dense steps": saved["dense"],
+        "sparse steps": saved["sparse"],
+        "most that a product can save": {n: n * k / (n - 1 + k) for n in m.config.lengths},
+    }
+    columns = ["steps", "n", "one by one", "one product", "plan", "one by one / plan", "the same in time", "H timed"]
+    y_label, dashed = "multiply-adds of one by one over those of the plan", ("most that a product can save",)
+    return Shown(
+        ", ".join(parts),
+        [Table(f"Multiply-adds to catch up {k}·H parameters ({states}), and times", columns, rows)],
+        [plot("What the tree saves against step by step", "dormant steps", y_label, lines, dashed=dashed, log="xy")],
     )
 
 
-CLAIM = Claim("catch-up", "14 × cheaper at 100 dormant steps, 20 × at 1000 (H = 1024)", measure)
+@claim(
+    "catch-up",
+    claimed="14 × cheaper at 100 dormant steps, 20 × at 1000 (H = 1024)",
+    threshold="≥ 14 × at 100, ≥ 20 × at 1000",
+    quick=Config(),
+    full=Config((3, 10, 30, 100, 300, 1000, 3000), timed=((100, 1024), (1000, 256))),
+    verdict=verdict,
+    show=show,
+    void="what is caught up is wrong, so the results are void",
+)
+def measure(config: Config, settings: Settings) -> Savings:
+    """Count and time over dense and sparse steps."""
+    m = Savings(config=config, macs={kind: {} for kind in config.kinds}, seconds={kind: {} for kind in config.kinds})
+    for n in config.lengths:
+        settings.progress(f"{n} dormant steps")
+        for kind, dormancy in config.kinds.items():
+            error = worst_error(replace(dormancy, n=n, k=4, dtype=torch.float64)) if n <= 300 else 0.0
+            if not error <= 1e-12:
+                m.failures.append(f"after {n} dormant {kind} steps the influence is off by {error:.1e}")
+            m.macs[kind][n] = costs(replace(dormancy, n=n))
+            if m.macs[kind][n].planned > m.macs[kind][n].one_by_one:
+                m.failures.append(f"the plan for {n} {kind} steps costs more than replaying them")
+    for n, hidden in config.timed:
+        settings.progress(f"timing {n} steps")
+        for kind, shape in (("dense", (hidden, 1, hidden)), ("sparse", (16, hidden // 16, 2))):
+            m.seconds[kind][n] = timed(Dormancy(n, *shape, config.k), config.rounds), hidden
+    return m

@@ -2,160 +2,151 @@
 
 **How it is measured.** One step of an influence of H = 1024 rows is taken with the full Jacobian and with the
 row-sparse one that reads and writes two of sixteen slots of 64: the results are compared, multiply-adds counted, and
-both timed in turns on one thread. For the tree, an expert of 16·H parameters (as config *flow* has them) sleeps for n
-such steps; full Jacobians one by one stand against the learner's plan, compositions included, for n up to 10⁴. Counts
+both timed in turns on one thread. For the tree, an expert of 16·H parameters (as config *flow* has them) is dormant for
+n such steps; full Jacobians one by one stand against the learner's plan, compositions included, for n up to 10⁴. Counts
 depend on the number of slots alone, so these are taken with slots of two, and the influences caught up are compared
 with the oracle (n up to 300).
 
 **Why that is fair.** 896 is 64 × 14, as if both savings multiplied. They compete: a product over many steps touches
 every slot, and the sparser the steps, the less there is for it to save. Only what a run takes counts here.
 
-**What it leaves open.** Linearising the step and what is born in it cost extra, about as much for every method; they
-are in *per-step*.
+**What it leaves open.** Linearising the step and its immediate influence cost extra, about as much for every method;
+they are in *per-step*.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from rtrl._influence.transition import Transition
 from rtrl.profiling.timing import alternate, median_ratio
-from rtrl.verification.claim import Claim, Finding, Plot, Progress, Series, Settings, Table, Verdict
-from rtrl.verification.harness.dormant_slice import Sleep, Sleeper, worst_error
-from rtrl.verification.harness.problems import count, times
-from rtrl.verification.harness.threads import one_thread
+from rtrl.verification.claim import Judgement, Measurements, Settings, Shown, claim
+from rtrl.verification.harness.dormant_slice import Dormancy, DormantSlice, worst_error
+from rtrl.verification.harness.measuring import count_macs, times
+from rtrl.verification.show import plot, table
 
 ROWS, TREE = 64.0, 896.0
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """Slots, their width and how many are touched; columns of the influence that is moved; the sleeps, and k."""
+class Config:
+    """Slots, their width and how many are touched; columns of the influence; lengths of dormancy, k of the expert and
+    the width of slots there; rounds."""
 
     slots: int = 16
     width: int = 64
     touched: int = 2
     columns: int = 128
-    sleeps: tuple[int, ...] = (10, 100, 1000)
+    lengths: tuple[int, ...] = (10, 100, 1000)
     k: int = 16
     small: int = 2
     rounds: int = 7
 
 
-QUICK = Sizes()
-FULL = Sizes(columns=4096, sleeps=(1, 10, 30, 100, 300, 1000, 3000, 10_000), rounds=15)
+@dataclass(kw_only=True)
+class StepAndTree(Measurements):
+    """Multiply-adds and seconds of one step, full and row-sparse; by length of dormancy, multiply-adds of full
+    Jacobians one by one over the learner's plan, and over sparse steps one by one."""
+
+    config: Config
+    macs: dict[str, int]
+    seconds: dict[str, list[float]]
+    tree: dict[int, float]
+    replay: dict[int, float]
+
+    @property
+    def rows(self) -> float:
+        """Multiply-adds of a full step over those of a row-sparse one."""
+        return self.macs["full"] / self.macs["row-sparse"]
 
 
-def judge(rows: float, tree: dict[int, float]) -> tuple[Verdict, str]:
-    """The verdict from the ratio of one step and, by length of sleep, that with the tree."""
-    if rows < ROWS:
-        return "does not hold", f"one step takes {times(rows)} fewer"
-    reached = [n for n, value in sorted(tree.items()) if value >= TREE]
-    hundred = f"at n = 100 it is {times(tree[100])}" if 100 in tree else ""
+def verdict(m: StepAndTree) -> Judgement:
+    """Judge the ratio of one step and, by length of dormancy, that with the tree."""
+    if m.rows < ROWS:
+        return Judgement.does_not_hold(f"one step takes {times(m.rows)} fewer")
+    reached = [n for n, value in sorted(m.tree.items()) if value >= TREE]
+    hundred = f"at n = 100 it is {times(m.tree[100])}" if 100 in m.tree else ""
     if reached and reached[0] <= 100:
-        return "holds", ""
+        return Judgement.holds()
     if reached:
-        return "holds when", f"896 × needs a sleep of about {reached[0]} steps; {hundred}, since the savings compete"
-    most = max(tree.values())
-    return (
-        "holds when",
-        f"the 64 × of the rows are meant; with the tree it is at most {times(most)} up to n = {max(tree)}; {hundred}: "
-        "the savings compete, they do not multiply",
+        return Judgement.holds_when(
+            f"896 × needs about {reached[0]} dormant steps; {hundred}, since the savings compete"
+        )
+    most, longest = times(max(m.tree.values())), max(m.tree)
+    return Judgement.holds_when(
+        f"the 64 × of the rows are meant; with the tree it is at most {most} up to n = {longest}; {hundred}: the "
+        "savings compete, they do not multiply"
     )
 
 
-def _step(sizes: Sizes) -> tuple[Transition, Transition, torch.Tensor]:
-    """The same step as full and as row-sparse Jacobian, and an influence."""
-    sparse = Sleep(1, sizes.slots, sizes.width, sizes.touched).leaf(0)
-    hidden = sizes.slots * sizes.width
-    jacobian = torch.eye(hidden)
-    assert sparse.rows is not None
-    places = (sparse.rows[0, :, None] * sizes.width + torch.arange(sizes.width)).flatten()
-    jacobian[places] = 0.0
-    jacobian[places[:, None], places] = sparse.jacobian[0]
-    full = Transition(None, None, jacobian[None], torch.zeros(1, hidden), sizes.slots, sizes.width)
-    return full, sparse, torch.randn(1, hidden, sizes.columns)
-
-
-def measure(settings: Settings, progress: Progress, sizes: Sizes | None = None) -> Finding:
-    """One step and many; ``sizes`` to run less."""
-    with one_thread():
-        return _measure(settings, progress, sizes or (FULL if settings.full else QUICK))
-
-
-def _measure(settings: Settings, progress: Progress, sizes: Sizes) -> Finding:
-    failures = []
-    progress("one step", 0, len(sizes.sleeps) + 1)
-    full, sparse, influence = _step(sizes)
-    error = float((full.apply(influence) - sparse.apply(influence)).abs().max() / influence.abs().max())
-    if not error <= 1e-5:
-        failures.append(f"the row-sparse step is off by {error:.1e} in float32")
-    full_macs, sparse_macs = (count(partial(step.apply, influence)) for step in (full, sparse))
-    if sparse_macs != (sizes.touched * sizes.width) ** 2 * sizes.columns:
-        failures.append(f"a row-sparse step took {sparse_macs} multiply-adds, not W·R·p")
-
-    def go(step: Transition) -> int:
-        step.apply(influence)
-        return 1
-
-    took = alternate({"full": lambda: go(full), "sparse": lambda: go(sparse)}, sizes.rounds)
-    clock = median_ratio(took["full"], took["sparse"])
-
-    tree: dict[int, float] = {}
-    replay: dict[int, float] = {}
-    for done, n in enumerate(sizes.sleeps):
-        progress(f"a sleep of {n}", done + 1, len(sizes.sleeps) + 1)
-        sleep = Sleep(n, sizes.slots, sizes.small, sizes.touched, sizes.k)
-        if n <= 300:
-            wrong = worst_error(Sleep(n, sizes.slots, sizes.small, sizes.touched, 2, torch.float64))
-            if not wrong <= 1e-12:
-                failures.append(f"a sleep of {n} steps is caught up with an error of {wrong:.1e}")
-        dense = n * sleep.hidden**2 * sleep.k * sleep.hidden
-        sleeper = Sleeper(sleep)
-        tree[n] = dense / count(sleeper.planned)
-        replay[n] = dense / (n * (sizes.touched * sizes.small) ** 2 * sleep.k * sleep.hidden)
-    rows = full_macs / sparse_macs
-    verdict, condition = judge(rows, tree)
-    if failures:
-        verdict, condition = "does not hold", "results differ, so the figures are void"
-    told = 100 if 100 in tree else max(tree)
-    at = [float(n) for n in tree]
-    return Finding(
-        f"{times(rows)} fewer multiply-adds a step ({times(clock)} less time); with the tree {times(tree[told])} at "
-        f"n = {told}, {times(tree[max(tree)])} at n = {max(tree)}",
-        "64 ×; 896 × with the tree",
-        verdict,
-        condition,
-        failures,
+def show(m: StepAndTree) -> Shown:
+    """Show one step, and the ratios by length of dormancy."""
+    config, tree = m.config, m.tree
+    n, clock = 100 if 100 in tree else max(tree), median_ratio(m.seconds["full"], m.seconds["row-sparse"])
+    seconds = {kind: min(values) for kind, values in m.seconds.items()}
+    title = f"One step, H = {config.slots * config.width}, {config.columns} columns"
+    columns = {"row-sparse, one by one": m.replay, "row-sparse with the tree": tree}
+    claimed = {"claimed with the tree": dict.fromkeys(tree, TREE)}
+    lines = {"rows and tree": tree, "rows alone": m.replay, **claimed}
+    return Shown(
+        f"{times(m.rows)} fewer multiply-adds per step ({times(clock)} less time); with the tree {times(tree[n])} at "
+        f"n = {n}, {times(tree[max(tree)])} at n = {max(tree)}",
         [
-            Table(
-                f"One step, H = {sizes.slots * sizes.width}, {sizes.columns} columns",
-                ["Jacobian", "multiply-adds", "s"],
-                [["full", full_macs, min(took["full"])], ["row-sparse", sparse_macs, min(took["sparse"])]],
-            ),
-            Table(
-                "Full Jacobians one by one over …, multiply-adds",
-                ["n", "row-sparse, one by one", "row-sparse with the tree"],
-                [[n, replay[n], tree[n]] for n in tree],
-            ),
+            table(title, "Jacobian", {"multiply-adds": m.macs, "s": seconds}),
+            table("Full Jacobians one by one over …, multiply-adds", "n", columns),
         ],
         [
-            Plot(
-                "Fewer multiply-adds than full Jacobians one by one",
-                "steps asleep",
-                "ratio",
-                [
-                    Series("rows and tree", at, list(tree.values())),
-                    Series("rows alone", at, list(replay.values())),
-                    Series("claimed with the tree", at, [TREE] * len(at), dashed=True),
-                ],
-                log_x=True,
-                log_y=True,
+            plot(
+                "Fewer multiply-adds than full Jacobians one by one", "dormant steps", "ratio", lines,
+                dashed=claimed, log="xy",
             )
         ],
-        {"macs_ratio_rows": rows, "time_ratio_rows": clock, "macs_ratio_tree": {str(n): v for n, v in tree.items()}},
-    )
+    )  # fmt: skip
 
 
-CLAIM = Claim("read-write", "(1024/128)² = 64 × fewer operations; 896 × with the tree", measure)
+@claim(
+    "read-write",
+    claimed="(1024/128)² = 64 × fewer operations; 896 × with the tree",
+    threshold="64 ×; 896 × with the tree",
+    quick=Config(),
+    full=Config(columns=4096, lengths=(1, 10, 30, 100, 300, 1000, 3000, 10_000), rounds=15),
+    verdict=verdict,
+    show=show,
+    void="results differ, so they are void",
+)
+def measure(config: Config, settings: Settings) -> StepAndTree:
+    """Take one step in both forms, and catch up over many."""
+    failures = []
+    settings.progress("one step")
+    step = Dormancy(1, config.slots, config.width, config.touched)
+    full, sparse = step.full_jacobian(0)[None], step.transition(0)
+    adjoint = torch.zeros(1, step.hidden)
+    steps = {"full": Transition(None, None, full, adjoint, step.slots, step.width), "row-sparse": sparse}
+    influence = torch.randn(1, step.hidden, config.columns)
+    results = [transition.apply(influence) for transition in steps.values()]
+    error = float((results[0] - results[1]).abs().max() / influence.abs().max())
+    if not error <= 1e-5:
+        failures.append(f"the row-sparse step is off by {error:.1e} in float32")
+    macs = {kind: count_macs(partial(transition.apply, influence)) for kind, transition in steps.items()}
+    if macs["row-sparse"] != (config.touched * config.width) ** 2 * config.columns:
+        failures.append(f"a row-sparse step took {macs['row-sparse']} multiply-adds, not W·R·p")
+
+    def apply(transition: Transition) -> int:
+        transition.apply(influence)
+        return 1
+
+    seconds = alternate({kind: partial(apply, transition) for kind, transition in steps.items()}, config.rounds)
+    m = StepAndTree(config=config, macs=macs, seconds=seconds, tree={}, replay={}, failures=failures)
+    for n in config.lengths:
+        settings.progress(f"{n} dormant steps")
+        dormancy = Dormancy(n, config.slots, config.small, config.touched, config.k)
+        if n <= 300:
+            error = worst_error(replace(dormancy, k=2, dtype=torch.float64))
+            if not error <= 1e-12:
+                m.failures.append(f"after {n} dormant steps the influence is off by {error:.1e}")
+        columns = dormancy.k * dormancy.hidden
+        dense = n * dormancy.hidden**2 * columns
+        m.tree[n] = dense / count_macs(DormantSlice(dormancy).planned)
+        m.replay[n] = dense / (n * (config.touched * config.small) ** 2 * columns)
+    return m
