@@ -22,9 +22,9 @@ from rtrl.verification.runner import Outcome
 
 def entry(outcome: Outcome) -> ClaimResult:
     """Return what a claim came to, with its words."""
-    claim, words = outcome.claim, {"id": outcome.claim.id, "claimed": outcome.claim.claimed}
-    finding = {part.name: getattr(outcome.finding, part.name) for part in fields(Finding)}
-    return ClaimResult(**finding, **words, explanation=claim.explanation, duration_s=round(outcome.duration_s, 3))
+    claim, seconds = outcome.claim, round(outcome.duration_s, 3)
+    finding: dict[str, Any] = {part.name: getattr(outcome.finding, part.name) for part in fields(Finding)}
+    return ClaimResult(**finding, id=claim.id, claimed=claim.claimed, explanation=claim.explanation, duration_s=seconds)
 
 
 def record(entries: Sequence[ClaimResult], settings: Settings, command: str) -> Record:
