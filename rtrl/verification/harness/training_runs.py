@@ -4,7 +4,6 @@ for."""
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from rtrl.learners import Learner
 from rtrl.tasks.protocol import Task, TaskStep
 from rtrl.training import evaluate
 
-MakeLearner = Callable[[nn.Module, int], Any]
+MakeLearner = Callable[[nn.Module, int], Learner]
 Progress = Callable[[int], None]
 """Called with the number of episodes done, before each."""
 
