@@ -1,6 +1,10 @@
-"""What README and docs say is run: every Python block, and the commands that the gate is to use."""
+"""What README, docs and examples say is run: every block of Python, every script, the commands of the gate."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,54 +12,184 @@ import pytest
 from rtrl.testing import cell_checks, learner_checks
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+PAGES = [README, *sorted(DOCS.rglob("*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# What the gate calls a script with, so that it takes seconds, and what it must print.
+ARGUMENTS = {
+    "compare_learners.py": (["--hidden", "8", "--batch-size", "1", "2", "--rounds", "1"], r"\| 8 \| 2 \| .* MiB \|"),
+    "long_haystack.py": ([], r"BlockRTRL: 100%.*\ntruncated BPTT: +[45]\d%"),
+    "online_char_rnn.py": (["--steps", "300", "--hidden", "16"], r"step +300: \d\.\d\d bits per byte"),
+    "own_cell.py": ([], r"0 of \d+ checks failed(.|\n)*step 800: squared error 0\.0[01]"),
+}
 
 
-def blocks(language: str) -> list[tuple[str, str]]:
-    """(where, text) of every fenced block of a language."""
-    found = []
-    for page in PAGES:
-        for i, text in enumerate(re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)):
-            found.append((f"{page.name}-{i}", text))
-    return found
+def blocks(page: Path, language: str = "python") -> list[str]:
+    """Every fenced block of a language on a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize(("where", "text"), [pytest.param(*block, id=block[0]) for block in blocks("python")])
-def test_python_blocks_run(where: str, text: str) -> None:
-    exec(compile(text, where, "exec"), {"__name__": "__main__"})
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+# ---------------------------------------------------------------------- code
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
+def test_python_blocks_run(page: Path) -> None:
+    """Blocks of a page in docs go on from one another, as a reader does; those of README stand alone."""
+    namespace = {"__name__": "__main__"}
+    for i, text in enumerate(blocks(page)):
+        if page == README:
+            namespace = {"__name__": "__main__"}
+        exec(compile(text, f"{name(page)}, block {i}", "exec"), namespace)
+
+
+def test_a_block_that_fails_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```python\na = 1\n```\n\n```python\nassert a == 2\n```\n")
+    assert blocks(page) == ["a = 1\n", "assert a == 2\n"]
 
 
 def test_there_are_blocks_to_run() -> None:
-    assert len(blocks("python")) >= 2
+    assert sum(len(blocks(page)) for page in PAGES) >= 20
+
+
+def test_readme_begins_with_a_gru_of_pytorch() -> None:
+    lines = README.read_text(encoding="utf-8").splitlines()
+    first = lines.index("```python")
+    end = lines.index("```", first)
+    assert end <= 30 and any("nn.GRUCell" in line for line in lines[first:end])
+    assert len(lines) <= 120
+    assert blocks(README)[0] == blocks(DOCS / "index.md")[0]
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.name)
+def test_examples_run(script: Path) -> None:
+    arguments, said = ARGUMENTS[script.name]
+    command = [sys.executable, "-W", "error", str(script), *arguments]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert re.search(said, done.stdout), done.stdout
+
+
+def test_every_example_is_run_and_explains_itself() -> None:
+    assert {script.name for script in EXAMPLES} == set(ARGUMENTS)
+    assert all(f"python examples/{script.name}" in script.read_text() for script in EXAMPLES)
+
+
+# ---------------------------------------------------------------------- the gate
 
 
 def test_the_gate_runs_the_command_of_the_readme() -> None:
-    commands = [text.strip() for where, text in blocks("sh") if where.startswith("README")]
-    assert len(commands) >= 2, "one command runs the main job, one passes the tests"
-    assert any(command.endswith("rtrl verify") for command in commands)
+    commands = [text.strip() for text in blocks(README, "sh")]
+    (main,) = [command for command in commands if command.endswith("rtrl verify")]
+    assert "'.[cli,report]'" in main, "the command installs what it needs"
     (gate,) = [command for command in commands if command.endswith("tox")]
     assert gate in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# ---------------------------------------------------------------------- links and lists
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]+))?\)", page.read_text(encoding="utf-8")):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
 
 
-def test_the_table_of_folders_is_true() -> None:
-    text = (ROOT / "README.md").read_text().split("## Find your way")[1]
-    for name in re.findall(r"`([\w./]+)`", text):
-        if name.endswith(".py") and "/" not in name:
-            assert (ROOT / "rtrl" / name).exists(), name
-        elif "/" in name and not name.startswith("rtrl "):
-            assert (ROOT / name).exists() or (ROOT / "rtrl" / name).exists(), name
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_every_page_is_in_the_site() -> None:
+    text = (ROOT / "mkdocs.yml").read_text()
+    listed = set(re.findall(r"([\w/-]+\.md)$", text, re.MULTILINE))
+    assert listed == {page.relative_to(DOCS).as_posix() for page in PAGES if page != README}
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install 'rtrl[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert (tmp_path / "reference" / "learners" / "index.html").exists()
+
+
+@pytest.mark.parametrize("page", [DOCS / "contributing.md", README], ids=name)
+def test_paths_that_are_named_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = [path for path in re.findall(r"`([\w./-]+)`", text) if "/" in path]
+    assert named
+    for path in named:
+        known = (ROOT / path, ROOT / "rtrl" / path, DOCS / "results" / path)
+        assert any(place.exists() for place in known), path
+
+
+def test_the_map_has_every_folder() -> None:
+    text = (DOCS / "contributing.md").read_text(encoding="utf-8")
+    folders = [path.name for path in (ROOT / "rtrl").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert [folder for folder in folders if f"`rtrl/{folder}/`" not in text] == []
+
+
+def test_tests_that_pin_a_limit_exist() -> None:
+    defined = {
+        match
+        for path in (ROOT / "tests").rglob("*.py")
+        for match in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    pinned = re.findall(r"`(test_\w+)`", (DOCS / "limits.md").read_text(encoding="utf-8"))
+    assert len(pinned) >= 12
+    assert [test for test in pinned if test not in defined] == []
 
 
 @pytest.mark.parametrize(("page", "checks"), [("cell", cell_checks()), ("learner", learner_checks())])
 def test_the_guides_list_every_check_and_no_other(page: str, checks: list[str]) -> None:
-    text = (ROOT / "docs" / "guide" / f"checking-{page}s.md").read_text()
+    text = (DOCS / "guide" / f"checking-{page}s.md").read_text(encoding="utf-8")
     table = re.search(r"^\| check \|.*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)
     assert table is not None
-    named = [name for row in table.group().splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
-    assert sorted(named) == sorted(checks)
+    listed = [check for row in table.group().splitlines()[2:] for check in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert sorted(listed) == sorted(checks)
+
+
+# ---------------------------------------------------------------------- numbers in README
+
+ROW = re.compile(r"^\| \[`([\w-]+)`\]\([\w/.#-]+\) \| (.+) \| ([\w ]+) \|$", re.MULTILINE)
+
+
+def numbers(text: str) -> list[str]:
+    return re.findall(r"\d[\d.,]*\d(?:e-?\d+)?|\d", text)
+
+
+def test_the_six_results_are_those_of_the_run() -> None:
+    record = json.loads((DOCS / "results" / "results.json").read_text(encoding="utf-8"))
+    claims = {claim["id"]: claim for claim in record["claims"]}
+    text = README.read_text(encoding="utf-8")
+    rows = ROW.findall(text)
+    assert len(rows) == 6
+    for claim, result, verdict in rows:
+        found = claims[claim]
+        assert len(result) <= 60, claim
+        assert verdict == found["verdict"], claim
+        assert set(numbers(result)) <= set(numbers(f"{found['result']} {found['threshold']}")), claim
+    assert f"[{len(claims)} claims]" in text
+
+
+def test_the_comparison_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from compare_learners import Comparison, table
+
+    record = json.loads((DOCS / "results" / "comparison.json").read_text(encoding="utf-8"))
+    rows = [Comparison(**row) for row in record["rows"]]
+    assert [(row.hidden, row.batch_size) for row in rows] == [(32, 1), (32, 16), (128, 1), (128, 16)]
+    text = README.read_text(encoding="utf-8")
+    shown = text.split("<!-- comparison -->\n")[1].split("\n<!-- /comparison -->")[0]
+    assert table(rows) in shown
+    assert record["machine"]["processor"] in shown
