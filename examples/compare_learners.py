@@ -104,11 +104,16 @@ def table(rows: list[Comparison]) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.2g} ms"
+    return f"{two_digits(seconds * 1e3)} ms"
 
 
 def mebibytes(size: int) -> str:
-    return f"{size / 2**20:.2g} MiB" if size < 100 * 2**20 else f"{size / 2**20:.0f} MiB"
+    return f"{two_digits(size / 2**20)} MiB"
+
+
+def two_digits(value: float) -> str:
+    """The value with two significant digits, or with all digits before the point."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ def check_schedule(xs: Tensor, theta: Mapping[str, Tensor], resets: Tensor | Non
         for t, offset in enumerate(offsets):
             for name, value in offset.items():
                 if name not in theta:
-                    raise ValueError(f"offsets[{t}] names {name!r}, which is no trainable parameter of the cell")
+                    raise ValueError(f"offsets[{t}] names {name!r}, which is not a trainable parameter of the cell")
                 if value.shape != theta[name].shape:
                     raise ValueError(f"offsets[{t}][{name!r}] has shape {tuple(value.shape)}, not the parameter's")
 
@@ -57,10 +57,10 @@ def check_mask(mask: Mapping[str, Tensor] | None, theta: Mapping[str, Tensor], h
     """ValueError unless `mask` maps trainable parameters to Boolean (H, P) tensors."""
     for name, kept in ({} if mask is None else mask).items():
         if name not in theta:
-            raise ValueError(f"mask names {name!r}, which is no trainable parameter of the cell")
-        wanted = (h[0].numel(), theta[name].numel())
-        if kept.dtype != torch.bool or tuple(kept.shape) != wanted:
-            raise ValueError(f"mask[{name!r}] must be Boolean {wanted}, got {kept.dtype} {tuple(kept.shape)}")
+            raise ValueError(f"mask names {name!r}, which is not a trainable parameter of the cell")
+        shape = (h[0].numel(), theta[name].numel())
+        if kept.dtype != torch.bool or tuple(kept.shape) != shape:
+            raise ValueError(f"mask[{name!r}] must be Boolean {shape}, got {kept.dtype} {tuple(kept.shape)}")
 
 
 def shifted(theta: Mapping[str, Tensor], offsets: Offsets | None, t: int) -> dict[str, Tensor]:

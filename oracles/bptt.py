@@ -17,9 +17,10 @@ def bptt(
     resets: Tensor | None = None,
     offsets: Offsets | None = None,
 ) -> dict[str, Tensor]:
-    """Gradient of the summed loss by unrolled autograd.
+    """Compute the gradient of the summed loss by unrolled autograd.
 
-    dL/dθ with L = Σ_t ℓ_t(y_t) and y_t, h_{t+1} = cell(x_t, h_t; θ + offsets[t]).
+    Equation:
+        dL/dθ with L = Σ_t ℓ_t(y_t) and y_t, h_{t+1} = cell(x_t, h_t; θ + offsets[t]).
 
     Args:
         cell: module with `cell(x, h) -> (y, h_next)` or `(y, h_next, sparsity)`, and `init_state(B)`.
@@ -30,10 +31,10 @@ def bptt(
         offsets: T dicts name -> constant tensor shaped like the parameter; a missing name means zero.
 
     Returns:
-        Gradient by parameter name, in the parameter's shape and dtype; zeros where a parameter earned nothing.
+        Gradient by parameter name, in the parameter's shape and dtype; zeros where no loss depends on a parameter.
 
     Raises:
-        ValueError: a wrong shape, dtype or name in what is given or in what the cell or the loss returns.
+        ValueError: a shape, dtype or name does not fit, in an argument or in what the cell or the loss returns.
 
     Cost:
         Time of one forward and one backward pass; memory grows with T.

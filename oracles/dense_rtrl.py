@@ -71,14 +71,15 @@ def dense_rtrl(
     mask: Mapping[str, Tensor] | None = None,
     return_influence: bool = False,
 ) -> Gradients | tuple[Gradients, Influences]:
-    """Gradient of the summed loss by the dense forward recursion of the influence.
+    """Compute the gradient of the summed loss by the dense forward recursion of the influence.
 
-    S_{t+1} = J_t S_t + B_t, S_0 = 0;  dL/dθ = Σ_t (∂ℓ_t/∂θ with h_t held fixed + δ_t S_t), δ_t = ∂ℓ_t/∂h_t.
-    With a mask M, entry by entry, S_{t+1} = M ∘ (J_t S_t + B_t): not the gradient, but what a masked rule must give.
+    Equation:
+        S_{t+1} = J_t S_t + B_t, S_0 = 0;  dL/dθ = Σ_t (∂ℓ_t/∂θ with h_t held fixed + δ_t S_t), δ_t = ∂ℓ_t/∂h_t.
+        With a mask M, entry by entry, S_{t+1} = M ∘ (J_t S_t + B_t): not the gradient, but what a masked rule computes.
 
     Args:
         cell: module with `cell(x, h) -> (y, h_next)` or `(y, h_next, sparsity)`, and `init_state(B)`; the samples
-            of a batch must not meet in the next state (in the loss they may).
+            of a batch must not interact in the next state (in the loss they may).
         xs: inputs (T, B, ...).
         loss_fn: `loss_fn(t, y)` gives the scalar loss of step t, or None.
         h0: constant first state (B, ...); None means `cell.init_state(B)`.
@@ -93,10 +94,11 @@ def dense_rtrl(
         parameter: influences[t] belongs to the state step t receives (after its resets), influences[T] to the last.
 
     Raises:
-        ValueError: a wrong shape, dtype or name in what is given or returned, or samples that meet in the state.
+        ValueError: a shape, dtype or name does not fit, in an argument or a returned value, or samples interact in the
+            state.
 
     Cost:
-        T·B·H backward passes through one step, T·B·H²·P multiplications, memory B·H·P whatever T is
+        T·B·H backward passes through one step, T·B·H²·P multiplications, memory B·H·P for every T
         (times T with `return_influence`).
     """
     values = trainable(cell)

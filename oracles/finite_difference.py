@@ -55,13 +55,19 @@ def directional_difference(
     offsets: Offsets | None = None,
     step: float = 1e-2,
 ) -> tuple[float, float]:
-    """Derivative of the summed loss along one direction of parameter space, with an estimate of its error.
+    """Compute the derivative of the summed loss along one direction of parameter space, and an estimate of its error.
 
-    d/dε L(θ + ε·direction) at ε = 0; "complex": Im L(θ + i·1e-30·direction) / 1e-30.
+    Equation:
+        d/dε L(θ + ε·direction) at ε = 0; "complex": Im L(θ + i·1e-30·direction) / 1e-30.
 
     Args:
-        cell, xs, loss_fn, h0, resets, offsets: as in `oracles.bptt`, in float64; both must be pure functions.
+        cell: as in `oracles.bptt`, in float64; a pure function.
+        xs: inputs (T, B, ...).
+        loss_fn: as in `oracles.bptt`; a pure function.
         direction: name -> tensor shaped like the parameter; a missing name means zero.
+        h0: constant first state (B, ...); None means `cell.init_state(B)`.
+        resets: Boolean (T, B), as in `oracles.bptt`.
+        offsets: T dicts name -> constant tensor, as in `oracles.bptt`.
         method: "central", or "complex" where cell and loss are analytic and run on complex numbers (no abs, no top-k).
         step: largest move of θ, in Euclidean norm, that "central" tries; it tries ten halvings of it at most.
 
@@ -121,12 +127,19 @@ def finite_difference(
     offsets: Offsets | None = None,
     return_error: bool = False,
 ) -> dict[str, Tensor] | tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gradient of the summed loss, one parameter entry after the other, by forward passes alone.
+    """Compute the gradient of the summed loss, one parameter entry after the other, by forward passes alone.
 
-    (dL/dθ)_k = d/dε L(θ + ε e_k) at ε = 0, e_k the k-th unit vector.
+    Equation:
+        (dL/dθ)_k = d/dε L(θ + ε e_k) at ε = 0, e_k the k-th unit vector.
 
     Args:
-        cell, xs, loss_fn, h0, method, resets, offsets: as in `oracles.directional_difference`.
+        cell: as in `oracles.bptt`, in float64; a pure function.
+        xs: inputs (T, B, ...).
+        loss_fn: as in `oracles.bptt`; a pure function.
+        h0: constant first state (B, ...); None means `cell.init_state(B)`.
+        method: as in `oracles.directional_difference`.
+        resets: Boolean (T, B), as in `oracles.bptt`.
+        offsets: T dicts name -> constant tensor, as in `oracles.bptt`.
         return_error: also hand out the error estimates.
 
     Returns:

@@ -69,16 +69,22 @@ def forward(
     writes: ArrayLike | None = None,
     experts: ArrayLike | None = None,
 ) -> Step:
-    """One step of the mixture cell in float64.
+    """Compute one step of the mixture cell in float64.
 
-    The seven equations of `docs/theory/recurrent-moe.md`; `y, h' = cell(x, h)` for every sample by itself.
+    Equation:
+        the seven of `docs/theory/recurrent-moe.md`; `y, h' = cell(x, h)` for every sample by itself.
 
     Args:
         parameters: name -> array, exactly the names and shapes of the page's table.
         x: inputs (B, n, d_in), or (B, d_in) for n = 1.
         h: state (B, n_slots, d).
-        n_heads, topk, read_slots, write_slots: as on the page.
-        reads, writes, experts: integer (B, k) choices laid down from outside; None means those of largest value.
+        n_heads: number of heads, as on the page.
+        topk: number of experts, as on the page.
+        read_slots: number of slots read, as on the page.
+        write_slots: number of slots written, as on the page.
+        reads: integer (B, k), the slots to read; None means those of largest score.
+        writes: integer (B, k), the slots to write; None means those of largest score.
+        experts: integer (B, k), the experts to use; None means those of largest logit.
 
     Returns:
         `Step(y, h_next, reads, writes, experts, router_logits)`.

@@ -15,9 +15,10 @@ def ordered_product(
     dtype: torch.dtype | None = None,
     batch: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Product of the steps s … t-1 and the adjoints they carry, both back to the state before step s.
+    """Multiply the Jacobians of the steps s … t-1, and take their adjoints back to the state before step s.
 
-    Φ = J_{t-1} … J_s  and  v = Σ_i δ_i J_{i-1} … J_s.
+    Equation:
+        Φ = J_{t-1} … J_s  and  v = Σ_i δ_i J_{i-1} … J_s.
 
     Args:
         elements: pairs `(J, adjoint)`, earliest step first; J (..., H, H) and adjoint (..., H), all of one shape.
@@ -50,6 +51,6 @@ def ordered_product(
         raise ValueError("no elements: the identity needs a size")
     vector = torch.zeros_like(phi[..., 0])
     for jacobian, adjoint in elements:
-        vector = vector + (adjoint.unsqueeze(-2) @ phi).squeeze(-2)  # δ_i meets the product of the steps before i
+        vector = vector + (adjoint.unsqueeze(-2) @ phi).squeeze(-2)  # δ_i times the steps before i
         phi = jacobian @ phi
     return phi.clone(), vector

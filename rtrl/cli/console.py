@@ -32,7 +32,7 @@ def show(what: RenderableType, stderr: bool = False) -> None:
 
 
 def progress(*more: str) -> Progress:
-    """A bar on stderr, with more columns in Rich's notation; nothing where that is no terminal."""
+    """A bar on stderr, with more columns in Rich's notation; nothing where that is not a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     texts = [TextColumn(text) for text in more]

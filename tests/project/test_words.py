@@ -25,7 +25,7 @@ COINED: dict[str, str] = {
     r"laid|lay(s|ing)? down|lay(s|ing)? it down": "recorded, forced, given",
     r"so many": "n",
     r"pupils?|lessons?": "trainer, training configuration",
-    r"is no(?! longer\b)(?! more than\b)(?! less than\b)": "is not a",
+    r"(?<!there )is no(?! longer\b)(?! more than\b)(?! less than\b)": "is not a",
 }
 # Identifiers that say nothing: the noun that they stand for is meant.
 EMPTY_NAMES = ("wanted", "mine")
@@ -46,7 +46,8 @@ SOURCES = [
 ]
 SOURCES = [path for path in SOURCES if path.suffix in (".py", ".md", ".j2")]
 PLACES = sorted({path.relative_to(ROOT).parts[:2] for path in SOURCES})
-LATER = pytest.mark.xfail(strict=False, reason="not yet in the words of the field")
+LATER = {("docs", "results"), ("docs", "guide"), *(place for place in PLACES if place[0] == "rtrl")}
+XFAIL = pytest.mark.xfail(strict=False, reason="not yet in the words of the field")
 
 
 def coined(text: str, code: bool = False) -> list[str]:
@@ -62,7 +63,9 @@ def coined(text: str, code: bool = False) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("place", [pytest.param(place, id="/".join(place), marks=LATER) for place in PLACES])
+@pytest.mark.parametrize(
+    "place", [pytest.param(place, id="/".join(place), marks=[XFAIL] if place in LATER else []) for place in PLACES]
+)
 def test_no_coined_word(place: tuple[str, ...]) -> None:
     paths = [path for path in SOURCES if path.relative_to(ROOT).parts[: len(place)] == place]
     found = {
