@@ -5,7 +5,7 @@ verdicts and the record belong to ``runner`` and ``record``. This package may im
 may; nothing else in ``rtrl`` does.
 """
 
-from rtrl.verification.claim import Claim, Measurements, NotMeasured, Settings
+from rtrl.verification.claim import Claim, Measurements, NotMeasured
 from rtrl.verification.registry import claims, select
 
-__all__ = ["Claim", "Measurements", "NotMeasured", "Settings", "claims", "select"]
+__all__ = ["Claim", "Measurements", "NotMeasured", "claims", "select"]

@@ -39,7 +39,7 @@ def record(entries: Sequence[ClaimResult], settings: Settings, command: str) -> 
 
 
 def kept(path: Path, settings: Settings) -> list[ClaimResult]:
-    """Return the claims of an earlier record that a run with these settings may keep; [] if there is no file.
+    """Return the claims of an earlier record that a run with these settings may keep; [] without a file.
 
     Raises:
         ConfigError: the file is not a record, or its claims were measured by other code, on another machine or with

@@ -46,7 +46,7 @@ def measure_one(claim: Claim[Any, Any], settings: Settings, config: Any = None) 
         config: how much is measured; None for the claim's own quick or full form.
 
     Raises:
-        Exception: whatever the claim raises, but ``NotMeasured``.
+        Exception: the claim raises it; not for ``NotMeasured``.
     """
     gc.collect()  # what the claim before left behind must not count as memory of this one
     began = time.perf_counter()

@@ -207,7 +207,7 @@ def bptt_gradients(problem: Problem) -> dict[str, Tensor]:
 def check_gradients(
     found: Mapping[str, Tensor | None], reference: Mapping[str, Tensor], what: str, tolerance: float = EXACT
 ) -> tuple[Comparison, list[str]]:
-    """Compare gradients; also return the failure, if there is one, which voids whatever was counted of the run.
+    """Compare gradients; also return the failure, if there is one, which voids what was counted of the run.
 
     A tolerance above ``EXACT`` is for float32, where a slice with small gradients is not judged by its own scale.
     """

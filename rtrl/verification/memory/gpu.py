@@ -8,7 +8,7 @@ online learner's peak may not grow with T.
 **Why that is fair.** The allocator counts everything it hands out, rounding and scratch memory of kernels included, on
 both sides alike.
 
-**What it leaves open.** Nothing is measured where there is no device, and nothing is estimated in its place. What the
+**What it leaves open.** Without a device nothing is measured, and nothing is estimated in its place. What the
 CUDA context itself takes, some hundreds of megabytes, is outside the allocator.
 """
 

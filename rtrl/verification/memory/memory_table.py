@@ -210,7 +210,7 @@ def measure(config: Config, settings: Settings) -> Peaks:
 
 
 def _planned(stream: Problem, config: Config) -> int | None:
-    """Return the last length at which BPTT's peak is no higher, as ``rtrl.plan`` predicts it."""
+    """Return the last length at which BPTT's peak is not higher, as ``rtrl.plan`` predicts it."""
     found = plan(stream.cell, stream.xs[0], steps=max(config.lengths), blocks=[config.block], windows=[config.window])
     (row,) = (row for row in found.rows if row.method == "BlockRTRL")
     return row.crossover_peak_steps

@@ -10,7 +10,7 @@ gradient, after the gradients of that very run have been compared with BPTT (flo
 fit. A proxy is timed too, both sides in turns on one thread.
 
 **Why that is fair.** The claim's baseline is H²·P, so that is the numerator, without what full RTRL needs for its
-Jacobians. The gain of blocks is told apart from that of sparsity: block 1 has sparsity alone.
+Jacobians. The gain of blocks is reported apart from that of sparsity: block 1 has sparsity alone.
 
 **What it leaves open.** What is said of d = 64 is extrapolated, not run (the influence alone takes 4.6 GB). Times of
 small proxies are mostly what is launched, so that the ratio by the clock is far below that of the counts and grows
