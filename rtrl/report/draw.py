@@ -60,11 +60,12 @@ def picture(plot: Plot, style: Style, form: str, salt: str) -> bytes:
 
 
 def _metadata(form: str, plot: Plot, salt: str) -> dict[str, Any]:
-    if form == "svg":
-        return {"Date": None, "Creator": None}
-    if form == "pdf":
-        return {"Title": plot.title, "Keywords": salt, "CreationDate": None, "Creator": None, "Producer": None}
-    return {"Title": plot.title, "Comment": salt, "Software": None}
+    metadata: dict[str, dict[str, Any]] = {
+        "svg": {"Date": None, "Creator": None},
+        "pdf": {"Title": plot.title, "Keywords": salt, "CreationDate": None, "Creator": None, "Producer": None},
+        "png": {"Title": plot.title, "Comment": salt, "Software": None},
+    }
+    return metadata[form]
 
 
 @contextmanager

@@ -145,16 +145,13 @@ def _text(value: object, where: str) -> str:
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", plain.replace("\r\n", "\n"))
 
 
-def _flag(value: object, where: str) -> bool:
-    if not isinstance(value, bool):
-        _refuse(value, where, "true or false")
-    return value
+def _only(kind: type, expected: str) -> Callable[[object, str], Any]:
+    def read(value: object, where: str) -> Any:
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            _refuse(value, where, expected)
+        return value
 
-
-def _integer(value: object, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        _refuse(value, where, "a whole number")
-    return value
+    return read
 
 
 def _number(value: object, where: str) -> float | None:
@@ -173,10 +170,7 @@ def _cell(value: object, where: str) -> Cell:
     return value if isinstance(value, bool) else _number(value, where)
 
 
-def _object(value: object, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        _refuse(value, where, "an object")
-    return value
+_object = _only(dict, "an object")
 
 
 def _entries(value: object, where: str) -> dict[str, Cell]:
@@ -191,8 +185,8 @@ def _entries(value: object, where: str) -> dict[str, Cell]:
 
 _READERS: dict[Any, Callable[[object, str], Any]] = {
     str: _text,
-    bool: _flag,
-    int: _integer,
+    bool: _only(bool, "true or false"),
+    int: _only(int, "a whole number"),
     float | None: _number,
     Cell: _cell,
     dict[str, Cell]: _entries,

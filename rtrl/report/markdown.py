@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rtrl.errors import ConfigError
-from rtrl.report import numbers, prose, tables
+from rtrl.report import prose, tables
 from rtrl.report.model import Cell, ClaimResult, Record, Table
 
 LONG = 12  # rows that a table may have in the open
@@ -66,7 +66,9 @@ def _spans(text: str, page: Path) -> dict[str, tuple[int, int]]:
         closes, name = marker[1], marker[2]
         line = text.count("\n", 0, marker.start()) + 1
         if name not in NAMES and not name.startswith("claim:"):
-            raise ConfigError(f"{page}:{line}: there is no marker rtrl:{name}; there are rtrl:{', rtrl:'.join(NAMES)}")
+            raise ConfigError(
+                f"{page}:{line}: the marker rtrl:{name} is unknown; known are rtrl:{', rtrl:'.join(NAMES)}"
+            )
         if not closes and opened is None and name not in found:
             opened = marker
         elif closes and opened is not None and opened[2] == name:
@@ -158,7 +160,7 @@ def _verdict(claim: ClaimResult) -> str:
 
 
 def _grid(grid: Table) -> str:
-    right = numbers.numeric(grid.columns, grid.rows)
+    right = tables.numeric(grid.columns, grid.rows)
     rows = [[_cell(value) for value in row] for row in grid.rows]
     body = _table([escape(name) for name in grid.columns], rows, right)
     title = escape(grid.title)
@@ -168,7 +170,7 @@ def _grid(grid: Table) -> str:
 
 
 def _cell(value: Cell) -> str:
-    return escape(numbers.cell(value)) if isinstance(value, str) else numbers.cell(value)
+    return escape(tables.cell(value)) if isinstance(value, str) else tables.cell(value)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool] = ()) -> str:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import rtrl
 from rtrl._utils import formatting
 from rtrl.errors import ConfigError
-from rtrl.report import numbers, pictures, prose, tables
-from rtrl.report.model import ClaimResult, Record
+from rtrl.report import pictures, prose, tables
+from rtrl.report.model import ClaimResult, Record, Table
 from rtrl.report.style import DARK, LIGHT
 
 if TYPE_CHECKING:
@@ -14,9 +14,15 @@ if TYPE_CHECKING:
 
 
 def render_page(record: Record) -> str:
-    """The page: a table of all claims, then every claim with its pictures, tables and explanation, then the run.
+    """Render one HTML page: all claims in a table, each claim with its pictures, tables and explanation, and the run.
 
-    The same record gives the same page, with one version of matplotlib. All text of the record is escaped.
+    With one version of matplotlib, equal records give equal pages. All text of the record is escaped.
+
+    Args:
+        record: the results.
+
+    Returns:
+        The page.
 
     Raises:
         ConfigError: jinja2 or matplotlib is not installed; install the extra ``report``.
@@ -33,8 +39,8 @@ def render_page(record: Record) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(cell=numbers.cell, duration=formatting.duration)
-    environment.tests["numeric"] = numbers.is_number
+    environment.filters.update(cell=tables.cell, duration=formatting.duration)
+    environment.tests["numeric"] = tables.is_number
     return environment.get_template("page.html.j2").render(
         record=record,
         claims=[(claim, _figures(claim), prose.blocks(claim.explanation)) for claim in record.claims],
@@ -42,15 +48,15 @@ def render_page(record: Record) -> str:
         run=tables.run(record),
         summary=tables.summary(record),
         sign=tables.SIGNS,
-        numeric=numbers.numeric,
+        numeric=tables.numeric,
         light=LIGHT,
         dark=DARK,
         version=rtrl.__version__,
     )
 
 
-def _figures(claim: ClaimResult) -> list[tuple[str, "Markup", str, tables.Numbers]]:
-    """Of every plot: its title, its picture, what the picture cannot show, and its numbers."""
+def _figures(claim: ClaimResult) -> list[tuple[str, "Markup", str, tuple[Table, str]]]:
+    """For every plot: its title, its picture, what the picture cannot show, and its numbers with a note."""
     from markupsafe import Markup
 
     return [

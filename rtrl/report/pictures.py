@@ -1,7 +1,7 @@
 """Pictures as files, for a paper or a page in Markdown, and as SVG inside the HTML page.
 
 A file carries a digest of the numbers that it was drawn from, so that one which belongs to other results is found
-without drawing it again, with whatever version of matplotlib.
+without drawing it again, with any version of matplotlib.
 """
 
 import hashlib
@@ -31,12 +31,21 @@ def names(record: Record) -> dict[str, Plot]:
 
 
 def draw_pictures(record: Record, folder: Path, forms: Sequence[str] = ("svg", "pdf")) -> list[Path]:
-    """Write ``<claim>-<number>.<form>`` for every plot and form into the folder, which is made if need be.
+    """Write every plot as ``<claim>-<number>.<form>``; the folder is made if need be.
 
-    SVG and PNG have no background and can be read on white and on black; PDF is for paper. Returns the paths.
+    SVG and PNG have no background and can be read on white and on black; PDF is for paper.
+
+    Args:
+        record: the results.
+        folder: where the files go.
+        forms: any of "svg", "pdf" and "png".
+
+    Returns:
+        The paths of the files.
 
     Raises:
-        ConfigError: no such form, matplotlib is not installed, or a file cannot be written.
+        ConfigError: a form is unknown, matplotlib is not installed, or a file cannot be written; the message says
+            which, and the remedy.
     """
     for form in forms:
         validation.known("form", form, FORMS)
@@ -56,10 +65,19 @@ def draw_pictures(record: Record, folder: Path, forms: Sequence[str] = ("svg", "
 
 
 def outdated_pictures(record: Record, folder: Path, forms: Sequence[str] = ("svg", "pdf")) -> list[Path]:
-    """Pictures that are missing in the folder or belong to other numbers; also SVGs of plots that are no more."""
-    wanted = {folder / f"{name}.{form}": digest(plot) for name, plot in names(record).items() for form in forms}
-    found = [path for path, mark in wanted.items() if not path.is_file() or mark.encode() not in path.read_bytes()]
-    others = sorted(set(folder.glob("*.svg")) - set(wanted)) if "svg" in forms else []
+    """Find pictures that are missing or show other numbers, and SVGs whose plot the record no longer has.
+
+    Args:
+        record: the results.
+        folder: where the pictures lie.
+        forms: the forms that are looked for.
+
+    Returns:
+        The paths of the files.
+    """
+    marks = {folder / f"{name}.{form}": digest(plot) for name, plot in names(record).items() for form in forms}
+    found = [path for path, mark in marks.items() if not path.is_file() or mark.encode() not in path.read_bytes()]
+    others = sorted(set(folder.glob("*.svg")) - set(marks)) if "svg" in forms else []
     return found + [path for path in others if f'{_MARK}="'.encode() in path.read_bytes()[:2000]]
 
 

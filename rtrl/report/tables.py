@@ -1,27 +1,22 @@
-"""Tables of a record: the run, and the numbers behind a picture."""
+"""Tables of a record, and their cells as text: the run, and the numbers behind a picture."""
 
+from collections.abc import Sequence
 from datetime import datetime
-from typing import NamedTuple
 
 from rtrl._utils.formatting import duration, number, show_bytes
 from rtrl.report.draw import runs, spacing
 from rtrl.report.model import VERDICTS, Cell, Plot, Record, Table
-from rtrl.report.numbers import cell
 
 ROWS = 200  # of a table of numbers behind a picture; the results file has them all
 
 SIGNS = {"holds": "✓", "holds when": "◐", "does not hold": "✗", "not measured": "○"}
 
 
-class Numbers(NamedTuple):
-    """The numbers behind a picture; ``note`` says what was left out, if anything was."""
+def numbers(plot: Plot) -> tuple[Table, str]:
+    """The numbers behind a picture, and a note on what was left out, if anything was.
 
-    table: Table
-    note: str
-
-
-def numbers(plot: Plot) -> Numbers:
-    """One row an x with a column a series; for a raster a row an unbroken run; else a row a point."""
+    A line plot has one row per x and one column per series, a raster one row per unbroken run; else a row is a point.
+    """
     if plot.kind == "raster" and all(y is None or y == int(y) for series in plot.series for y in series.y):
         rows: list[list[Cell]] = [
             [series.name, y, _span(begin, end)]
@@ -41,9 +36,9 @@ def numbers(plot: Plot) -> Numbers:
         table = Table(plot.title, ["series", plot.x_label, plot.y_label], points)
     every = -(-len(table.rows) // ROWS)
     if every <= 1:
-        return Numbers(table, "")
+        return table, ""
     note = f"One row in {every} of {len(table.rows)}; the results file has them all."
-    return Numbers(Table(table.title, table.columns, table.rows[::every]), note)
+    return Table(table.title, table.columns, table.rows[::every]), note
 
 
 def _span(begin: float, end: float) -> str:
@@ -85,3 +80,24 @@ def summary(record: Record) -> str:
     failed = sum(len(claim.failures) for claim in record.claims)
     text = f"{len(record.claims)} claim{'s' * (len(record.claims) > 1)}: {', '.join(parts)}."
     return text + f" {failed} failure{'s' * (failed > 1)}: the code does not do what it says." * bool(failed)
+
+
+def cell(value: Cell) -> str:
+    """A cell of a table; nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else number(value)
+
+
+def is_number(value: Cell) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def numeric(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[bool]:
+    """For every column, whether it holds numbers alone, to be set flush right."""
+    return [
+        any(is_number(row[i]) for row in rows) and all(row[i] is None or is_number(row[i]) for row in rows)
+        for i in range(len(columns))
+    ]

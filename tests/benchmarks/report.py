@@ -69,7 +69,7 @@ def claim_result(
         tables=[
             Table("Bars", ["measurement", "bar", "measured", "verdict"], rows),
             *([Table("The run", ["quantity", "value"], known)] if known else []),
-            *(replace(numbers(plot).table, title=f"{plot.title}, {plot.y_label}") for plot in plots),
+            *(replace(numbers(plot)[0], title=f"{plot.title}, {plot.y_label}") for plot in plots),
         ],
         plots=list(plots),
         data={"measured": dict(measured), "facts": dict(facts), "tests": list(tests)},

@@ -153,7 +153,7 @@ def test_escapes(text: str, escaped: str) -> None:
         ("\n<!-- /rtrl:run -->", r"a\.md:2: <!-- /rtrl:run --> does not belong here"),
         (marked("run", "run"), r"a\.md:9: <!-- rtrl:run --> does not belong here"),
         ("<!-- rtrl:run --><!-- rtrl:claims --><!-- /rtrl:claims --><!-- /rtrl:run -->", "does not belong here"),
-        (marked("runs"), "there is no marker rtrl:runs; there are rtrl:claims-table, rtrl:claims, rtrl:run"),
+        (marked("runs"), "the marker rtrl:runs is unknown; known are rtrl:claims-table, rtrl:claims, rtrl:run"),
         (marked("claim:none"), r"a\.md: the marker rtrl:claim:none names a claim that the results do not have"),
     ],
 )

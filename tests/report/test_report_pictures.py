@@ -120,17 +120,17 @@ def test_pictures_have_words(record: Record) -> None:
 def test_neighbours_in_a_raster_are_one_bar() -> None:
     plot = plot_of(RASTER)
     assert runs(plot, 0) == [(0, 5, 6), (1, 0, 2), (3, 6, 6)]
-    assert numbers(plot).table.rows[:3] == [["experts", 0, "5 – 6"], ["experts", 1, "0 – 2"], ["experts", 3, "6"]]
+    assert numbers(plot)[0].rows[:3] == [["experts", 0, "5 – 6"], ["experts", 1, "0 – 2"], ["experts", 3, "6"]]
 
 
 def test_numbers_behind_lines() -> None:
-    grid = numbers(plot_of(MEMORY)).table
+    grid = numbers(plot_of(MEMORY))[0]
     assert grid.columns == ["T, steps", "rtrl", "_BPTT", "T·B (predicted)"]
     assert grid.rows == [[10, 5e5, 0, 1e4], [100, 5.1e5, 1e5, None], [1000, 5e5, None, 1e6]]
     many = numbers(plot_of(MEMORY, series=series(list(range(1000)), [0] * 1000)))
-    assert len(many.table.rows) == 200
-    assert many.note == "One row in 5 of 1000; the results file has them all."
-    assert len(numbers(plot_of(MEMORY, series=series(list(range(201)), [0] * 201))).table.rows) == 101
+    assert len(many[0].rows) == 200
+    assert many[1] == "One row in 5 of 1000; the results file has them all."
+    assert len(numbers(plot_of(MEMORY, series=series(list(range(201)), [0] * 201)))[0].rows) == 101
 
 
 @pytest.mark.parametrize("kind", ["line", "raster"])
