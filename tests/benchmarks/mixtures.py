@@ -1,4 +1,4 @@
-"""Mixtures that declare otherwise than they should, or whose choices are laid down: for controls and comparisons."""
+"""Mixtures that declare otherwise than they should, or whose choices are prescribed: for controls and comparisons."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from rtrl import Sparsity
 
 
 class Undeclared(nn.Module):
-    """A mixture that keeps to itself what it touches: a dense cell to whoever runs it."""
+    """A mixture that does not declare what it touches: the learner takes it for a dense cell."""
 
     def __init__(self, cell: nn.Module) -> None:
         super().__init__()

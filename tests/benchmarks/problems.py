@@ -14,7 +14,7 @@ MODULES = {"rnn": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
 
 @dataclass(frozen=True)
 class Problem:
-    """A cell with its stream, which begins anew when it is over.
+    """A cell with its stream, which starts again when it is over.
 
     Args:
         xs: (T, B, inputs). targets: (T, B, outputs) of the squared error at every step.

@@ -1,8 +1,8 @@
 """What one would run in the place of ``rtrl``, written with some care to be fast: textbook RTRL and backpropagation
 through time in PyTorch; and the rate of a plain matrix product, which nothing here can exceed.
 
-Each side has ``advance(steps)``, a loss at every step, and ``gradients()``, the sum of what all steps so far have
-earned. ``Ours`` is the learner behind the same two.
+Each side has ``advance(steps)``, a loss at every step, and ``gradients()``, the sum over all steps so far. ``Ours`` is
+the learner behind the same two.
 """
 
 from typing import Any
@@ -73,7 +73,7 @@ class Textbook:
         self.parameters = dict(self.cell.named_parameters())
         self.h: Tensor = self.cell.init_state(1)  # type: ignore[operator]
         self.influence = {name: p.new_zeros(self.h.numel(), p.numel()) for name, p in self.parameters.items()}
-        self.earned = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        self.accumulated = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
 
     def advance(self, steps: int) -> int:
         for _ in range(steps):
@@ -82,14 +82,14 @@ class Textbook:
         return steps
 
     def linearise(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Take one step forward, earn what its loss owes the past, and give J (H, H) and B, name → (H, p)."""
+        """Take one step forward, accumulate the gradient of its loss, and return J (H, H) and B, name → (H, p)."""
         h = self.h.requires_grad_()
         leaves = [h, *self.parameters.values()]
         y, h_next = self.cell(self.problem.x(self.t), h)[:2]
         loss = self.problem.loss(self.t, y)
         adjoint, *direct = torch.autograd.grad(loss, leaves, retain_graph=True, materialize_grads=True)
         for (name, influence), now in zip(self.influence.items(), direct, strict=True):
-            self.earned[name] += now + (adjoint.flatten() @ influence).view_as(now)
+            self.accumulated[name] += now + (adjoint.flatten() @ influence).view_as(now)
         size = h.numel()
         basis = torch.eye(size, dtype=h.dtype).view(size, *h_next.shape)
         dynamics, *rows = torch.autograd.grad(h_next, leaves, basis, is_grads_batched=True, allow_unused=True)
@@ -102,11 +102,11 @@ class Textbook:
 
     def move(self, dynamics: Tensor, immediate: dict[str, Tensor]) -> None:
         """``S ← J S + B``: exactly H²·P multiply-adds."""
-        for name, born in immediate.items():
-            self.influence[name] = born.addmm_(dynamics, self.influence[name])
+        for name, product in immediate.items():
+            self.influence[name] = product.addmm_(dynamics, self.influence[name])
 
     def gradients(self) -> dict[str, Tensor]:
-        return dict(self.earned)
+        return dict(self.accumulated)
 
 
 class Product:

@@ -68,7 +68,7 @@ def test_a_tanh_network(measurement: Measurement, benchmark: Any) -> None:
         textbook = Textbook(problem)
         products = {
             "S": Product(size, size, problem.parameters),
-            "birth": Product(size * size, size, size),
+            "immediate": Product(size * size, size, size),
             "J": Product(size, size, size),
         }
         times = alternate(

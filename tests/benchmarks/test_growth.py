@@ -1,6 +1,6 @@
 """How counts grow, fitted over the sizes of everything: the state, the parameters, time, the block, the experts.
 
-The growth over the length of a sleep is in ``test_lazy.py``. Every fit has a control that must break its bound.
+The growth with the number of dormant experts is in ``test_lazy.py``. Every fit has a control that must break its bound.
 """
 
 from typing import Any
@@ -106,8 +106,7 @@ def test_over_time(measurement: Measurement, benchmark: Any) -> None:
 
 
 def test_over_the_block(measurement: Measurement, benchmark: Any) -> None:
-    """H²·P is paid once a block and the rest does not depend on it: a + b/block. Without blocks there is no b to
-    share."""
+    """H²·P is spent once per block, and the rest does not depend on the block: a + b/block."""
     check_agreement("rnn")
     hidden = 72  # below 65, blocks are swept by a scan: more multiply-adds in fewer launches
     blocks = (1, 2, 4, 8, 16, 36, 72, 144)

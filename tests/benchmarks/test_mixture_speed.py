@@ -17,7 +17,7 @@ from rivals import Ours, Product, Textbook, Unrolled
 from rtrl.profiling.timing import alternate, median_ratio, medians
 
 COLUMNS = 1 << 15
-"""So many columns of S are moved where all of them do not fit."""
+"""The number of columns of S that are moved where all of them do not fit."""
 
 
 def test_full_rtrl_costs_what_the_formula_says() -> None:
@@ -67,7 +67,7 @@ def test_a_mixture(measurement: Measurement, benchmark: Any) -> None:
     check_agreement("mixture")
     size = measurement.sizes.mixture
     problem = mixture(*size.cell, steps=(size.warm + 4) * size.block)
-    # There is no memory for both at once at full size: what full RTRL held is gone before ours begins.
+    # At full size there is not enough memory for both at once: what full RTRL held is gone before ours begins.
     full_s, how = full_step_s(problem) if measurement.clock else (0.0, "not timed")
     ours = Ours(problem, block=size.block, window=size.window)
     ours.advance(size.block)
@@ -103,8 +103,8 @@ def test_a_mixture(measurement: Measurement, benchmark: Any) -> None:
 
 
 class Batch:
-    """Some streams in one learner, and each of them in a learner of its own, after their warm-up; the choices are laid
-    down, so that all sides make the same."""
+    """Some streams in one learner, and each of them in a separate learner, after their warm-up; the choices are
+    prescribed, so that all sides make the same."""
 
     def __init__(self, samples: int, size: Mixture) -> None:
         self.samples, self.size, self.steps = samples, size, size.warm * size.block

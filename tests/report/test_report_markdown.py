@@ -50,7 +50,7 @@ def test_pages_and_pictures_say_what_the_results_say(name: str) -> None:
         assert path.stat().st_size < 100_000
 
 
-def test_every_link_to_a_claim_leads_to_its_section() -> None:
+def test_every_link_to_a_claim_has_its_section() -> None:
     links = re.findall(r"\]\(docs/results/claims\.md#([^)]+)\)", README.read_text(encoding="utf-8"))
     headings = re.findall(r"^## `(.+)`$", CLAIMS.read_text(encoding="utf-8"), re.MULTILINE)
     assert links

@@ -86,13 +86,13 @@ def test_the_first_table_has_all_claims() -> None:
     ]
 
 
-def test_verdicts_are_told_by_word_and_sign() -> None:
+def test_verdicts_are_shown_by_word_and_sign() -> None:
     text = Page(html()).text
     for verdict in ("✓ holds", "◐ holds when", "✗ does not hold", "○ not measured"):
         assert text.count(verdict) == 2  # in the table and in the section
 
 
-def test_links_lead_to_sections() -> None:
+def test_links_have_their_sections() -> None:
     page = Page(html())
     ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
     links = [attributes["href"] for attributes in page.named("a")]

@@ -95,7 +95,7 @@ def test_no_name_is_used_twice(record: Record) -> None:
     assert len(set(found)) == len(found)
 
 
-def test_every_reference_leads_somewhere(record: Record) -> None:
+def test_every_reference_has_a_target(record: Record) -> None:
     for svg in (inline(names(record)["memory-1"], "k"), inline(names(record)["depends-1"], "k")):
         root = ET.fromstring(svg)
         ids = {element.attrib["id"] for element in root.iter() if "id" in element.attrib}
