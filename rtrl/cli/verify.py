@@ -1,11 +1,9 @@
 """``rtrl verify``: measure the claims, all of them or some, and report what came of each."""
 
-import json
 import os
 import shlex
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -163,19 +161,18 @@ class ResultsFile:
 
     def write(self, record: "Record") -> None:
         """Write the results; an interrupted write leaves the old file as it was."""
-        from rtrl.report import plain
-        from rtrl.report.model import SCHEMA
+        from rtrl.report import to_json
 
-        text = json.dumps(plain({"schema": SCHEMA, **asdict(record)}), indent=2, allow_nan=False)
+        text = to_json(record)
         if self.path is not None and self.path.is_file():
             target = self.path.resolve()
             half = target.with_name(f".{target.name}.{os.getpid()}")
-            half.write_text(text + "\n", encoding="utf-8")
+            half.write_text(text, encoding="utf-8")
             half.replace(target)
         elif self.path is not None:  # a device or a pipe
-            self.path.write_text(text + "\n", encoding="utf-8")
+            self.path.write_text(text, encoding="utf-8")
         elif self.to_stdout:
-            typer.echo(text)
+            typer.echo(text, nl=False)
 
 
 def command() -> str:

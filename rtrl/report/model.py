@@ -72,7 +72,7 @@ class Plot:
     log_y: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
     """What measuring one claim came to.
 
@@ -99,7 +99,7 @@ class Finding:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimResult(Finding):
     """The finding of a claim, together with the claim's name and words.
 

@@ -16,8 +16,20 @@ def save_record(record: Record, path: Path) -> None:
         record: the results.
         path: the file to write.
     """
+    path.write_text(to_json(record), encoding="utf-8")
+
+
+def to_json(record: Record) -> str:
+    """Format the record as the text of a results file.
+
+    Args:
+        record: the results.
+
+    Returns:
+        JSON that :func:`load_record` reads, with a line feed at its end.
+    """
     content = plain({"schema": SCHEMA, **asdict(record)})
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Correctness first: all sides of a comparison give the same gradients, or there is no number.
+"""Correctness first: all sides of a comparison give the same gradients, or no number is reported.
 
 In float64, at a small size and over more steps than a block has, element by element at the tolerance of the whole
 suite. In float32, at the size that is timed, only roughly: that shows that the right thing was timed, and no more.

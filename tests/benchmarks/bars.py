@@ -39,7 +39,7 @@ class Bar:
         return self.full if size == "full" else self.small
 
     def reached(self, value: float | None, size: str) -> bool | None:
-        """Whether a value reaches the bound; None where there is no bound. What is not finite never does."""
+        """Whether a value reaches the bound; None without a bound. What is not finite never does."""
         bound = self.bound(size)
         if bound is None:
             return None

@@ -9,6 +9,8 @@ import pytest
 import torch
 from measuring import Measurement
 
+from rtrl.verification.harness.subprocesses import physical_bytes
+
 THREADS = 2
 LOAD = pytest.StashKey[float | None]()
 
@@ -66,5 +68,4 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["versions"] = {name: installed(name) for name in ("torch", "jax", "jaxlib", "numpy")}
     machine_info["load_before"] = config.stash.get(LOAD, None)
     machine_info["processors"] = os.cpu_count()
-    if hasattr(os, "sysconf"):
-        machine_info["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine_info["memory_bytes"] = physical_bytes()

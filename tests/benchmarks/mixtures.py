@@ -1,27 +1,20 @@
 """Mixtures that declare otherwise than they should, or whose choices are prescribed: for controls and comparisons."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from helpers.toy_cells import ForcedMoE
 from problems import Problem
-from torch import Tensor, nn
+from torch import Tensor
 
 from rtrl import Sparsity
+from rtrl.verification.harness.problems import DECLARE_NOTHING, HideSparsity
 
 
-class Undeclared(nn.Module):
-    """A mixture that does not declare what it touches: the learner takes it for a dense cell."""
-
-    def __init__(self, cell: nn.Module) -> None:
-        super().__init__()
-        self.cell = cell
-
-    def init_state(self, batch_size: int) -> Tensor:
-        return self.cell.init_state(batch_size)  # type: ignore[operator]
-
-    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cell(x, h)[:2]  # type: ignore[no-any-return]
+def undeclared(problem: Problem) -> Problem:
+    """The mixture without any declaration: the learner takes it for a dense cell."""
+    return replace(problem, cell=HideSparsity(problem.cell, **DECLARE_NOTHING))
 
 
 class Union(ForcedMoE):

@@ -1,4 +1,6 @@
-"""``python tests/benchmarks/report.py results.json``: results of pytest-benchmark as a record for ``rtrl report``.
+"""Make a record for ``rtrl report`` of the results of pytest-benchmark.
+
+``python tests/benchmarks/report.py results.json -o docs/results/performance.json``
 
 ``results.json`` comes from ``pytest --benchmark-only --benchmark-json=results.json tests/benchmarks``. Records that
 were written here are taken as well. Of several files, of one machine and one size, the later ones win.
@@ -6,14 +8,12 @@ were written here are taken as well. Of several files, of one machine and one si
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bars import BARS, CLAIMS
-from helpers.published import PERFORMANCE
 
 from rtrl.errors import ConfigError
 from rtrl.report import ClaimResult, Plot, Record, Series, Table, Verdict, load_record, save_record
@@ -95,7 +95,7 @@ def read(results: Mapping[str, Any]) -> Record:
     for name, extra in tests.items():
         unknown = sorted(extra["measured"].keys() - BARS.keys())
         if unknown:
-            raise ConfigError(f"{name} measured {', '.join(unknown)}, for which there is no bar")
+            raise ConfigError(f"{name} measured {', '.join(unknown)}, which has no bar in bars.py")
         plots = [Plot(**{**plot, "series": [Series(**line) for line in plot["series"]]}) for plot in extra["plots"]]
         for claim in {bar.split(".")[0] for bar in extra["measured"]}:
             measured = {bar: value for bar, value in extra["measured"].items() if bar.split(".")[0] == claim}
@@ -174,10 +174,9 @@ def load(path: Path) -> Record:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", nargs="+", type=Path, help="results of pytest-benchmark, or records written here")
-    parser.add_argument("-o", "--output", type=Path, default=PERFORMANCE.results, help="the record to write")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the record to write")
     chosen = parser.parse_args(arguments)
     save_record(merged([load(path) for path in chosen.results]), chosen.output)
-    sys.stdout.write(f"{chosen.output} is written; now {PERFORMANCE.command}\n")
 
 
 if __name__ == "__main__":

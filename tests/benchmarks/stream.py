@@ -5,24 +5,15 @@ steps.
 """
 
 import json
-import os
 import sys
-from pathlib import Path
 
 import torch
 from problems import Problem, dense
 from rivals import Ours
 
+from rtrl.verification.harness.subprocesses import rss_bytes
+
 HIDDEN, BLOCK, MOMENTS = 16, 32, 10
-
-
-def rss_bytes() -> int | None:
-    """The resident memory of this process; None where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 class Learner:

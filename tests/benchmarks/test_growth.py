@@ -10,7 +10,7 @@ import torch
 from agreement import check_agreement
 from counting import exponent, graph_bytes, macs
 from measuring import Measurement, curve
-from mixtures import Undeclared
+from mixtures import undeclared
 from problems import Problem, dense, mixture
 from rivals import Ours, Unrolled
 
@@ -128,10 +128,8 @@ def test_over_the_experts(measurement: Measurement, benchmark: Any) -> None:
     sizes, block, steps = (16, 45, 128), 8, 16
     problems = [mixture(8, 4, size, steps=2 * steps, dtype=torch.float64) for size in sizes]
     sparse = [steady(problem, steps, block=block, window=64) for problem in problems]
-    undeclared = [
-        steady(Problem(Undeclared(problem.cell), problem.xs, problem.targets), 2, block=1) for problem in problems
-    ]
-    measured = {"growth.experts": exponent(sizes, sparse), "growth.experts.control": exponent(sizes, undeclared)}
+    dense_counts = [steady(undeclared(problem), 2, block=1) for problem in problems]
+    measured = {"growth.experts": exponent(sizes, sparse), "growth.experts.control": exponent(sizes, dense_counts)}
     benchmark.pedantic(Ours(problems[0], block=block).advance, args=(block,), rounds=3)
     measurement.settle(
         measured,
@@ -140,6 +138,6 @@ def test_over_the_experts(measurement: Measurement, benchmark: Any) -> None:
             "experts",
             sizes,
             MACS,
-            {"declared": sparse, "nothing declared, block = 1": undeclared},
+            {"declared": sparse, "nothing declared, block = 1": dense_counts},
         ),
     )

@@ -1,6 +1,6 @@
 """The tanh network beside what one would otherwise pick: jitted JAX, RTRL and backpropagation through time, in one run.
 
-Compiling is not timed. There is no count of JAX's operations here: without a clock, only the gradients are compared.
+Compiling is not timed. JAX's operations are not counted: without a clock, only the gradients are compared.
 """
 
 from typing import Any

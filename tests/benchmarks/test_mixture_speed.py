@@ -10,7 +10,7 @@ from agreement import assert_roughly_equal, check_agreement
 from bars import BATCH_COUNTED, SIZES, Mixture
 from counting import macs, textbook_macs
 from measuring import Measurement
-from mixtures import Undeclared, forced
+from mixtures import forced, undeclared
 from problems import Problem, mixture
 from rivals import Ours, Product, Textbook, Unrolled
 
@@ -58,7 +58,7 @@ def without_declarations() -> float:
     """How many times fewer multiply-adds than full RTRL are left if nothing is declared: the control, at the small
     size, in float64."""
     problem = mixture(*SIZES["small"].mixture.cell, dtype=torch.float64)
-    side = Ours(Problem(Undeclared(problem.cell), problem.xs, problem.targets), block=1)
+    side = Ours(undeclared(problem), block=1)
     side.advance(2)
     return problem.hidden**2 * problem.parameters / macs(side, 1)
 

@@ -76,7 +76,7 @@ def test_what_misses_its_bar_is_in_the_results_and_nan_misses_every_bar() -> Non
 
 
 def test_every_control_must_break_the_bar_above_it() -> None:
-    """Between a bar and its control there is no number that both would take, but the bound itself."""
+    """A bar and its control accept no common number but the bound."""
     above: Bar | None = None
     for name, bar in BARS.items():
         if not bar.control:
