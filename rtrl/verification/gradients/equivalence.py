@@ -103,27 +103,16 @@ FULL = Config()
 
 @dataclass(frozen=True)
 class OracleRow:
-    """One oracle against one run.
+    """One oracle against one run."""
 
-    Attributes:
-        oracle: the reference.
-        learning: what happens to the parameters and samples in mid-stream.
-        block: of the learner.
-        window: of the learner.
-        steps: steps of the comparison.
-        gradient: the comparison of gradients.
-        influence: the comparison of influences; None where the oracle gives none.
-        dormancy: how the experts were dormant in these steps.
-    """
-
-    oracle: str
-    learning: str
-    block: int
-    window: int
-    steps: int
-    gradient: Comparison
-    influence: Comparison | None
-    dormancy: DormancyCount
+    oracle: str  # the reference
+    learning: str  # what happens to the parameters and samples in mid-stream
+    block: int  # of the learner
+    window: int  # of the learner
+    steps: int  # steps of the comparison
+    gradient: Comparison  # the comparison of gradients
+    influence: Comparison | None  # the comparison of influences; None where the oracle gives none
+    dormancy: DormancyCount  # how the experts were dormant in these steps
 
     @property
     def passed(self) -> bool:

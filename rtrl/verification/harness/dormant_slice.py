@@ -15,23 +15,14 @@ from rtrl.verification.harness.measuring import count_macs
 
 @dataclass(frozen=True, slots=True)
 class Dormancy:
-    """Steps over which an expert is dormant.
+    """Steps over which an expert is dormant."""
 
-    Attributes:
-        n: the number of steps.
-        slots: rows of the state.
-        width: entries per row.
-        touched: rows read and written per step; all of them for dense steps.
-        k: the expert has k·H parameters.
-        dtype: the dtype of everything.
-    """
-
-    n: int
-    slots: int
-    width: int
-    touched: int
-    k: int = 32
-    dtype: torch.dtype = torch.float32
+    n: int  # the number of steps
+    slots: int  # rows of the state
+    width: int  # entries per row
+    touched: int  # rows read and written per step; all of them for dense steps
+    k: int = 32  # the expert has k·H parameters
+    dtype: torch.dtype = torch.float32  # the dtype of everything
 
     @property
     def hidden(self) -> int:
@@ -108,19 +99,12 @@ def worst_error(dormancy: Dormancy) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Multiply-adds to catch up.
+    """Multiply-adds to catch up."""
 
-    Attributes:
-        full: full Jacobians one by one, H²·p each.
-        one_by_one: the steps' own Jacobians one by one.
-        composed: one product, its composition included.
-        planned: the learner's plan, compositions included.
-    """
-
-    full: int
-    one_by_one: int
-    composed: int
-    planned: int
+    full: int  # full Jacobians one by one, H²·p each
+    one_by_one: int  # the steps' own Jacobians one by one
+    composed: int  # one product, its composition included
+    planned: int  # the learner's plan, compositions included
 
 
 def costs(dormancy: Dormancy) -> Costs:

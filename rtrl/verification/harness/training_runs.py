@@ -23,27 +23,16 @@ episode."""
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a cell is trained.
+    """How a cell is trained."""
 
-    Attributes:
-        task: every episode of the batch begins in the first state and ends with one update.
-        batch_size: B.
-        rate: the learning rate of Adam.
-        episodes: the most episodes of the batch.
-        clip: gradients are scaled down to at most this norm.
-        seed: the seed of the stream.
-        check_every: the training score is averaged over this number of episodes.
-        until: the training score at which training ends early; None for never.
-    """
-
-    task: Task
-    batch_size: int
-    rate: float
-    episodes: int
-    clip: float = 1.0
-    seed: int = 0
-    check_every: int = 25
-    until: float | None = None
+    task: Task  # every episode of the batch begins in the first state and ends with one update
+    batch_size: int  # B
+    rate: float  # the learning rate of Adam
+    episodes: int  # the most episodes of the batch
+    clip: float = 1.0  # gradients are scaled down to at most this norm
+    seed: int = 0  # the seed of the stream
+    check_every: int = 25  # the training score is averaged over this number of episodes
+    until: float | None = None  # the training score at which training ends early; None for never
 
 
 @dataclass

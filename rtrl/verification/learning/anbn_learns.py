@@ -49,47 +49,26 @@ SAME = 0.01
 
 @dataclass(frozen=True)
 class Config:
-    """How much is measured.
+    """How much is measured."""
 
-    Attributes:
-        train_n: the n of training.
-        between_n: the n left out between them.
-        beyond_n: larger n.
-        width: d_model of the cell that both learners train.
-        hidden: hidden widths of that cell.
-        block: of ``BlockRTRL``.
-        slack: the largest difference of a rejected string.
-        batch_size: B.
-        rate: the learning rate of Adam.
-        episodes: the most updates.
-        seeds: how many, counted from the settings' seed.
-        twin_width: d_model of the copies that take updates in lockstep.
-        twin_updates: their updates.
-        twin_batch: their batch size.
-        whole_width: d_model of a cell trained to the end by BPTT alone.
-        whole_episodes: its updates; 0 for no such cell.
-        evaluation_steps: steps of the evaluation.
-        broken: the name of a broken learner to take in place of the real one.
-    """
-
-    train_n: tuple[int, ...] = (1, 2, 4)
-    between_n: tuple[int, ...] = (3,)
-    beyond_n: tuple[int, ...] = (5, 6)
-    width: int = 8
-    hidden: int = 8
-    block: int = 5
-    slack: int = 2
-    batch_size: int = 16
-    rate: float = 2e-3
-    episodes: int = 250
-    seeds: int = 1
-    twin_width: int = 32
-    twin_updates: int = 3
-    twin_batch: int = 1
-    whole_width: int = 32
-    whole_episodes: int = 0
-    evaluation_steps: int = 150
-    broken: str | None = None
+    train_n: tuple[int, ...] = (1, 2, 4)  # the n of training
+    between_n: tuple[int, ...] = (3,)  # the n left out between them
+    beyond_n: tuple[int, ...] = (5, 6)  # larger n
+    width: int = 8  # d_model of the cell that both learners train
+    hidden: int = 8  # hidden widths of that cell
+    block: int = 5  # of ``BlockRTRL``
+    slack: int = 2  # the largest difference of a rejected string
+    batch_size: int = 16  # B
+    rate: float = 2e-3  # the learning rate of Adam
+    episodes: int = 250  # the most updates
+    seeds: int = 1  # how many, counted from the settings' seed
+    twin_width: int = 32  # d_model of the copies that take updates in lockstep
+    twin_updates: int = 3  # their updates
+    twin_batch: int = 1  # their batch size
+    whole_width: int = 32  # d_model of a cell trained to the end by BPTT alone
+    whole_episodes: int = 0  # its updates; 0 for no such cell
+    evaluation_steps: int = 150  # steps of the evaluation
+    broken: str | None = None  # the name of a broken learner to take in place of the real one
 
     @property
     def task(self) -> AnBn:

@@ -40,27 +40,16 @@ RATES = (2e-3, 1e-2)
 
 @dataclass(frozen=True)
 class Config:
-    """How much is measured.
+    """How much is measured."""
 
-    Attributes:
-        width: d_model of the cell.
-        hidden: its hidden widths.
-        seeds: seeds for each rate.
-        slack: the largest difference of a rejected string.
-        batch_size: B.
-        episodes: the number of updates.
-        every: accuracies are taken over this number of updates.
-        train_n: the n of the strings.
-    """
-
-    width: int = 8
-    hidden: int = 8
-    seeds: int = 3
-    slack: int = 2
-    batch_size: int = 16
-    episodes: int = 250
-    every: int = 25
-    train_n: tuple[int, ...] = (1, 2, 4)
+    width: int = 8  # d_model of the cell
+    hidden: int = 8  # its hidden widths
+    seeds: int = 3  # seeds for each rate
+    slack: int = 2  # the largest difference of a rejected string
+    batch_size: int = 16  # B
+    episodes: int = 250  # the number of updates
+    every: int = 25  # accuracies are taken over this number of updates
+    train_n: tuple[int, ...] = (1, 2, 4)  # the n of the strings
 
     @property
     def task(self) -> AnBn:

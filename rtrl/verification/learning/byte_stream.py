@@ -64,23 +64,14 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """One learner on the stream.
+    """One learner on the stream."""
 
-    Attributes:
-        name: the learner.
-        bits: mean bits per byte over the last third.
-        curve: bits per byte of each part of the stream.
-        held: the most bytes held in each of these parts.
-        horizon: None for an exact learner.
-        duration_s: seconds of the whole run.
-    """
-
-    name: str
-    bits: float
-    curve: list[float]
-    held: list[int]
-    horizon: int | None
-    duration_s: float
+    name: str  # the learner
+    bits: float  # mean bits per byte over the last third
+    curve: list[float]  # bits per byte of each part of the stream
+    held: list[int]  # the most bytes held in each of these parts
+    horizon: int | None  # None for an exact learner
+    duration_s: float  # seconds of the whole run
 
 
 @dataclass(frozen=True)

@@ -42,33 +42,19 @@ from rtrl.verification.show import plot
 
 @dataclass(frozen=True)
 class Config:
-    """How much is measured.
+    """How much is measured."""
 
-    Attributes:
-        values: k is one of this number of symbols.
-        gaps: the gaps of the stages.
-        hidden: H of the GRU.
-        block: of ``BlockRTRL``.
-        keep: the bias of the update gate at the start.
-        batch_size: B.
-        rate: the learning rate of Adam.
-        episodes: the most episodes in the first stage; a later stage has at most a third.
-        seeds: one pair of runs each, counted from the settings' seed.
-        evaluation_steps: steps of the evaluation.
-        broken: the name of a broken learner to take in place of the real one.
-    """
-
-    values: int = 2
-    gaps: tuple[int, ...] = (72,)
-    hidden: int = 4
-    block: int = 8
-    keep: float = 3.0
-    batch_size: int = 64
-    rate: float = 0.03
-    episodes: int = 700
-    seeds: int = 1
-    evaluation_steps: int = 1500
-    broken: str | None = None
+    values: int = 2  # k is one of this number of symbols
+    gaps: tuple[int, ...] = (72,)  # the gaps of the stages
+    hidden: int = 4  # H of the GRU
+    block: int = 8  # of ``BlockRTRL``
+    keep: float = 3.0  # the bias of the update gate at the start
+    batch_size: int = 64  # B
+    rate: float = 0.03  # the learning rate of Adam
+    episodes: int = 700  # the most episodes in the first stage; a later stage has at most a third
+    seeds: int = 1  # one pair of runs each, counted from the settings' seed
+    evaluation_steps: int = 1500  # steps of the evaluation
+    broken: str | None = None  # the name of a broken learner to take in place of the real one
 
     @property
     def tasks(self) -> list[Haystack]:

@@ -60,21 +60,13 @@ class Config:
 
 @dataclass(frozen=True)
 class Result:
-    """What a trial came to.
+    """What a trial came to."""
 
-    Attributes:
-        trial: the trial.
-        apart: the distance after every update.
-        accuracy: held-out accuracy, if it was trained to the end.
-        history: the training to the end.
-        raised: what the learner raised.
-    """
-
-    trial: Trial
-    apart: list[float] = field(default_factory=list)
-    accuracy: float | None = None
-    history: History | None = None
-    raised: str = ""
+    trial: Trial  # the trial
+    apart: list[float] = field(default_factory=list)  # the distance after every update
+    accuracy: float | None = None  # held-out accuracy, if it was trained to the end
+    history: History | None = None  # the training to the end
+    raised: str = ""  # what the learner raised
 
     @property
     def label(self) -> str:

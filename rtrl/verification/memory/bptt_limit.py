@@ -32,21 +32,13 @@ COLUMNS = ("config", "P", "tensor bytes per step", "error of the line at the thi
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """How much is measured.
+    """How much is measured."""
 
-    Attributes:
-        configs: the configurations.
-        lengths: the lengths of which two are fitted and the last one checks.
-        extrapolated: the lengths that are read off the line.
-        process: the steps between which a process grows.
-        really: how long BPTT is really run; None for not at all.
-    """
-
-    configs: tuple[str, ...] = tuple(CONFIGS)
-    lengths: tuple[int, int, int] = (8, 24, 48)
-    extrapolated: tuple[int, ...] = (10_000, 100_000, 1_000_000)
-    process: tuple[int, int] = (100, 400)
-    really: int | None = None
+    configs: tuple[str, ...] = tuple(CONFIGS)  # the configurations
+    lengths: tuple[int, int, int] = (8, 24, 48)  # the lengths of which two are fitted and the last one checks
+    extrapolated: tuple[int, ...] = (10_000, 100_000, 1_000_000)  # the lengths that are read off the line
+    process: tuple[int, int] = (100, 400)  # the steps between which a process grows
+    really: int | None = None  # how long BPTT is really run; None for not at all
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,26 +56,16 @@ class Config:
 
 @dataclass(kw_only=True)
 class Peaks(Measurements):
-    """What was measured.
-
-    Attributes:
-        bptt: T → peak bytes of BPTT, for the lengths that are run.
-        peak: peak bytes of RTRL at each of these lengths.
-        held: what RTRL holds between steps at each of these lengths.
-        short: the line through BPTT's peaks on short streams, from which T* is predicted.
-        formula: what RTRL holds between steps by formula.
-        planned: T* of the peaks as ``rtrl.plan`` predicts it.
-        claimed: T → (BPTT, RTRL) as claimed, bytes.
-    """
+    """What was measured."""
 
     config: Config
-    bptt: dict[int, int]
-    peak: dict[int, int]
-    held: dict[int, int]
-    short: tuple[float, float]
-    formula: int
-    planned: int | None
-    claimed: dict[int, tuple[int, int]] = field(default_factory=lambda: CLAIMED)
+    bptt: dict[int, int]  # T → peak bytes of BPTT, for the lengths that are run
+    peak: dict[int, int]  # peak bytes of RTRL at each of these lengths
+    held: dict[int, int]  # what RTRL holds between steps at each of these lengths
+    short: tuple[float, float]  # the line through BPTT's peaks on short streams, from which T* is predicted
+    formula: int  # what RTRL holds between steps by formula
+    planned: int | None  # T* of the peaks as ``rtrl.plan`` predicts it
+    claimed: dict[int, tuple[int, int]] = field(default_factory=lambda: CLAIMED)  # T → (BPTT, RTRL) as claimed, bytes
 
     @property
     def rate(self) -> float:

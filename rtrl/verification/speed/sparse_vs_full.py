@@ -63,29 +63,17 @@ SIDES: dict[str, tuple[dict[str, Any], dict[str, bool] | None]] = {
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """How much is run.
+    """How much is run."""
 
-    Attributes:
-        claimed: the ratio that was claimed.
-        mixture: the configuration.
-        steps: steps of the counted stream.
-        window: window of the learners.
-        small: d_model of the sibling on which gradients are compared exactly, and the number of experts varied.
-        chunk: steps per timed round; full updates take one.
-        rounds: timed rounds.
-        experts: numbers of experts over which lazy is compared with lazy=False.
-        dormant_steps: steps of that comparison.
-    """
-
-    claimed: float
-    mixture: Mixture
-    steps: int
-    window: int = 32
-    small: int = 8
-    chunk: int = 8
-    rounds: int = 3
-    experts: tuple[int, ...] = (16, 64, 128)
-    dormant_steps: int = 96
+    claimed: float  # the ratio that was claimed
+    mixture: Mixture  # the configuration
+    steps: int  # steps of the counted stream
+    window: int = 32  # window of the learners
+    small: int = 8  # d_model of the sibling on which gradients are compared exactly, and the number of experts varied
+    chunk: int = 8  # steps per timed round; full updates take one
+    rounds: int = 3  # timed rounds
+    experts: tuple[int, ...] = (16, 64, 128)  # numbers of experts over which lazy is compared with lazy=False
+    dormant_steps: int = 96  # steps of that comparison
 
 
 @dataclass(kw_only=True)
