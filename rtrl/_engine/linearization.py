@@ -1,8 +1,8 @@
 """The derivatives of a run of steps, as plain data."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -150,104 +150,3 @@ class Linearization:
     has_losses: bool
     gradients: dict[str, Tensor]
     untapped_jacobians: Callable[[Tensor], dict[str, Tensor]]
-
-
-def join(pieces: Sequence[Linearization]) -> list[Linearization]:
-    """Join consecutive runs of steps of one kind, so that the work per tap is done once per block; pieces whose taps
-    differ stay apart."""
-    if len(pieces) == 1 or len({_form(piece) for piece in pieces}) > 1 or not _all_dense(pieces[0]):
-        return list(pieces)
-    first = pieces[0]
-    spans = [len(piece.times) for piece in pieces]
-    jacobians = torch.cat([piece.state_jacobian(0, span) for piece, span in zip(pieces, spans, strict=True)], dim=1)
-    gradients: dict[str, Tensor] = {}
-    for piece in pieces:
-        _add(gradients, piece.gradients)
-
-    def untapped_jacobians(cotangents: Tensor) -> dict[str, Tensor]:
-        total: dict[str, Tensor] = {}
-        for piece, of_piece in zip(pieces, cotangents.split(spans, dim=2), strict=True):
-            _add(total, piece.untapped_jacobians(of_piece))
-        return total
-
-    return [
-        Linearization(
-            times=[time for piece in pieces for time in piece.times],
-            written=_over_steps([piece.written for piece in pieces]),
-            touched=_over_steps([piece.touched for piece in pieces]),
-            state_jacobian=lambda start, stop: jacobians[:, start:stop],
-            adjoint=_over_steps(_zero_filled([piece.adjoint for piece in pieces], spans, 1)),
-            adjoint_next=_over_steps(_zero_filled([piece.adjoint_next for piece in pieces], spans, 1)),
-            taps=_join_taps([piece.taps for piece in pieces], jacobians.shape[0], spans),
-            active={name: torch.cat([piece.active[name] for piece in pieces], dim=1) for name in first.active},
-            untapped=first.untapped,
-            has_losses=any(piece.has_losses for piece in pieces),
-            gradients=gradients,
-            untapped_jacobians=untapped_jacobians,
-        )
-    ]
-
-
-def _form(piece: Linearization) -> tuple[Any, ...]:
-    """What pieces must share to be joined."""
-    uses = tuple(
-        (tap.name, tap.use.shape, tap.use.transposed, tap.use.index is None, tap.use.inputs is None)
-        for tap in piece.taps
-    )
-    widths = tuple(None if index is None else index.shape[2] for index in (piece.written, piece.touched))
-    return (uses, _all_dense(piece), widths, tuple(piece.untapped))
-
-
-def _all_dense(piece: Linearization) -> bool:
-    return all(isinstance(tap.output_jacobian, DenseOutputJacobian) for tap in piece.taps)
-
-
-def _join_taps(pieces: Sequence[list[LinearizedTap]], size: int, spans: Sequence[int]) -> list[LinearizedTap]:
-    taps = []
-    shared: dict[int, tuple[DenseOutputJacobian | None, Tensor | None]] = {}  # by output: a weight and its bias
-    for column in zip(*pieces, strict=True):
-        key = id(column[0].output_jacobian)
-        if key not in shared:
-            values = _over_samples(
-                [tap.output_jacobian.values for tap in column if isinstance(tap.output_jacobian, DenseOutputJacobian)],
-                size,
-                1,
-            )
-            grads = _zero_filled([tap.grad_output for tap in column], [size * span for span in spans], 0)
-            shared[key] = None if values is None else DenseOutputJacobian(values), _over_samples(grads, size)
-        use = replace(
-            column[0].use,
-            index=_over_samples([tap.use.index for tap in column], size),
-            inputs=_over_samples([tap.use.inputs for tap in column], size),
-        )
-        taps.append(LinearizedTap(use, *shared[key]))
-    return taps
-
-
-def _over_samples(parts: Sequence[Tensor | None], size: int, dim: int = 0) -> Tensor | None:
-    """Join tensors that have the N = B·m samples in dimension ``dim``; None if one is None."""
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts):
-        return None
-    split = [part.unflatten(dim, (size, -1)) for part in known]
-    return torch.cat(split, dim=dim + 1).flatten(dim, dim + 1)
-
-
-def _over_steps(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Join tensors (B, m, ...); None if one is None."""
-    known = [part for part in parts if part is not None]
-    return torch.cat(known, dim=1) if len(known) == len(parts) else None
-
-
-def _zero_filled(parts: Sequence[Tensor | None], counts: Sequence[int], dim: int) -> list[Tensor | None]:
-    """Zeros in place of None where another part is a tensor; ``counts`` are the parts' sizes of dimension ``dim``."""
-    like = next((part for part in parts if part is not None), None)
-    if like is None:
-        return list(parts)
-    shapes = [(*like.shape[:dim], count, *like.shape[dim + 1 :]) for count in counts]
-    return [like.new_zeros(shape) if part is None else part for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _add(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
-    for name, value in more.items():
-        total[name] = total[name] + value if name in total else value

@@ -13,16 +13,12 @@ from torch.utils.checkpoint import CheckpointError
 
 from rtrl._engine.analytic import AnalyticLinearization, check_analytic_step
 from rtrl._engine.autograd import AutogradLinearization
-from rtrl._engine.linearization import Linearization, join
+from rtrl._engine.linearization import Linearization
 from rtrl._engine.mixing import taps_mixing_samples
 from rtrl._engine.recorded import RecordedStep, StepBatch, join_steps
 from rtrl.cells.analytic import HasAnalyticStep
 from rtrl.cells.protocol import takes_replay
 from rtrl.errors import CellError
-
-# A block is linearised in pieces: of at least this many steps, and about this many numbers in their Jacobians' rows.
-_LEAST_SPAN = 16
-_SPAN_NUMBERS = 2**23
 
 
 class Linearizer:
@@ -65,39 +61,25 @@ class Linearizer:
         for time, step in enumerate(steps):
             groups.setdefault(step.kind(), []).append(time)
         next_states = [step.h for step in steps[1:]] + [last]
-        linearizations: list[Linearization] = []
         try:
-            for kind, times in groups.items():
-                # An analytic step has no graph to be kept small.
-                analytic = self._has_analytic_step and steps[times[0]].dense
-                span = len(times) if analytic else self._span(steps[times[0]])
-                pieces = [
-                    self._linearize(kind, piece, [steps[t] for t in piece], [next_states[t] for t in piece])
-                    for piece in (times[start : start + span] for start in range(0, len(times), span))
-                ]
-                linearizations.extend(join(pieces))
+            return [
+                self._linearize(
+                    (*kind, len(times)),
+                    join_steps(times, [steps[t] for t in times], [next_states[t] for t in times], self._takes_replay),
+                )
+                for kind, times in groups.items()
+            ]
         except CheckpointError as error:
             raise CellError(
                 "the cell checkpoints activations (torch.utils.checkpoint) around a parameter, and what it computes"
                 " again there cannot be told apart; remove the checkpoint: no graph outlives a block anyway"
             ) from error
-        return linearizations
 
-    @staticmethod
-    def _span(step: RecordedStep) -> int:
-        """How many steps are linearised at a time, so that their graph stays small beside what is kept of them."""
-        writes = step.h.shape[1] if step.sparsity.writes is None else step.sparsity.writes.shape[1]
-        rows = writes * step.h[0, 0].numel()
-        return max(_LEAST_SPAN, _SPAN_NUMBERS // max(1, rows * step.h.numel()))
-
-    def _linearize(
-        self, kind: tuple[Any, ...], times: list[int], steps: list[RecordedStep], next_states: list[Tensor]
-    ) -> Linearization:
-        batch = join_steps(times, steps, next_states, self._takes_replay)
-        analytic = self._has_analytic_step and steps[0].dense
-        if (*kind, len(steps)) not in self._verified:
+    def _linearize(self, kind: tuple[Any, ...], batch: StepBatch) -> Linearization:
+        analytic = self._has_analytic_step and batch.steps[0].dense
+        if kind not in self._verified:
             self._verify(batch, analytic)
-            self._verified.add((*kind, len(steps)))
+            self._verified.add(kind)
         batch.h.requires_grad_()
         if analytic:
             by_cell = AnalyticLinearization(self._cell, self._parameters, batch, self._untapped)

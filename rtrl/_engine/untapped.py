@@ -13,6 +13,8 @@ from rtrl._utils.functional_call import functional_call
 from rtrl.cells.protocol import Sparsity, call_cell
 from rtrl.errors import PerformanceWarning
 
+_CHUNK = 2**23  # numbers of a Jacobian that are pulled back at a time
+
 
 def weighted_jacobians(
     cell: nn.Module,
@@ -83,33 +85,40 @@ def weighted_jacobians(
     return {name: torch.stack([of_sample[i] for of_sample in rows]) for i, name in enumerate(theta)}
 
 
-def jacobian_rows(head: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+def jacobian_rows(head: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     """All Jacobians ``∂head[n, i]/∂input[n]`` of head (N, I): (I, *input.shape) for each input."""
     rows = head.shape[1]
     eye = torch.eye(rows, dtype=head.dtype, device=head.device).unsqueeze(1).expand(rows, *head.shape)
     return pull_rows(head, inputs, eye)
 
 
-def pull_rows(head: Tensor, inputs: list[Tensor], weights: Tensor) -> list[Tensor]:
+def pull_rows(head: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     """Pull each of ``weights`` (I, *head.shape) back to the inputs: (I, *input.shape) for each input, zeros where head
-    does not depend on it."""
-    if not head.requires_grad or not weights.shape[0]:
-        return [t.new_zeros(weights.shape[0], *t.shape) for t in inputs]
+    does not depend on it. Some rows at a time, so that what lies between is small beside the results."""
+    count = len(weights)
+    span = max(1, _CHUNK // max([1, *(t.numel() for t in inputs)]))
+    if head.requires_grad and 0 < count <= span:
+        grads = _pull(head, inputs, weights)
+        return [t.new_zeros(count, *t.shape) if g is None else g for t, g in zip(inputs, grads, strict=True)]
+    pulled = [t.new_zeros(count, *t.shape) for t in inputs]
+    for start in range(0, count if head.requires_grad else 0, span):
+        rows = slice(start, start + span)
+        for out, grad in zip(pulled, _pull(head, inputs, weights[rows]), strict=True):
+            if grad is not None:
+                out[rows] = grad
+    return pulled
+
+
+def _pull(head: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> Sequence[Tensor | None]:
     try:
         with _ignoring_slow_batching():
-            grads = torch.autograd.grad(
+            return torch.autograd.grad(
                 head, inputs, weights, is_grads_batched=True, retain_graph=True, allow_unused=True
             )
     except RuntimeError as error:
         _warn_slow("the cell's backward pass cannot be batched; it is taken row by row", error)
-        rows = [torch.autograd.grad(head, inputs, weight, retain_graph=True, allow_unused=True) for weight in weights]
-        return [
-            t.new_zeros(weights.shape[0], *t.shape) if column[0] is None else torch.stack(column)
-            for t, column in zip(inputs, zip(*rows, strict=True), strict=True)
-        ]
-    return [
-        t.new_zeros(weights.shape[0], *t.shape) if grad is None else grad for t, grad in zip(inputs, grads, strict=True)
-    ]
+    rows = [torch.autograd.grad(head, inputs, weight, retain_graph=True, allow_unused=True) for weight in weights]
+    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 @contextmanager

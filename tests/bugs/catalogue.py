@@ -22,7 +22,7 @@ from rtrl._engine.block import _accumulate_losses, close_block
 from rtrl._engine.checks import check_copied, check_finite
 from rtrl._engine.contract import check_declared_columns, check_unwritten_rows
 from rtrl._engine.immediate import DenseImmediate, _batches, active, immediate_terms
-from rtrl._engine.linearization import UnitwiseOutputJacobian, _over_samples, join
+from rtrl._engine.linearization import UnitwiseOutputJacobian
 from rtrl._engine.linearizer import Linearizer
 from rtrl._engine.losses import add_loss, loss_cotangents
 from rtrl._engine.mixing import taps_mixing_samples
@@ -37,6 +37,7 @@ from rtrl._engine.reverse_sweep import (
     reverse_sweep,
 )
 from rtrl._engine.step import _checked_copy, take
+from rtrl._engine.untapped import pull_rows
 from rtrl._influence.catch_up import SampleHops
 from rtrl._influence.history import History
 from rtrl._influence.segment_tree import CircularSegmentTree as Tree
@@ -818,14 +819,8 @@ if GRADIENT is not None:
     ),
     Bug(
         75,
-        "pieces of a long block are joined step by step, not sample by sample",
-        (
-            swap(
-                _over_samples,
-                "PART.unflatten(DIM, (SIZE, -1))",
-                "PART.unflatten(DIM, (-1, SIZE)).transpose(DIM, DIM + 1)",
-            ),
-        ),
+        "of many rows of a Jacobian only the first ones are pulled back",
+        (swap(pull_rows, "slice(START, START + SPAN)", "slice(0, SPAN)"),),
         "long_blocks",
     ),
     Bug(
@@ -836,11 +831,8 @@ if GRADIENT is not None:
     ),
     Bug(
         77,
-        "pieces of a block are joined without their analytic steps",
-        (
-            swap(join, "len(PIECES) == 1 or DIFFER or ANALYTIC", "len(PIECES) == 1 or DIFFER"),
-            swap(Linearizer.__call__, "len(TIMES) if ANALYTIC else SPAN", "SPAN"),
-        ),
+        "rows of a Jacobian that are pulled back together are stored in reverse order",
+        (swap(pull_rows, "OUT[ROWS] = GRAD", "OUT[ROWS] = GRAD.flip(0)"),),
         "long_blocks",
     ),
     Bug(

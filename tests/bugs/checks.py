@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 import oracles
 import rtrl
-from rtrl._engine import buffers, immediate, linearizer, reverse_sweep
+from rtrl._engine import buffers, immediate, reverse_sweep, untapped
 from rtrl._influence import store
 from rtrl.errors import CellError, ParameterChangedError, SparsityError
 from rtrl.testing import LearnerSpec, cell_checks, check_cell, check_learner, learner_checks
@@ -211,7 +211,7 @@ class KnownCell(nn.Module):
         h_next = torch.tanh(self.inward(x) + self.recurrent(h)) + self.keep * h
         return self.head(torch.cat([h, h_next], dim=1)), h_next
 
-    def linearizer(self, x: Tensor, h: Tensor) -> rtrl.cells.AnalyticStep | None:
+    def analytic_step(self, x: Tensor, h: Tensor) -> rtrl.cells.AnalyticStep | None:
         if self.wrong == "none":
             return None
         with torch.no_grad():
@@ -253,8 +253,7 @@ def wrong_analytic_steps_are_refused() -> None:
 def long_blocks() -> None:
     """Blocks that are worked off in pieces: the limits are set so low that everything goes in several."""
     limits = (
-        (linearizer, "_SPAN_NUMBERS", 1),
-        (linearizer, "_LEAST_SPAN", 3),
+        (untapped, "_CHUNK", 60),
         (immediate, "_CHUNK", 60),
         (immediate, "_ROWS_CHUNK", 60),
         (immediate, "_LEAST_ROWS", 2),

@@ -1,4 +1,4 @@
-"""Blocks that are linearised in several pieces, of cells that know their derivatives."""
+"""Long blocks: Jacobians whose rows are pulled back some at a time, and products that would become subnormal."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 
 import oracles
 import rtrl
-from rtrl._engine import linearizer, reverse_sweep
+from rtrl._engine import reverse_sweep, untapped
 from rtrl._engine.buffers import ReusableBuffer
 from rtrl._engine.recorded import RecordedStep
 from rtrl._engine.step import take
@@ -22,11 +22,15 @@ def readout() -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("lossless", [False, True], ids=["losses everywhere", "none in the first piece"])
-def test_pieces_of_analytic_steps_are_joined(monkeypatch: pytest.MonkeyPatch, kind: type, lossless: bool) -> None:
-    monkeypatch.setattr(linearizer, "_SPAN_NUMBERS", 1)
-    monkeypatch.setattr(linearizer, "_LEAST_SPAN", 3)
+@pytest.mark.parametrize("lossless", [False, True], ids=["losses everywhere", "none in the first steps"])
+@pytest.mark.parametrize("analytic", [False, True], ids=["autograd", "analytic"])
+def test_rows_of_jacobians_are_pulled_back_some_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, kind: type, lossless: bool, analytic: bool
+) -> None:
+    monkeypatch.setattr(untapped, "_CHUNK", 3 * 8 * 2 * 4)  # three rows of a block of 8 steps, and then one
     cell, xs = seeded(rtrl.cells.from_torch(kind(3, 4), readout()), 0), normal(0, 11, 2, 3)
+    if not analytic:
+        monkeypatch.setattr(type(cell), "analytic_step", lambda self, x, h: None)
     loss = lambda t, y: None if lossless and t < 4 else y.square().sum()
     learner = rtrl.BlockRTRL(cell, 2, block=8)
     for t, x in enumerate(xs):
@@ -39,11 +43,12 @@ def test_pieces_of_analytic_steps_are_joined(monkeypatch: pytest.MonkeyPatch, ki
     assert_gradients_equal(found, oracles.bptt(cell, xs, loss))
 
 
-def test_a_wide_state_and_a_long_block() -> None:
-    """Without a limit set low: B·H²·m is above what is linearised at a time."""
+def test_a_wide_state_and_a_long_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a limit set low: B·H²·m is above what is pulled back at a time."""
     cell = seeded(rtrl.cells.from_torch(nn.RNNCell(1, 128)), 0)
+    monkeypatch.setattr(type(cell), "analytic_step", lambda self, x, h: None)
     xs = normal(0, 66, 8, 1)
-    assert linearizer.Linearizer._span(taken(cell, xs[:1])[0][0]) < len(xs)
+    assert xs.numel() * 128**2 > untapped._CHUNK
     loss = lambda t, y: y.square().sum() if t == len(xs) - 1 else None
     learner = rtrl.BlockRTRL(cell, 8, block=len(xs))
     for x in xs:
