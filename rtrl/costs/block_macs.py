@@ -22,7 +22,7 @@ This module follows ``linearizer``, ``sweep``, ``block`` and ``birth`` line by l
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rtrl._engine import immediate, linearizer
+from rtrl._engine import immediate
 from rtrl._engine import reverse_sweep as sweeping
 from rtrl.costs.linear import Use
 from rtrl.costs.profile import Profile
@@ -83,11 +83,8 @@ def closing(profile: Profile, steps: int, extent: Extent, first: bool) -> int:
 
 
 def span(profile: Profile, extent: Extent, steps: int) -> int:
-    """How many of m steps are linearised at a time: all of them analytically, which has no graph to be kept small."""
-    if profile.linear.parts is not None:
-        return steps
-    numbers = extent.writes * profile.width * profile.batch_size * profile.state_size
-    return max(linearizer._LEAST_SPAN, linearizer._SPAN_NUMBERS // max(1, numbers))
+    """How many of m steps are linearised at a time: all of them."""
+    return steps
 
 
 def checks(profile: Profile, steps: int, extent: Extent) -> dict[int, int]:

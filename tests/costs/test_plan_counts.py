@@ -23,7 +23,7 @@ from helpers.cost_cases import (
 from torch import nn
 
 import rtrl
-from rtrl._engine import linearizer
+from rtrl._engine import untapped
 from rtrl.costs import block_rtrl as block_rtrl_module
 from rtrl.costs.block_rtrl import block_rtrl
 from rtrl.costs.profile import profile
@@ -66,8 +66,7 @@ def test_blocks_are_counted_exactly(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "no analytic step", "parameters no tap covers", "mixture"])
 def test_blocks_in_pieces_are_counted_exactly(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linearizer, "_SPAN_NUMBERS", 1)
-    monkeypatch.setattr(linearizer, "_LEAST_SPAN", 3)
+    monkeypatch.setattr(untapped, "_CHUNK", 60)
     cell = CELLS[kind]()
     expect_counts(block(7), cell, inputs(cell, 16, 2))
 
