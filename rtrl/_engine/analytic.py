@@ -1,11 +1,11 @@
 """The derivatives of a batch of steps from the cell's own ``analytic_step`` (``rtrl.cells.analytic``)."""
 
-from collections.abc import Iterable, Mapping
-from itertools import zip_longest
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rtrl._engine import checks, contract
 from rtrl._engine.linearization import Linearization, LinearizedTap, UnitwiseOutputJacobian
@@ -155,14 +155,8 @@ def check_analytic_step(
 ) -> None:
     """Compare a cell's ``analytic_step`` with autograd at a perturbed point, along a random direction.
 
-    Args:
-        parameters: name → trainable parameter.
-        x: the inputs of N samples.
-        h: (N, n, ...), their states.
-        number: that of the step, for messages.
-
     Raises:
-        CellError: they disagree.
+        CellError: they disagree; with the step's number.
 
     Cost: two forward passes and two backward passes.
     """
@@ -183,40 +177,36 @@ def check_analytic_step(
     weights = [normal_like(t, generator) for t in (h_next, *outputs)]
     names = [name for name in theta if name in parameters]
     targets = [h, *(theta[name] for name in names)]
-    expected = torch.autograd.grad([h_next, *outputs], targets, weights, allow_unused=True)
-    heads = [(t, weight) for t, weight in zip(analytic_outputs, weights[1:], strict=False) if t.requires_grad]
-    adjoint, rest = weights[0], []
-    if heads:
-        outs, out_weights = zip(*heads, strict=True)
-        through_y, *rest = torch.autograd.grad(outs, [step.h_next, *targets], out_weights, allow_unused=True)
-        adjoint = adjoint if through_y is None else adjoint + through_y
-    grads = [torch.zeros_like(t) if grad is None else grad for t, grad in zip_longest(targets, rest)]
-    with torch.no_grad():
-        _add_vjp(step, adjoint.flatten(1), grads, {id(theta[name]): i + 1 for i, name in enumerate(names)})
-    for name, grad, by_autograd in zip(["the state", *map(repr, names)], grads, expected, strict=True):
-        reference = torch.zeros_like(grad) if by_autograd is None else by_autograd
+    expected = _grads([h_next, *outputs], targets, weights)
+    at_next, *through_y = _grads(analytic_outputs, [step.h_next, *targets], weights[1:])
+    through_state = _grads([_first_order(step, h)], targets, [weights[0] + at_next])
+    grads = [a + b for a, b in zip(through_y, through_state, strict=True)]
+    for name, grad, reference in zip(["the state", *map(repr, names)], grads, expected, strict=True):
         if not checks.nearly_equal(grad.flatten()[None], reference.flatten()[None]):
             raise CellError(
                 f"step {number}: analytic_step gives another derivative with respect to {name} than autograd does"
             )
 
 
-def _add_vjp(step: AnalyticStep, adjoint: Tensor, grads: list[Tensor], places: Mapping[int, int]) -> None:
-    """Pull an adjoint (N, S·U) at the next state back, and add it: at the state to ``grads[0]``, at parameters (by id)
-    to those at their places."""
-    n, u = adjoint.shape[0], step.h_next.shape[-1]
-    at_state = torch.zeros(n, adjoint.shape[1] // u, u, dtype=adjoint.dtype, device=adjoint.device)
-    if step.direct is not None:
-        at_state += torch.einsum("nsi,nsti->nti", adjoint.view(n, -1, u), step.direct)
+def _grads(heads: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gradients of weighted heads at the inputs; zeros where no head depends on one."""
+    pairs = [(head, weight) for head, weight in zip(heads, weights, strict=False) if head.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(t) for t in inputs]
+    heads, weights = zip(*pairs, strict=True)
+    return torch.autograd.grad(heads, inputs, weights, allow_unused=True, materialize_grads=True)
+
+
+def _first_order(step: AnalyticStep, h: Tensor) -> Tensor:
+    """A function of h and the parameters, of the next state's shape, with the derivatives that the step states."""
+    parts = h.reshape(len(h), -1, step.h_next.shape[-1])
+    out = torch.zeros_like(parts) if step.direct is None else torch.einsum("nsti,nti->nsi", step.direct, parts)
     for tap in step.taps:
-        at_output = UnitwiseOutputJacobian(tap.response).vjp(adjoint.unsqueeze(1), slice(None)).reshape(n, -1)
+        z = F.linear(tap.inputs.detach(), tap.weight, tap.bias)
         if tap.part is not None:
-            at_state[:, tap.part] += at_output @ tap.weight
-        if id(tap.weight) in places:
-            grads[places[id(tap.weight)]] += at_output.T @ tap.inputs
-        if tap.bias is not None and id(tap.bias) in places:
-            grads[places[id(tap.bias)]] += at_output.sum(dim=0)
-    grads[0] += at_state.view(grads[0].shape)
+            z = z + F.linear(parts[:, tap.part], tap.weight.detach())
+        out = out + torch.einsum("nsgi,ngi->nsi", tap.response.detach(), z.unflatten(1, (-1, parts.shape[2])))
+    return out.view(step.h_next.shape)
 
 
 class _StepModule(nn.Module):

@@ -170,7 +170,7 @@ def _accumulate_losses(group: Linearization, adjoint: Tensor, gradient: dict[str
         if key not in weights:
             weight = None
             if through_state and tap.output_jacobian is not None:
-                weight = tap.output_jacobian.vjp(flat, slice(None)).squeeze(3)
+                weight = tap.output_jacobian.vjp(flat).squeeze(3)
             if tap.grad_output is not None:
                 weight = tap.grad_output if weight is None else weight + tap.grad_output
             weights[key] = weight

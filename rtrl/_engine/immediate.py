@@ -16,35 +16,45 @@ from rtrl._influence.store import ParameterInfluence
 from rtrl._influence.transition import Transition
 from rtrl.errors import SparsityError
 
-_CHUNK = 2**22  # numbers of ``C_τ ∂h_next/∂z`` that are written out at a time
-_ROWS_CHUNK = 2**20  # for dense influences: few enough to stay in a processor's cache
+# Numbers of ``C_τ ∂h_next/∂z`` that are written out at a time: of slices, and of rows of the state, few enough of these
+# to stay in a processor's cache.
+_CHUNK = 2**22
+_ROWS_CHUNK = 2**20
 _LEAST_ROWS = 8
 
 
+@dataclass(frozen=True, slots=True)
 class InfluenceWriter:
     """Adds to the stored influences.
 
-    Args:
+    Attributes:
         influences: name → influence.
         rows: name → LongTensor (R,) on the CPU, the rows of the influence that stand for the block's active slices.
         block: the block's transition.
     """
 
-    def __init__(
-        self, influences: Mapping[str, ParameterInfluence], rows: Mapping[str, Tensor], block: Transition
-    ) -> None:
-        self.influences, self.rows, self.block = influences, rows, block
+    influences: Mapping[str, ParameterInfluence]
+    rows: Mapping[str, Tensor]
+    block: Transition
 
     def add_products(
         self, name: str, which: slice, left: Tensor, right: Tensor, transposed: bool = False, part: slice = slice(None)
     ) -> None:
-        """Add ``leftᵀ right`` to the rows ``which`` of a parameter: left (C, X, R·O), right (C, X, I), R being those of
-        the state's entries that ``part`` names."""
+        """Add ``leftᵀ right`` to the rows ``which`` of a parameter: left (C, X, R·O), right (C, X, I), R being the
+        entries ``part`` of those that the block writes."""
         self.influences[name].add_products(self.rows[name][which], self.block, left, right, transposed, part)
 
-    def add(self, name: str, immediate: Tensor) -> None:
-        """Add (R, u·slot_size, p) to all rows of a parameter."""
-        self.influences[name].add(self.rows[name], self.block, immediate)
+    def add(self, name: str, immediate: Tensor, part: slice = slice(None)) -> None:
+        """Add (rows, R, p) to all rows of a parameter."""
+        self.influences[name].add(self.rows[name], self.block, immediate, part)
+
+    def parts(self, count: int, numbers: int) -> Iterator[slice]:
+        """Cut the ``count`` entries of the state that the block writes into parts that fit a processor's cache, if each
+        entry takes this many numbers; a part holds whole slots unless the block writes all."""
+        slot_size = 1 if self.block.rows is None else self.block.width
+        span = max(_LEAST_ROWS, _ROWS_CHUNK // max(1, numbers))
+        span = -(-span // slot_size) * slot_size
+        return (slice(start, min(start + span, count)) for start in range(0, count, span))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,58 +74,32 @@ class DenseImmediate:
     slices: Mapping[str, int]
 
     def add_to(self, writer: InfluenceWriter) -> None:
-        """Add it, in place. Cost: per sample and weight, ``m·R·O·I·K·L`` multiply-adds; and the vector–Jacobian
-        products."""
+        """Add it, some rows of the state at a time, so that each is written once. Cost: per sample and weight,
+        ``m·R·O·I·K·L`` multiply-adds; and the vector–Jacobian products."""
         size, m, r = self.cotangents.shape[0], self.cotangents.shape[1], self.cotangents.shape[2] - 1
         k, length, o = self.taps[0].use.shape
-        if not r * length:
-            return
-        if writer.block.rows is None and all(tap.use.index is None for tap in self.taps):
-            self._add_by_rows(writer)
-            return
-        for start, stop in _spans(m, size * k * length * r * o, _CHUNK):
-            cotangents = self.cotangents[:, start:stop, :-1]
-            at: Tensor | slice = slice(None)
-            if stop - start < m:
-                at = slice(start, stop) if size == 1 else _samples(size, m, start, stop, cotangents.device)
-            left = self.output_jacobian.vjp(cotangents.flatten(0, 1), at)  # (B·span, K, L, R, O)
-            for tap in self.taps:
-                use = tap.use
-                right = None if use.inputs is None else use.inputs[at]
-                if use.index is not None:
-                    self._add_slices(writer, use.name, use.index[at], left, right)
-                    continue
-                rows = left.reshape(size, (stop - start) * length, r * o)
-                factors = _ones(rows) if right is None else right.reshape(size, rows.shape[1], right.shape[3])
-                writer.add_products(use.name, slice(None), rows, factors, use.transposed)
-
-    def _add_by_rows(self, writer: InfluenceWriter) -> None:
-        """Add to influences of which the block writes all rows: some rows at a time, so that each is written once."""
-        size, m, r = self.cotangents.shape[0], self.cotangents.shape[1], self.cotangents.shape[2] - 1
-        _, length, o = self.taps[0].use.shape
         cotangents = self.cotangents.flatten(0, 1)
-        for start, stop in _spans(r, size * m * length * o, _ROWS_CHUNK, _LEAST_ROWS):
-            left = self.output_jacobian.vjp(cotangents[:, start:stop], slice(None))
-            left = left.reshape(size, m * length, (stop - start) * o)
+        for part in writer.parts(r if length else 0, size * m * k * length * o):
+            left = self.output_jacobian.vjp(cotangents[:, part])  # (N, K, L, R, O)
             for tap in self.taps:
-                right = tap.use.inputs
-                factors = _ones(left) if right is None else right.reshape(size, m * length, right.shape[3])
-                writer.add_products(tap.name, slice(None), left, factors, tap.use.transposed, slice(start, stop))
+                if tap.use.index is not None:
+                    writer.add(tap.name, self._by_slice(tap, tap.use.index, left), part)
+                    continue
+                rows = left.reshape(size, m * length, -1)
+                right = left.new_ones(1).expand(size, m * length, 1) if tap.use.inputs is None else tap.use.inputs
+                right = right.reshape(size, m * length, right.shape[-1])
+                writer.add_products(tap.name, slice(None), rows, right, tap.use.transposed, part)
 
-    def _add_slices(
-        self, writer: InfluenceWriter, name: str, index: Tensor, left: Tensor, right: Tensor | None
-    ) -> None:
-        """Add to the slices that were used of a parameter that is kept whole."""
-        size, slices, k = self.cotangents.shape[0], self.slices[name], index.shape[1]
-        r = left.shape[3]
+    def _by_slice(self, tap: LinearizedTap, index: Tensor, left: Tensor) -> Tensor:
+        """The immediate influence (B, R, p) through slices that were picked from a parameter that is kept whole."""
+        size, slices, k = self.cotangents.shape[0], self.slices[tap.name], index.shape[1]
         first = torch.arange(size, device=left.device).repeat_interleave(index.shape[0] // size)[:, None] * slices
         used, place = (first + index).flatten().unique(return_inverse=True)
-        if right is not None:
-            right = right.expand(-1, k, -1, -1).flatten(0, 1)
+        right = None if tap.use.inputs is None else tap.use.inputs.expand(-1, k, -1, -1).flatten(0, 1)
         products = segment_products(left.flatten(0, 1).transpose(1, 2), right, place, used.numel())
-        whole = left.new_zeros(size, r, slices, products.shape[2] * products.shape[3])
-        whole[used // slices, :, used % slices] = products.flatten(2)
-        writer.add(name, whole.flatten(2))
+        immediate = left.new_zeros(size, left.shape[3], slices, products.shape[2] * products.shape[3])
+        immediate[used // slices, :, used % slices] = products.flatten(2)
+        return immediate.flatten(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +140,7 @@ class SlicedImmediate:
         for keys, entries, longest in _batches(counts, max(1, _CHUNK // max(1, length * r * o))):
             table, present = _padded(order, counts[keys], entries, longest)
             at, which = self.at[table], self.which[table]
-            left = self._own_jacobian(at, which).vjp(cotangents[at, :-1], slice(None))
+            left = self._own_jacobian(at, which).vjp(cotangents[at, :-1])
             left = left.reshape(len(counts[keys]), longest * length, r * o)
             for tap in self.taps:
                 right = self._own_inputs(tap, at, which)
@@ -277,20 +261,6 @@ def active(group: Linearization, name: str, slices: int, size: int, device: torc
     if declared is not None:
         return declared
     return torch.arange(slices, device=device).expand(size, len(group.times), -1)
-
-
-def _ones(rows: Tensor) -> Tensor:
-    return rows.new_ones(1, 1, 1).expand(rows.shape[0], rows.shape[1], 1)
-
-
-def _spans(count: int, numbers: int, chunk: int, least: int = 1) -> Iterator[tuple[int, int]]:
-    span = max(least, chunk // max(1, numbers))
-    return ((start, min(start + span, count)) for start in range(0, count, span))
-
-
-def _samples(size: int, m: int, start: int, stop: int, device: torch.device) -> Tensor:
-    """The samples of some of the m steps, among all N."""
-    return (torch.arange(size, device=device)[:, None] * m + torch.arange(start, stop, device=device)).flatten()
 
 
 def _batches(counts: list[int], limit: int) -> Iterator[tuple[slice, slice, int]]:

@@ -15,16 +15,8 @@ _FEW = 16  # pairs of a slice and a token per sample: up to this many, a product
 class OutputJacobian(Protocol):
     """``∂h_next[written]/∂z`` of N samples, for the output z (K, L, O) of a linear map."""
 
-    def vjp(self, cotangents: Tensor, at: Tensor | slice) -> Tensor:
-        """Vector–Jacobian products ``cotangents @ ∂h_next/∂z``.
-
-        Args:
-            cotangents: (E, R, W), at the next states of the samples ``at``.
-            at: which of the N samples, LongTensor (E,) or a slice.
-
-        Returns:
-            (E, K, L, R, O).
-        """
+    def vjp(self, cotangents: Tensor) -> Tensor:
+        """Vector–Jacobian products ``cotangents @ ∂h_next/∂z``, (N, R, W) → (N, K, L, R, O)."""
         ...
 
     def largest(self) -> Tensor:
@@ -42,20 +34,19 @@ class DenseOutputJacobian:
 
     values: Tensor
 
-    def vjp(self, cotangents: Tensor, at: Tensor | slice) -> Tensor:
-        """See ``OutputJacobian``. Cost: E·R·W·K·L·O multiply-adds."""
-        values = self.values[:, at]
-        w, e, k, length, o = values.shape
+    def vjp(self, cotangents: Tensor) -> Tensor:
+        """See ``OutputJacobian``. Cost: N·R·W·K·L·O multiply-adds."""
+        w, n, k, length, o = self.values.shape
         r = cotangents.shape[1]
         if k * length == 1:
-            return torch.bmm(cotangents, values.reshape(w, e, o).transpose(0, 1)).view(e, 1, 1, r, o)
+            return torch.bmm(cotangents, self.values.reshape(w, n, o).transpose(0, 1)).view(n, 1, 1, r, o)
         if k * length > _FEW:
-            product = torch.bmm(cotangents, values.reshape(w, e, -1).transpose(0, 1))
-            return product.view(e, r, k, length, o).permute(0, 2, 3, 1, 4)
-        out = cotangents.new_empty(e, k, length, r, o)
+            product = torch.bmm(cotangents, self.values.reshape(w, n, -1).transpose(0, 1))
+            return product.view(n, r, k, length, o).permute(0, 2, 3, 1, 4)
+        out = cotangents.new_empty(n, k, length, r, o)
         for i in range(k):
             for j in range(length):
-                torch.bmm(cotangents, values[:, :, i, j].transpose(0, 1), out=out[:, i, j])
+                torch.bmm(cotangents, self.values[:, :, i, j].transpose(0, 1), out=out[:, i, j])
         return out
 
     def largest(self) -> Tensor:
@@ -73,15 +64,15 @@ class UnitwiseOutputJacobian:
 
     values: Tensor
 
-    def vjp(self, cotangents: Tensor, at: Tensor | slice) -> Tensor:
-        """See ``OutputJacobian``. Cost: E·R·S·G·U multiplications."""
-        values = self.values[at].unsqueeze(1)  # (E, 1, S, G, U)
-        e, _, s, g, u = values.shape
-        parts = cotangents.reshape(e, -1, s, 1, u)
+    def vjp(self, cotangents: Tensor) -> Tensor:
+        """See ``OutputJacobian``. Cost: N·R·S·G·U multiplications."""
+        values = self.values.unsqueeze(1)  # (N, 1, S, G, U)
+        n, _, s, g, u = values.shape
+        parts = cotangents.reshape(n, -1, s, 1, u)
         product = parts[:, :, 0] * values[:, :, 0]
         for k in range(1, s):
             product.addcmul_(parts[:, :, k], values[:, :, k])
-        return product.reshape(e, 1, 1, product.shape[1], g * u)
+        return product.reshape(n, 1, 1, product.shape[1], g * u)
 
     def largest(self) -> Tensor:
         """See ``OutputJacobian``."""

@@ -152,7 +152,7 @@ class ParameterInfluence:
             left: (C, X, R·O), R = u·width.
             right: (C, X, I).
             transposed: the parameter's entries stand in the order (I, O), not (O, I).
-            part: where ``block`` writes all rows, only these R entries of the state.
+            part: only these R of the u·width entries of the state; whole rows of it unless ``block`` writes all.
 
         Cost: ``C·X·R·O·I`` multiply-adds; a buffer of the result's size where it does not lie in one piece.
         """
@@ -172,8 +172,7 @@ class ParameterInfluence:
         self.add(rows, block, immediate.reshape(count, entries, self.values.shape[2]), part)
 
     def add(self, rows: Tensor, block: Transition, immediate: Tensor, part: slice = slice(None)) -> None:
-        """Add an immediate influence (R, u·width, p) to these rows, on the state rows that ``block`` writes, or to
-        fewer entries of the state, see ``add_products``."""
+        """Add an immediate influence (rows, R, p) to these rows, see ``add_products``."""
         whole = not self.sliced and rows.numel() == self.batch_size
         if block.rows is None:
             if whole:
@@ -182,7 +181,8 @@ class ParameterInfluence:
                 self.values[:, part].index_add_(0, rows.to(self.values.device), immediate)
             return
         here = rows.to(self.values.device)
-        state_rows = block.rows[self.sample[here]]
+        first, last, _ = part.indices(block.rows.shape[1] * block.width)
+        state_rows = block.rows[self.sample[here], first // block.width : last // block.width]
         slots = self.values.unflatten(1, (block.n, block.width))
         slots[here[:, None], state_rows] += immediate.unflatten(1, (-1, block.width))
 

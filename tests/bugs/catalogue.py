@@ -21,7 +21,7 @@ from rtrl._engine.autograd import AutogradLinearization
 from rtrl._engine.block import _accumulate_losses, close_block
 from rtrl._engine.checks import check_copied, check_finite
 from rtrl._engine.contract import check_declared_columns, check_unwritten_rows
-from rtrl._engine.immediate import DenseImmediate, _batches, active, immediate_terms
+from rtrl._engine.immediate import InfluenceWriter, _batches, active, immediate_terms
 from rtrl._engine.linearization import UnitwiseOutputJacobian
 from rtrl._engine.linearizer import Linearizer
 from rtrl._engine.losses import add_loss, loss_cotangents
@@ -838,7 +838,7 @@ if GRADIENT is not None:
     Bug(
         78,
         "immediate influence added some rows of the state at a time goes to the first rows every time",
-        (swap(DenseImmediate._add_by_rows, "slice(START, STOP)", "slice(STOP - START)"),),
+        (swap(InfluenceWriter.parts, "slice(START, min(START + SPAN, COUNT))", "slice(0, min(SPAN, COUNT - START))"),),
         "long_blocks",
     ),
     Bug(
