@@ -3,6 +3,7 @@ refused afterwards."""
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,33 +88,8 @@ def check_loss(loss: Any, outputs: list[Tensor], seen_losses: list["weakref.ref[
     return list(reached.values())
 
 
-class Open:
-    """Whether a step accepts losses; the step and the hooks on its outputs share it."""
-
-    __slots__ = ("now",)
-
-    def __init__(self) -> None:
-        self.now = True
-
-
-def refuse_when_closed(leaf: Tensor, step: int, open_: Open | None = None) -> None:
-    """Make a backward pass into ``leaf`` fail once its step accepts no more losses; it would be lost without a word.
-
-    Args:
-        open_: whether the step accepts losses; None if it does not.
-    """
-
-    def hook(gradient: Tensor) -> None:
-        if open_ is None or not open_.now:
-            raise LossError(
-                f"a loss reaches the y of step {step}, whose block has closed; add losses before the block closes"
-            )
-
-    leaf.register_hook(hook)
-
-
 def close_leaves(leaves: Iterable[tuple[TensorWeakRef, int]]) -> None:
-    """Make a backward pass into the leaves of closed steps fail.
+    """Make a backward pass into the leaves of closed steps fail; its gradients would be lost without a word.
 
     Args:
         leaves: weak references, so that leaves that nobody holds are passed over; and the numbers of their steps.
@@ -121,7 +97,11 @@ def close_leaves(leaves: Iterable[tuple[TensorWeakRef, int]]) -> None:
     for reference, step in leaves:
         leaf = reference()
         if leaf is not None:
-            refuse_when_closed(leaf, step)
+            leaf.register_hook(partial(_refuse, step))
+
+
+def _refuse(step: int, gradient: Tensor) -> None:
+    raise LossError(f"a loss reaches the y of step {step}, whose block has closed; add losses before the block closes")
 
 
 def loss_cotangents(

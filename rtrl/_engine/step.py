@@ -15,11 +15,7 @@ from rtrl.errors import CellError, ConfigError, RTRLError, ShapeError, SparsityE
 
 
 def check_replay(replay: Any, taken: bool, h: Tensor, named: Mapping[str, Tensor]) -> None:
-    """Refuse choices that cannot be made in the state ``h``.
-
-    Args:
-        taken: whether the cell's forward takes a ``replay`` argument.
-        named: the cell's parameters by name.
+    """Refuse choices that cannot be made in the state ``h``, or of a cell that takes no ``replay``.
 
     Raises:
         SparsityError: ``replay`` is not a well-formed Sparsity.
@@ -53,7 +49,9 @@ def take(
     grad = torch.is_grad_enabled()
     torch._C._set_grad_enabled(False)  # a torch.no_grad() block costs several times as much
     try:
-        x, y, h_next, sparsity = run_step(cell, x, h, replay, number, first)
+        x = _checked_copy(x, h, number)
+        y, h_next, sparsity = _run(cell, x, h, replay, number, first)
+        checks.check_output(y, h, h_next, number)
         check_sparsity(sparsity, h, named)
         if replay is not None and not same_choices(replay, sparsity):
             raise CellError(
@@ -68,26 +66,15 @@ def take(
         torch._C._set_grad_enabled(grad)
 
 
-def run_step(
+def _run(
     cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None, number: int, first: bool
-) -> tuple[Any, Any, Tensor, Sparsity]:
-    """Run the cell, under ``no_grad``, on copies of x and of the state, so that it cannot change the learner's own.
-
-    Args:
-        first: run the cell twice, and refuse it if it is impure.
-
-    Returns:
-        The copy of x; and y, the next state and the sparsity as the cell returned them.
-
-    Raises:
-        ShapeError, CellError, NonFiniteError: see ``BlockRTRL.step``.
-    """
-    x = _checked_copy(x, h, number)
-    h_copy = h.clone()
+) -> tuple[Any, Tensor, Sparsity]:
+    """Run the cell on a copy of the state, so that it cannot change the learner's own."""
+    h = h.clone()
     try:
         if first:
-            check_purity(cell, x, h_copy, replay)
-        y, h_next, sparsity = call_cell(cell, x, h_copy, replay)
+            check_purity(cell, x, h, replay)
+        y, h_next, sparsity = call_cell(cell, x, h, replay)
     except RTRLError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -95,12 +82,9 @@ def run_step(
         raise ShapeError(
             f"step {number}: the cell does not take this x ({shapes}) with a state {tuple(h.shape)} {h.dtype}: {error}"
         ) from error
-    if h_copy._version:
+    if h._version:
         raise CellError(f"step {number}: the cell changes the state h in place; it must return a new one")
-    if h_next.requires_grad:
-        h_next = h_next.detach()
-    checks.check_output(y, h, h_next, number)
-    return x, y, h_next, sparsity
+    return y, h_next.detach() if h_next.requires_grad else h_next, sparsity
 
 
 def _checked_copy(x: Any, h: Tensor, number: int) -> Any:

@@ -9,7 +9,7 @@ from torch import nn
 
 import oracles
 import rtrl
-from rtrl._engine import reverse_sweep, untapped
+from rtrl._engine import linearizer, reverse_sweep, untapped
 from rtrl._engine.buffers import ReusableBuffer
 from rtrl._engine.recorded import RecordedStep
 from rtrl._engine.step import take

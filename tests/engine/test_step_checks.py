@@ -312,9 +312,9 @@ def test_a_loss_of_a_closed_block_is_refused_whatever_is_left_of_it(
 
 def test_what_nobody_holds_any_more_is_gone_when_its_block_closes() -> None:
     learner, hooked = plain(block=3), []
-    refuse = losses.refuse_when_closed
+    register = Tensor.register_hook
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "refuse_when_closed", lambda leaf, *rest: (hooked.append(rest[0]), refuse(leaf, *rest)))
+        patch.setattr(Tensor, "register_hook", lambda leaf, hook: (hooked.append(hook.args[0]), register(leaf, hook)))
         kept = [learner.step(x) for x in stream()[:2]]
         del kept[0]
         learner.step(stream()[2])
