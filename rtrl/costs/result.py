@@ -184,12 +184,25 @@ class Plan:
         return self.render()
 
     def __str__(self) -> str:
-        from rich.console import Console
-
+        try:
+            from rich.console import Console
+        except ImportError:
+            return self._lines()
         console = Console(width=150, color_system=None, force_terminal=False)
         with console.capture() as captured:
             console.print(self.render())
         return captured.get()
+
+    def _lines(self) -> str:
+        """The choices in plain lines, for where the extra ``cli`` is not installed."""
+        lines = [f"{self.cell}, {self.steps:,} steps, batch size {self.batch_size}"]
+        for row in self.rows:
+            held, peak = show_bytes(row.held_bytes), show_bytes(row.peak_bytes)
+            best = "  <- best" if row == self.best else ""
+            lines.append(
+                f"  {row.name}: {row.macs_per_step:,.0f} multiply-adds per step, {held} held, peak {peak}{best}"
+            )
+        return "\n".join([*lines, *self.notes])
 
     def _heading(self) -> "Text":
         from rich.text import Text
