@@ -73,6 +73,12 @@ def unexplained(module: griffe.Module) -> list[str]:
     for item in {id(item): item for item in exports(module)}.values():
         if not isinstance(item, (griffe.Class, griffe.Function)) or item.name == "__init__":
             continue
+        if (
+            item.name in PROTOCOL
+            and item.path.startswith("rtrl.cells.")
+            and not item.path.startswith("rtrl.cells.protocol")
+        ):
+            continue
         texts = [item.docstring, *_above(item)]
         docstrings = [docstring for docstring in texts if docstring is not None]
         if not docstrings:
