@@ -44,13 +44,21 @@ def alternate(sides: Mapping[str, Callable[[], int]], rounds: int, device: str =
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has finished what was launched on it; a CPU has."""
+    """Wait until the device has finished what was launched on it; a CPU has.
+
+    Args:
+        device: the torch device.
+    """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
     """Compute the median over rounds of ``above / below``, each ratio between neighbours in time.
+
+    Args:
+        above: the numerators, one per round.
+        below: the denominators, one per round.
 
     >>> median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0])
     3.0
@@ -60,6 +68,9 @@ def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
 
 def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Compute the median of every side's times.
+
+    Args:
+        times: what ``alternate`` returned.
 
     >>> medians({"ours": [1.0, 5.0, 2.0]})
     {'ours': 2.0}

@@ -12,7 +12,7 @@ from rtrl.report.markdown import update_markdown
 from rtrl.report.model import ClaimResult, Finding, Plot, Record, Series, Table, Verdict
 from rtrl.report.page import render_page
 from rtrl.report.pictures import draw_pictures, outdated_pictures
-from rtrl.report.save import plain, save_record, to_json
+from rtrl.report.save import plain, to_json
 
 __all__ = [
     "ClaimResult",
@@ -27,7 +27,6 @@ __all__ = [
     "outdated_pictures",
     "plain",
     "render_page",
-    "save_record",
     "to_json",
     "update_markdown",
 ]

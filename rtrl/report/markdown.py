@@ -7,7 +7,7 @@ All else on the page is left as it is.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rtrl.errors import ConfigError
@@ -148,9 +148,12 @@ def anchor(heading: str) -> str:
 
 
 def escape(text: str) -> str:
-    """The text on one line with nothing in it that Markdown or HTML would take for its own."""
-    entities: Mapping[str, str] = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-    line = re.sub("[&<>]", lambda sign: entities[sign[0]], " ".join(text.split()))
+    """The text on one line with nothing in it that Markdown or HTML would interpret."""
+    return _escape_signs(" ".join(text.split()))
+
+
+def _escape_signs(text: str) -> str:
+    line = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|~$])|((?<!\w)_|_(?!\w))", lambda sign: f"\\{sign[0]}", line)
 
 
@@ -195,10 +198,4 @@ def _piece(piece: prose.Piece) -> str:
     if piece.kind == "code":
         return f"`` {piece.text} ``" if "`" in piece.text else f"`{piece.text}`"
     sign = {"strong": "**", "stress": "*"}.get(piece.kind)
-    return f"{sign}{escape(piece.text)}{sign}" if sign else escape_words(piece.text)
-
-
-def escape_words(text: str) -> str:
-    """As :func:`escape`, with the spaces at both ends kept."""
-    begin, end = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
-    return f"{begin}{escape(text)}{end}" if text.strip() else text
+    return f"{sign}{escape(piece.text)}{sign}" if sign else _escape_signs(piece.text)

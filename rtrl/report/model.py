@@ -104,6 +104,14 @@ class ClaimResult(Finding):
     """The finding of a claim, together with the claim's name and words.
 
     Attributes:
+        result: what was measured, as in the finding.
+        threshold: what the claim asks of the result.
+        verdict: whether the claim holds.
+        condition: when it holds, what is true instead, or why it was not measured.
+        failures: ways in which the code does not behave as documented.
+        tables: the measurements as tables.
+        plots: the measurements as pictures.
+        data: the measurements for programs.
         id: the name of the claim: letters, digits, "_" and "-".
         claimed: what was claimed, in one sentence.
         explanation: how the claim is measured, why that is fair and what it leaves open; may be empty.

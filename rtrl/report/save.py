@@ -1,22 +1,11 @@
-"""Write a record to a results file, as plain JSON."""
+"""Format a record as the text of a results file."""
 
 import json
 import math
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rtrl.report.model import SCHEMA, Record
-
-
-def save_record(record: Record, path: Path) -> None:
-    """Write the record to a results file that :func:`load_record` reads.
-
-    Args:
-        record: the results.
-        path: the file to write.
-    """
-    path.write_text(to_json(record), encoding="utf-8")
 
 
 def to_json(record: Record) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from bars import BARS, CLAIMS
 
 from rtrl.errors import ConfigError
-from rtrl.report import ClaimResult, Plot, Record, Series, Table, Verdict, load_record, save_record
+from rtrl.report import ClaimResult, Plot, Record, Series, Table, Verdict, load_record, to_json
 from rtrl.report.tables import numbers
 
 Fact = str | float | list[float]
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("results", nargs="+", type=Path, help="results of pytest-benchmark, or records written here")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the record to write")
     chosen = parser.parse_args(arguments)
-    save_record(merged([load(path) for path in chosen.results]), chosen.output)
+    chosen.output.write_text(to_json(merged([load(path) for path in chosen.results])), encoding="utf-8")
 
 
 if __name__ == "__main__":

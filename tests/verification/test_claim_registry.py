@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rtrl.errors import ConfigError
-from rtrl.report import plain, save_record
+from rtrl.report import plain, to_json
 from rtrl.report.model import Plot, Series, Table
 from rtrl.verification import record, registry, runner
 from rtrl.verification.claim import Claim, Judgement, Measurements, NotMeasured, Settings, Shown, claim
@@ -171,7 +171,7 @@ def test_the_record_is_json_without_nan(tmp_path: Path) -> None:
     )
     (outcome,) = runner.measure([one], Settings(full=True, seed=3))
     path = tmp_path / "results.json"
-    save_record(record.record([record.entry(outcome)], Settings(full=True, seed=3), "rtrl verify"), path)
+    path.write_text(to_json(record.record([record.entry(outcome)], Settings(full=True, seed=3), "rtrl verify")))
     whole = json.loads(path.read_text(encoding="utf-8"))
     assert whole.keys() == {
         "schema", "created", "command", "mode", "seed", "device", "machine", "versions", "duration_s", "claims",
