@@ -1,28 +1,15 @@
 """Plan how influences are brought up to date through a segment tree, before any product is computed."""
 
+import operator
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from rtrl._influence.segment_tree import CircularSegmentTree, Node
 
 T = TypeVar("T")
-
-
-class Costs(Protocol):
-    """The pattern of a product: what it costs, known without computing it."""
-
-    @property
-    def apply_macs(self) -> int:
-        """The cost of applying it to one column."""
-        ...
-
-    @property
-    def compose_macs(self) -> int:
-        """The cost of composing it of its two factors."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +17,9 @@ class Hop:
     """One product of a plan: it takes all columns that start at ``first_start`` … ``start`` from ``start`` to ``stop``.
 
     Attributes:
-        first_start: the earliest start of these columns.
-        start: the step before which the product is applied.
-        stop: the step that it leads to.
         nodes: whose product it is, earliest first; several are composed for this hop alone.
         pattern: of that product.
-        then: the hop whose product is composed to the end of that of the nodes.
+        then: the hop whose product follows that of the nodes, composed with it.
     """
 
     first_start: int
@@ -52,9 +36,8 @@ class CatchUpPlan:
 
     Attributes:
         hops: in order.
-        cost: of all hops, with the compositions that they need.
-        spent_credit: how much of ``cost`` is covered by credit; ``cost − spent_credit`` is at most what any other
-            choice of nodes costs now, without products for one hop alone.
+        cost: of all hops, including the compositions that they need.
+        spent_credit: how much of ``cost`` is covered by credit.
     """
 
     hops: Sequence[Hop]
@@ -63,25 +46,26 @@ class CatchUpPlan:
 
 
 class CatchUpPlanner(Generic[T]):
-    """Plan the cheapest way through a segment tree for columns that start at several steps and end at one.
+    """Plan a cheap way through a segment tree for columns that start at several steps and end at one.
 
-    Node by node, all columns that have reached a node's first step go through the node together: through its product if
-    that costs no more than the best way through its two halves, composing what is not composed yet included. Columns
-    that start inside a node join at their own step, or go on behind it. Two hops in a row with the same columns are
-    composed for this plan alone where that is cheaper. And where it is cheaper to compose one product to the end for
-    each start, out of that of the next start, all columns take their own product.
+    All columns that have reached a node's first step go through the node together: through its product if that costs no
+    more than the best way through its two halves, composing what is not composed yet included. Columns that start
+    inside a node join there, between its halves. Two hops in a row with the same columns are composed for this plan
+    alone where that is cheaper. And where it is cheaper to compose one product to the end for each start, out of that
+    of the next start, all columns take their own product.
 
     Each uncomposed node accrues credit: what earlier plans would have saved had it been composed. It is composed at the
     latest when its credit covers the cost. So the first plan costs no more than applying element by element, and many
     small plans do not avoid a product that all of them need.
 
     Args:
-        tree: whose elements are planned with; it is changed by appending to it and by ``products`` alone.
-        pattern_of: the pattern of an element.
-        compose_patterns: ``(first, second)``, the pattern of ``combine(first, second)``.
+        tree: whose elements are planned with; planning computes none of its products.
+        pattern_of: the pattern of an element, with ``apply_macs``, the cost of applying it to one column.
+        compose_patterns: ``(first, second)``, the pattern of ``combine(first, second)``, also with ``compose_macs``,
+            the cost of composing it.
         store_pattern: ``(number, pattern) -> pattern`` to hold for a node; by default the pattern itself.
 
-    Cost: O(range · log(starts)) look-ups of patterns per plan.
+    Cost: O(range) look-ups of patterns per plan.
     """
 
     def __init__(
@@ -91,8 +75,8 @@ class CatchUpPlanner(Generic[T]):
         compose_patterns: Callable[[Any, Any], Any],
         store_pattern: Callable[[int, Any], Any] | None = None,
     ) -> None:
-        self.tree = tree
-        self._pattern_of, self.compose_patterns, self._store_pattern = pattern_of, compose_patterns, store_pattern
+        self.tree, self.compose_patterns = tree, compose_patterns
+        self._pattern_of, self._store_pattern = pattern_of, store_pattern
         self._patterns: dict[int, tuple[int, Any]] = {}  # by node number: the node's first step, its pattern
         self._credits: dict[int, tuple[int, int]] = {}  # by node number: the node's first step, its credit
 
@@ -100,7 +84,8 @@ class CatchUpPlanner(Generic[T]):
         """Plan how columns, by the step they start at, get to ``stop``.
 
         Args:
-            columns: start → how many. stop: the step after the last one.
+            columns: start → how many.
+            stop: the step after the last one.
             shared: where columns of several starts meet, they count as the largest of their numbers, not as the sum.
 
         Raises:
@@ -122,11 +107,13 @@ class CatchUpPlanner(Generic[T]):
         stack = self.tree.nodes(self.tree.oldest, self.tree.stop)
         while stack:
             node = stack.pop()
+            if node.is_leaf:
+                continue
             if self.tree.is_held(node):
                 composed.append([node.start, node.stop])
             elif self.credit(node):
                 credits.append([node.number, node.start, self.credit(node)])
-            stack += [] if node.is_leaf else node.halves
+            stack += node.halves
         return {"composed": composed, "credits": credits}
 
     def load_state_dict(self, saved: Mapping[str, Sequence[Sequence[int]]]) -> None:
@@ -162,32 +149,25 @@ class CatchUpPlanner(Generic[T]):
         self._credits[node.number] = node.start, self.credit(node) + saved
 
 
-@dataclass(frozen=True, slots=True)
-class _Way:
+class _Way(NamedTuple):
     """Hops through a node, and what they cost.
 
     Attributes:
-        charged: the cost, less the credit spent.
-        hops: in order.
-        composing: the cost of composing nodes, part of the charge and of the credit spent.
+        cost: the credit spent is not counted.
         spent: credit.
+        hops: in order.
         savings: uncomposed nodes that the way does without, and what it would save if they were composed.
     """
 
-    charged: int = 0
-    hops: tuple[Hop, ...] = ()
-    composing: int = 0
-    spent: int = 0
-    savings: tuple[tuple[Node, int], ...] = ()
+    cost: int
+    spent: int
+    hops: tuple[Hop, ...]
+    savings: tuple[tuple[Node, int], ...]
 
-    def __add__(self, other: "_Way") -> "_Way":
-        return _Way(
-            self.charged + other.charged,
-            self.hops + other.hops,
-            self.composing + other.composing,
-            self.spent + other.spent,
-            self.savings + other.savings,
-        )
+
+def _in_turn(ways: Sequence[_Way]) -> _Way:
+    costs, spent, hops, savings = zip(*ways, strict=True)
+    return _Way(sum(costs), sum(spent), sum(hops, ()), sum(savings, ()))
 
 
 class _Search:
@@ -197,94 +177,69 @@ class _Search:
         self._planner, self._tree, self._stop, self._shared = planner, planner.tree, stop, shared
         self._starts = sorted(start for start in columns if start < stop)
         self._counts = [columns[start] for start in self._starts]
-        self._sums = [0, *accumulate(self._counts)]
-        self._ways: dict[tuple[int, int, bool], _Way] = {}
-        self._uncomposed_costs: dict[int, int] = {}
+        self._together: list[int] = [*accumulate(self._counts, max if shared else operator.add)]  # of the first starts
 
     def plan(self) -> CatchUpPlan:
-        """The cheapest plan; notes the credit of the nodes that it does without."""
+        """The plan found; notes the credit of the nodes that it does without."""
         if not self._starts:
             return CatchUpPlan([], 0, 0)
-        first = self._starts[0]
-        way = sum((self._way(node, first, False) for node in self._tree.nodes(first, self._stop)), _Way())
+        way = _in_turn([self._way(node) for node in self._tree.nodes(self._starts[0], self._stop)])
         for node, saving in way.savings:
             self._planner.add_credit(node, saving)
-        hops, joining = self._joined(way.hops)
-        cost = way.composing + joining
-        cost += sum(hop.pattern.apply_macs * self._columns(hop.first_start, hop.start) for hop in hops)
+        hops, saved = self._joined(way.hops)
         if len(self._starts) > 1 and not self._shared:
-            alternative = self._one_product_each(cost - way.spent)
+            alternative = self._one_product_each(way.cost - saved)
             if alternative is not None:
                 return alternative
-        return CatchUpPlan(hops, cost, way.spent)
+        return CatchUpPlan(hops, way.cost + way.spent - saved, way.spent)
 
-    def _columns(self, first_start: int, start: int) -> int:
-        """How many start at ``first_start`` … ``start``."""
-        i, j = bisect_left(self._starts, first_start), bisect_right(self._starts, start)
-        if i >= j:
-            return 0
-        return max(self._counts[i:j]) if self._shared else self._sums[j] - self._sums[i]
+    def _columns(self, start: int) -> int:
+        """How many have started by ``start``."""
+        return self._together[bisect_right(self._starts, start) - 1]
+
+    def _starts_between(self, first: int, stop: int) -> bool:
+        """Whether columns start after ``first`` and before ``stop``."""
+        return bisect_right(self._starts, first) < bisect_left(self._starts, stop)
 
     def _uncomposed_cost(self, node: Node) -> int:
         """The cost of composing a node and all that is not composed under it."""
         if self._tree.is_held(node):
             return 0
-        if node.number not in self._uncomposed_costs:
-            below = sum(map(self._uncomposed_cost, node.halves))
-            self._uncomposed_costs[node.number] = below + self._planner.pattern(node).compose_macs
-        return self._uncomposed_costs[node.number]
+        own: int = self._planner.pattern(node).compose_macs
+        return own + sum(map(self._uncomposed_cost, node.halves))
 
-    def _way(self, node: Node, first_start: int, composed: bool) -> _Way:
-        """The cheapest way for all columns that start at ``first_start`` or later, and before the node's end, to its
-        end; ``composed``: the node's product is there, or is composed for other columns."""
-        key = (node.number, first_start, composed)
-        if key not in self._ways:
-            self._ways[key] = self._find_way(node, first_start, composed)
-        return self._ways[key]
-
-    def _find_way(self, node: Node, first_start: int, composed: bool) -> _Way:
-        if not self._columns(first_start, node.stop - 1):
-            return _Way()
-        columns = self._columns(first_start, node.start)
-        if not columns:  # all start inside the node
-            return sum((self._way(half, first_start, composed) for half in node.halves), _Way())
+    def _way(self, node: Node) -> _Way:
+        """The cheapest way to a node's end for all columns that start before it."""
+        split = None if node.is_leaf else _in_turn([*map(self._way, node.halves)])
+        if split is not None and self._starts_between(node.start, node.stop):
+            return split
         pattern = self._planner.pattern(node)
-        through = _Way(pattern.apply_macs * columns, (Hop(first_start, node.start, node.stop, (node,), pattern),))
-        if node.is_leaf:
-            return through
-        split = sum((self._way(half, first_start, composed) for half in node.halves), _Way())
-        through = sum((self._way(half, node.start + 1, True) for half in node.halves), through)
-        composing = 0 if composed else self._uncomposed_cost(node)
+        hop = Hop(self._starts[0], node.start, node.stop, (node,), pattern)
+        applying, composing = pattern.apply_macs * self._columns(node.start), self._uncomposed_cost(node)
         spent = min(composing, self._planner.credit(node))
-        if through.charged + composing - spent <= split.charged:
-            return through + _Way(composing - spent, composing=composing, spent=spent)
-        if not composed and not self._tree.is_held(node):
-            split += _Way(savings=((node, max(split.charged - through.charged, 0)),))
+        if split is None or applying + composing - spent <= split.cost:
+            return _Way(applying + composing - spent, spent, (hop,), ())
+        if composing:
+            split = split._replace(savings=(*split.savings, (node, max(split.cost - applying, 0))))
         return split
 
     def _joined(self, hops: Sequence[Hop]) -> tuple[list[Hop], int]:
-        """The hops, with neighbours composed for this plan alone where that is cheaper; and the cost of composing."""
+        """The hops, with neighbours composed for this plan alone where that is cheaper; and what that saves."""
         joined: list[Hop] = []
-        cost = 0
+        total = 0
         for hop in hops:
-            while joined and (both := self._join(joined[-1], hop)) is not None:
-                cost += both.pattern.compose_macs
+            while joined and not self._starts_between(joined[-1].start, hop.start + 1):
+                first = joined[-1]
+                pattern = self._planner.compose_patterns(first.pattern, hop.pattern)
+                fewer = first.pattern.apply_macs + hop.pattern.apply_macs - pattern.apply_macs
+                saved = fewer * self._columns(hop.start) - pattern.compose_macs
+                if saved <= 0:
+                    break
+                total += saved
                 joined.pop()
-                hop = both
+                hop = Hop(hop.first_start, first.start, hop.stop, first.nodes + hop.nodes, pattern)
             joined.append(hop)
-        return joined, cost
-
-    def _join(self, first: Hop, second: Hop) -> Hop | None:
-        """Both as one, if the same columns go through them and one product is cheaper."""
-        if first.stop != second.start or first.first_start != second.first_start:
-            return None
-        if self._columns(first.start + 1, second.start):
-            return None
-        pattern = self._planner.compose_patterns(first.pattern, second.pattern)
-        saved = first.pattern.apply_macs + second.pattern.apply_macs - pattern.apply_macs
-        if pattern.compose_macs >= saved * self._columns(first.first_start, first.start):
-            return None
-        return Hop(first.first_start, first.start, second.stop, first.nodes + second.nodes, pattern)
+        return joined, total
 
     def _one_product_each(self, limit: int) -> CatchUpPlan | None:
         """One product to the end for each start, composed with that of the next start, so that every column is
@@ -294,12 +249,11 @@ class _Search:
         for start, columns in reversed(list(zip(self._starts, self._counts, strict=True))):
             then = hops[-1] if hops else None
             nodes = self._tree.nodes(start, then.start if then else self._stop)
-            cost += sum(map(self._uncomposed_cost, nodes))
             pattern, *others = [*map(self._planner.pattern, nodes), *([then.pattern] if then else [])]
             for other in others:
                 pattern = self._planner.compose_patterns(pattern, other)
                 cost += pattern.compose_macs
-            cost += pattern.apply_macs * columns
+            cost += sum(map(self._uncomposed_cost, nodes)) + pattern.apply_macs * columns
             if cost >= limit:
                 return None
             hops.append(Hop(start, start, self._stop, tuple(nodes), pattern, then))

@@ -203,11 +203,20 @@ def test_a_loaded_planner_goes_on_as_the_saved_one(
         assert plan(planned, start) == plan(again, start)
 
 
-def test_columns_that_start_inside_a_node_join_where_that_is_cheaper() -> None:
+def test_columns_that_start_inside_a_node_join_there() -> None:
     """Eight leaves, a product as dear as a leaf, composing dear: one goes leaf by leaf, and takes the others along."""
     planned = Planned(8, 8, lambda span: 1, lambda span: 100)
     assert spans(planned.planner.plan({0: 1, 3: 1, 7: 1}, 8)) == [(0, i, i + 1) for i in range(8)]
     assert planned.planner.plan({0: 1, 3: 1, 7: 1}, 8, shared=True).cost == 8
     assert planned.combine.combines == 0
-    planned.tree.query(0, 8)  # with all nodes composed, the first goes alone
-    assert spans(planned.planner.plan({0: 9, 7: 1}, 8)) == [(0, 0, 8), (1, 7, 8)]
+    planned.tree.query(0, 8)  # with all nodes composed, the first goes through the largest up to there
+    assert spans(planned.planner.plan({0: 9, 7: 1}, 8)) == [(0, 0, 4), (0, 4, 6), (0, 6, 7), (0, 7, 8)]
+
+
+def test_each_start_has_a_product_to_the_end_where_that_is_cheaper() -> None:
+    """Applying dear, composing cheap: every column is multiplied once, by products made of one another."""
+    planned = Planned(8, 8, lambda span: 1, lambda span: 1)
+    plan = planned.planner.plan({0: 50, 3: 50, 7: 50}, 8)
+    assert spans(plan) == [(7, 7, 8), (3, 3, 8), (0, 0, 8)]
+    assert planned.planner.products(plan) == ["<7>", "<3><4><5><6><7>", "<0><1><2><3><4><5><6><7>"]
+    assert plan.cost == 150 + planned.combine.combines == 157
