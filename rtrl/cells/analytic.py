@@ -1,8 +1,8 @@
-"""The derivatives of a step analytically, for cells that know theirs: much cheaper than asking autograd.
+"""Analytic derivatives of a step, for cells that supply them: much cheaper than autograd.
 
-A cell whose units meet only in linear maps, ``h' = f(W₁u₁ + b₁, W₂u₂ + b₂, …, h)`` with f unit by unit, may have a
-method ``analytic_step(x, h) -> AnalyticStep | None``; None says that there is none for this call. It is held against
-autograd at a generic point, for each kind of block once, and refused if it disagrees.
+A cell whose units interact only in linear maps, ``h' = f(W₁u₁ + b₁, W₂u₂ + b₂, …, h)`` with f unit by unit, may have a
+method ``analytic_step(x, h) -> AnalyticStep | None``; None means not for this call. It is compared with autograd at a
+perturbed point, once for each kind of block, and refused if it disagrees.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class UnitTap:
-    """A linear map ``z = W u + b`` that state parts and gates meet unit by unit.
+    """Describe a linear map ``z = W u + b`` whose output acts on the state unit by unit.
 
     Attributes:
-        weight: (G·U, I), the parameter itself. bias: (G·U,), likewise, or None.
+        weight: (G·U, I), the parameter itself.
+        bias: (G·U,), the parameter itself, or None.
         inputs: (N, I), u.
-        response: (N, S, G, U): ``∂h'[s, i]/∂z[g, i]``; other units do not meet.
+        response: (N, S, G, U): ``∂h'[s, i]/∂z[g, i]``; other units do not interact.
         part: which part s' of the state u is (then I = U), or None if u does not depend on the state.
     """
 
@@ -32,15 +33,16 @@ class UnitTap:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AnalyticStep:
-    """One step of N samples and its derivatives, over a state of S parts of U units (a state (N, U) has S = 1).
+    """Hold one step of N samples and its derivatives, over a state of S parts of U units (a state (N, U) has S = 1).
 
-    Equation: ``∂h'[s, i]/∂h[s', j] = direct[s, s', i] δ_ij + Σ_taps Σ_g response[s, g, i] W[g·U + i, j]``, the sum over
-    the taps of part s'.
+    Equation:
+        ``∂h'[s, i]/∂h[s', j] = direct[s, s', i] δ_ij + Σ_taps Σ_g response[s, g, i] W[g·U + i, j]``, the sum over the
+        taps of part s'.
 
     Attributes:
-        y: what the cell returns, computed with a graph from ``h_next`` (and from h, if that requires grad).
+        y: the output of the cell, computed with a graph from ``h_next`` (and from h, if that requires grad).
         h_next: (N, U) or (N, S, U), a leaf that requires grad.
-        taps: the linear maps of the step itself; those of a readout are found as everywhere.
+        taps: the linear maps of the step itself; those of a readout are found automatically.
         direct: (N, S, S', U), how units of the state act on themselves outside all taps; None if they do not.
     """
 

@@ -9,25 +9,27 @@ from torch import Tensor, nn
 from rtrl.cells.protocol import call_cell
 
 WIDTHS = ("d_in", "input_size", "in_features")
-"""The attributes by which a cell, or a module in it, says how wide its x is."""
+"""The attributes of a module that tell how wide its x is."""
 
 
 def guessed_input(cell: nn.Module, state: Tensor) -> Callable[[], Tensor] | None:
-    """Draws a random x for ``state`` (B, n, ...), as wide as the cell or a module in it says that it takes; None if it
-    says nothing that the cell then takes. The generator is its own, so the draws are the same every time."""
+    """Return a function that draws a random x for ``state`` (B, n, ...), the same ones every time.
+
+    x is as wide as an attribute of the cell, or of a module in it, says; None if the cell takes no such x.
+    """
     generator = torch.Generator().manual_seed(0)
     for draw in _candidates(cell, state, generator):
         try:
             with torch.no_grad():
                 call_cell(cell, draw(), state.clone(), None)
         except Exception:
-            continue  # not its input; the next
+            continue
         return draw
     return None
 
 
 def _candidates(cell: nn.Module, state: Tensor, generator: torch.Generator) -> Iterator[Callable[[], Tensor]]:
-    """Ways to draw an x, the likeliest first."""
+    """Functions that draw an x, the likeliest first."""
     batch = state.shape[0]
 
     def numbers(width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The grouped product: each sample uses only the slices of a stacked weight that it selected."""
+"""The grouped linear map: each sample uses only the slices of a stacked weight that it selects."""
 
 from typing import Any
 
@@ -12,25 +12,28 @@ from rtrl.errors import ShapeError
 def grouped_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
     """Apply the selected slices of a stacked linear map, per sample.
 
-    Equation: ``out[b, k, l] = weight[index[b, k]] @ inputs[b, k, l] + bias[index[b, k]]``.
+    Equation:
+        ``out[b, k, l] = weight[index[b, k]] @ inputs[b, k, l] + bias[index[b, k]]``.
 
     Args:
         inputs: (B, K or 1, L, I); a dimension of 1 shares the inputs between all K selected slices.
         weight: (E, O, I).
         bias: (E, O) or None.
-        index: LongTensor (B, K).
+        index: LongTensor (B, K), the slices that each sample selects.
 
     Returns:
-        (B, K, L, O).
+        The outputs (B, K, L, O).
 
     Raises:
-        ShapeError: the shapes do not fit.
+        ShapeError: the shapes do not fit; the message lists those expected.
 
-    Cost: B·K·L·O·I multiply-adds; B·K·O·I numbers gathered.
+    Cost:
+        B·K·L·O·I multiply-adds; B·K·O·I numbers gathered.
 
-    >>> import torch
-    >>> grouped_linear(torch.ones(2, 1, 3, 4), torch.ones(5, 6, 4), None, torch.tensor([[0], [4]])).shape
-    torch.Size([2, 1, 3, 6])
+    Example:
+        >>> import torch
+        >>> grouped_linear(torch.ones(2, 1, 3, 4), torch.ones(5, 6, 4), None, torch.tensor([[0], [4]])).shape
+        torch.Size([2, 1, 3, 6])
     """
     arguments = (inputs, weight) if bias is None else (inputs, weight, bias)
     if has_torch_function(arguments):
@@ -45,10 +48,10 @@ def grouped_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, index: T
 
 
 def frozen_grouped_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
-    """``grouped_linear`` with a gradient for the inputs alone, whose backward pass may be batched at no extra cost.
+    """Apply ``grouped_linear`` with a gradient for the inputs alone, whose backward pass is batched at no extra cost.
 
-    Under ``vmap``, PyTorch would copy the selected slices once for each of the batched cotangents; here these stand in
-    one product.
+    Under ``vmap``, PyTorch would copy the selected slices once for each of the batched cotangents; here all cotangents
+    share one product.
     """
     out: Tensor = _Product.apply(inputs, weight.detach()[index])  # type: ignore[no-untyped-call]
     return out if bias is None else out + bias.detach()[index].unsqueeze(2)
@@ -94,7 +97,7 @@ class _Back(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, int | None], gradient: Tensor, chosen: Tensor) -> tuple[Tensor, int]:
-        if in_dims[0] is None or in_dims[1] is not None:  # not as the engine batches
+        if in_dims[0] is None or in_dims[1] is not None:  # the engine does not batch like this
             gradient, chosen = (
                 t.unsqueeze(0).expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
                 for t, dim in zip((gradient, chosen), in_dims, strict=True)

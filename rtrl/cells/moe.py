@@ -20,42 +20,47 @@ def _rms(v: Tensor) -> Tensor:
 
 
 class RecurrentMoE(nn.Module):
-    """One recurrent step over a few slots and a few experts, chosen per sample.
+    """Build a recurrent mixture of experts: each sample reads and writes few slots of its state and uses few experts.
 
-    Equation (``docs/theory/recurrent-moe.md``): read → mixed attention → feed-forward → routed experts → gated write →
-    output head.
+    Equation:
+        Read → mixed attention → feed-forward → routed experts → gated write → output head; see
+        ``docs/theory/recurrent-moe.md``.
 
     Args:
-        d_in, d_out, d_model: widths of the input, the output and a slot; ``d_model`` divisible by ``n_heads``.
+        d_in: width of the input.
+        d_out: width of the output.
+        d_model: width of a slot, divisible by ``n_heads``.
         n_slots: rows of the state (B, n_slots, d_model).
-        n_experts, topk: how many experts there are, and how many each sample uses a step.
+        n_experts: how many experts there are.
+        topk: how many experts each sample uses per step.
         n_heads: attention heads.
-        read_slots, write_slots: how many slots a sample reads, and how many of those it writes.
-        expert_hidden, ffn_hidden: hidden widths; ``2 · d_model`` by default.
+        read_slots: how many slots each sample reads per step.
+        write_slots: how many of the slots read each sample writes.
+        expert_hidden: hidden width of an expert; ``2 · d_model`` by default.
+        ffn_hidden: hidden width of the feed-forward layer; ``2 · d_model`` by default.
         router_output: return ``MoEOutput(output, router_logits, experts)`` as y, so that a loss may balance the
             experts. Every row of the router is then active at every step.
         generator: source of the initial weights; the same generator state gives the same weights on the same device.
-        device, dtype: of the parameters.
-
-    Shapes: ``forward(x, h)`` takes x (B, n, d_in) or (B, d_in) and h (B, n_slots, d_model); returns
-    ``(y, h_next, Sparsity)`` with y (B, d_out).
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
-        ConfigError: a size is not positive, or one exceeds what it is taken from.
-        ShapeError: x or h has another shape than above.
-        SparsityError: a replayed choice is malformed, or writes a slot that is not read.
+        ConfigError: a size is not a positive integer, or exceeds the number that it selects from.
 
-    Cost a sample and step, in multiply-adds: about ``r·d·(4·d + 2·ffn) + n·2·d² + topk·r·2·d·expert_hidden + 3·d²``, r
-    = read_slots.
+    Cost:
+        Per sample and step, about ``r·d·(4·d + 2·ffn) + n·2·d² + topk·r·2·d·expert_hidden + 3·d²`` multiply-adds, r =
+        read_slots.
 
-    Source: the sparse reads follow "softmax over the selected only" (Shazeer et al. 2017, "Outrageously Large Neural
-    Networks", eq. 3–5).
+    Source:
+        The sparse reads follow "softmax over the selected only" (Shazeer et al. 2017, "Outrageously Large Neural
+        Networks", eq. 3–5).
 
-    >>> import torch
-    >>> cell = RecurrentMoE(3, 2, d_model=8, n_slots=4, n_experts=4, topk=2, generator=torch.Generator().manual_seed(0))
-    >>> y, h, sparsity = cell(torch.ones(5, 3), cell.init_state(5))
-    >>> y.shape, h.shape, sparsity.writes.shape
-    (torch.Size([5, 2]), torch.Size([5, 4, 8]), torch.Size([5, 2]))
+    Example:
+        >>> import torch
+        >>> cell = RecurrentMoE(3, 2, d_model=8, n_slots=4, n_experts=4, topk=2)
+        >>> y, h, sparsity = cell(torch.ones(5, 3), cell.init_state(5))
+        >>> y.shape, h.shape, sparsity.writes.shape
+        (torch.Size([5, 2]), torch.Size([5, 4, 8]), torch.Size([5, 2]))
     """
 
     def __init__(
@@ -137,8 +142,13 @@ class RecurrentMoE(nn.Module):
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw all weights anew: normal with variance 1 / fan-in (the candidate's a quarter of it), slots with "
-        "standard deviation 1/2, biases zero."""
+        """Draw all weights: normal with variance 1 / fan-in; biases are zero.
+
+        The variance of the candidate is a quarter of that; slot embeddings have a standard deviation of 1/2.
+
+        Args:
+            generator: source of the random numbers; PyTorch's global one by default.
+        """
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name.endswith("bias"):
@@ -150,16 +160,24 @@ class RecurrentMoE(nn.Module):
                     parameter.normal_(0.0, std, generator=generator)
 
     def init_state(self, batch_size: int) -> Tensor:
-        """The first state: zeros of shape (batch_size, n_slots, d_model)."""
+        """Return the first state, zeros (batch_size, n_slots, d_model).
+
+        Args:
+            batch_size: B.
+
+        Raises:
+            ConfigError: ``batch_size`` is not a positive integer.
+        """
         validation.integer("batch_size", batch_size)
         return self.slot_embedding.new_zeros(batch_size, self.n_slots, self.d_model)
 
     def choices(self, reads: Tensor, writes: Tensor, experts: Tensor) -> Sparsity:
-        """The ``Sparsity`` of a step that reads, writes and uses these; as ``replay`` it lays the choices down.
+        """Build the ``Sparsity`` of a step that makes these choices; passed as ``replay``, it forces them.
 
         Args:
-            reads: LongTensor (B, r), r ≥ 1. writes: LongTensor (B, w), each also in ``reads``. experts: LongTensor (B,
-                k), k ≥ 1.
+            reads: LongTensor (B, r), r ≥ 1: the slots read.
+            writes: LongTensor (B, w): the slots written, each of them also in ``reads``.
+            experts: LongTensor (B, k), k ≥ 1: the experts used.
         """
         active = dict.fromkeys(_EXPERT_SLICED, experts)
         if not self.router_output:
@@ -169,7 +187,20 @@ class RecurrentMoE(nn.Module):
     def forward(
         self, x: Tensor, h: Tensor, replay: Sparsity | None = None
     ) -> tuple[Tensor | MoEOutput, Tensor, Sparsity]:
-        """One step; see the class docstring for shapes and errors."""
+        """Take one step.
+
+        Args:
+            x: (B, d_in), or (B, n, d_in) for n inputs at once.
+            h: (B, n_slots, d_model).
+            replay: the choices to make, see ``choices``; the cell's own by default.
+
+        Returns:
+            ``(y, h_next, Sparsity)`` with y (B, d_out), or ``MoEOutput``.
+
+        Raises:
+            ShapeError: x or h has another shape, dtype or device.
+            SparsityError: a replayed choice is malformed, or writes a slot that is not read.
+        """
         tokens = self._tokens(x, h)
         u = self.embed(tokens)
 
@@ -177,7 +208,7 @@ class RecurrentMoE(nn.Module):
         if replay is not None:
             reads, writes, experts = self._replayed(replay, h)
         else:
-            with torch.no_grad():  # the choice itself carries no gradient
+            with torch.no_grad():  # a choice has no gradient
                 reads = top(torch.einsum("bd,bnd->bn", query, h + self.slot_embedding), self.read_slots)
         old = _rows(h, reads)
         labels = F.embedding(reads, self.slot_embedding)
@@ -243,20 +274,16 @@ class RecurrentMoE(nn.Module):
         return x.unsqueeze(1) if x.ndim == 2 else x
 
     def _replayed(self, replay: Sparsity, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The choices laid down by ``replay``: reads, writes, experts."""
+        """The choices of ``replay``: reads, writes, experts."""
         if not isinstance(replay, Sparsity):
             raise SparsityError(f"replay must be rtrl.Sparsity, got {type(replay).__name__}")
         reads, writes, experts = replay.reads, replay.writes, replay.active.get("expert_up")
         if reads is None or writes is None or experts is None:
             raise SparsityError(
-                "replay must give reads, writes and active['expert_up']; build it with cell.choices(...)"
+                "replay must have reads, writes and active['expert_up']; build it with cell.choices(...)"
             )
         if isinstance(reads, Tensor) and under_vmap(reads):
-            return (
-                reads,
-                writes,
-                experts,
-            )  # values cannot be looked at there; whoever replays under vmap has checked them before
+            return reads, writes, experts  # their values cannot be checked here; the caller has done so
         for what, index, size in (
             ("reads", reads, self.n_slots),
             ("writes", writes, self.n_slots),

@@ -1,8 +1,8 @@
-"""What a cell is, and the sparsity that it may declare.
+"""The protocol of a cell, and the sparsity that it may declare.
 
 A cell is any ``torch.nn.Module`` with ``forward(x, h) -> (y, h_next)`` or ``(y, h_next, Sparsity)``, a pure function of
-``x``, ``h`` and its parameters in which samples (dimension 0) never meet. A cell that routes also takes
-``forward(x, h, replay=None)``: given a ``Sparsity``, it makes those choices and no others.
+``x``, ``h`` and its parameters in which samples (dimension 0) do not interact. A cell that routes also takes
+``forward(x, h, replay=None)``: given a ``Sparsity``, it makes exactly those choices.
 """
 
 import inspect
@@ -16,19 +16,21 @@ from rtrl.errors import CellError, ConfigError, ShapeError, SparsityError
 
 
 class Sparsity(NamedTuple):
-    """What one step of a cell touches, sample by sample.
+    """Declare what one step of a cell reads, writes and uses, sample by sample.
 
-    Equation: ``h_next[i] == h[i]`` bit for bit for every row i outside ``writes``; ``h_next[writes]`` and ``y`` depend
-    on ``h`` through the rows ``reads`` and ``writes`` alone; ``∂h_next/∂θ_g = ∂ℓ/∂θ_g = 0`` for every slice g outside
-    ``active``.
+    Within one sample no index may occur twice. Declaring too much costs time; declaring too little gives wrong
+    gradients.
 
-    Args:
+    Equation:
+        ``h_next[i] == h[i]`` bit for bit for every row i outside ``writes``; ``h_next[writes]`` and ``y`` depend on
+        ``h`` only through the rows ``reads`` and ``writes``; ``∂h_next/∂θ_g = ∂ℓ/∂θ_g = 0`` for every slice g outside
+        ``active``.
+
+    Attributes:
         reads: LongTensor (B, r) of rows of the state (its dimension 1), or None for all rows.
         writes: LongTensor (B, w) of rows of the state, or None for all rows.
         active: parameter name → LongTensor (B, k) of slices of that parameter's first dimension. A parameter that is
             not named is always active.
-
-    Within one sample no index may occur twice. Declaring too much is slow and right; declaring too little is wrong.
     """
 
     reads: Tensor | None = None
@@ -36,27 +38,31 @@ class Sparsity(NamedTuple):
     active: Mapping[str, Tensor] = {}
 
 
-_DENSE = Sparsity()  # what a cell that declares nothing has declared
+_DENSE = Sparsity()  # of a cell that declares nothing
 
 
 @runtime_checkable
 class Cell(Protocol):
-    """A recurrent cell that can start itself (see the module's docstring for its contract)."""
+    """A recurrent cell with a first state; see the module's docstring for its contract."""
 
     def init_state(self, batch_size: int) -> Tensor:
-        """The first state, of shape (batch_size, rows, ...)."""
+        """Return the first state (batch_size, rows, ...).
+
+        Args:
+            batch_size: B.
+        """
         ...
 
 
 def first_state(cell: nn.Module, batch_size: int) -> Tensor:
-    """What ``cell.init_state(batch_size)`` gives.
+    """Return ``cell.init_state(batch_size)``.
 
     Raises:
         ConfigError: the cell has no such method.
     """
     if not isinstance(cell, Cell):
         raise ConfigError(
-            f"{type(cell).__name__} has no init_state(batch_size); give it one, or pass its first state yourself"
+            f"{type(cell).__name__} has no init_state(batch_size); define it, or pass the first state as an argument"
         )
     return cell.init_state(batch_size)
 
@@ -68,10 +74,10 @@ def takes_replay(cell: nn.Module) -> bool:
 
 
 def call_cell(cell: Callable[..., Any], x: Any, h: Tensor, replay: Sparsity | None) -> tuple[Any, Tensor, Sparsity]:
-    """Run one step and normalise what comes back to ``(y, h_next, Sparsity)``.
+    """Run one step and normalise the result to ``(y, h_next, Sparsity)``.
 
     Raises:
-        CellError: the cell returned something else than two or three items of the right kinds.
+        CellError: the cell did not return two or three items of the right types.
     """
     out = cell(x, h) if replay is None else cell(x, h, replay=replay)
     if not isinstance(out, tuple) or len(out) not in (2, 3):
@@ -88,7 +94,7 @@ def call_cell(cell: Callable[..., Any], x: Any, h: Tensor, replay: Sparsity | No
 
 
 def own_copy(sparsity: Sparsity) -> Sparsity:
-    """A copy that nobody else can change; tensors that were shared stay shared."""
+    """Copy all index tensors; those that several parameters share stay shared."""
     if sparsity.reads is None and sparsity.writes is None and not sparsity.active:
         return Sparsity(None, None, {})
     copies: dict[int, Tensor] = {}
@@ -103,35 +109,33 @@ def own_copy(sparsity: Sparsity) -> Sparsity:
 
 
 OTHER_CHOICES = (
-    "run again, the cell makes other choices than it did; a cell that routes must take forward(x, h, replay=None) "
-    "and make "
-    "exactly the choices of a given Sparsity"
+    "run a second time, the cell makes other choices than the first time; a cell that routes must take "
+    "forward(x, h, replay=None) and make exactly the choices of a given Sparsity"
 )
 
 
-def same_choices(one: Sparsity, two: Sparsity) -> bool:
+def same_choices(first: Sparsity, second: Sparsity) -> bool:
     """Whether two steps touched the same rows and slices, in the same order."""
-    if one is two:
+    if first is second:
         return True
-    if one.active.keys() != two.active.keys():
+    if first.active.keys() != second.active.keys():
         return False
-    pairs = [(one.reads, two.reads), (one.writes, two.writes)]
-    pairs += [(index, two.active[name]) for name, index in one.active.items()]
-    apart = {(id(a), id(b)): (a, b) for a, b in pairs if a is not b}  # many parameters of one expert share one tensor
-    return all(a is not None and b is not None and torch.equal(a, b) for a, b in apart.values())
+    pairs = [(first.reads, second.reads), (first.writes, second.writes)]
+    pairs += [(index, second.active[name]) for name, index in first.active.items()]
+    distinct = {(id(a), id(b)): (a, b) for a, b in pairs if a is not b}  # parameters of one expert share one tensor
+    return all(a is not None and b is not None and torch.equal(a, b) for a, b in distinct.values())
 
 
 def under_vmap(tensor: Tensor) -> bool:
-    """Whether a tensor stands for one of many under ``torch.func.vmap``, so that its values cannot steer Python
-    code."""
+    """Whether a tensor is batched by ``torch.func.vmap``, so that Python code cannot branch on its values."""
     return bool(torch._C._functorch.is_batchedtensor(tensor))
 
 
 def check_indices(what: str, index: Any, batch_size: int, size: int, device: torch.device) -> None:
-    """Refuse an index tensor that is not (B, k) long, on the state's device, in range and free of repeats.
+    """Refuse an index tensor that is not a LongTensor (B, k) on the state's device, in range and without repeats.
 
     Raises:
-        SparsityError: naming what was wrong and what was expected.
+        SparsityError: it is not; the message says what is wrong and what is expected.
     """
     _check_form(what, index, batch_size, device)
     _check_values([(what, index, size)])
@@ -141,11 +145,11 @@ def check_sparsity(sparsity: Sparsity, h: Tensor, parameters: Mapping[str, Tenso
     """Refuse a malformed ``Sparsity`` for the state ``h`` and the named parameters.
 
     Raises:
-        SparsityError: wrong kind, shape, device or range, repeated indices, or an unknown parameter name.
+        SparsityError: wrong type, shape, device or range, repeated indices, or an unknown parameter name.
 
-    Cost: one look at the device for all index tensors together.
+    Cost: one synchronisation with the device for all index tensors together.
     """
-    if not isinstance(sparsity.active, (dict, Mapping)):  # a dict is known for what it is at a tenth of the time
+    if not isinstance(sparsity.active, (dict, Mapping)):  # the check of a dict takes a tenth of the time
         raise SparsityError(
             f"Sparsity.active must map parameter names to LongTensors, got {type(sparsity.active).__name__}"
         )
@@ -159,7 +163,7 @@ def check_sparsity(sparsity: Sparsity, h: Tensor, parameters: Mapping[str, Tenso
             found.setdefault((id(rows), n), (what, rows, n))
     for name, slices in sparsity.active.items():
         if name not in parameters:
-            raise SparsityError(f"Sparsity.active names {name!r}, which is no parameter of the cell")
+            raise SparsityError(f"Sparsity.active names {name!r}, which is not a parameter of the cell")
         shape = parameters[name].shape
         if not shape:
             raise SparsityError(f"Sparsity.active[{name!r}]: a scalar parameter has no slices")
@@ -182,25 +186,25 @@ def _check_form(what: str, index: Any, batch_size: int, device: torch.device) ->
         )
 
 
-_FEW = 256  # entries; so many are sooner gone through one by one than sorted and compared
+_FEW = 256  # up to this many indices, a loop in Python is faster than sorting and comparing
 
 
-def _check_values(given: list[tuple[str, Tensor, int]]) -> None:
-    """Refuse indices (B, k) out of 0 … size - 1, or repeated within a sample."""
-    given = [(what, index, size) for what, index, size in given if index.numel()]
-    if sum(index.numel() for _, index, _ in given) <= _FEW:
-        if len(given) > 1 and not given[0][1].is_cpu:  # elsewhere, a look costs more than a kernel
-            flat = torch.cat([index.flatten() for _, index, _ in given]).cpu()
-            parts = flat.split([index.numel() for _, index, _ in given])
-            rows = [part.reshape(index.shape).tolist() for part, (_, index, _) in zip(parts, given, strict=True)]
+def _check_values(indices: list[tuple[str, Tensor, int]]) -> None:
+    """Refuse indices (B, k) outside 0 … size − 1, or repeated within a sample."""
+    indices = [(what, index, size) for what, index, size in indices if index.numel()]
+    if sum(index.numel() for _, index, _ in indices) <= _FEW:
+        if len(indices) > 1 and not indices[0][1].is_cpu:  # one copy from the device, not several
+            flat = torch.cat([index.flatten() for _, index, _ in indices]).cpu()
+            parts = flat.split([index.numel() for _, index, _ in indices])
+            samples = [part.reshape(index.shape).tolist() for part, (_, index, _) in zip(parts, indices, strict=True)]
         else:
-            rows = [index.tolist() for _, index, _ in given]
-        sound = all(_sound(own, size) for own, (_, _, size) in zip(rows, given, strict=True))
+            samples = [index.tolist() for _, index, _ in indices]
+        valid = all(_valid_lists(rows, size) for rows, (_, _, size) in zip(samples, indices, strict=True))
     else:
-        sound = bool(torch.stack([_sound_where_it_is(index, size) for _, index, size in given]).all())
-    if sound:
+        valid = bool(torch.stack([_valid(index, size) for _, index, size in indices]).all())
+    if valid:
         return
-    for what, index, size in given:  # which one? only on the way to an error
+    for what, index, size in indices:  # which one: only on the way to an error
         ordered = index.sort(dim=1).values
         if bool((ordered[:, 0] < 0).any()) or bool((ordered[:, -1] >= size).any()):
             raise SparsityError(f"{what} must lie in 0 … {size - 1}, got {int(ordered.min())} … {int(ordered.max())}")
@@ -209,21 +213,21 @@ def _check_values(given: list[tuple[str, Tensor, int]]) -> None:
             raise SparsityError(f"{what} repeats an index within sample {sample}: {index[sample].tolist()}")
 
 
-def _sound(rows: list[list[int]], size: int) -> bool:
+def _valid_lists(rows: list[list[int]], size: int) -> bool:
     return all(len(set(row)) == len(row) and min(row) >= 0 and max(row) < size for row in rows)
 
 
-def _sound_where_it_is(index: Tensor, size: int) -> Tensor:
+def _valid(index: Tensor, size: int) -> Tensor:
     ordered = index.sort(dim=1).values
     inside = (ordered[:, 0] >= 0) & (ordered[:, -1] < size)
     return inside.all() & (ordered[:, 1:] > ordered[:, :-1]).all()
 
 
 def check_input(what: str, tensor: Tensor, batch_size: int, like: Tensor) -> None:
-    """Refuse an input tensor whose batch, float dtype or device does not match the state's.
+    """Refuse an input tensor whose batch, floating-point dtype or device does not match the state's.
 
     Raises:
-        ShapeError: naming what was wrong and what was expected.
+        ShapeError: it does not match; the message says what is wrong and what is expected.
     """
     if tensor.ndim == 0 or tensor.shape[0] != batch_size:
         raise ShapeError(f"{what} must have the batch of {batch_size} as dimension 0, got shape {tuple(tensor.shape)}")

@@ -1,4 +1,4 @@
-"""Choosing experts and slots, and what users of a mixture of experts expect beside the choice."""
+"""Choose experts and slots, and measure and balance how evenly they are used."""
 
 from typing import NamedTuple
 
@@ -9,12 +9,12 @@ from rtrl.errors import ShapeError
 
 
 class MoEOutput(NamedTuple):
-    """What ``RecurrentMoE(..., router_output=True)`` returns as ``y``.
+    """The ``y`` of ``RecurrentMoE(..., router_output=True)``.
 
     Attributes:
-        output: (B, d_out), the output proper.
-        router_logits: (B, n_experts), before any choice.
-        experts: LongTensor (B, topk), the experts chosen.
+        output: (B, d_out), the output itself.
+        router_logits: (B, n_experts), of all experts.
+        experts: LongTensor (B, topk), the experts selected.
     """
 
     output: Tensor
@@ -23,13 +23,13 @@ class MoEOutput(NamedTuple):
 
 
 class RouterStatistics(NamedTuple):
-    """How evenly a batch of choices uses the experts.
+    """Statistics of how evenly the samples of a batch use the experts.
 
     Attributes:
-        load: (n_experts,), the share of all choices that fell on each expert; sums to 1.
+        load: (n_experts,), the fraction of all selections that each expert received; sums to 1.
         importance: (n_experts,), the mean router probability of each expert; sums to 1.
         entropy: scalar, nats: the mean entropy of the router's distribution.
-        unused: how many experts no sample chose.
+        unused: the number of experts that no sample selected.
     """
 
     load: Tensor
@@ -55,14 +55,15 @@ def _expert_load(router_logits: Tensor, experts: Tensor) -> Tensor:
 
 
 def load_balancing_loss(router_logits: Tensor, experts: Tensor) -> Tensor:
-    """The auxiliary loss that is smallest, 1, when all experts are used alike.
+    """Compute the auxiliary loss that is smallest, 1, when all experts are used equally.
 
-    Equation: ``E · Σ_e f_e P_e`` with f_e the share of choices that fell on expert e (no gradient) and P_e its mean
-    probability.
+    Equation:
+        ``E · Σ_e f_e P_e`` with f_e the fraction of selections that expert e received (no gradient) and P_e its mean
+        probability.
 
     Args:
         router_logits: (B, E), floating point.
-        experts: LongTensor (B, k), the experts chosen.
+        experts: LongTensor (B, k), the experts selected.
 
     Returns:
         A scalar tensor, differentiable in ``router_logits``.
@@ -70,27 +71,33 @@ def load_balancing_loss(router_logits: Tensor, experts: Tensor) -> Tensor:
     Raises:
         ShapeError: the two do not fit; pass ``y.router_logits`` and ``y.experts`` of one step.
 
-    Cost: O(B·E) multiply-adds.
+    Cost:
+        O(B·E) multiply-adds.
 
-    Source: Fedus, Zoph and Shazeer (2022), "Switch Transformers", equations 4–6.
+    Source:
+        Fedus, Zoph and Shazeer (2022), "Switch Transformers", equations 4–6.
 
-    >>> import torch
-    >>> float(load_balancing_loss(torch.zeros(2, 4), torch.tensor([[0, 1], [2, 3]])))
-    1.0
+    Example:
+        >>> import torch
+        >>> float(load_balancing_loss(torch.zeros(2, 4), torch.tensor([[0, 1], [2, 3]])))
+        1.0
     """
     load = _expert_load(router_logits, experts)
     return router_logits.shape[1] * (load * router_logits.softmax(dim=-1).mean(dim=0)).sum()
 
 
 def router_statistics(router_logits: Tensor, experts: Tensor) -> RouterStatistics:
-    """Load, importance, entropy and unused experts of a batch of routing choices; no gradient.
+    """Compute load, importance, entropy and unused experts of a batch, without a gradient.
 
     Args:
         router_logits: (B, E), floating point.
-        experts: LongTensor (B, k).
+        experts: LongTensor (B, k), the experts selected.
+
+    Returns:
+        The statistics.
 
     Raises:
-        ShapeError: the two do not fit.
+        ShapeError: the two do not fit; pass ``y.router_logits`` and ``y.experts`` of one step.
     """
     logits = router_logits.detach()
     load = _expert_load(logits, experts)

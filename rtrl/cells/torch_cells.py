@@ -1,4 +1,4 @@
-"""PyTorch's own recurrent cells and layers, and modules of any kind, as cells of this package."""
+"""PyTorch's recurrent cells and layers, and any other modules, as cells of this package."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from rtrl.cells.analytic import AnalyticStep
-from rtrl.cells.module_cell import ModuleCell, ReplayingModuleCell
-from rtrl.cells.packing import PackedCell, Packing
+from rtrl.cells.module_cell import ModuleCell, PackedCell, Packing, ReplayingModuleCell
 from rtrl.cells.protocol import takes_replay
-from rtrl.cells.torch_derivatives import derivatives
-from rtrl.cells.torch_equations import mode_of, step, weights_of
+from rtrl.cells.torch_equations import derivatives, mode_of, step, weights_of
 from rtrl.errors import ConfigError
 
 _CELLS = (nn.RNNCell, nn.GRUCell, nn.LSTMCell)
@@ -20,14 +18,23 @@ _LAYERED = (nn.RNN, nn.GRU, nn.LSTM)
 
 
 class TorchCell(nn.Module):
-    """One of PyTorch's cells with a readout: ``y = readout(h')``. Made by ``from_torch``."""
+    """Make a cell of one of PyTorch's, with a readout: ``y = readout(h')``. ``from_torch`` calls this.
+
+    Args:
+        cell: used in place.
+        readout: maps h' to y.
+    """
 
     def __init__(self, cell: nn.RNNCell | nn.GRUCell | nn.LSTMCell, readout: nn.Module) -> None:
         super().__init__()
         self.cell, self.readout = cell, readout
 
     def init_state(self, batch_size: int) -> Tensor:
-        """Zeros: (batch_size, H), or (batch_size, 2, H) for the pair (h, c) of an LSTM."""
+        """Return zeros: (batch_size, H), or (batch_size, 2, H) for the pair (h, c) of an LSTM.
+
+        Args:
+            batch_size: B.
+        """
         shape = (
             (batch_size, 2, self.cell.hidden_size)
             if isinstance(self.cell, nn.LSTMCell)
@@ -36,7 +43,15 @@ class TorchCell(nn.Module):
         return self.cell.weight_hh.new_zeros(shape)
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """One step: x (B, input_size) and the state → y and the next state."""
+        """Take one step.
+
+        Args:
+            x: (B, input_size).
+            h: the state.
+
+        Returns:
+            y and the next state.
+        """
         cell: Any = self._modules["cell"]
         readout: Any = self._modules["readout"]
         mode = mode_of(cell)
@@ -45,7 +60,15 @@ class TorchCell(nn.Module):
         return y, torch.stack(after, dim=1) if mode == "LSTM" else after[0]
 
     def analytic_step(self, x: Tensor, h: Tensor) -> AnalyticStep | None:
-        """One step with its derivatives; None for a subclass with another ``forward``."""
+        """Take one step with its derivatives.
+
+        Args:
+            x: (N, input_size).
+            h: N states.
+
+        Returns:
+            The step; None for a subclass with another ``forward``.
+        """
         if type(self).forward is not TorchCell.forward:
             return None
         mode = mode_of(self.cell)
@@ -60,11 +83,14 @@ class TorchCell(nn.Module):
 
 
 class TorchLayers(PackedCell):
-    """PyTorch's cells one above the other, with a readout on the last: layer k's h' is layer k + 1's x. Made by
-    ``from_torch``.
+    """Stack PyTorch's cells in layers, with a readout on the last: layer k's h' is layer k + 1's x.
 
-    The state (B, N) is packed; ``unpack`` gives a tuple with the state of every layer, bottom first: h (B, H), or the
-    pair (h, c) of an LSTM.
+    ``from_torch`` calls this. The state (B, N) is packed; ``unpack`` returns a tuple with the state of every layer,
+    bottom first: h (B, H), or the pair (h, c) of an LSTM.
+
+    Args:
+        cell: the layers, used in place.
+        readout: maps h' of the last layer to y.
     """
 
     def __init__(self, cell: nn.ModuleList | nn.RNNBase, readout: nn.Module) -> None:
@@ -79,7 +105,15 @@ class TorchLayers(PackedCell):
         return tuple(_state([like.new_zeros(batch_size, width) for width in widths]) for widths in self._widths)
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of all layers: x (B, input_size) and the state (B, N) → y and the next state."""
+        """Take one step of all layers.
+
+        Args:
+            x: (B, input_size).
+            h: the packed state (B, N).
+
+        Returns:
+            y and the next state.
+        """
         after = []
         for k, (mode, before) in enumerate(zip(self._modes, self.unpack(h), strict=True)):
             listed = isinstance(self.cell, nn.ModuleList)
@@ -91,14 +125,14 @@ class TorchLayers(PackedCell):
 
 
 def _unseen_identity(module: nn.Module) -> bool:
-    """Whether calling a module would only cost time."""
+    """Whether a module is an identity without hooks, whose call would only cost time."""
     return type(module) is nn.Identity and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
 def _widths(module: Any) -> tuple[int, ...]:
-    """Of the tensors of one layer's state: of h, and of c if there is one."""
+    """The widths of one layer's state: of h, and of c if there is one."""
     h: int = getattr(module, "proj_size", 0) or module.hidden_size
     return (h, module.hidden_size) if mode_of(module) == "LSTM" else (h,)
 
@@ -117,56 +151,60 @@ def from_torch(  # type: ignore[overload-overlap]
 @overload
 def from_torch(cell: nn.Module, readout: nn.Module | None = None, *, state: Any = None) -> ModuleCell: ...
 def from_torch(cell: Any, readout: nn.Module | None = None, *, state: Any = None) -> TorchCell | PackedCell:
-    """Make a cell of PyTorch's recurrent cells, of layers of them, or of a module whose state is a tree of tensors.
+    """Make a cell of a recurrent module of PyTorch, of layers of them, or of a module with a tree of tensors as state.
 
-    Equation, by what ``cell`` is:
+    The state is (B, H) for one cell, (B, 2, H) for the pair (h, c) of an ``LSTMCell``, and otherwise packed to (B, N), N
+    entries per sample; ``unpack(h)`` returns the tree (for layers, the tuple of their states). dtype and device are
+    those of the parameters.
 
-    - ``nn.RNNCell``, ``nn.GRUCell``, ``nn.LSTMCell``: its own equations, written so that every weight is met in a
-      linear map; ``y = readout(h')``.
-    - a sequence or ``nn.ModuleList`` of these, mixed as you like: layers, layer k's h' being layer k + 1's x; y of the
-      last.
-    - ``nn.RNN``, ``nn.GRU``, ``nn.LSTM``: one time step of all its layers; ``batch_first`` has no meaning there.
-    - any other module: ``y, s' = cell(x, s)``, the state s a tensor or any tree (tuple, list, dict, nested) of tensors;
-      the output is ``readout(y)``.
+    A module with a tree as its state may also return ``(y, s', rtrl.Sparsity(active=...))``, with its own parameter
+    names, and take ``replay=`` if it routes. It cannot declare reads or writes, because a packed state has no rows.
+
+    Equation:
+        ``nn.RNNCell``, ``nn.GRUCell``, ``nn.LSTMCell``: the module's own equations; ``y = readout(h')``.
+
+        A sequence or ``nn.ModuleList`` of these, which may be mixed: layer k's h' is layer k + 1's x.
+
+        ``nn.RNN``, ``nn.GRU``, ``nn.LSTM``: one time step of all layers; ``batch_first`` has no effect.
+
+        Any other module: ``y, s' = cell(x, s)``, the state s a tensor or any tree (tuple, list, dict, nested) of
+        tensors; the output is ``readout(y)``.
 
     Args:
-        cell: used in place; its parameters keep their names under ``cell.``, with ``cell.0.``, ``cell.1.``, … for a
-            sequence.
+        cell: the module, or a sequence of modules, used in place. Parameters keep their names under ``cell.``, or
+            ``cell.0.``, ``cell.1.``, … for a sequence.
         readout: a module; the identity by default.
-        state: for a module of your own, its first state, ``cell.init_state(batch_size)`` by default: a tree of
-            floating-point tensors (1, ...), repeated for the batch, or a function of the batch size that gives a tree
-            of (batch_size, ...). A constant: no gradient reaches it.
+        state: the first state of a module that is not one of PyTorch's, ``cell.init_state(batch_size)`` by default: a
+            tree of floating-point tensors (1, ...), repeated for the batch, or a function that returns a tree of
+            (batch_size, ...) for a batch size. It is a constant, without a gradient.
 
-    Shapes: x (B, input_size). The state is (B, H) for one cell, (B, 2, H) for the pair (h, c) of an ``LSTMCell``, and
-    packed to (B, N) for all else: N entries a sample, and ``unpack(h)`` gives the tree (for layers, the tuple of their
-    states). dtype and device are those of the parameters.
-
-    A module of your own may return ``(y, s', rtrl.Sparsity(active=...))``, with its own parameter names, and take
-    ``replay=`` if it routes. It cannot declare reads or writes: a packed state has no rows that would mean something.
+    Returns:
+        The cell. Its steps raise ``CellError`` if the module does not return what is described above, or changes the
+        structure, shapes, dtype or device of its state, and ``SparsityError`` if it declares reads or writes.
 
     Raises:
-        ConfigError: no such module or no first state; layers that do not fit together; ``bidirectional=True`` (a step
-            would need the future) or ``dropout`` above 0 (a cell draws nothing: set it to 0, or write the layers as a
-            module that takes its masks in x).
-        CellError: at a step, when a module of your own returns something else than above, or changes the structure,
-            shapes, dtype or device of its state: the leaf is named. SparsityError: it declares reads or writes.
+        ConfigError: the module is not one of these, has no first state, or has layers that do not fit together;
+            ``bidirectional=True`` (a step would need the future) or ``dropout`` above 0 (a cell draws no random
+            numbers: set it to 0, or write the layers as a module that takes its masks in x).
 
-    Cost: as the module. Weights that a module of your own meets in ``nn.Linear`` or ``F.linear`` are taps; inside a
-    fused ``nn.GRUCell`` they take the general path, just as exact.
+    Cost:
+        That of the module. Weights used in ``nn.Linear`` or ``F.linear`` are tapped; those inside a fused
+        ``nn.GRUCell`` of a module of another kind are not, which is slower and just as exact.
 
-    >>> import torch
-    >>> cell = from_torch(torch.nn.LSTMCell(3, 5), torch.nn.Linear(5, 2))
-    >>> y, h = cell(torch.ones(4, 3), cell.init_state(4))
-    >>> y.shape, h.shape
-    (torch.Size([4, 2]), torch.Size([4, 2, 5]))
-    >>> layers = from_torch([torch.nn.GRUCell(3, 5), torch.nn.LSTMCell(5, 4)])
-    >>> below, (h, c) = layers.unpack(layers.init_state(4))
-    >>> below.shape, h.shape, c.shape
-    (torch.Size([4, 5]), torch.Size([4, 4]), torch.Size([4, 4]))
+    Example:
+        >>> import torch
+        >>> cell = from_torch(torch.nn.LSTMCell(3, 5), torch.nn.Linear(5, 2))
+        >>> y, h = cell(torch.ones(4, 3), cell.init_state(4))
+        >>> y.shape, h.shape
+        (torch.Size([4, 2]), torch.Size([4, 2, 5]))
+        >>> layers = from_torch([torch.nn.GRUCell(3, 5), torch.nn.LSTMCell(5, 4)])
+        >>> below, (h, c) = layers.unpack(layers.init_state(4))
+        >>> below.shape, h.shape, c.shape
+        (torch.Size([4, 5]), torch.Size([4, 4]), torch.Size([4, 4]))
     """
     if state is not None and (_is_list(cell) or type(cell) in _CELLS + _LAYERED):
         raise ConfigError(
-            "state= is for a module of your own; PyTorch's start from zeros, or from the learner's state="
+            "state= is for other modules; PyTorch's own start from zeros, or from the state= of the learner"
         )
     readout = nn.Identity() if readout is None else readout
     if type(cell) in _CELLS:
@@ -195,7 +233,7 @@ def _check_layered(module: nn.RNNBase) -> None:
     if module.dropout:
         raise ConfigError(
             f"dropout={module.dropout}: a cell draws no random numbers; set it to 0, or write the layers as a module "
-            "of your own that takes its masks in x"
+            "that takes its masks in x"
         )
 
 
@@ -216,5 +254,5 @@ def _check_layers(cells: list[Any]) -> None:
     for k, (below, above) in enumerate(pairwise(cells)):
         if below.hidden_size != above.input_size:
             raise ConfigError(
-                f"layer {k} gives h of width {below.hidden_size}, but layer {k + 1} takes x of width {above.input_size}"
+                f"h of layer {k} has width {below.hidden_size}, but layer {k + 1} takes x of width {above.input_size}"
             )

@@ -1,4 +1,4 @@
-"""One step of PyTorch's recurrent layers, written so that every weight is met in a linear map."""
+"""One step of PyTorch's recurrent layers, every weight used in a linear map, and its derivatives, unit by unit."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from rtrl.cells.analytic import UnitTap
 
 
 class Weights(NamedTuple):
@@ -20,15 +22,15 @@ class Weights(NamedTuple):
 
 
 def weights_of(module: nn.Module, suffix: str = "") -> Weights:
-    """The present parameters of a cell, or of the layer ``suffix`` (``"_l0"``, …) of a layered module."""
-    held: Any = module._parameters  # asked first: a module itself asks there last
+    """The current parameters of a cell, or of the layer ``suffix`` (``"_l0"``, …) of a layered module."""
+    parameters: Any = module._parameters  # faster than getattr, which looks here last
     projection = getattr(module, f"weight_hr{suffix}", None) if module.__dict__.get("proj_size") else None
     try:
         return Weights(
-            held["weight_ih" + suffix],
-            held["weight_hh" + suffix],
-            held["bias_ih" + suffix],
-            held["bias_hh" + suffix],
+            parameters["weight_ih" + suffix],
+            parameters["weight_hh" + suffix],
+            parameters["bias_ih" + suffix],
+            parameters["bias_hh" + suffix],
             projection,
         )
     except KeyError:  # without biases, or some are computed (torch.nn.utils.parametrize)
@@ -40,13 +42,13 @@ _RNN_MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU"}
 
 
 def mode_of(module: nn.Module) -> str:
-    """Which equations a module of PyTorch has: ``"RNN_TANH"``, ``"RNN_RELU"``, ``"GRU"`` or ``"LSTM"``."""
+    """The equations of a module of PyTorch: ``"RNN_TANH"``, ``"RNN_RELU"``, ``"GRU"`` or ``"LSTM"``."""
     if isinstance(module, (nn.RNNCell, nn.RNN)):
         return _RNN_MODES[module.nonlinearity]
     return "GRU" if isinstance(module, (nn.GRUCell, nn.GRU)) else "LSTM"
 
 
-_WHOLE: dict[str, Callable[..., Any]] = {
+_FUSED: dict[str, Callable[..., Any]] = {
     "RNN_TANH": torch.rnn_tanh_cell,
     "RNN_RELU": torch.rnn_relu_cell,
     "GRU": torch.gru_cell,
@@ -55,25 +57,26 @@ _WHOLE: dict[str, Callable[..., Any]] = {
 
 
 def step(mode: str, x: Tensor, state: tuple[Tensor, ...], weights: Weights) -> tuple[Tensor, ...]:
-    """One step of one layer: where no gradient is asked for in PyTorch's one call, else so that every weight is met in
-    a linear map.
+    """Take one step of one layer: PyTorch's fused function without gradients, else every weight in a linear map.
 
     Equation: that of ``torch.nn.RNNCell``, ``GRUCell`` or ``LSTMCell``; an LSTM with a projection ends in
     ``h' = W_hr (o ⊙ tanh c')``.
 
     Args:
         mode: see ``mode_of``.
-        x: (B, I). state: ``(h,)``, or ``(h, c)`` for an LSTM: h (B, H), or (B, P) with a projection; c (B, H).
+        x: (B, I).
+        state: ``(h,)``, or ``(h, c)`` for an LSTM: h (B, H), or (B, P) with a projection; c (B, H).
+        weights: of the layer.
 
     Returns:
         The next state, in the same form.
 
-    Cost: G·H·(I + H) multiply-adds a sample.
+    Cost: G·H·(I + H) multiply-adds per sample.
     """
     h = state[0]
     if weights.weight_hr is None and not torch.is_grad_enabled():
-        whole = _WHOLE[mode](x, state if mode == "LSTM" else h, *weights[:4])
-        return whole if mode == "LSTM" else (whole,)
+        fused = _FUSED[mode](x, state if mode == "LSTM" else h, *weights[:4])
+        return fused if mode == "LSTM" else (fused,)
     from_x, from_h = F.linear(x, weights.weight_ih, weights.bias_ih), F.linear(h, weights.weight_hh, weights.bias_hh)
     if mode == "GRU":
         (reset_x, update_x, new_x), (reset_h, update_h, new_h) = from_x.chunk(3, dim=-1), from_h.chunk(3, dim=-1)
@@ -86,3 +89,71 @@ def step(mode: str, x: Tensor, state: tuple[Tensor, ...], weights: Weights) -> t
         h = torch.sigmoid(out) * torch.tanh(c)
         return (h if weights.weight_hr is None else F.linear(h, weights.weight_hr)), c
     return (torch.tanh(from_x + from_h) if mode == "RNN_TANH" else torch.relu(from_x + from_h),)
+
+
+def derivatives(
+    mode: str, x: Tensor, state: tuple[Tensor, ...], weights: Weights
+) -> tuple[tuple[Tensor, ...], list[UnitTap], Tensor | None]:
+    """Take the step that ``step`` takes, and differentiate it.
+
+    Args:
+        mode: ``"RNN_TANH"``, ``"RNN_RELU"``, ``"GRU"`` or ``"LSTM"`` without a projection.
+        x: (N, I).
+        state: ``(h,)``, or ``(h, c)`` for an LSTM, each (N, U).
+        weights: of the layer.
+
+    Returns:
+        The next state in the same form, the taps, and ``direct`` (N, S, S, U) or None; see ``AnalyticStep``.
+
+    Cost: that of a step, and some multiplications per unit.
+    """
+    h = state[0]
+    from_x, from_h = F.linear(x, weights.weight_ih, weights.bias_ih), F.linear(h, weights.weight_hh, weights.bias_hh)
+
+    def taps(by_x: Tensor, by_h: Tensor) -> list[UnitTap]:
+        return [
+            UnitTap(weights.weight_ih, weights.bias_ih, x, by_x),
+            UnitTap(weights.weight_hh, weights.bias_hh, h, by_h, part=0),
+        ]
+
+    if mode == "GRU":
+        (reset_x, update_x, new_x), (reset_h, update_h, new_h) = from_x.chunk(3, dim=-1), from_h.chunk(3, dim=-1)
+        reset, update = torch.sigmoid(reset_x + reset_h), torch.sigmoid(update_x + update_h)
+        new = torch.tanh(new_x + reset * new_h)
+        by_new = (1 - update) * (1 - new.square())
+        by_reset = by_new * new_h * reset * (1 - reset)
+        by_update = (h - new) * update * (1 - update)
+        by_x, by_h = (torch.stack([by_reset, by_update, last], dim=1).unsqueeze(1) for last in (by_new, by_new * reset))
+        return (new + update * (h - new),), taps(by_x, by_h), update[:, None, None]
+    if mode == "LSTM":
+        before = state[1]
+        enter, forget, new, out = (from_x + from_h).chunk(4, dim=-1)
+        enter, forget, new, out = torch.sigmoid(enter), torch.sigmoid(forget), torch.tanh(new), torch.sigmoid(out)
+        c = forget * before + enter * new
+        squashed = torch.tanh(c)
+        through = out * (1 - squashed.square())  # ∂h'/∂c'
+        by_c = torch.stack(
+            [
+                new * enter * (1 - enter),
+                before * forget * (1 - forget),
+                enter * (1 - new.square()),
+                torch.zeros_like(c),
+            ],
+            dim=1,
+        )
+        by_h = through.unsqueeze(1) * by_c
+        by_h[:, 3] = squashed * out * (1 - out)
+        response = torch.stack([by_h, by_c], dim=1)
+        direct = torch.zeros(c.shape[0], 2, 2, c.shape[1], dtype=c.dtype, device=c.device)
+        direct[:, 0, 1] = through * forget
+        direct[:, 1, 1] = forget
+        return (out * squashed, c), taps(response, response), direct
+    total = from_x + from_h
+    if mode == "RNN_TANH":
+        after = torch.tanh(total)
+        slope = 1 - after.square()
+    else:
+        after = torch.relu(total)
+        slope = (total > 0).to(total.dtype)
+    slope = slope[:, None, None]
+    return (after,), taps(slope, slope), None

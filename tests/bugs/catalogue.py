@@ -45,7 +45,7 @@ from rtrl._influence.store import ParameterInfluence as Influence
 from rtrl._influence.transition import Transition, compose, flush_subnormals
 from rtrl._utils.index_sets import zero
 from rtrl.cells import RecurrentMoE, Stack
-from rtrl.cells.torch_derivatives import derivatives
+from rtrl.cells.torch_equations import derivatives
 from rtrl.errors import NonFiniteError
 from rtrl.learners.block_rtrl import BlockRTRL as Learner
 from rtrl.learners.state import step_to_plain

@@ -45,7 +45,7 @@ REFUSED = {
     "one layer twice": (lambda: [nn.RNNCell(3, 3)] * 2, "layer 1 is the same module .* share weights"),
     "widths that differ": (
         lambda: [nn.GRUCell(3, 4), nn.LSTMCell(4, 5), nn.RNNCell(4, 4)],
-        "layer 1 gives h of width 5, but layer 2 takes x of width 4",
+        "h of layer 1 has width 5, but layer 2 takes x of width 4",
     ),
     "no module": (lambda: 3, "from_torch takes .*, got int"),
     "a name": (lambda: "GRUCell", "from_torch takes .*, got str"),
@@ -62,7 +62,7 @@ def test_what_is_no_cell_is_refused(make: Any, match: str) -> None:
 
 @pytest.mark.parametrize("make", [lambda: nn.GRUCell(3, 4), lambda: [nn.GRUCell(3, 4)], lambda: nn.LSTM(3, 4)])
 def test_a_first_state_is_for_modules_of_your_own(make: Any) -> None:
-    with pytest.raises(ConfigError, match="state= is for a module of your own"):
+    with pytest.raises(ConfigError, match="state= is for other modules"):
         from_torch(make(), state=torch.zeros(1, 4))
 
 

@@ -365,7 +365,7 @@ def test_a_router_that_decides_near_ties_anew_is_refused():
     learner = rtrl.BlockRTRL(Router(obeys=False), B, block=2)
     for x in stream()[:2]:
         learner.backward(learner.step(x).sum())
-    with refused(learner, CellError, "steps 0 … 1: run again, the cell makes other choices .*replay=None"):
+    with refused(learner, CellError, "steps 0 … 1: run a second time, the cell makes other choices .*replay=None"):
         learner.sync()
 
 
