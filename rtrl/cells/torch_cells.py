@@ -153,8 +153,8 @@ def from_torch(cell: nn.Module, readout: nn.Module | None = None, *, state: Any 
 def from_torch(cell: Any, readout: nn.Module | None = None, *, state: Any = None) -> TorchCell | PackedCell:
     """Make a cell of a recurrent module of PyTorch, of layers of them, or of a module with a tree of tensors as state.
 
-    The state is (B, H) for one cell, (B, 2, H) for the pair (h, c) of an ``LSTMCell``, and otherwise packed to (B, N), N
-    entries per sample; ``unpack(h)`` returns the tree (for layers, the tuple of their states). dtype and device are
+    The state is (B, H) for one cell, (B, 2, H) for the pair (h, c) of an ``LSTMCell``, and otherwise packed to (B, N),
+    N entries per sample; ``unpack(h)`` returns the tree (for layers, the tuple of their states). dtype and device are
     those of the parameters.
 
     A module with a tree as its state may also return ``(y, s', rtrl.Sparsity(active=...))``, with its own parameter
