@@ -11,17 +11,17 @@ _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 def parse_bytes(text: str) -> int:
-    """A number of bytes: ``512MiB`` and ``512M`` are 512·2²⁰, ``512MB`` is 512·10⁶.
+    """Read a number of bytes: ``512MiB`` and ``512M`` are 512·2²⁰, ``512MB`` is 512·10⁶.
 
     Raises:
-        ConfigError: it is none, or not positive.
+        ConfigError: it is not, or is below one byte.
 
     >>> parse_bytes("4GiB"), parse_bytes("1.5 kB"), parse_bytes("2000")
     (4294967296, 1500, 2000)
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)(b?)\s*", text, re.IGNORECASE)
     if found is None or (found[3] and not found[2]):
-        raise ConfigError(f"{text!r} is no number of bytes; write 4GiB, 512MB or 1000000")
+        raise ConfigError(f"{text!r} is not a number of bytes; write 4GiB, 512MB or 1000000")
     decimal = found[4] and found[2] and not found[3]
     size = int(float(found[1]) * (_DECIMAL if decimal else _BINARY)[found[2].lower()])
     if size < 1:

@@ -1,4 +1,4 @@
-"""Calling a module with other values of its parameters, and leaving it as it was."""
+"""Call a module with other values of its parameters, without changing it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,17 +8,19 @@ from torch import Tensor, nn
 
 
 def functional_call(module: nn.Module, values: Mapping[str, Tensor], args: Any, kwargs: Any = None) -> Any:
-    """``torch.func.functional_call`` for any sharing: tensors shared by several modules, and modules held under several
-    names.
+    """Call ``torch.func.functional_call`` for any sharing: tensors of several modules, modules under several names.
 
-    Each tensor is replaced once in each module that owns it, whatever it is called. By default PyTorch replaces it once
-    a name, and then a module with two names keeps the replacement.
+    Each tensor is replaced once in each module that owns it. By default PyTorch replaces it once per name, and then a
+    module with two names keeps the replacement.
 
     Args:
-        module: whose parameters and buffers. values: by name, one name a tensor being enough; other names are ignored.
+        module: whose parameters and buffers are replaced.
+        values: by name; one name per tensor is enough, and other names are ignored.
+        args: positional arguments.
+        kwargs: keyword arguments.
     """
-    held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    new = {id(held[name]): value for name, value in values.items() if name in held}
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    new = {id(tensors[name]): value for name, value in values.items() if name in tensors}
     everywhere = {
         f"{prefix}.{name}" if prefix else name: new[id(tensor)]
         for prefix, owner in module.named_modules()  # each once

@@ -1,4 +1,4 @@
-"""``package.module:name`` → the object."""
+"""Import an object by ``package.module:name``."""
 
 import importlib
 import sys
@@ -9,23 +9,23 @@ from rtrl.errors import ConfigError
 
 
 def load(target: str) -> Any:
-    """The object that ``package.module:name`` stands for; the present folder is looked in, too.
+    """Import the object that ``package.module:name`` names; the current folder is searched, too.
 
     Raises:
-        ConfigError: there is no such thing.
+        ConfigError: the target is malformed, or there is no such module or name.
     """
     module_name, _, name = target.partition(":")
     if not module_name or not name:
         raise ConfigError(f"{target!r} must have the form package.module:name")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
-        found: Any = importlib.import_module(module_name)
+        value: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{module_name} cannot be imported: {type(error).__name__}: {error}") from error
     for part in name.split("."):
-        if not hasattr(found, part):
+        if not hasattr(value, part):
             raise ConfigError(f"{module_name} has no {name!r}")
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value

@@ -1,5 +1,7 @@
-"""Index sets of rows, one a sample: unions, look-ups, gathers and scatters along dimension 1. ``None`` stands for all
-rows."""
+"""Index sets of rows, one per sample: unions, positions, gathers and scatters along dimension 1.
+
+``None`` stands for all rows.
+"""
 
 from typing import overload
 
@@ -25,14 +27,14 @@ def gather(values: Tensor, index: Tensor | None) -> Tensor:
     return values if index is None else values.gather(1, _wide(index, values))
 
 
-def scatter(values: Tensor, index: Tensor | None, new: Tensor) -> Tensor:
-    """A copy of ``values`` with ``out[b, index[b, j]] = new[b, j]``."""
-    return new if index is None else values.scatter(1, _wide(index, values), new)
+def scatter(values: Tensor, index: Tensor | None, source: Tensor) -> Tensor:
+    """A copy of ``values`` with ``out[b, index[b, j]] = source[b, j]``."""
+    return source if index is None else values.scatter(1, _wide(index, values), source)
 
 
-def scatter_add(values: Tensor, index: Tensor | None, extra: Tensor) -> Tensor:
-    """A copy of ``values`` with ``out[b, index[b, j]] += extra[b, j]``."""
-    return values + extra if index is None else values.scatter_add(1, _wide(index, values), extra)
+def scatter_add(values: Tensor, index: Tensor | None, source: Tensor) -> Tensor:
+    """A copy of ``values`` with ``out[b, index[b, j]] += source[b, j]``."""
+    return values + source if index is None else values.scatter_add(1, _wide(index, values), source)
 
 
 def zero(values: Tensor, index: Tensor | None) -> Tensor:
@@ -52,21 +54,21 @@ def union(a: Tensor | None, b: Tensor | None, n: int) -> Tensor | None:
     return (a if a.dtype == torch.bool else mask(a, n)) | (b if b.dtype == torch.bool else mask(b, n))
 
 
-def mask_to_indices(chosen: Tensor | None) -> Tensor | None:
+def mask_to_indices(mask: Tensor | None) -> Tensor | None:
     """The index set (B, k) of a mask, k the largest count over the samples; None if that is every row.
 
-    Samples with fewer members are filled with rows outside the mask, so that no index occurs twice.
+    Samples with fewer rows are filled up with rows outside the mask, so that no index occurs twice.
     """
-    if chosen is None or chosen.shape[0] == 0:
+    if mask is None or mask.shape[0] == 0:
         return None
-    k = int(chosen.sum(dim=1).max())  # one look at the device a block: the widths steer what is launched
-    if k == chosen.shape[1]:
+    k = int(mask.sum(dim=1).max())  # one synchronisation with the device
+    if k == mask.shape[1]:
         return None
-    return chosen.int().argsort(dim=1, descending=True, stable=True)[:, :k]
+    return mask.int().argsort(dim=1, descending=True, stable=True)[:, :k]
 
 
 def positions(index: Tensor, n: int) -> Tensor:
-    """Where each of the n rows stands in an index set: (B, n); rows that are not in it get 0."""
+    """The position of each of the n rows in an index set: (B, n); 0 for rows that are not in it."""
     places = torch.arange(index.shape[1], device=index.device).expand_as(index)
     return torch.zeros(index.shape[0], n, dtype=torch.int64, device=index.device).scatter(1, index, places)
 

@@ -1,4 +1,4 @@
-"""Things that are chosen by name and given options: learners, tasks, cells."""
+"""Learners, tasks and cells made by name, with options."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -8,23 +8,27 @@ from rtrl._utils import validation
 from rtrl.errors import ConfigError
 
 
-def options_of(make: Callable[..., Any]) -> dict[str, Any]:
-    """The options that a maker takes by keyword, with their defaults."""
-    parameters = inspect.signature(make).parameters.values()
+def options_of(factory: Callable[..., Any]) -> dict[str, Any]:
+    """The keyword options of a factory, with their defaults."""
+    parameters = inspect.signature(factory).parameters.values()
     return {p.name: p.default for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
 
 
-def call(kind: str, name: str, makers: Mapping[str, Callable[..., Any]], options: Mapping[str, Any]) -> Any:
-    """What the maker of this name gives for these options.
+def make_named(kind: str, name: str, factories: Mapping[str, Callable[..., Any]], options: Mapping[str, Any]) -> Any:
+    """Call the factory of this name with these options.
 
     Args:
-        kind: what is made, in a word, for messages: "task".
+        kind: the kind of thing it makes, in a word: "task".
+        name: one of ``factories``.
+        factories: by name.
+        options: keyword arguments.
 
     Raises:
-        ConfigError: there is no such name or option. And whatever the maker raises.
+        ConfigError: there is no such name or option, or an option is missing or of the wrong type; or the factory
+            refuses a value.
     """
-    validation.known(kind, name, makers)
-    known = options_of(makers[name])
+    validation.known(kind, name, factories)
+    known = options_of(factories[name])
     for option in options:
         if option not in known:
             has = f"it has: {', '.join(known)}" if known else "it has none"
@@ -34,6 +38,6 @@ def call(kind: str, name: str, makers: Mapping[str, Callable[..., Any]], options
     if missing:
         raise ConfigError(f"the {kind} {name!r} needs the option {missing[0]!r}")
     try:
-        return makers[name](**options)
-    except TypeError as error:  # a value of a kind that the maker did not think of
+        return factories[name](**options)
+    except TypeError as error:  # a value of a type that the factory does not check
         raise ConfigError(f"the {kind} {name!r} does not take these options: {error}") from error

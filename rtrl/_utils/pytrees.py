@@ -1,4 +1,4 @@
-"""Trees of tensors (tuples, named tuples, dicts, lists), handled leaf by leaf."""
+"""Operations on pytrees of tensors (tuples, named tuples, dicts, lists), leaf by leaf."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,25 +9,20 @@ from torch.utils import _pytree as pytree
 
 
 def flatten(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The leaves of a tree, and what makes a tree of the same structure of other leaves."""
+    """The leaves of a tree, and a function that builds a tree of the same structure from other leaves."""
     flat, spec = pytree.tree_flatten(tree)
     return flat, lambda others: pytree.tree_unflatten(others, spec)
-
-
-def leaves(tree: Any) -> list[Any]:
-    """The leaves of a tree, in a fixed order."""
-    return pytree.tree_leaves(tree)
 
 
 def tensors(tree: Any) -> list[Tensor]:
     """The tensors among the leaves of a tree."""
     if type(tree) is Tensor:
         return [tree]
-    return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def named_leaves(root: str, tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their places in it, such as ``root[0]['c']``."""
+    """The leaves of a tree by their paths in it, such as ``root[0]['c']``."""
     return {root + pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(tree)[0]}
 
 
@@ -39,7 +34,7 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
 
 
 def signature(tree: Any) -> tuple[Any, ...]:
-    """What two trees must share to be joined along their batch dimension: structure, shapes and dtypes of the rest."""
+    """The structure, shapes and dtypes that two trees must share to be joined along their batch dimension."""
     flat, spec = pytree.tree_flatten(tree)
     return (str(spec), *((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in flat))
 
@@ -52,9 +47,8 @@ def concatenate(trees: Sequence[Any]) -> Any:
 
 
 def interleave(trees: Sequence[Any]) -> Any:
-    """Join m trees of one signature, with dimension 0 of size B, into one with B·m there: each sample's m leaves stand
-    after one another."""
-    if isinstance(trees[0], Tensor):  # the usual case, without a walk
+    """Join m trees of one signature along dimension 0, from size B to B·m: the m entries of a sample are neighbours."""
+    if isinstance(trees[0], Tensor):  # the usual case, faster
         return torch.stack(list(trees), dim=1).flatten(0, 1)
     flats, specs = zip(*(pytree.tree_flatten(tree) for tree in trees), strict=True)
     joined = [

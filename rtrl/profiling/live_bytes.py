@@ -1,5 +1,5 @@
-"""Bytes of tensors alive at once, counted storage by storage as they are made and freed: what a claim about memory is
-checked against, the same on every machine."""
+"""Count the bytes of tensors alive at once, storage by storage: the same on every machine, so that claims about memory
+can be checked."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -10,18 +10,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages made inside ``with``; what was there before is not counted.
+    """Count the bytes of all storages allocated inside ``with``, and not of those that existed before.
 
-    What an operation needs inside itself and frees again is not seen, nor what an allocator adds by rounding up.
+    Memory that an operation allocates and frees internally is not seen, nor the rounding of the allocator.
 
     Attributes:
-        now, peak: bytes of those alive at this moment, and at most so far.
+        now: bytes of the storages alive at this moment.
+        peak: the most bytes alive at once so far.
 
-    >>> import torch
-    >>> with LiveBytes() as alive:
-    ...     y = torch.ones(5, 4).mul(2.0).sum()
-    >>> alive.now, alive.peak
-    (4, 160)
+    Example:
+        >>> import torch
+        >>> with LiveBytes() as live:
+        ...     y = torch.ones(5, 4).mul(2.0).sum()
+        >>> live.now, live.peak
+        (4, 160)
     """
 
     def __init__(self) -> None:
@@ -37,16 +39,16 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for leaf in _flat(args, kwargs.values()):
-            self._meet(leaf, new=False)
+            self._register(leaf, new=False)
         out = func(*args, **kwargs)
         for leaf in _flat((out,)):
-            self._meet(leaf, new=True)
+            self._register(leaf, new=True)
         return out
 
-    def _meet(self, leaf: Tensor, new: bool) -> None:
+    def _register(self, leaf: Tensor, new: bool) -> None:
         try:
             storage = leaf.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # a layout without a storage of its own
+        except (NotImplementedError, RuntimeError):  # a layout without a storage
             return
         key = storage._cdata
         if key in self._known:
@@ -62,9 +64,9 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def _flat(*many: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors that an operation takes or gives, which lie in lists and tuples at most."""
-    for values in many:
+def _flat(*groups: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments or results of an operation, in lists and tuples at most."""
+    for values in groups:
         for value in values:
             if isinstance(value, Tensor):
                 yield value
@@ -73,13 +75,13 @@ def _flat(*many: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def peak_of(call: Callable[[], Any]) -> int:
-    """Bytes that a call has alive at once, at most.
+    """Return the most bytes that a call has alive at once.
 
     >>> import torch
     >>> peak_of(lambda: torch.ones(5, 4) + 1.0)
     160
     """
-    alive = LiveBytes()
-    with alive:
+    live = LiveBytes()
+    with live:
         call()
-    return alive.peak
+    return live.peak

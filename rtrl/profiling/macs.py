@@ -1,8 +1,8 @@
-"""Counted multiply-adds: what a claim about cost is checked against, the same on every machine and at every load.
+"""Count multiply-adds: the same on every machine and at every load, so that claims about cost can be checked.
 
-``torch.utils.flop_counter`` counts nothing for matrix-vector, outer, elementwise and sparse products, and passes over
-what it does not know, so that a cost moved into one of those would look like a saving. Here every operation is in one
-of three classes, or is refused.
+``torch.utils.flop_counter`` counts nothing for matrix-vector, outer, elementwise and sparse products, and ignores
+operations that it does not know, so that a cost moved into one of those would look like a saving. Here every operation
+is in one of three classes, or is refused.
 """
 
 from collections import Counter
@@ -22,22 +22,18 @@ Rule = Callable[[tuple[Any, ...], Mapping[str, Any], Any], int]
 
 
 class MacCounter(TorchDispatchMode):
-    """Counts the multiply-adds of everything that runs on tensors inside ``with``: forward, backward, ``vmap`` and all.
+    """Count the multiply-adds of all tensor operations inside ``with``, in forward and backward passes and ``vmap``.
 
-    It sees what is really launched, after autograd, batching rules and decompositions. Every operation falls into one
-    class:
+    The counter sees the operations that are launched, after autograd, batching rules and decompositions. Every
+    operation is in one class:
 
-    * contractions (``mm``, ``bmm``, ``addmm``, ``mv``, ``dot`` …, and what becomes one: ``linear``, ``matmul``,
-    ``einsum``) count their
-      exact multiply-adds, one for each scalar product formed; a bias is where the sum starts and counts nothing; a
-      sparse factor counts
-      what it stores. A ``mul`` larger than both its factors is an outer product, and counts as the contraction of
-      length one that it is;
-    * elementwise arithmetic counts one for each element of its result, whatever it takes to compute (a ``softmax``
-    too), and a reduction or
-      accumulating scatter one for each element it takes in: these are summed apart, in ``elementwise``;
-    * moving, filling, drawing, comparing, choosing, sorting and counting of values counts nothing;
-    * anything else, a convolution for one, is refused.
+    * Contractions (``mm``, ``bmm``, ``addmm``, ``mv``, ``dot`` …, which ``linear``, ``matmul`` and ``einsum`` become)
+      count their exact multiply-adds, one for each scalar product. A bias counts nothing; a sparse factor counts the
+      numbers that it stores. A ``mul`` larger than both factors is an outer product, a contraction of length one.
+    * Elementwise arithmetic counts one for each element of its result (a ``softmax`` too), and a reduction or
+      accumulating scatter one for each element of its input. These have a sum of their own, ``elementwise``.
+    * Moving, filling, drawing, comparing, selecting, sorting and counting of values counts nothing.
+    * Any other operation, such as a convolution, is refused with ``UnknownOperationError``.
 
     Counts follow from shapes and indices, so they do not depend on the device or the number of threads. Complex and
     integer elements count like real ones. A counter entered twice counts once; two nested counters both count
@@ -47,17 +43,18 @@ class MacCounter(TorchDispatchMode):
         rules: ``"namespace.name"`` → ``rule(args, kwargs, out)``, as ``register`` takes them.
 
     Attributes:
-        by_op: operation → multiply-adds of its contractions. elementwise_by_op: operation → elements of the others.
+        by_op: operation → multiply-adds of its contractions.
+        elementwise_by_op: operation → elements of its other calls.
 
     Raises:
         ConfigError: a name in ``rules`` is malformed.
-        UnknownOperationError: inside ``with``, an operation of no class.
 
-    >>> import torch
-    >>> with MacCounter() as counter:
-    ...     y = torch.tanh(torch.ones(5, 2, 3) @ torch.ones(3, 4))
-    >>> counter.macs, counter.elementwise, dict(counter.by_op)
-    (120, 40, {'aten.mm': 120})
+    Example:
+        >>> import torch
+        >>> with MacCounter() as counter:
+        ...     y = torch.tanh(torch.ones(5, 2, 3) @ torch.ones(3, 4))
+        >>> counter.macs, counter.elementwise, dict(counter.by_op)
+        (120, 40, {'aten.mm': 120})
     """
 
     def __init__(self, rules: Mapping[str, Rule] | None = None) -> None:
@@ -65,7 +62,7 @@ class MacCounter(TorchDispatchMode):
         self.by_op: Counter[str] = Counter()
         self.elementwise_by_op: Counter[str] = Counter()
         self._rules: dict[str, Rule] = {}
-        self._entered: list[bool] = []  # for each ``with``, innermost last: whether it put the mode on the stack
+        self._entered: list[bool] = []  # for each ``with``, innermost last: whether it pushed the mode
         for name, rule in (rules or {}).items():
             self.register(name, rule)
 
@@ -80,15 +77,15 @@ class MacCounter(TorchDispatchMode):
         return self.elementwise_by_op.total()
 
     def register(self, name: str, rule: Rule) -> None:
-        """Count an operation by a rule of one's own, in ``macs``, from now on.
+        """Count an operation by this rule, in ``macs``, from now on.
 
         Args:
-            name: ``"namespace.name"``, as the error that refused it says; it stands for all overloads, and the
-                in-place form.
+            name: ``"namespace.name"``, as in the error that refused it; it stands for all overloads, and the in-place
+                form.
             rule: ``rule(args, kwargs, out)`` → multiply-adds of one call; ``lambda *_: 0`` if it does no arithmetic.
 
         Raises:
-            ConfigError: the name is no such name.
+            ConfigError: the name does not have this form.
         """
         parts = name.split(".") if isinstance(name, str) else []
         if len(parts) != 2 or not all(part.isidentifier() for part in parts):
@@ -117,21 +114,21 @@ class MacCounter(TorchDispatchMode):
         if name in self._rules:
             kind, rule = "contraction", self._rules[name]
         elif kind == "unknown":
-            # Inference mode hands over whole compositions, ``linear`` and the like: count what they are made of.
+            # Inference mode dispatches whole compositions, such as ``linear``: count their parts.
             if isinstance(func, torch._ops.OpOverload):
                 with self:
                     out = func.decompose(*args, **kwargs)
                 if out is not NotImplemented:
                     return out
             raise UnknownOperationError(
-                f"no count of multiply-adds is known for {func}; if one call does n of them, "
-                f"counter.register({name!r}, lambda args, kwargs, out: n) says so"
+                f"no count of multiply-adds is known for {func}; if one call does n of them, call "
+                f"counter.register({name!r}, lambda args, kwargs, out: n)"
             )
         out = func(*args, **kwargs)
         if kind != "move":
             outer = name == "aten.mul" and name not in self._rules and _is_outer(args, out)
-            book = self.by_op if kind == "contraction" or outer else self.elementwise_by_op
-            book[name] += rule(args, kwargs, out)
+            counts = self.by_op if kind == "contraction" or outer else self.elementwise_by_op
+            counts[name] += rule(args, kwargs, out)
         return out
 
 
@@ -152,8 +149,7 @@ def _contraction(first: int) -> Rule:
         if a.layout is torch.strided:
             return int(a.shape[-2]) * _stored(b)
         raise UnknownOperationError(
-            "the multiply-adds of a sparse times a sparse matrix depend on which entries meet; register a rule of "
-            "your own"
+            "the multiply-adds of a sparse times a sparse matrix depend on where their entries are; register a rule"
         )
 
     return count
@@ -172,7 +168,7 @@ def _results(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
     return max((_stored(t) for t in pytree.tree_leaves(out) if isinstance(t, Tensor)), default=0)
 
 
-def _taken_in(place: int) -> Rule:
+def _inputs(place: int) -> Rule:
     """One for each element of the argument at ``place``."""
     return lambda args, kwargs, out: _stored(args[place]) if isinstance(args[place], Tensor) else 0
 
@@ -197,7 +193,7 @@ _CONTRACTIONS = {
     **_aten(_outer(1), "addr"),
 }
 
-# Whatever PyTorch itself tags as pointwise counts its results, too, unless it stands in another table.
+# Operations that PyTorch tags as pointwise count their results, too, unless they are in another table.
 _ELEMENTS = {
     **_aten(
         _results,
@@ -208,12 +204,12 @@ _ELEMENTS = {
         binary_cross_entropy_backward _thnn_fused_gru_cell _thnn_fused_lstm_cell""",
     ),
     **_aten(
-        _taken_in(0),
+        _inputs(0),
         """sum nansum mean prod cumsum cumprod var std var_mean std_mean logsumexp logcumsumexp norm linalg_vector_norm
         trace embedding_dense_backward mse_loss smooth_l1_loss huber_loss nll_loss_forward binary_cross_entropy
         binary_cross_entropy_with_logits""",
     ),
-    **_aten(_taken_in(3), "index_add scatter_add index_reduce"),
+    **_aten(_inputs(3), "index_add scatter_add index_reduce"),
     **_aten(_put, "index_put _unsafe_index_put _index_put_impl"),
 }
 
@@ -243,7 +239,7 @@ _MOVES = _aten(
 
 @cache
 def _classify(func: Any) -> tuple[str, str, Rule]:
-    """The name of an operation, without overload and in-place mark; the class it is in; its rule."""
+    """The name of an operation, without overload and in-place mark; its class; its rule."""
     if not isinstance(func, torch._ops.OpOverload):
         return str(func), "unknown", _nothing
     name = _out_of_place(str(func.overloadpacket))

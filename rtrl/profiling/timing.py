@@ -1,4 +1,4 @@
-"""Time the sides of a comparison in turns, so that whatever else the machine does meets all of them.
+"""Time the sides of a comparison in turns, so that other work on the machine slows all of them alike.
 
 Times scatter by a factor of two on a busy machine; the ratio of two neighbours in one round does not.
 """

@@ -33,5 +33,5 @@ def make(name: str, **options: Any) -> Task:
     >>> make("copy", delay=7).d_in
     5
     """
-    task: Task = named_factories.call("task", name, TASKS, options)
+    task: Task = named_factories.make_named("task", name, TASKS, options)
     return task

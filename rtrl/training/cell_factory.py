@@ -90,7 +90,7 @@ def make_cell(
         if ":" in name:
             cell = _module(_called(name, (d_in, d_out), options), name, "a torch.nn.Module")
         elif name in CELLS:
-            make: MakeCell = named_factories.call("cell", name, CELLS, options)
+            make: MakeCell = named_factories.make_named("cell", name, CELLS, options)
             cell = make(d_in, d_out)
         else:
             raise ConfigError(

@@ -74,5 +74,5 @@ def make_learner(name: str, **options: Any) -> MakeLearner:
     >>> make_learner("tbptt", k=5)(cell, 2).horizon
     5
     """
-    make: MakeLearner = named_factories.call("learner", name, LEARNERS, options)
+    make: MakeLearner = named_factories.make_named("learner", name, LEARNERS, options)
     return make
