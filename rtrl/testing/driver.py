@@ -82,7 +82,7 @@ class Driver:
             self.step_index = t
             if offsets is not None and offsets[t] is not self._offset and (offsets[t] or self._offset):
                 self.change_parameters(offsets[t], dormant=t % 2 == 0 if with_dormant else None)
-            if resets is not None and (bool(resets[t].any()) or t % 5 == 4):
+            if resets is not None and (bool(resets[t].any()) or t % 5 == 3):
                 self.reset(resets[t].clone())
             y = self.step(xs[t], lambda y, t=t: loss_fn(t, y))  # type: ignore[misc]
             if t in syncs:

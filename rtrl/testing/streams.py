@@ -165,7 +165,7 @@ def frozen_stream(seed: int, steps: int = 14) -> Stream:
     return Stream(seeded(PartlyTrained(2, 3), seed), normal(seed, steps, 2, 2), name="partly trained")
 
 
-def long_sleep_stream(seed: int, steps: int = 160) -> Stream:
+def long_dormancy_stream(seed: int, steps: int = 160) -> Stream:
     """A slice is used at both ends of the stream alone, with a loss now and then while it sleeps; the row of the state
     that remembers it is read, and not written meanwhile."""
     stream = scheduled_stream(seed, steps)
@@ -205,7 +205,7 @@ def scheduled_stream(seed: int, steps: int = 14, largest: float = 0.7) -> Stream
     return Stream(seeded(ScheduledCell(2, rows, 2, experts), seed), xs, name="sparse rows")
 
 
-def sleeping_stream(seed: int, steps: int = 30) -> Stream:
+def dormant_stream(seed: int, steps: int = 30) -> Stream:
     """A mixture of five experts whose turns are far apart, with losses while they sleep."""
     moe = RecurrentMoE(2, 2, d_model=4, n_slots=3, n_experts=5, topk=2, expert_hidden=2, ffn_hidden=2)
     chosen = [
@@ -213,4 +213,4 @@ def sleeping_stream(seed: int, steps: int = 30) -> Stream:
         for t in range(steps)
     ]
     xs = torch.cat([normal(seed, steps, 2, 2), torch.tensor(chosen).double()], dim=-1)
-    return Stream(seeded(ForcedMoE(moe, (2, 1, 2)), seed + 11), xs, name="sleeping slices")
+    return Stream(seeded(ForcedMoE(moe, (2, 1, 2)), seed + 11), xs, name="dormant slices")

@@ -245,7 +245,7 @@ BUGS = [
                 "FOUND[HOP.start] = PRODUCT.pull_back(FOUND[HOP.stop], with_adjoint=WITH and HOP.stop == self.now)",
             ),
         ),
-        "learner: sleeping slices",
+        "learner: dormant slices",
     ),
     Bug(
         4,
@@ -275,7 +275,7 @@ BUGS = [
         7,
         "a slice older than the window is not caught up",
         (wrong(History.next_overwritten, idle),),
-        "learner: long sleep",
+        "learner: long dormancy",
     ),
     Bug(
         8,
@@ -327,7 +327,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
         13,
         "identity rows are lost in composition",
         (swap(compose, "OLD.masked_fill(READ[:, :, None, None], 0.0)", "torch.zeros_like(OLD)"),),
-        "learner: sleeping slices",
+        "learner: dormant slices",
     ),
     Bug(
         14,
@@ -375,7 +375,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
         18,
         "what a step returned is kept alive",
         (wrong(Learner.step, keeps_y),),
-        "learner: memory does not grow",
+        "learner: constant memory",
     ),
     Bug(
         19,
@@ -453,19 +453,19 @@ for NAME, INFLUENCE in INFLUENCES.items():
                 "torch.bmm(LEFT.mT.float(), RIGHT.float()).to(LEFT.dtype)",
             ),
         ),
-        "learner: sleeping slices",
+        "learner: dormant slices",
     ),
     Bug(
         29,
         "sleeping slices are paid twice",
         (wrong(History.pending_adjoints, lambda pending: lambda self, blocks, done: pending(self, blocks, 0)),),
-        "learner: early deliveries",
+        "learner: early syncs",
     ),
     Bug(
         30,
         "an early sync gives the open block up",
         (wrong(Learner.sync, gives_up_an_open_block),),
-        "learner: early deliveries",
+        "learner: early syncs",
     ),
     Bug(
         31,
@@ -483,13 +483,13 @@ for NAME, INFLUENCE in INFLUENCES.items():
         33,
         "the adjoint does not travel inside a block",
         (wrong(_add_adjoint, forgets_the_adjoint_so_far),),
-        "learner: one loss at the end",
+        "learner: one loss at the last step",
     ),
     Bug(
         34,
         "gradients of an open block are not saved",
         (wrong(step_to_plain, lambda state: lambda step: {**state(step), "grads": [None for _ in step.outputs]}),),
-        "learner: saved and loaded",
+        "learner: save and load",
     ),
     Bug(
         35,
@@ -507,7 +507,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
         37,
         "slices that a step does not name count as asleep",
         (swap(active, "torch.arange(SLICES, ...)", "torch.arange(SLICES if SLICES == 1 else 0, ...)"),),
-        "learner: everything declared now and then",
+        "learner: all rows declared at some steps",
     ),
     Bug(
         38,
@@ -542,19 +542,19 @@ for NAME, INFLUENCE in INFLUENCES.items():
                 "[next(g for g in GRADS if g is not None) if OWN is None else OWN for LEAF, OWN in zip(LEAVES, GRADS)]",
             ),
         ),
-        "learner: losses now and then",
+        "learner: losses at some steps",
     ),
     Bug(
         41,
         "the second loss of a step replaces the first",
         (swap(add_loss, "LEAF.grad = NEW if LEAF.grad is None else SUM", "LEAF.grad = NEW"),),
-        "learner: several losses a step",
+        "learner: several losses per step",
     ),
     Bug(
         42,
         "the buffer of the gradient is not cleared",
         (swap(Learner._grad_buffer, "torch.zeros_like(PARAMETER)", "torch.full_like(PARAMETER, 1e-3)"),),
-        "learner: no loss at all",
+        "learner: no loss",
     ),
     Bug(
         43,
@@ -585,7 +585,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
         46,
         "the cell is left in evaluation mode",
         (wrong(take, lambda take: lambda cell, *rest: take(cell.eval(), *rest)),),
-        "learner: the cell is left alone",
+        "learner: cell unchanged",
     ),
     Bug(
         47,
@@ -603,7 +603,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
         48,
         "the state grows a row a step",
         (wrong_step(lambda cell, y, h_next: (y, torch.cat([h_next, h_next[:, :1]], dim=1))),),
-        "cell: state keeps its form",
+        "cell: state form",
     ),
     Bug(
         49,
@@ -675,7 +675,7 @@ READ = READS.shape[1] * SCORES.softmax(dim=-1).gather(1, READS).unsqueeze(-1) * 
                 "LOGITS = self.router(INPUT)\nLOGITS = LOGITS - LOGITS.mean(dim=0)",
             ),
         ),
-        "cell: samples do not meet",
+        "cell: independent samples",
     ),
     Bug(
         57,
@@ -693,7 +693,7 @@ READ = READS.shape[1] * SCORES.softmax(dim=-1).gather(1, READS).unsqueeze(-1) * 
         58,
         "a constant is made in float32",
         (wrong_step(lambda cell, y, h_next: (y + torch.zeros(1, dtype=torch.float64), h_next)),),
-        "cell: dtype and device are carried through",
+        "cell: dtype and device",
     ),
     Bug(
         59,
@@ -737,19 +737,19 @@ if GRADIENT is not None:
 """,
             ),
         ),
-        "learner: losses of one sample at a time",
+        "learner: losses of single samples",
     ),
     Bug(
         64,
         "adjoints are clipped",
         (swap(add_loss, "GRADIENT.detach().clone()", "GRADIENT.detach().clamp(-1000, 1000)"),),
-        "learner: losses of all sizes",
+        "learner: losses of all scales",
     ),
     Bug(
         65,
         "x is kept, not copied",
         (swap(_checked_copy, "LEAF.clone()", "LEAF.detach()"),),
-        "learner: odd inputs",
+        "learner: views as inputs",
     ),
     Bug(
         66,
@@ -761,7 +761,7 @@ if GRADIENT is not None:
                 "if discard:\n    self.GIVE_UP()",
             ),
         ),
-        "learner: resets of many",
+        "learner: resets of several samples",
     ),
     Bug(
         67,

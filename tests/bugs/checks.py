@@ -21,7 +21,7 @@ from rtrl._influence import store
 from rtrl.errors import CellError, ParameterChangedError, SparsityError
 from rtrl.testing import LearnerSpec, cell_checks, check_cell, check_learner, learner_checks
 from rtrl.testing.own_specs import ERRORS, PROMISES
-from rtrl.testing.streams import dense_stream, scheduled_stream, sleeping_stream, unusual_stream
+from rtrl.testing.streams import dense_stream, dormant_stream, scheduled_stream, unusual_stream
 
 Check = Callable[[], None]
 
@@ -270,7 +270,7 @@ def long_blocks() -> None:
             dense_stream(0),
             dense_stream(0, batch=1),
             unusual_stream(0),
-            sleeping_stream(0),
+            dormant_stream(0),
         )
         cases = [(stream.cell, stream.xs) for stream in streams]
         for size in (1, 2):  # analytic derivatives, and a cell that has none after all

@@ -176,8 +176,8 @@ BROKEN: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
         lambda: broken(changed(lambda c, x, h, y, n, s: (y, n, s._replace(reads=rows(x, 3))))),
         "must lie in 0 … 2",
     ),
-    "fewer rows": ("state keeps its form", lambda: broken(dense(lambda n: n[:, :2])), "another shape"),
-    "float32 state": ("state keeps its form", lambda: broken(dense(lambda n: n.float())), "another shape, dtype"),
+    "fewer rows": ("state form", lambda: broken(dense(lambda n: n[:, :2])), "another shape"),
+    "float32 state": ("state form", lambda: broken(dense(lambda n: n.float())), "another shape, dtype"),
     "y reduced": (
         "y per sample",
         lambda: broken(changed(lambda c, x, h, y, n, s: ({"loss": y.sum()}, n, s))),
@@ -226,33 +226,33 @@ BROKEN: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
         "a slice of parameter 'experts'",
     ),
     "normalises over the batch": (
-        "samples do not meet",
+        "independent samples",
         lambda: broken(changed(lambda c, x, h, y, n, s: (y.softmax(0), n, s))),
         "of one sample depends on",
     ),
     "a sample sees the one before": (
-        "samples do not meet",
+        "independent samples",
         lambda: broken(dense(lambda n: n.cumsum(0))),
         "h_next of one sample depends on the state of another",
     ),
     "branches on the batch": (
-        "samples do not meet",
+        "independent samples",
         lambda: broken(dense(lambda n: n if n.shape[0] > 1 else -n)),
         "another h_next alone",
     ),
-    "y sees other x": ("samples do not meet", lambda: broken(more_y(lambda c, x, h: x.mean())), r"x\[0\] of another"),
+    "y sees other x": ("independent samples", lambda: broken(more_y(lambda c, x, h: x.mean())), r"x\[0\] of another"),
     "routes, no replay": ("replay", Router, "forward must take replay=None"),
     "routes, deaf": ("replay", Deaf, "does not make the choices"),
     "routes, lies": ("replay", Liar, "writes other rows"),
     "routes, rounds": ("replay", Rounding, "replaying its own choices changes y"),
     "routes, crowded": ("replay", Crowded, "as one batch, several steps make other choices"),
     "float32 y": (
-        "dtype and device are carried through",
+        "dtype and device",
         lambda: broken(changed(lambda c, x, h, y, n, s: (y.float(), n, s))),
         "does not keep the dtype",
     ),
     "float64 only": (
-        "dtype and device are carried through",
+        "dtype and device",
         lambda: broken(dense(lambda n: n @ torch.eye(2, dtype=F64))),
         "does not run in torch.float32",
     ),
@@ -285,7 +285,7 @@ def test_an_unbroken_cell_passes_what_its_broken_kin_do_not() -> None:
     assert check_cell(broken(Breakable.good), XS).checks == cell_checks()
 
 
-LONE = ["samples do not meet", "reads are declared", "active slices are declared"]
+LONE = ["independent samples", "reads are declared", "active slices are declared"]
 
 
 @pytest.mark.parametrize("name", [name for name, case in BROKEN.items() if case[0] in LONE])

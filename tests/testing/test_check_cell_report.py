@@ -46,7 +46,7 @@ def test_all_failures_of_a_cell_are_collected() -> None:
     assert {failure.check for failure in report.failures} == {
         "unwritten rows are copied",
         "unwritten rows are copied in derivative",
-        "samples do not meet",
+        "independent samples",
     }
     assert report.checks == cell_checks()
     assert isinstance(caught.value, RTRLError)
@@ -121,7 +121,7 @@ def test_a_cell_that_runs_only_in_its_own_dtype_is_judged_there() -> None:
             return h.cumsum(0), h
 
     report = check_cell(Single(), [x.float() for x in XS], state=torch.zeros(2, 4), on_fail="return")
-    assert {f.check for f in report.failures} == {"samples do not meet", "dtype and device are carried through"}
+    assert {f.check for f in report.failures} == {"independent samples", "dtype and device"}
 
 
 def test_what_cannot_be_judged_is_said_to_be_skipped() -> None:

@@ -16,7 +16,7 @@ import rtrl.testing
 from rtrl.learners import TBPTT
 from rtrl.testing import CheckFailed, LearnerSpec, Report, Stream, check_learner, learner_checks
 from rtrl.testing.learner_checks.verdict import compare
-from rtrl.testing.streams import dense_stream, sleeping_stream
+from rtrl.testing.streams import dense_stream, dormant_stream
 
 
 def report_of(make: Any, *checks: str, **options: Any) -> Report:
@@ -27,7 +27,7 @@ WRONG = [
     (third_party.off_by_one, "dense cell", 0, "off by one step"),
     (third_party.cut_at_borders, "dense cell", 5, "the borders of blocks of 5 steps: truncated BPTT"),
     (third_party.cut_at_borders, "long stream", 9, "the borders of blocks of 5 steps"),
-    (third_party.deaf_sleepers, "sleeping slices", 7, "losses that fall while a slice sleeps were dropped"),
+    (third_party.deaf_sleepers, "dormant slices", 7, "losses at dormant steps of a slice were dropped"),
 ]
 
 
@@ -159,7 +159,7 @@ def test_samples_that_meet_are_told_from_a_sample_that_is_wrong() -> None:
 
 def test_all_failures_are_collected_and_the_script_shows_them_again() -> None:
     with pytest.raises(CheckFailed) as caught:
-        check_learner(third_party.off_by_one, seed=2, checks=["dense cell", "layers", "no loss at all"])
+        check_learner(third_party.off_by_one, seed=2, checks=["dense cell", "layers", "no loss"])
     report = caught.value.report
     assert {failure.check for failure in report.failures} == {"dense cell", "layers"}
     assert report.name == "off_by_one"
@@ -186,7 +186,7 @@ def test_nothing_of_the_callers_changes() -> None:
     stream.cell.zero_grad()
     held = copy.deepcopy((stream.cell.state_dict(), stream.xs))
     before = torch.get_rng_state(), random.getstate(), np.random.get_state(), torch.get_num_threads()  # noqa: NPY002
-    report_of(LearnerSpec(third_party.off_by_one, streams=[stream]), "own streams", "early deliveries")
+    report_of(LearnerSpec(third_party.off_by_one, streams=[stream]), "own streams", "early syncs")
     now = torch.get_rng_state(), random.getstate(), np.random.get_state(), torch.get_num_threads()  # noqa: NPY002
     assert torch.equal(before[0], now[0])
     assert repr(before[1:]) == repr(now[1:])
@@ -214,7 +214,7 @@ def test_streams_that_prove_nothing_are_refused() -> None:
 
 def test_different_seeds_draw_different_streams() -> None:
     assert not torch.equal(dense_stream(0).xs, dense_stream(1).xs)
-    assert torch.equal(sleeping_stream(2).xs, sleeping_stream(2).xs)
+    assert torch.equal(dormant_stream(2).xs, dormant_stream(2).xs)
     assert rtrl.testing.check_learner(rtrl.BlockRTRL, checks=["dense cell"], seed=7).seed == 7
 
 

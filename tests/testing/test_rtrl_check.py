@@ -34,7 +34,7 @@ good = LearnerSpec(third_party.textbook, name="good", **few)
 bad = LearnerSpec(third_party.cut_at_borders, name="bad", **few)
 known = LearnerSpec(third_party.cut_at_borders, name="declared", expected_failures={"own streams": "truncated"}, **few)
 stale = LearnerSpec(third_party.textbook, name="stale", expected_failures={"own streams": "once wrong"}, **few)
-unjudged = LearnerSpec(third_party.textbook, name="unjudged", expected_failures={"sleeping slices": "no"}, **few)
+unjudged = LearnerSpec(third_party.textbook, name="unjudged", expected_failures={"dormant slices": "no"}, **few)
 unknown = LearnerSpec(third_party.textbook, name="unknown", expected_failures={"own stream": "misspelt"}, **few)
 both = [good, bad]
 nothing = []
@@ -138,7 +138,7 @@ def pytest_run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
     [
         ("off_by_one", "dense cell", "step 0", "off by one step"),
         ("cut_at_borders", "dense cell", "step 5", "truncated BPTT"),
-        ("deaf_sleepers", "sleeping slices", "step 7", "losses that fall while a slice sleeps were dropped"),
+        ("deaf_sleepers", "dormant slices", "step 7", "losses at dormant steps of a slice were dropped"),
     ],
 )
 def test_a_wrong_learner_is_refused_by_name(folder: Path, name: str, check_name: str, first: str, words: str) -> None:

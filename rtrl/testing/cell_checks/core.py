@@ -45,7 +45,7 @@ def cell_checks() -> list[str]:
     """The names of all checks, in the order in which they are run.
 
     >>> cell_checks()[:3]
-    ['returns', 'state keeps its form', 'y per sample']
+    ['returns', 'state form', 'y per sample']
     """
     return list(_CHECKS)
 
@@ -70,7 +70,7 @@ def run_checks(subject: Subject, report: Report) -> Report:
         passed = len(report.failures) == before
         if name == "returns" and passed:
             stage = _NEEDS_A_STEP
-        if name == "state keeps its form" and passed:
+        if name == "state form" and passed:
             stage = _NEEDS_POINTS
     report.notes.extend(dict.fromkeys(subject.notes))
     return report
@@ -88,7 +88,7 @@ def _returns(subject: Subject) -> Iterator[Found]:
         lay_out(subject)
 
 
-@_check("state keeps its form", _NEEDS_A_STEP)
+@_check("state form", _NEEDS_A_STEP)
 def _state(subject: Subject) -> Iterator[Found]:
     for point in subject.given:
         h_next = point.fresh().run()[1]
@@ -270,11 +270,11 @@ def _active(subject: Subject) -> Iterator[Found]:
                     yield from stray(message, point, asleep, f"parameter {what}", sample=i)
 
 
-_check("samples do not meet")(sample_failures)
+_check("independent samples")(sample_failures)
 _check("replay")(replay_failures)
 
 
-@_check("dtype and device are carried through")
+@_check("dtype and device")
 def _dtype(subject: Subject) -> Iterator[Found]:
     for first in subject.given:
         for point in (cast(first, dtype) for dtype in (torch.float32, torch.float64)):

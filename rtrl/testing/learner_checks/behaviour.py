@@ -1,11 +1,12 @@
-"""Checks of how a learner behaves, whatever its gradients: its interface, what it keeps, what it refuses."""
+"""Checks of a learner's behaviour beside its gradients: interface, saving, side effects, memory, refusals."""
 
 import copy
 import gc
 import io
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from types import FunctionType, ModuleType
 from typing import Any
@@ -24,16 +25,16 @@ from rtrl.testing.learner_checks.driver import StreamDriver, drive
 from rtrl.testing.learner_checks.registry import NotJudged, Subject, check
 from rtrl.testing.learner_checks.verdict import compare
 from rtrl.testing.report import Found
-from rtrl.testing.spec import LearnerSpec
+from rtrl.testing.spec import ErrorInput, LearnerSpec
 from rtrl.testing.streams import Stream
 
-_SINGLE = 1e-3  # float32 against float64, relative: that it is the same gradient, not how well it is rounded
+_SINGLE = 1e-3  # relative, float32 against float64: shows that it is the same gradient, not how well it is rounded
 _MEMORY_STEPS = 56
 
 
 @check("interface")
 def _interface(subject: Subject) -> Iterator[Found]:
-    """y is the cell's own, and takes losses; every parameter that is trained and earns something gets a gradient."""
+    """step() returns the y of the cell, and every trainable parameter gets a gradient."""
     stream = subject.streams()[0]
     if subject.spec.gradients is not None:
         drive(subject.spec, stream)
@@ -49,15 +50,15 @@ def _interface(subject: Subject) -> Iterator[Found]:
         return
     for name, value in driver.sync_and_read().items():
         if bool((value != 0).any()):
-            yield Found(f"sync() before the first step delivers a gradient of {name!r}")
+            yield Found(f"sync() before the first step adds a gradient of {name!r}")
             return
     outcome = drive(subject.spec, stream)
     h = stream.cell.init_state(stream.batch_size)  # type: ignore[operator]
     for t, y in enumerate(outcome.outputs):
         with torch.no_grad():
-            wanted, h, _ = call_cell(stream.cell, stream.xs[t], h, None)
-        pairs = list(zip(pytrees.tensors(y), pytrees.tensors(wanted), strict=False))
-        if len(pytrees.tensors(y)) != len(pytrees.tensors(wanted)):
+            expected, h, _ = call_cell(stream.cell, stream.xs[t], h, None)
+        pairs = list(zip(pytrees.tensors(y), pytrees.tensors(expected), strict=False))
+        if len(pytrees.tensors(y)) != len(pytrees.tensors(expected)):
             yield Found("step(x) does not return the y of the cell", t)
             return
         for number, (found_leaf, leaf) in enumerate(pairs):
@@ -68,10 +69,10 @@ def _interface(subject: Subject) -> Iterator[Found]:
                 return
 
 
-@check("saved and loaded")
+@check("save and load")
 def _saved(subject: Subject) -> Iterator[Found]:
-    """A learner that loads ``state_dict()`` goes on bit for bit as the one that was saved, which goes on as if it had
-    not been; also one that has been elsewhere, and from a file."""
+    """A learner that loads a ``state_dict()`` continues bit for bit as the saved one does, also from a file and after
+    other steps; saving does not change the saved one."""
     subject.needs_learner("state_dict", "load_state_dict")
     subject.needs_steps()
     for stream in subject.streams():
@@ -85,22 +86,19 @@ def _saved(subject: Subject) -> Iterator[Found]:
         held = {name: None if p.grad is None else p.grad.clone() for name, p in driver.cell.named_parameters()}
         through = _continued(driver, middle, subject.seed)
         file.seek(0)
-        for how, state in (("kept", saved), ("from a file", torch.load(file, weights_only=False))):
+        for how, state in (("in memory", saved), ("from a file", torch.load(file, weights_only=False))):
             resumed = _continued(_loaded(subject.spec, stream, state, held), middle, subject.seed)
             for name, value in through.items():
                 if not torch.equal(value, resumed[name]):
                     bad = (value != resumed[name]).nonzero()[0].tolist()
                     values = [f"{float(r[name][tuple(bad)]):.17g}" for r in (resumed, through)]
-                    message = (
-                        f"{stream.name}: saved after {middle} steps and loaded ({how}), it does not go on bit for bit"
-                    )
-                    yield Found(message, None, None, f"parameter {name}{bad}", *values)
+                    message = f"saved after {middle} steps and loaded ({how}), it does not continue bit for bit"
+                    yield Found(f"{stream.name}: {message}", None, None, f"parameter {name}{bad}", *values)
                     return
         if not isinstance(subject.spec.law, Unbiased):
             wrong = compare(through, subject.spec.law.reference(stream, driver.learner))
             if wrong is not None:
-                message = f"{stream.name}: after state_dict() in mid-stream, the learner itself goes on wrongly"
-                yield Found(message, None, None, wrong.where, wrong.found, wrong.expected)
+                yield wrong.as_found(f"{stream.name}: after state_dict() in mid-stream, the gradient is wrong")
                 return
 
 
@@ -123,7 +121,7 @@ def _loaded(spec: LearnerSpec, stream: Stream, saved: Any, gradients: dict[str, 
 
 @check("float32")
 def _single(subject: Subject) -> Iterator[Found]:
-    """A cell in float32 gets y and gradients in float32."""
+    """With a cell in float32, y and gradients are in float32."""
     stream = subject.streams()[0]
     single = copy.copy(stream)
     object.__setattr__(single, "cell", copy.deepcopy(stream.cell).float())
@@ -140,20 +138,21 @@ def _single(subject: Subject) -> Iterator[Found]:
     worst = worst_difference(outcome.gradients, reference, group="tensor", nonzero="none")
     if worst.error > _SINGLE:
         values = [f"{value:.9g}" for value in (worst.actual, worst.expected)]
-        yield Found("in float32 it is another gradient", None, None, f"parameter {worst.place}", *values)
+        yield Found(
+            "the gradient in float32 differs from that in float64", None, None, f"parameter {worst.place}", *values
+        )
 
 
-@check("the cell is left alone")
-def _left_alone(subject: Subject) -> Iterator[Found]:
-    """No parameter, buffer, flag, mode, hook or attribute of the cell is changed but ``.grad``; nor the input, nor what
-    all of the process share."""
-    own = [] if subject.spec.streams else [shortened(subject.spec.law, streams.slow_stream(subject.seed, 14))]
-    for stream in [*subject.streams(), *own]:
+@check("cell unchanged")
+def _leaves_cell_unchanged(subject: Subject) -> Iterator[Found]:
+    """Nothing of the cell changes but ``.grad``; nor does the input, nor a global setting of the process."""
+    slow = [] if subject.spec.streams else [shortened(subject.spec.law, streams.slow_stream(subject.seed, 14))]
+    for stream in [*subject.streams(), *slow]:
         driver = None if subject.spec.make_learner is None else StreamDriver(subject.spec, stream)
         cell = copy.deepcopy(stream.cell) if driver is None else driver.cell
-        before = _picture(stream.cell)
+        before = _snapshot(stream.cell)
         xs = stream.xs.clone()
-        shared = torch.get_default_dtype(), torch.is_grad_enabled(), torch.random.get_rng_state()
+        settings = torch.get_default_dtype(), torch.is_grad_enabled(), torch.random.get_rng_state()
         if driver is None:
             assert subject.spec.gradients is not None
             subject.spec.gradients(cell, xs, stream.loss)
@@ -165,16 +164,16 @@ def _left_alone(subject: Subject) -> Iterator[Found]:
                     driver.learner.backward(loss)
             driver.sync_and_read()
         if not torch.equal(xs, stream.xs):
-            yield Found(f"{stream.name}: x is changed in place")
+            yield Found(f"{stream.name}: the learner changes x in place")
         kept = _values(stream.cell)
         for name, value in _values(cell).items():
             if name not in kept or not torch.equal(value, kept[name]):
                 yield Found(f"{stream.name}: the learner changes {name!r} of the cell")
-        if _picture(cell) != before:
+        if _snapshot(cell) != before:
             yield Found(f"{stream.name}: the learner leaves hooks, flags or attributes of the cell changed")
-        if (torch.get_default_dtype(), torch.is_grad_enabled()) != shared[:2]:
+        if (torch.get_default_dtype(), torch.is_grad_enabled()) != settings[:2]:
             yield Found(f"{stream.name}: the learner leaves another default dtype or grad mode")
-        drawn = not torch.equal(torch.random.get_rng_state(), shared[2])
+        drawn = not torch.equal(torch.random.get_rng_state(), settings[2])
         if drawn and not isinstance(subject.spec.law, Unbiased):
             yield Found(
                 f"{stream.name}: the learner draws from the global generator, so that it changes what others draw"
@@ -185,69 +184,84 @@ def _values(cell: nn.Module) -> dict[str, Tensor]:
     return {**dict(cell.named_parameters()), **dict(cell.named_buffers())}
 
 
-def _picture(cell: nn.Module) -> list[Any]:
-    """What a learner may not change, besides values."""
+def _snapshot(cell: nn.Module) -> list[Any]:
+    """What a learner must not change, besides values."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return [
         (name, module.training, sorted(vars(module)), [len(getattr(module, hook)) for hook in hooks])
         for name, module in cell.named_modules()
     ] + [
-        (name, p.requires_grad, p.dtype, p.device, len(p._backward_hooks or ()), len(_after(p) or ()))
+        (name, p.requires_grad, p.dtype, p.device, len(p._backward_hooks or ()), len(_post_accumulate_hooks(p) or ()))
         for name, p in cell.named_parameters()
     ]
 
 
-def _after(p: nn.Parameter) -> Any:
-    """Its hooks after accumulation, which PyTorch has no public name for."""
+def _post_accumulate_hooks(p: nn.Parameter) -> Any:
+    """The hooks after accumulation; PyTorch has no public name for them."""
     return getattr(p, "_post_accumulate_grad_hooks", None)
 
 
-@check("memory does not grow")
-def _memory(subject: Subject) -> Iterator[Found]:
-    """The bytes of all tensors alive, after a warm-up and after as many steps again."""
+@check("constant memory")
+def _constant_memory(subject: Subject) -> Iterator[Found]:
+    """The bytes that the learner holds do not grow with the number of steps."""
     if not subject.spec.constant_memory:
         raise NotJudged("because the spec does not promise it (constant_memory=True)")
     subject.needs_learner()
     stream = subject.streams()[0]
     if subject.spec.sparse and not subject.spec.streams:
         stream = streams.scheduled_stream(subject.seed)
-    for often in (True, False):
-        tensors, objects = _held(subject.spec, stream, often)
-        how = f"{stream.name}: {'with deliveries' if often else 'without a delivery'}"
-        if often and tensors[-1] > tensors[len(tensors) // 2 - 1]:
-            values = str(tensors[-1]), str(tensors[len(tensors) // 2 - 1])
+    with _only_new_objects():
+        held = [(sync, *_held_bytes(subject.spec, stream, sync)) for sync in (True, False)]
+    for sync, tensors, objects in held:
+        how = f"{stream.name}: {'with syncs' if sync else 'without a sync'}"
+        half = tensors[len(tensors) // 2 - 1]
+        if sync and tensors[-1] > half:
             message = f"{how}, it holds more after twice as many steps"
-            yield Found(message, None, None, "bytes of all tensors", *values)
-        besides = 16 * _MEMORY_STEPS // 2  # bytes; a store of fixed size may still be filling
-        for what, held, least in (("tensors", tensors, 0), ("what it holds besides tensors", objects, besides)):
-            growth = [held[(i + 1) * len(held) // 4 - 1] - held[i * len(held) // 4 - 1] for i in (1, 2, 3)]
-            if min(growth) > least:  # in each of the three quarters after the first
-                message = f"{how}, {what} takes more and more memory"
+            yield Found(message, None, None, "bytes of all tensors", str(tensors[-1]), str(half))
+        filling = 16 * _MEMORY_STEPS // 2  # bytes that a store of fixed size may still take
+        for what, taken, allowed in (("tensors", tensors, 0), ("objects besides tensors", objects, filling)):
+            growth = [taken[(i + 1) * len(taken) // 4 - 1] - taken[i * len(taken) // 4 - 1] for i in (1, 2, 3)]
+            if min(growth) > allowed:  # in each of the three quarters after the first
+                where = f"bytes in some {_MEMORY_STEPS // 2} steps"
                 yield Found(
-                    message, None, None, f"bytes in some {_MEMORY_STEPS // 2} steps", f"+{growth[-1]}", "no growth"
+                    f"{how}, {what} take more and more memory", None, None, where, f"+{growth[-1]}", "no growth"
                 )
                 break
 
 
-def _held(spec: LearnerSpec, stream: Stream, often: bool) -> tuple[list[int], list[int]]:
-    """The bytes of all tensors, and of all else that can be reached from the learner, at eight looks along a stream
-    that begins again and again."""
+@contextmanager
+def _only_new_objects() -> Iterator[None]:
+    """Keep the garbage collector away from all objects that exist already, so that it finds new ones quickly."""
+    freeze = gc.get_freeze_count() == 0
+    gc.collect()
+    if freeze:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if freeze:
+            gc.unfreeze()
+
+
+def _held_bytes(spec: LearnerSpec, stream: Stream, sync: bool) -> tuple[list[int], list[int]]:
+    """The bytes of all tensors, and of all other objects that the learner refers to, measured eight times along a
+    stream that is repeated."""
     driver = StreamDriver(spec, stream)
     tensors, objects = [], []
-    turns = -(-_MEMORY_STEPS // (4 * stream.steps))  # whole turns, so that all looks find the same input
+    repeats = -(-_MEMORY_STEPS // (4 * stream.steps))  # whole streams, so that the input before each look is the same
     for _ in range(8):
-        for _ in range(turns):
+        for _ in range(repeats):
             deque(driver.steps(), maxlen=0)
-            if often:
+            if sync:
                 driver.sync()
                 driver.cell.zero_grad()
-        tensors.append(_alive())
-        objects.append(_reached(driver.learner))
+        tensors.append(_live_tensor_bytes())
+        objects.append(_reachable_bytes(driver.learner))
     return tensors, objects
 
 
-def _reached(learner: Any) -> int:
-    """Bytes of the objects that a learner leads to, its cell, classes, functions and modules left out."""
+def _reachable_bytes(learner: Any) -> int:
+    """The bytes of the objects that a learner refers to, without its cell, classes, functions and modules."""
     seen: dict[int, Any] = {}
     waiting = [learner]
     while waiting:
@@ -258,7 +272,7 @@ def _reached(learner: Any) -> int:
     return sum(sys.getsizeof(found) for found in seen.values())
 
 
-def _alive() -> int:
+def _live_tensor_bytes() -> int:
     gc.collect()
     storages = {}
     for value in gc.get_objects():
@@ -269,7 +283,7 @@ def _alive() -> int:
 
 @check("error inputs")
 def _errors(subject: Subject) -> Iterator[Found]:
-    """Bad input in mid-stream is refused as declared, and nothing is lost by it."""
+    """Bad input in mid-stream is refused as declared, and the gradient stays right."""
     if not subject.spec.errors:
         raise NotJudged("because the spec declares none")
     subject.needs_learner()
@@ -280,23 +294,20 @@ def _errors(subject: Subject) -> Iterator[Found]:
         middle = stream.steps // 2
         for t, _ in driver.steps():
             if t == middle:
-                yield from _refused(driver.learner, bad.name, bad.call, bad.raises, bad.match, t)
+                yield from _refusal_failures(driver.learner, bad, t)
         if isinstance(subject.spec.law, Unbiased):
             continue
         wrong = compare(driver.sync_and_read(), subject.spec.law.reference(stream, driver.learner))
         if wrong is not None:
-            message = f"{bad.name}: after it was refused, the gradient is wrong"
-            yield Found(message, middle, None, wrong.where, wrong.found, wrong.expected)
+            yield wrong.as_found(f"{bad.name}: after it was refused, the gradient is wrong", middle)
 
 
-def _refused(
-    learner: Any, name: str, call: Callable[[Any], object], raises: type[Exception], match: str, t: int
-) -> Iterator[Found]:
+def _refusal_failures(learner: Any, bad: ErrorInput, t: int) -> Iterator[Found]:
     try:
-        call(learner)
+        bad.call(learner)
     except Exception as error:
-        if not isinstance(error, raises) or match not in str(error):
-            wanted = f"{raises.__name__}{f' with {match!r}' if match else ''}"
-            yield Found(f"{name}: another error than declared", t, None, "", first_line(error), wanted)
+        if not isinstance(error, bad.raises) or bad.match not in str(error):
+            expected = f"{bad.raises.__name__}{f' with {bad.match!r}' if bad.match else ''}"
+            yield Found(f"{bad.name}: another error than declared", t, None, "", first_line(error), expected)
     else:
-        yield Found(f"{name}: it is not refused", t, None, "", "no error", raises.__name__)
+        yield Found(f"{bad.name}: it is not refused", t, None, "", "no error", bad.raises.__name__)

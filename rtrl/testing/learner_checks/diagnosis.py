@@ -1,7 +1,8 @@
-"""Naming a wrong gradient: the mistakes that implementations really make, each computed, and compared with it."""
+"""Diagnose a wrong gradient: compute what each common mistake gives, and compare."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +13,16 @@ from rtrl.testing.learner_checks.driver import LearnerFailed, drive
 from rtrl.testing.spec import LearnerSpec
 from rtrl.testing.streams import Stream
 
-_ALIKE = 1e-7  # relative; two mistakes are told apart, rounding is not looked at
+_ALIKE = 1e-7  # relative; it tells two mistakes apart and ignores rounding
+
+
+_Mistake = tuple[str, Iterable[tuple[int, Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Linear:
-    """One step: J (B, H, H), B (B, H, P), the adjoint (B, H), the direct part (P,), and which entries of θ the sample
-    uses at all, Boolean (B, P)."""
+class _LinearizedStep:
+    """J (B, H, H), B (B, H, P), the adjoint (B, H), the direct part of the gradient (P,), and the entries of θ that a
+    sample uses, Boolean (B, P)."""
 
     dynamics: Tensor
     immediate: Tensor
@@ -28,7 +32,7 @@ class _Linear:
 
 
 def diagnose(spec: LearnerSpec, stream: Stream) -> str:
-    """ "; it looks as if …", when the whole gradient is what one known mistake gives on this stream; else nothing."""
+    """Words that name the mistake, if the whole gradient is what one known mistake gives on this stream; else none."""
     if stream.offsets is not None or stream.resets is not None:
         return ""
     try:
@@ -41,51 +45,52 @@ def diagnose(spec: LearnerSpec, stream: Stream) -> str:
     scale = float(exact.abs().max())
     if not scale or not bool(torch.isfinite(found).all()):
         return ""
-    fitting: dict[str, list[int]] = {}
-    for words, k, mistaken in _mistakes(steps, exact, found):
-        differs = float((mistaken - exact).abs().max()) > 1e3 * _ALIKE * scale
-        if differs and float((mistaken - found).abs().max()) <= _ALIKE * scale:
-            fitting.setdefault(words, []).append(k)
-    for words, ks in fitting.items():  # the first kind; of its numbers, any may be meant
-        return f"; it looks as if {words.format(k=' or '.join(map(str, ks)) if len(ks) < 4 else 'so many')}"
+    numbers: list[int] = []
+    for words, candidates in _mistakes(steps, exact, found):
+        for k, mistaken in candidates:
+            differs = float((mistaken - exact).abs().max()) > 1e3 * _ALIKE * scale
+            if differs and float((mistaken - found).abs().max()) <= _ALIKE * scale:
+                numbers.append(k)
+        if numbers:  # the first kind that fits; any of its numbers may be meant
+            return f"; it looks as if {words.format(k=' or '.join(map(str, numbers)) if len(numbers) < 4 else 'n')}"
     return ""
 
 
-def _mistakes(steps: list[_Linear], exact: Tensor, found: Tensor) -> Iterator[tuple[str, int, Tensor]]:
-    """Words, a number k in them, and the gradient that each mistake gives, the most specific first."""
-    count, batch = len(steps), steps[0].adjoint.shape[0]
-    yield "nothing were delivered", 0, torch.zeros_like(exact)
-    yield "the influence advanced before the adjoint met it: off by one step", 0, _gradient(steps, after=True)
-    yield "the state's past were left out: no influence is carried", 0, _gradient(steps, carry=lambda t: False)
-    yield "the loss's direct path to the parameters were dropped", 0, _gradient(steps, direct=False)
-    yield "losses that fall while a slice sleeps were dropped", 0, _gradient(steps, awake=True)
-    for k in range(2, count):
-        words = "the carry were dropped at the borders of blocks of {k} steps: truncated BPTT"
-        yield words, k, _gradient(steps, carry=lambda t, k=k: (t + 1) % k != 0)  # type: ignore[misc]
-    for k in range(2, count):
-        yield "each loss were pulled back through {k} steps only: truncated BPTT", k, _sliding(steps, k)
-    yield "the dynamics Jacobian were transposed", 0, _gradient(steps, change=lambda j: j.mT)
+def _mistakes(steps: list[_LinearizedStep], exact: Tensor, found: Tensor) -> Iterator[_Mistake]:
+    """Each kind of mistake, in words with a number k, and the gradients that it gives; the most specific kind first."""
+    n_steps, batch = len(steps), steps[0].adjoint.shape[0]
+
+    def one(**mistake: Any) -> Iterator[tuple[int, Tensor]]:
+        yield 0, _gradient(steps, **mistake)
+
+    yield "nothing were delivered", [(0, torch.zeros_like(exact))]
+    yield "the influence advanced before the adjoint met it: off by one step", one(after=True)
+    yield "the state's past were left out: no influence is carried", one(carry=lambda t: False)
+    yield "the loss's direct path to the parameters were dropped", one(direct=False)
+    yield "losses at dormant steps of a slice were dropped", one(active_only=True)
     yield (
-        "only the diagonal of the dynamics Jacobian were used",
-        0,
-        _gradient(steps, change=lambda j: torch.diag_embed(j.diagonal(dim1=1, dim2=2))),
+        "the carry were dropped at the borders of blocks of {k} steps: truncated BPTT",
+        ((k, _gradient(steps, carry=lambda t, k=k: (t + 1) % k != 0)) for k in range(2, n_steps)),  # type: ignore[misc]
     )
+    yield "each loss were pulled back through {k} steps only: truncated BPTT", _sliding(steps)
+    yield "the dynamics Jacobian were transposed", one(change=lambda j: j.mT)
+    diagonal = one(change=lambda j: torch.diag_embed(j.diagonal(dim1=1, dim2=2)))
+    yield "only the diagonal of the dynamics Jacobian were used", diagonal
     if batch > 1:
-        yield "samples were averaged, not summed", 0, exact / batch
-    for t in range(count):
-        part = _gradient(steps, only=t)
-        yield "the loss of step {k} were dropped", t, exact - part
-        yield "the loss of step {k} were counted twice", t, exact + part
+        yield "samples were averaged, not summed", [(0, exact / batch)]
+    parts = [_gradient(steps, only=t) for t in range(n_steps)]
+    yield "the loss of step {k} were dropped", ((t, exact - part) for t, part in enumerate(parts))
+    yield "the loss of step {k} were counted twice", ((t, exact + part) for t, part in enumerate(parts))
     factor = float(found @ exact / (exact @ exact))
-    yield f"the whole gradient were multiplied by {factor:.6g}", 0, factor * exact
+    yield f"the whole gradient were multiplied by {factor:.6g}", [(0, factor * exact)]
 
 
 def _gradient(
-    steps: list[_Linear],
+    steps: list[_LinearizedStep],
     *,
     after: bool = False,
     direct: bool = True,
-    awake: bool = False,
+    active_only: bool = False,
     carry: Callable[[int], bool] = lambda t: True,
     change: Callable[[Tensor], Tensor] = lambda j: j,
     only: int | None = None,
@@ -93,31 +98,42 @@ def _gradient(
     """``Σ_t ( direct + δ_t S_t )`` with mistakes.
 
     Args:
-        after: δ_t meets S_{t+1}. direct: whether the direct part counts. awake: losses reach entries in use alone.
-        carry: whether the influence survives step t. change: applied to J. only: the loss of this step alone.
+        after: multiply δ_t by S_{t+1}.
+        direct: include the direct part.
+        active_only: a loss reaches only the entries that its step uses.
+        carry: whether the influence is kept after step t.
+        change: is applied to J.
+        only: use the loss of this step only.
     """
     influence = torch.zeros_like(steps[0].immediate)
     total = torch.zeros_like(steps[0].direct)
     for t, step in enumerate(steps):
         advanced = change(step.dynamics) @ influence + step.immediate
         if only is None or only == t:
-            met = advanced if after else influence
-            earned = torch.einsum("bh,bhp->bp", step.adjoint, met)
-            total = total + (earned * step.active if awake else earned).sum(dim=0) + (step.direct if direct else 0)
+            through_state = torch.einsum("bh,bhp->bp", step.adjoint, advanced if after else influence)
+            if active_only:
+                through_state = through_state * step.active
+            total = total + through_state.sum(dim=0) + (step.direct if direct else 0)
         influence = advanced if carry(t) else torch.zeros_like(advanced)
     return total
 
 
-def _sliding(steps: list[_Linear], horizon: int) -> Tensor:
-    total = torch.zeros_like(steps[0].direct)
-    for t in range(len(steps)):
-        window = steps[max(0, t - horizon + 1) : t + 1]
-        total = total + _gradient(window, only=len(window) - 1)
-    return total
+def _sliding(steps: list[_LinearizedStep]) -> Iterator[tuple[int, Tensor]]:
+    """Each horizon k from 2 on, and the gradient if every loss is pulled back through its last k steps only."""
+    by_horizon = [torch.zeros_like(steps[0].direct) for _ in steps]
+    for t, step in enumerate(steps):
+        adjoint, gradient = step.adjoint, step.direct
+        for past, total in enumerate(by_horizon):
+            if 0 < past <= t:
+                earlier = steps[t - past]
+                gradient = gradient + torch.einsum("bh,bhp->p", adjoint, earlier.immediate)
+                adjoint = torch.einsum("bh,bhi->bi", adjoint, earlier.dynamics)
+            total += gradient
+    yield from ((k, by_horizon[k - 1]) for k in range(2, len(steps)))
 
 
-def _linearized(stream: Stream) -> list[_Linear]:
-    """Every step by autograd, row by row."""
+def _linearized(stream: Stream) -> list[_LinearizedStep]:
+    """Linearize every step by autograd, row by row."""
     names = [name for name, p in stream.cell.named_parameters() if p.requires_grad]
     values = dict(stream.cell.named_parameters())
     h: Tensor = stream.cell.init_state(stream.batch_size)  # type: ignore[operator]
@@ -159,6 +175,6 @@ def _linearized(stream: Stream) -> list[_Linear]:
                 each = shape.numel() // shape[0]
                 active[:, offset : offset + shape.numel()] = used.repeat_interleave(each, dim=1)
             offset += shape.numel()
-        found.append(_Linear(dynamics, immediate, adjoint.detach(), direct.detach(), active))
+        found.append(_LinearizedStep(dynamics, immediate, adjoint.detach(), direct.detach(), active))
         h = h_next
     return found

@@ -1,4 +1,4 @@
-"""What a check of a learner gets to see, and the list that checks enter their names in."""
+"""The register of the checks of a learner, and the subject that each of them checks."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,42 +13,46 @@ from rtrl.testing.streams import Stream
 
 
 class NotJudged(Exception):
-    """A check does not apply; the reason in words, after "not judged, "."""
+    """A check does not apply; the message is the reason, in words that follow "not judged, "."""
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """What is checked, and the seed of all that is drawn."""
+    """The spec under test, and the seed of all random numbers."""
 
     spec: LearnerSpec
     seed: int
 
     def streams(self) -> list[Stream]:
-        """Where one stream after another is bent by a check: the spec's own, or a dense and a sleeping one."""
+        """The streams that most checks modify: the spec's own, or a dense one and one with dormant slices."""
         if self.spec.streams:
             return [shortened(self.spec.law, stream) for stream in self.spec.streams]
         chosen = [streams.dense_stream(self.seed)]
         if self.spec.sparse:
-            chosen.append(streams.sleeping_stream(self.seed))
+            chosen.append(streams.dormant_stream(self.seed))
         return [shortened(self.spec.law, stream) for stream in chosen]
 
     def standard(self, stream: Stream, *, sparse: bool = False) -> Stream:
-        """A stream of the checks' own, if it may be used."""
+        """Shorten a standard stream to what the law covers.
+
+        Raises:
+            NotJudged: the spec has streams of its own, or excludes sparse cells.
+        """
         if self.spec.streams:
-            raise NotJudged("because the spec brings streams of its own")
+            raise NotJudged("because the spec has streams of its own")
         if sparse and not self.spec.sparse:
             raise NotJudged("because the learner is not for cells that declare a Sparsity (sparse=False)")
         return shortened(self.spec.law, stream)
 
     def needs_steps(self, least: int = 3) -> None:
-        """Refuse to judge what happens in mid-stream where there is no middle."""
+        """Raise ``NotJudged`` if the law or a stream of the spec covers fewer steps."""
         if self.spec.law.steps is not None and self.spec.law.steps < least:
-            raise NotJudged(f"because the law covers less than {least} steps")
+            raise NotJudged(f"because the law covers fewer than {least} steps")
         if any(stream.steps < least for stream in self.spec.streams):
-            raise NotJudged(f"because a stream of the spec has less than {least} steps")
+            raise NotJudged(f"because a stream of the spec has fewer than {least} steps")
 
     def needs_learner(self, *methods: str) -> None:
-        """Refuse to judge what a function, or a learner without these methods, cannot do."""
+        """Raise ``NotJudged`` if the spec has a function, or a learner without these methods."""
         if self.spec.gradients is not None:
             raise NotJudged("because the spec has a function of the whole stream, not a learner")
         stream = self.streams()[0]
@@ -57,8 +61,8 @@ class Subject:
         if missing:
             raise NotJudged(f"because the learner has no {' and no '.join(missing)}")
 
-    def wrong(self, stream: Stream, treatment: str = "", plain: Stream | None = None) -> Iterator[Found]:
-        """What is wrong with its gradient on a stream."""
+    def gradient_failures(self, stream: Stream, treatment: str = "", plain: Stream | None = None) -> Iterator[Found]:
+        """What is wrong with the gradient on a stream."""
         return gradient_failures(self.spec, stream, self.seed, treatment, plain)
 
 
@@ -67,6 +71,8 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(name: str) -> Callable[[Check], Check]:
+    """Register a check by its name."""
+
     def register(function: Check) -> Check:
         CHECKS[name] = function
         return function

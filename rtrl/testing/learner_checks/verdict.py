@@ -1,4 +1,4 @@
-"""Judging what a learner delivered by its law, element by element, and finding the first step at which it is wrong."""
+"""Decide by its law whether a learner's gradient is right, and find the first step at which it is wrong."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from rtrl._utils.formatting import first_line
 from rtrl.cells.protocol import call_cell
 from rtrl.testing.compare import RELATIVE, worst_difference
 from rtrl.testing.driver import trainable
-from rtrl.testing.laws import Exact, Law, Unbiased, shortened
+from rtrl.testing.laws import Exact, Gradients, Law, Unbiased, shortened
 from rtrl.testing.learner_checks.diagnosis import diagnose
 from rtrl.testing.learner_checks.driver import LearnerFailed, StreamDriver, drive
 from rtrl.testing.report import Found
@@ -19,13 +19,13 @@ from rtrl.testing.spec import LearnerSpec
 from rtrl.testing.streams import Stream
 
 _FLOOR_OF_ALL = 1e-6  # the smallest scale of a slice that cancels to almost nothing, relative to all parameters
-_LINEAR = 40  # so many steps are searched one by one, more of them by halving
-_WHOLE = 40  # so many steps are looked at for the mistake, unless the first bad one comes later
+_LINEAR_SEARCH = 40  # up to this many candidates, the first wrong step is searched one by one, beyond it by halving
+_DIAGNOSED = 40  # the number of steps that the diagnosis looks at, unless the first wrong step comes later
 
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """A value that is not what the law says: where, both values, and how it is said."""
+    """A value that differs from the law's: its place, both values, and a message where the place does not say it."""
 
     where: str
     found: str
@@ -33,65 +33,66 @@ class Mismatch:
     step: int | None = None
     message: str = ""
 
+    def as_found(self, message: str, step: int | None = None) -> Found:
+        """What a check reports of it."""
+        return Found(message, step, None, self.where, self.found, self.expected)
 
-def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Mismatch | None:
-    """The entry with the largest error, if it is more than rounding."""
+
+def compare(found: Gradients, expected: Gradients) -> Mismatch | None:
+    """The entry with the largest error, if it is larger than rounding explains."""
     worst = worst_difference(found, expected, floor_of_all=_FLOOR_OF_ALL, nonzero="none")
     if worst.error <= RELATIVE:
         return None
     return Mismatch(f"parameter {worst.place}", f"{worst.actual:.17g}", f"{worst.expected:.17g}")
 
 
-def judge(law: Law, spec: LearnerSpec, stream: Stream, seed: int) -> Mismatch | None:
-    """What is wrong with the gradient of one stream; None if nothing is."""
+def evaluate(
+    law: Law, spec: LearnerSpec, stream: Stream, seed: int, reference: Gradients | None = None
+) -> Mismatch | None:
+    """What is wrong with the gradient of one stream, or None; ``reference`` is the law's, if it is known already."""
     try:
         if isinstance(law, Unbiased):
-            return _judge_mean(law, spec, stream, seed)
+            return _evaluate_mean(law, spec, stream, seed)
         outcome = drive(spec, stream)
-        return compare(outcome.gradients, law.reference(stream, outcome.learner))
+        expected = law.reference(stream, outcome.learner) if reference is None else reference
+        return compare(outcome.gradients, expected)
     except LearnerFailed as failed:
         return Mismatch("", "", "", failed.step, str(failed))
 
 
-def _judge_mean(law: Unbiased, spec: LearnerSpec, stream: Stream, seed: int) -> Mismatch | None:
+def _evaluate_mean(law: Unbiased, spec: LearnerSpec, stream: Stream, seed: int) -> Mismatch | None:
     exact = law.reference(stream, None)
     names = list(exact)
     flat = torch.cat([exact[name].flatten() for name in names])
     size = float(flat.norm())
-    own = flat / size if size else flat
+    direction = flat / size if size else flat
     draws = []
     for draw in range(law.draws):
         torch.manual_seed((seed << 20) + draw)
         gradients = drive(spec, stream).gradients
         value = torch.cat([gradients[name].flatten() for name in names])
-        draws.append(torch.cat([value, (value @ own).reshape(1)]))
+        draws.append(torch.cat([value, (value @ direction).reshape(1)]))
     values = torch.stack(draws)
-    wanted = torch.cat([flat, torch.tensor([size], dtype=flat.dtype, device=flat.device)])
-    error = values.std(dim=0) / law.draws**0.5
-    allowed = law.quantile(len(wanted)) * error + RELATIVE * size  # the second, for what no chance enters
-    gap = (values.mean(dim=0) - wanted).abs().nan_to_num(nan=torch.inf)
+    mean, error = values.mean(dim=0), values.std(dim=0) / law.draws**0.5
+    expected = torch.cat([flat, torch.tensor([size], dtype=flat.dtype, device=flat.device)])
+    allowed = law.quantile(len(expected)) * error + RELATIVE * size  # the second term is for entries without chance
+    gap = (mean - expected).abs().nan_to_num(nan=torch.inf)
     if float(error.max()) == 0 and bool((gap > allowed).any()):
-        return Mismatch("", "", "", None, "all draws are equal; a learner that draws must do so from torch's generator")
+        return Mismatch("", "", "", None, "all draws are equal; a learner must draw from PyTorch's global generator")
     if bool((gap > allowed).any()):
         worst = int((gap / allowed).argmax())
-        where = _element(exact, worst) if worst < len(flat) else "the component along the exact gradient"
-        beyond = float(gap[worst] / error[worst]) if float(error[worst]) else float("inf")
-        return Mismatch(
-            f"{where}, mean of {law.draws} draws",
-            f"{float(values.mean(dim=0)[worst]):.6g} ({beyond:.3g} standard errors off)",
-            f"{float(wanted[worst]):.6g}",
-        )
+        where = _entry(exact, worst) if worst < len(flat) else "the component along the exact gradient"
+        n_errors = float(gap[worst] / error[worst]) if float(error[worst]) else float("inf")
+        found = f"{float(mean[worst]):.6g} ({n_errors:.3g} standard errors off)"
+        return Mismatch(f"{where}, mean of {law.draws} draws", found, f"{float(expected[worst]):.6g}")
     if size and float(allowed[-1]) >= size:
-        return Mismatch(
-            "the component along the exact gradient",
-            f"{float(values.mean(dim=0)[-1]):.3g} ± {float(allowed[-1]):.3g}",
-            f"{size:.3g}",
-            message="the draws scatter so much that no gradient at all would pass as well; ask for more draws",
-        )
+        where, found = "the component along the exact gradient", f"{float(mean[-1]):.3g} ± {float(allowed[-1]):.3g}"
+        message = "the draws scatter so much that a gradient of zero would pass as well; use more draws"
+        return Mismatch(where, found, f"{size:.3g}", message=message)
     return None
 
 
-def _element(exact: dict[str, Tensor], flat: int) -> str:
+def _entry(exact: Gradients, flat: int) -> str:
     for name, value in exact.items():
         if flat < value.numel():
             index = [int(i) for i in torch.unravel_index(torch.tensor(flat), value.shape)]
@@ -103,58 +104,56 @@ def _element(exact: dict[str, Tensor], flat: int) -> str:
 def gradient_failures(
     spec: LearnerSpec, stream: Stream, seed: int, treatment: str = "", plain: Stream | None = None
 ) -> Iterator[Found]:
-    """What is wrong with the gradient after a stream, at the first step after which it is.
+    """What is wrong with the gradient after a stream, at the first step after which it is wrong.
 
     Args:
-        treatment: what is done to the stream, in words. plain: the stream without it.
+        treatment: what is done to the stream, in words.
+        plain: the stream without it.
     """
     law = spec.law
     stream = shortened(law, stream)
     name = f"{stream.name}, {treatment}" if treatment else stream.name
-    reference = (law if isinstance(law, Exact) else Exact()).reference(stream, None)
-    if not any(bool(value.any()) for value in reference.values()):
+    exact = law.reference(stream, None) if isinstance(law, Exact) else Exact().reference(stream, None)
+    if not any(bool(value.any()) for value in exact.values()):
         yield Found(f"{name}: the exact gradient is zero everywhere, so this stream proves nothing")
         return
-    if not all(bool(torch.isfinite(value).all()) for value in reference.values()):
+    if not all(bool(torch.isfinite(value).all()) for value in exact.values()):
         yield Found(f"{name}: the exact gradient is not finite, so this stream proves nothing")
         return
-    whole = judge(law, spec, stream, seed)
+    whole = evaluate(law, spec, stream, seed, exact if isinstance(law, Exact) else None)
     if whole is None:
         return
     if whole.message:
-        yield Found(f"{name}: {whole.message}", whole.step, None, whole.where, whole.found, whole.expected)
+        yield whole.as_found(f"{name}: {whole.message}", whole.step)
         return
-    steps, first = _first_bad(lambda n: judge(law, spec, stream.prefix(n), seed), _lossy(stream), whole)
-    bad = stream.prefix(steps)
-    sample, lone = None, ""
-    if bad.batch_size > 1:
-        alone = [judge(law, spec, bad.alone(b), seed) for b in range(bad.batch_size)]
-        sample = next((b for b, wrong in enumerate(alone) if wrong is not None), None)
+    steps, first = _first_wrong(lambda n: evaluate(law, spec, stream.prefix(n), seed), _steps_with_loss(stream), whole)
+    shortest = stream.prefix(steps)
+    sample, about_samples = None, ""
+    if shortest.batch_size > 1:
+        alone = [evaluate(law, spec, shortest.alone(b), seed) for b in range(shortest.batch_size)]
+        sample = next((b for b, mismatch in enumerate(alone) if mismatch is not None), None)
         if sample is None:
-            lone = "; each sample alone is right, so it is the batch that goes wrong: samples meet, or are not summed"
+            about_samples = (
+                "; each sample alone is right, so the error is in the batch: samples interact, or are not summed"
+            )
         else:
             first = alone[sample] or first
-    suspect = ""
+    diagnosis = ""
     if isinstance(law, Exact) and not isinstance(law, Unbiased):
-        # More steps tell more mistakes apart, less of them hide a second one.
-        suspect = diagnose(spec, stream.prefix(max(steps, _WHOLE)))
-        if not suspect and (early := diagnose(spec, bad)):
-            suspect = f"{early}, up to step {steps - 1}"
-    asked = "BPTT gives" if type(law) is Exact else f"{law} asks for"
-    if plain is not None and judge(law, spec, plain.prefix(steps), seed) is not None:
+        # More steps tell more mistakes apart, fewer hide a second mistake.
+        diagnosis = diagnose(spec, stream.prefix(max(steps, _DIAGNOSED)))
+        if not diagnosis and (early := diagnose(spec, shortest)):
+            diagnosis = f"{early}, up to step {steps - 1}"
+    required = "BPTT gives" if type(law) is Exact else f"{law} requires"
+    if plain is not None and evaluate(law, spec, plain.prefix(steps), seed) is not None:
         name = f"{stream.name} (as without {treatment})"
-    yield Found(
-        f"{name}: the gradient is not what {asked}{lone}{suspect}",
-        first.step if first.step is not None else steps - 1,
-        sample,
-        first.where,
-        first.found,
-        first.expected,
-    )
+    message = f"{name}: the gradient is not what {required}{about_samples}{diagnosis}"
+    step = first.step if first.step is not None else steps - 1
+    yield first.as_found(message, step)._replace(sample=sample)
 
 
-def _lossy(stream: Stream) -> list[int]:
-    """The numbers of steps after which a new loss has fallen, the whole stream last."""
+def _steps_with_loss(stream: Stream) -> list[int]:
+    """The numbers of steps after which there is a new loss, and the whole stream."""
     found = []
     h: Tensor = stream.cell.init_state(stream.batch_size)  # type: ignore[operator]
     with torch.no_grad():
@@ -165,28 +164,30 @@ def _lossy(stream: Stream) -> list[int]:
     return sorted({*found, stream.steps})
 
 
-def _first_bad(wrong: Callable[[int], Mismatch | None], candidates: list[int], whole: Mismatch) -> tuple[int, Mismatch]:
-    """The least number of steps after which the gradient is wrong, and how; of many, one at which it becomes wrong."""
-    if len(candidates) <= _LINEAR:
+def _first_wrong(
+    mismatch_after: Callable[[int], Mismatch | None], candidates: list[int], whole: Mismatch
+) -> tuple[int, Mismatch]:
+    """The fewest steps after which the gradient is wrong; among many candidates, some step at which it turns wrong."""
+    if len(candidates) <= _LINEAR_SEARCH:
         for n in candidates[:-1]:
-            mismatch = wrong(n)
+            mismatch = mismatch_after(n)
             if mismatch is not None:
                 return n, mismatch
         return candidates[-1], whole
-    right, bad, mismatch = -1, len(candidates) - 1, whole
-    while bad - right > 1:
-        middle = (right + bad) // 2
-        found = wrong(candidates[middle])
+    right, wrong, mismatch = -1, len(candidates) - 1, whole
+    while wrong - right > 1:
+        middle = (right + wrong) // 2
+        found = mismatch_after(candidates[middle])
         if found is None:
             right = middle
         else:
-            bad, mismatch = middle, found
-    return candidates[bad], mismatch
+            wrong, mismatch = middle, found
+    return candidates[wrong], mismatch
 
 
 def influence_failures(spec: LearnerSpec, stream: Stream) -> Iterator[Found]:
-    """What is wrong with the influences that a learner says it holds, (B, H, P), column by column: before the first
-    step, in mid-stream and at the end, asked for without a delivery; and what asking does to the gradient."""
+    """What is wrong with the influences (B, H, P) before the first step, in mid-stream and at the end, read without a
+    sync; and what reading them does to the gradient."""
     stream = shortened(spec.law, stream)
     driver = StreamDriver(spec, stream)
     learner = driver.learner
@@ -194,21 +195,20 @@ def influence_failures(spec: LearnerSpec, stream: Stream) -> Iterator[Found]:
         if bool((_influence(learner, name, None) != 0).any()):
             yield Found(f"{stream.name}: before the first step, the influence of {name!r} is not zero")
             return
-    middle = stream.steps // 2
     for t, _ in driver.steps():
-        if t + 1 not in (middle, stream.steps):
+        if t + 1 not in (stream.steps // 2, stream.steps):
             continue
-        for name, wanted in spec.law.reference_influence(stream.prefix(t + 1), learner).items():
-            wrong = _wrong_influence(_influence(learner, name, t), wanted)
-            if wrong is not None:
+        for name, expected in spec.law.reference_influence(stream.prefix(t + 1), learner).items():
+            failure = _influence_failure(_influence(learner, name, t), expected)
+            if failure is not None:
                 message = f"{stream.name}: the influence is not that of the law on the state after {t + 1} steps"
-                sample, where, found, expected = wrong
-                yield Found(message, t, sample, f"parameter {name}{where}", found, expected)
+                sample, where, *values = failure
+                yield Found(message, t, sample, f"parameter {name}{where}", *values)
                 return
-    wrong_after = compare(driver.sync_and_read(), spec.law.reference(stream, learner))
-    if wrong_after is not None:
-        message = f"{stream.name}: after influence() was asked for in mid-stream, the gradient is wrong"
-        yield Found(message, stream.steps - 1, None, wrong_after.where, wrong_after.found, wrong_after.expected)
+    mismatch = compare(driver.sync_and_read(), spec.law.reference(stream, learner))
+    if mismatch is not None:
+        message = f"{stream.name}: after influence() was called in mid-stream, the gradient is wrong"
+        yield mismatch.as_found(message, stream.steps - 1)
 
 
 def _influence(learner: Any, name: str, step: int | None) -> Tensor:
@@ -221,11 +221,11 @@ def _influence(learner: Any, name: str, step: int | None) -> Tensor:
     return found.detach().clone()
 
 
-def _wrong_influence(found: Tensor, wanted: Tensor) -> tuple[int | None, str, str, str] | None:
-    """Sample, place, and both values of the worst entry, if one is wrong."""
-    if found.shape != wanted.shape:
-        return None, "", f"shape {tuple(found.shape)}", f"shape {tuple(wanted.shape)}"
-    worst = worst_difference({"": found}, {"": wanted}, group="column", nonzero="none")
+def _influence_failure(found: Tensor, expected: Tensor) -> tuple[int | None, str, str, str] | None:
+    """The sample, the place and both values of the worst entry, if one is wrong."""
+    if found.shape != expected.shape:
+        return None, "", f"shape {tuple(found.shape)}", f"shape {tuple(expected.shape)}"
+    worst = worst_difference({"": found}, {"": expected}, group="column", nonzero="none")
     if worst.error <= RELATIVE:
         return None
     b, i, p = worst.index
