@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from rtrl.cli.app import app
 from rtrl.testing import cell_checks
 
+pytest_plugins = ["pytester"]
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
@@ -123,11 +125,21 @@ def check(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["check", *arguments], env={"COLUMNS": "400", "TERM": "dumb"})
 
 
-def pytest_run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """pytest in the folder, with the plugin, as an installed package or not."""
+def with_plugin(*arguments: str) -> list[str]:
+    """The arguments of a pytest with the plugin, whether the package is installed or not."""
     installed = any(point.name == "rtrl" for point in entry_points(group="pytest11"))
-    plugin = [] if installed else ["-p", "_rtrl_pytestplugin"]
-    return run(folder, "-m", "pytest", *plugin, "-p", "no:cacheprovider", "-q", *arguments)
+    return [*([] if installed else ["-p", "_rtrl_pytestplugin"]), "-p", "no:cacheprovider", "-q", *arguments]
+
+
+def pytest_run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """pytest in the folder, in a process of its own."""
+    return run(folder, "-m", "pytest", *with_plugin(*arguments))
+
+
+def inprocess(folder: Path, pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
+    """pytest in the folder, in this process: PyTorch is not imported again."""
+    os.chdir(folder)
+    return pytester.runpytest_inprocess("--rootdir", str(folder), *with_plugin(*arguments))
 
 
 # ---------------------------------------------------------------- the command
@@ -138,15 +150,21 @@ def pytest_run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
     [
         ("off_by_one", "dense cell", "step 0", "off by one step"),
         ("cut_at_borders", "dense cell", "step 5", "truncated BPTT"),
-        ("deaf_sleepers", "dormant slices", "step 7", "losses at dormant steps of a slice were dropped"),
     ],
 )
 def test_a_wrong_learner_is_refused_by_name(folder: Path, name: str, check_name: str, first: str, words: str) -> None:
-    done = run(folder, "-c", "from rtrl.cli import main; main()", "check", f"third_party:{name}", "--only", check_name)
-    assert done.returncode == 1, done.stderr
+    done = check(f"third_party:{name}", "--only", check_name)
+    assert done.exit_code == 1, done.output
     for part in (f"{name}: FAIL {check_name}", first, words, "found", "expected", f"rtrl check third_party:{name}"):
         assert part in done.stdout
     assert "--seed 0" in done.stdout
+
+
+def test_the_command_runs_in_a_process_of_its_own(folder: Path) -> None:
+    command = ["check", "third_party:off_by_one", "--only", "dense cell"]
+    done = run(folder, "-c", "from rtrl.cli import app; app()", *command)
+    assert done.returncode == 1, done.stderr
+    assert "off by one step" in done.stdout
 
 
 def test_a_right_learner_passes(folder: Path) -> None:
@@ -233,8 +251,12 @@ def test_the_plugin_runs_a_spec_without_a_test_file(folder: Path) -> None:
     assert "step 5" in done.stdout
     assert "Traceback" not in done.stdout
     assert "SystemError" not in done.stdout, "nothing else is collected"
-    done = pytest_run(folder, "--rtrl-spec=mine:good", "-k", "own or test_other", "test_other.py")
-    assert "SystemError" in done.stdout, "unless it is named"
+
+
+def test_the_plugin_runs_files_that_are_named_beside_a_spec(folder: Path, pytester: pytest.Pytester) -> None:
+    (folder / "test_other.py").write_text("def test_other():\n    raise SystemError\n")
+    done = inprocess(folder, pytester, "--rtrl-spec=mine:good", "-k", "own or test_other", "test_other.py")
+    assert "SystemError" in done.stdout.str()
 
 
 @pytest.mark.parametrize(
@@ -243,17 +265,20 @@ def test_the_plugin_runs_a_spec_without_a_test_file(folder: Path) -> None:
         (["--rtrl-spec=mine:nothing"], 4, "nothing to check"),
         (["--rtrl-spec=mine:unknown"], 4, "which is no check"),
         (["--rtrl-spec=mine:good", "-k", "elephant"], 5, "deselected"),
-        (["--rtrl-spec=mine:good", "-k", "sleeping"], 5, "skipped"),
+        (["--rtrl-spec=mine:good", "-k", "dormant"], 5, "skipped"),
         (["--rtrl-spec=mine:stale", "-k", "own"], 1, "once wrong"),
         (["--rtrl-spec=mine:known", "-k", "own"], 0, "1 xfailed"),
-        (["--rtrl-spec=mine:unjudged", "-k", "sleeping"], 1, "but it is not judged"),
+        (["--rtrl-spec=mine:unjudged", "-k", "dormant"], 1, "but it is not judged"),
         (["--rtrl-spec=mine:strange", "--rtrl-spec=mine:functions", "-k", "own"], 0, "1 passed"),
     ],
 )
-def test_the_plugin_errs_where_nothing_is_proved(folder: Path, arguments: list[str], code: int, words: str) -> None:
-    done = pytest_run(folder, *arguments)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert words in done.stdout + done.stderr
+def test_the_plugin_errs_where_nothing_is_proved(
+    folder: Path, pytester: pytest.Pytester, arguments: list[str], code: int, words: str
+) -> None:
+    done = inprocess(folder, pytester, *arguments)
+    output = done.stdout.str() + done.stderr.str()
+    assert done.ret == code, output
+    assert words in output
 
 
 def test_the_plugin_leaves_other_runs_alone(folder: Path) -> None:

@@ -303,7 +303,7 @@ WRONG: list[Case] = [
 
 
 def promising(make: type[Whole] | type[DenseRTRL], check: str) -> LearnerSpec:
-    """A spec that promises all; it is judged on sparse cells only where the check needs them, since they take longer."""
+    """A spec that promises all. Sparse cells, which take longer, are used only where the check needs them."""
     sparse = check == "long dormancy"
     return LearnerSpec(make, sparse=sparse, constant_memory=True, copies_inputs=True)
 
