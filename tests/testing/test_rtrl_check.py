@@ -162,7 +162,7 @@ def test_a_wrong_learner_is_refused_by_name(folder: Path, name: str, check_name:
 
 def test_the_command_runs_in_a_process_of_its_own(folder: Path) -> None:
     command = ["check", "third_party:off_by_one", "--only", "dense cell"]
-    done = run(folder, "-c", "from rtrl.cli import app; app()", *command)
+    done = run(folder, "-c", "from rtrl.cli import main; main()", *command)
     assert done.returncode == 1, done.stderr
     assert "off by one step" in done.stdout
 
