@@ -1,5 +1,6 @@
 """Running a learner over a stream, with everything that may happen to it on the way."""
 
+import gc
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 import rtrl
 from rtrl.testing.driver import Driver, trainable
 
-__all__ = ["Loss", "Result", "gradients", "run", "trainable"]
+__all__ = ["Loss", "Result", "gradients", "live_tensor_bytes", "run", "trainable"]
 
 Loss = Callable[[int, Any], Tensor | None]
 
@@ -71,3 +72,14 @@ def run(
             p.copy_(base[name])
             p.grad = None
     return result
+
+
+def live_tensor_bytes() -> int:
+    """Bytes of all tensors that Python can reach: what the learner holds, whatever it says."""
+    gc.collect()
+    seen: dict[int, int] = {}
+    for item in gc.get_objects():
+        if type(item) in (Tensor, nn.Parameter):  # isinstance would wake lazy modules; a lazy parameter has no storage
+            storage = item.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+    return sum(seen.values())

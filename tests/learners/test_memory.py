@@ -1,26 +1,14 @@
 """Bytes really held: constant from the moment everything has been awake once, whatever the length of the stream."""
 
-import gc
-
 import pytest
 import torch
+from helpers.running import live_tensor_bytes
 from helpers.strategies import normal
 from helpers.toy_cells import ForcedMoE, PlainRNN, seeded
-from torch import Tensor, nn
+from torch import Tensor
 
 import rtrl
 from rtrl._engine import buffers
-
-
-def live_tensor_bytes() -> int:
-    """Bytes of all tensors that Python can reach: what the learner holds, whatever it says."""
-    gc.collect()
-    seen: dict[int, int] = {}
-    for item in gc.get_objects():
-        if type(item) in (Tensor, nn.Parameter):  # isinstance would wake lazy modules; a lazy parameter has no storage
-            storage = item.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-    return sum(seen.values())
 
 
 def sparse_learner(block: int) -> tuple[rtrl.BlockRTRL, Tensor]:

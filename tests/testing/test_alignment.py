@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.running import trainable
+from helpers.running import live_tensor_bytes, trainable
 from helpers.strategies import normal
 from helpers.toy_cells import OddCell, PlainRNN, seeded
-from test_memory import live_tensor_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 

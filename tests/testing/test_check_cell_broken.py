@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engine.test_bad_cells import CLOSING
 from helpers.adversarial_inputs import Breakable, Step, rows, stream
-from test_bad_cells import CLOSING
 from torch import Tensor, nn
 
 from rtrl import Sparsity

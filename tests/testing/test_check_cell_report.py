@@ -162,7 +162,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("a state with NaN", {"state": torch.full((2, 4), float("nan"), dtype=F64)}, "NaN or infinity"),
     ("a seed that is none", {"seed": True}, "seed must be an integer"),
     ("a negative seed", {"seed": -1}, "seed must be an integer"),
-    ("a choice that is none", {"on_fail": "warn"}, "'raise' or 'return', got 'warn'"),
+    ("a choice that is none", {"on_fail": "warn"}, "'raise', 'return', got 'warn'"),
 ]
 
 

@@ -308,14 +308,23 @@ def promising(make: type[Whole] | type[DenseRTRL], check: str) -> LearnerSpec:
     return LearnerSpec(make, sparse=sparse, constant_memory=True, copies_inputs=True)
 
 
-@pytest.mark.parametrize(("make", "check"), WRONG, ids=[make.__name__ for make, _ in WRONG])
+SLOW = {ForgetsLongSleepers}  # the catalogue of bugs has a fault for this check, too
+
+
+@pytest.mark.parametrize(
+    ("make", "check"),
+    [
+        pytest.param(make, check, id=make.__name__, marks=[pytest.mark.nightly] if make in SLOW else [])
+        for make, check in WRONG
+    ],
+)
 def test_a_wrong_learner_is_refused(make: type[Whole] | type[DenseRTRL], check: str) -> None:
     report = check_learner(promising(make, check), checks=[check], on_fail="return")
     assert check in {failure.check for failure in report.failures}
 
 
 def test_a_learner_may_keep_its_inputs_unless_it_promises_not_to() -> None:
-    assert check_learner(InputIsKept, checks=["views as inputs"]).passed
+    assert check_learner(LearnerSpec(InputIsKept, sparse=False), checks=["views as inputs"]).passed
 
 
 def test_what_a_learner_sets_is_set_back() -> None:
@@ -328,7 +337,7 @@ def test_the_right_one_passes(check: str) -> None:
     assert check_learner(promising(Whole, check), checks=[check]).checks == [check]
 
 
-@pytest.mark.parametrize(("horizon", "claimed"), [(40, 50), (120, 150)])
+@pytest.mark.parametrize(("horizon", "claimed"), [(40, 50), pytest.param(120, 150, marks=pytest.mark.nightly)])
 def test_a_long_horizon_is_tried_at_its_length(horizon: int, claimed: int) -> None:
     def make(cell: Any, batch_size: int) -> TBPTT:
         return TBPTT(cell, batch_size, horizon)
@@ -347,7 +356,7 @@ RAISING: list[tuple[str, Callable[..., Any]]] = [
 
 @pytest.mark.parametrize(("what", "make"), RAISING, ids=[what for what, _ in RAISING])
 def test_whatever_a_learner_raises_all_checks_are_reported(what: str, make: Callable[..., Any]) -> None:
-    report = check_learner(make, on_fail="return")
+    report = check_learner(LearnerSpec(make, sparse=False), on_fail="return")
     assert not report.passed
     assert report.failures[0].check == "interface"
     assert len({failure.check for failure in report.failures}) > 10
