@@ -5,7 +5,7 @@ backward pass, and the state detached; its gradient ignores everything before th
 
     python examples/compare_learners.py --hidden 32 128 --batch-size 1 16 --rounds 9 --json comparison.json
 
-The table is printed in Markdown.
+The table is printed in Markdown, as README has it.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,15 @@ def table(rows: list[Comparison]) -> str:
     return "\n".join(lines)
 
 
+def caption(record: dict[str, Any]) -> str:
+    """How, and on what machine, a table was measured."""
+    machine = record["machine"]
+    return (
+        f"Medians of {record['rounds']} rounds, float32, threads: {machine['threads']}, {machine['processor']}, "
+        f"PyTorch {machine['torch']}."
+    )
+
+
 def milliseconds(seconds: float) -> str:
     return f"{two_digits(seconds * 1e3)} ms"
 
@@ -124,16 +134,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers and the machine to this file")
     options = parser.parse_args()
 
+    machine = {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     rows = [compare(hidden, size, options.rounds) for hidden in options.hidden for size in options.batch_size]
-    print(table(rows))
+    record = {"machine": machine, "rounds": options.rounds, "rows": [asdict(row) for row in rows]}
+    print(f"{table(rows)}\n\n{caption(record)}")
     if options.json is not None:
-        machine = {
-            "processor": processor(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        record = {"machine": machine, "rounds": options.rounds, "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

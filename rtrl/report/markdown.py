@@ -169,7 +169,10 @@ def _grid(grid: Table) -> str:
     title = escape(grid.title)
     if len(rows) <= LONG:
         return f"{title}:\n\n{body}" if title else body
-    return f"<details>\n<summary>{title or 'Table'} ({len(rows)} rows)</summary>\n\n{body}\n\n</details>"
+    summary = (
+        f"{title or 'Table'} ({len(rows)} rows)"  # the attribute is for MkDocs, which else takes all inside for HTML
+    )
+    return f'<details markdown="1">\n<summary>{summary}</summary>\n\n{body}\n\n</details>'
 
 
 def _cell(value: Cell) -> str:
