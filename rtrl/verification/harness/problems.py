@@ -1,7 +1,7 @@
 """The mixtures, streams and learners that the claims share."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,11 +168,15 @@ class LearnerRun:
     Args:
         problem: the problem; its cell is copied.
         declared: which of reads, writes and experts the cell declares; None for the cell as it is.
+        replays: the choices of every step; None for the cell's own.
         options: options of the learner.
     """
 
-    def __init__(self, problem: Problem, declared: Mapping[str, bool] | None = None, **options: Any) -> None:
-        self.problem, self.t = problem, 0
+    def __init__(
+        self, problem: Problem, declared: Mapping[str, bool] | None = None, *,
+        replays: Sequence[Sparsity] | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        self.problem, self.t, self._replays = problem, 0, replays
         self.cell = copy.deepcopy(problem.cell)
         self.cell.zero_grad()
         cell = self.cell if declared is None else HideSparsity(self.cell, **declared)
@@ -181,7 +185,8 @@ class LearnerRun:
     def advance(self, steps: int) -> int:
         """Take steps; their gradients wait for ``sync``."""
         for _ in range(steps):
-            y = self.learner.step(self.problem.xs[self.t % len(self.problem.xs)])
+            replay = None if self._replays is None else self._replays[self.t]
+            y = self.learner.step(self.problem.xs[self.t % len(self.problem.xs)], replay=replay)
             self.learner.backward(self.problem.loss(self.t, y))
             self.t += 1
         return steps

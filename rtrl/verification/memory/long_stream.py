@@ -53,7 +53,7 @@ class Trained:
 
 
 @dataclass(kw_only=True)
-class Sizes(Measurements):
+class ModelSizes(Measurements):
     """Rows by slot width, P of the largest model that fits (None if none does), whether a wider one was tried that does
     not, and what training the largest took."""
 
@@ -96,7 +96,7 @@ def train(mixture: Mixture, config: Config, warm: int, steps: int, seed: int) ->
     return Trained((peaks[0], peaks[1]), (held[0], held[1]), (sum(losses[:part]) / part, sum(losses[-part:]) / part))
 
 
-def verdict(m: Sizes) -> Judgement:
+def verdict(m: ModelSizes) -> Judgement:
     """Judge the largest model; say how far config flow is from it."""
     found = judge(m.largest, m.limit_reached, m.failures)
     more = f"{found.condition}; config flow ({show_bytes(influence_bytes(FLOW))} of influence) is far from it"
@@ -114,7 +114,7 @@ def judge(largest: int | None, limit_reached: bool, failures: list[str]) -> Judg
     return Judgement.holds_when(f"the model is small: at most about {largest:,} parameters in this family")
 
 
-def show(m: Sizes) -> Shown:
+def show(m: ModelSizes) -> Shown:
     """Show bytes by size, and the training run."""
     influence, tree = influence_bytes(FLOW), tree_bytes(FLOW, 1, 16)
     steps, peak = m.config.steps, 0 if m.trained is None else m.trained.peaks[1]
@@ -147,9 +147,9 @@ def show(m: Sizes) -> Shown:
     verdict=verdict,
     show=show,
 )
-def measure(config: Config, settings: Settings) -> Sizes:
+def measure(config: Config, settings: Settings) -> ModelSizes:
     """Find the largest model that fits, and train it."""
-    m = Sizes(config=config, rows=[], largest=None, limit_reached=False, trained=None)
+    m = ModelSizes(config=config, rows=[], largest=None, limit_reached=False, trained=None)
     best: Mixture | None = None
     for width in config.widths:
         settings.progress(f"slots of {width}")

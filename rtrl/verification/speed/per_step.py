@@ -213,14 +213,11 @@ def _count(
     """Return the multiply-adds per step, and what was wrong with the gradients."""
     warm, steps = config.lengths(block)
     stream = problem(mixture, warm + steps, seed, torch.float64)
-    run = LearnerRun(stream, block=block, window=max(2, config.window // block))
-    replays = [run.cell.choices(*choice) for choice in chosen[: warm + steps]]
+    replays = [stream.cell.choices(*choice) for choice in chosen[: warm + steps]]
+    run = LearnerRun(stream, block=block, window=max(2, config.window // block), replays=replays)
 
     def advance(n: int) -> None:
-        for _ in range(n):
-            y = run.learner.step(stream.xs[run.t], replay=replays[run.t])
-            run.learner.backward(stream.loss(run.t, y))
-            run.t += 1
+        run.advance(n)
         run.sync()
 
     advance(warm)
