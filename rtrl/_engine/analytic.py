@@ -22,11 +22,7 @@ from rtrl.errors import CellError
 class AnalyticLinearization:
     """A batch of dense steps, run again by ``analytic_step``; y and its readout are left to autograd.
 
-    Args:
-        cell: a cell with an ``analytic_step``.
-        parameters: name → trainable parameter.
-        batch: the steps; its h requires grad.
-        untapped: parameters whose uses must not be recorded as taps.
+    Uses of parameters in y are recorded as taps, except of those named ``untapped``.
 
     Attributes:
         step: the step and its derivatives; None if the cell has none for this batch, so that autograd is left.

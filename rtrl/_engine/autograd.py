@@ -17,13 +17,9 @@ from rtrl.cells.protocol import call_cell
 
 
 class AutogradLinearization:
-    """A batch of steps, run again with a graph.
+    """A batch of steps, whose h requires grad, run again with a graph.
 
-    Args:
-        cell: the cell.
-        parameters: name → trainable parameter.
-        batch: the steps; its h requires grad.
-        untapped: parameters whose uses must not be recorded as taps.
+    Uses of parameters are recorded as taps, except of those named ``untapped``.
 
     Raises:
         CellError: run as one batch, the cell computes something else than it did step by step.

@@ -44,12 +44,8 @@ class BlockResult:
     gradient: dict[str, Tensor]
 
     def add_immediate(self, influences: Mapping[str, ParameterInfluence], rows: Mapping[str, Tensor]) -> None:
-        """Add ``Σ_τ C_τ B_τ`` to the influences, in place.
-
-        Args:
-            influences: parameter name → influence.
-            rows: parameter name → LongTensor (R,) on the CPU, the rows of its influence that stand for ``keys``.
-        """
+        """Add ``Σ_τ C_τ B_τ`` to the influences by parameter name, in place, in the rows (on the CPU) that stand for
+        ``keys``."""
         writer = InfluenceWriter(influences, rows, self.transition)
         for term in self.immediate:
             term.add_to(writer)

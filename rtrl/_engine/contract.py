@@ -47,12 +47,8 @@ def _generator_states(generator: torch.Generator | None) -> list[Tensor]:
 
 
 def check_purity(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) -> None:
-    """Run the cell once on copies; refuse it if it draws random numbers or changes its input, state, buffers or
-    parameters.
-
-    Raises:
-        CellError: naming what the cell did. Its buffers and parameters, and the CPU's generator, have been restored.
-    """
+    """Run the cell once on copies; refuse it, and restore it, if it draws random numbers or changes its input, state,
+    buffers or parameters."""
     x, h = pytrees.map_tensors(torch.clone, x), h.clone()
     held = [*cell.parameters(), *cell.buffers()]
     saved = [value.detach().clone() for value in held]
@@ -85,21 +81,13 @@ def check_purity(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) ->
 
 
 def check_same_choices(batch: StepBatch, sparsity: Sparsity) -> None:
-    """Refuse a cell that made other choices than those it was to repeat.
-
-    Raises:
-        CellError: naming the steps.
-    """
+    """Refuse a cell that made other choices than those it was to repeat."""
     if not same_choices(sparsity, batch.sparsity):
         raise CellError(f"{batch.span}: {OTHER_CHOICES}")
 
 
 def check_same_result(batch: StepBatch, h_next: Tensor, outputs: Sequence[Tensor]) -> None:
-    """Refuse a cell that computes another next state or y for the batch than it did step by step.
-
-    Raises:
-        CellError: naming the steps, and which of the two differs.
-    """
+    """Refuse a cell that computes another next state or y for the batch than it did step by step."""
     recorded = [batch.next_states, *zip(*(step.outputs for step in batch.steps), strict=True)]
     names = ["state", *["output"] * len(outputs)]
     for name, value, by_step in zip(names, (h_next, *outputs), recorded, strict=True):
@@ -112,11 +100,7 @@ def check_same_result(batch: StepBatch, h_next: Tensor, outputs: Sequence[Tensor
 
 
 def check_declared_columns(batch: StepBatch, jacobian: Tensor) -> None:
-    """Refuse a state Jacobian (W, N, n, slot_size) with an entry in a slot that is neither read nor written.
-
-    Raises:
-        SparsityError: naming the step, the sample and the row of the state.
-    """
+    """Refuse a state Jacobian (W, N, n, slot_size) with an entry in a slot that is neither read nor written."""
     declared = index_sets.union(batch.sparsity.reads, batch.sparsity.writes, jacobian.shape[2])
     if declared is None:
         return
@@ -131,11 +115,7 @@ def check_declared_columns(batch: StepBatch, jacobian: Tensor) -> None:
 
 
 def check_declared_adjoint(batch: StepBatch, adjoint: Tensor, touched: Tensor) -> None:
-    """Refuse an adjoint (N, n, slot_size) of y with an entry outside the slots ``touched``.
-
-    Raises:
-        SparsityError: naming the steps.
-    """
+    """Refuse an adjoint (N, n, slot_size) of y with an entry outside the slots ``touched``."""
     if int(adjoint.count_nonzero()) > int(index_sets.gather(adjoint, touched).count_nonzero()):
         raise SparsityError(f"{batch.span}: y depends on rows of the state outside the declared reads and writes")
 
@@ -144,11 +124,7 @@ def check_unwritten_rows(batch: StepBatch, h_next: Tensor, inputs: Sequence[Tens
     """Refuse a row that is copied in value only: its derivative must be that of a copy, too.
 
     Args:
-        inputs: all that the next state may depend on, the states themselves included.
-
-    Raises:
-        SparsityError: naming the step, the sample and the row of the state.
-    """
+        inputs: all that the next state may depend on, the states themselves included."""
     h, writes = batch.h, batch.sparsity.writes
     if writes is None:
         return
@@ -174,11 +150,7 @@ def check_unwritten_rows(batch: StepBatch, h_next: Tensor, inputs: Sequence[Tens
 
 
 def check_finite_samples(batch: StepBatch, named: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse NaN and infinity in any of the tensors (N, ...).
-
-    Raises:
-        NonFiniteError: naming the tensor, the step and the sample.
-    """
+    """Refuse NaN and infinity in any of the tensors (N, ...)."""
     for what, values in named:
         if not checks.finite(values):
             i, sample = batch.locate(~torch.isfinite(values).flatten(1).all(dim=1))

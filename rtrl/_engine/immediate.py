@@ -178,8 +178,8 @@ def immediate_terms(
     """The immediate influence through the taps of a group, one term per linear map.
 
     Args:
-        group: linearised steps.
-        cotangents: (B, m, R + 1, W), see ``reverse_sweep``.
+        group: the steps.
+        cotangents: those of the group, see ``reverse_sweep``.
         keys: for each parameter kept slice by slice, ascending ``sample · slices + slice`` of what the block used.
         slices: parameter name → size of its first dimension.
 
@@ -229,11 +229,7 @@ def _sliced(
 
 
 def _used_slices(group: Linearization, tap: LinearizedTap, slices: int, size: int) -> Tensor:
-    """The slices that a use touches, (N, k); those declared active where it uses the whole parameter.
-
-    Raises:
-        SparsityError: it uses other slices than those declared, too.
-    """
+    """The slices that a use touches, (N, k); where it takes the whole parameter, those declared active, no others."""
     use = tap.use
     if use.index is not None:
         return use.index

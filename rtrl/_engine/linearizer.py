@@ -22,12 +22,7 @@ from rtrl.errors import CellError
 
 
 class Linearizer:
-    """Linearises recorded steps of one cell; remembers only what it has verified of the cell.
-
-    Args:
-        cell: the cell.
-        parameters: name → trainable parameter.
-    """
+    """Linearises recorded steps of a cell for its trainable parameters; remembers only what it has verified."""
 
     def __init__(self, cell: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self._cell, self._parameters = cell, dict(parameters)

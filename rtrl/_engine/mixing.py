@@ -6,7 +6,6 @@ nothing. So the cell is run on a perturbed copy of its state and parameters.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +13,8 @@ from torch import Tensor, nn
 from rtrl._engine import checks, contract
 from rtrl._engine.recorded import StepBatch
 from rtrl._engine.taps import Tap, TapRecorder
+from rtrl._engine.untapped import call_with
 from rtrl._utils import index_sets, pytrees
-from rtrl._utils.functional_call import functional_call
-from rtrl.cells.protocol import Sparsity, call_cell
 from rtrl.errors import CellError, RTRLError
 
 
@@ -53,11 +51,6 @@ def taps_mixing_samples(
     cell: nn.Module, parameters: Mapping[str, nn.Parameter], batch: StepBatch, untapped: Iterable[str]
 ) -> set[str]:
     """The parameters with a tap whose dimension 0 does not run over the samples, found at a perturbed point.
-
-    Args:
-        parameters: name → trainable parameter.
-        batch: N samples.
-        untapped: parameters whose uses are not recorded.
 
     Raises:
         CellError: a sample computes something else alone than in the batch, or depends on another one.
@@ -107,7 +100,7 @@ def _run(
     theta = {name: move(p).requires_grad_(name in parameters) for name, p in cell.named_parameters()}
     h = move(batch.h).requires_grad_()
     with TapRecorder({name: theta[name] for name in parameters}, h.shape[0], untapped, copy=True) as recorder:
-        y, h_next, sparsity = _call(cell, theta, batch.x, h, batch.replay)
+        y, h_next, sparsity = call_with(cell, theta, batch.x, h, batch.replay)
     contract.check_same_choices(batch, sparsity)
     outputs = [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
     return _Run(theta, h, recorder.taps, h_next, [batch.written(h_next), *outputs])
@@ -119,14 +112,8 @@ def _written_alone(cell: nn.Module, batch: StepBatch, run: _Run, i: int) -> Tens
         lambda leaf: leaf[i : i + 1], (batch.x, run.h, batch.replay, batch.sparsity.writes)
     )
     with torch.no_grad():
-        h_next = _call(cell, run.theta, x, h, replay)[1]
+        h_next = call_with(cell, run.theta, x, h, replay)[1]
     return index_sets.gather(h_next.reshape(1, -1, batch.slot_size), writes).flatten(1)
-
-
-def _call(
-    cell: nn.Module, theta: Mapping[str, Tensor], x: Any, h: Tensor, replay: Sparsity | None
-) -> tuple[Any, Tensor, Sparsity]:
-    return call_cell(lambda *args, **options: functional_call(cell, dict(theta), args, options), x, h, replay)
 
 
 def _separating_subsets(size: int, device: torch.device) -> list[Tensor]:

@@ -193,15 +193,8 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def segment_products(left: Tensor, right: Tensor | None, segment: Tensor, count: int) -> Tensor:
-    """``out[s] = Σ_{i: segment[i] = s} left[i] · right[i]``, as one padded batched product.
-
-    Args:
-        left: (n, U, L, O).
-        right: (n, L, I), or None for ones with I = 1.
-        segment: LongTensor (n,) in 0 … count − 1.
-
-    Returns:
-        (count, U, O, I).
+    """``out[s] = Σ_{i: segment[i] = s} left[i] · right[i]``, (count, U, O, I), as one padded batched product, of left
+    (n, U, L, O), right (n, L, I) or None for ones with I = 1, and segment (n,) in 0 … count − 1.
 
     Cost: count · (largest segment) · U·L·O·I multiply-adds.
     """

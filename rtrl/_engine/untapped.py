@@ -1,7 +1,7 @@
 """Derivatives of what no tap covers: just as exact, in batches where PyTorch can, one by one where it cannot."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,13 @@ from rtrl.errors import PerformanceWarning
 _CHUNK = 2**23  # numbers of a Jacobian that are pulled back at a time
 
 
+def call_with(
+    cell: nn.Module, theta: Mapping[str, Tensor], x: Any, h: Tensor, replay: Sparsity | None
+) -> tuple[Any, Tensor, Sparsity]:
+    """Run the cell with other parameters."""
+    return call_cell(lambda *args, **options: functional_call(cell, dict(theta), args, options), x, h, replay)
+
+
 def weighted_jacobians(
     cell: nn.Module,
     untapped: Sequence[str],
@@ -27,17 +34,8 @@ def weighted_jacobians(
 ) -> dict[str, Tensor]:
     """Weighted immediate Jacobians ``Σ_τ cotangents_τ · ∂h_next[writes]_τ/∂θ``, separately for each sample.
 
-    Args:
-        cell: the cell.
-        untapped: names of the parameters θ.
-        cotangents: (B, U, m, w·slot_size).
-        x: the inputs of N = B·m samples, each sample's steps after one another.
-        h: their states.
-        replay: the choices to make; None for a cell that takes none.
-        writes: the slots that are written, (N, w); None for all.
-
-    Returns:
-        name → (B, U, *shape), all uses of the parameter included.
+    From cotangents (B, U, m, w·slot_size) and N = B·m samples (see ``StepBatch``) to name → (B, U, *shape), for the
+    parameters named ``untapped`` and all their uses.
 
     Cost: per sample, a forward pass and U backward passes, all under ``torch.func.vmap``; a cell that does not run
         there is taken sample by sample, with a ``PerformanceWarning``.
@@ -55,11 +53,7 @@ def weighted_jacobians(
         for i, leaf in zip(places, of_sample, strict=True):
             sample[i] = leaf
         x, h, replay, writes = rebuild(sample)
-
-        def substituted(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(cell, {**fixed, **values}, args, kwargs)
-
-        _, h_next, _ = call_cell(substituted, x, h, replay)
+        h_next = call_with(cell, {**fixed, **values}, x, h, replay)[1]
         return index_sets.gather(h_next.reshape(m, h_next.shape[1], h[0, 0].numel()), writes).flatten(1)
 
     def of_one_sample(cotangents: Tensor, *of_sample: Tensor) -> dict[str, Tensor]:

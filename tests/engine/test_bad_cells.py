@@ -361,7 +361,7 @@ class Router(nn.Module):
         return h.sum(1), h, Sparsity(None, writes)
 
 
-def test_a_router_that_decides_near_ties_anew_is_refused():
+def test_a_router_that_decides_near_ties_differently_in_a_batch_is_refused():
     learner = rtrl.BlockRTRL(Router(obeys=False), B, block=2)
     for x in stream()[:2]:
         learner.backward(learner.step(x).sum())

@@ -117,8 +117,8 @@ def test_the_step_and_the_sample_at_fault_are_named(how: str, block: int) -> Non
 
 
 class Undecided(nn.Module):
-    """Writes the first row of a single sample and the last row of those of a larger batch; once stubborn, whatever it
-    is told to write."""
+    """Writes the first row of a single sample and the last row of those of a larger batch; once stubborn, it
+    ignores the replay."""
 
     stubborn = False
 
@@ -161,31 +161,31 @@ def test_what_is_flagged_is_no_fault_by_itself() -> None:
 class Steep(nn.Module):
     """h' = slope h + w x, y = out h, at h = w = 0: every value is zero, whatever the derivatives are."""
 
-    def __init__(self, slope: float, out: float, *, general: bool = False) -> None:
+    def __init__(self, slope: float, out: float, *, untapped: bool = False) -> None:
         super().__init__()
-        self.slope, self.out, self.general = slope, out, general
+        self.slope, self.out, self.untapped = slope, out, untapped
         self.w = nn.Parameter(torch.zeros(1, 1, dtype=F64))
 
     def init_state(self, batch_size: int) -> Tensor:
         return torch.zeros(batch_size, 1, dtype=F64)
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        return self.out * h, self.slope * h + (x * self.w.sum() if self.general else x @ self.w)
+        return self.out * h, self.slope * h + (x * self.w.sum() if self.untapped else x @ self.w)
 
 
 OVERFLOWS: dict[str, tuple[float, float, float, str]] = {
     "products": (1e200, 1.0, 0.0, "NaN or infinity in the Jacobian product of {}: the state's dynamics overflow"),
     "adjoints": (1e100, 1e250, 0.0, "NaN or infinity in the adjoint of {}: the state's dynamics overflow"),
     "gradients": (1.0, 1e250, 1e100, "NaN or infinity in the gradient of parameter 'w' inside {}"),
-    "births": (1e120, 0.0, 1e200, "NaN or infinity in the immediate influence of parameter 'w' in {}"),
+    "immediate influence": (1e120, 0.0, 1e200, "NaN or infinity in the immediate influence of parameter 'w' in {}"),
 }
 
 
-@pytest.mark.parametrize("general", [False, True], ids=["tap", "general"])
+@pytest.mark.parametrize("untapped", [False, True], ids=["tap", "untapped"])
 @pytest.mark.parametrize("kind", OVERFLOWS)
-def test_what_overflows_over_a_block_is_named_with_its_steps(kind: str, general: bool) -> None:
+def test_what_overflows_over_a_block_is_named_with_its_steps(kind: str, untapped: bool) -> None:
     slope, out, size, message = OVERFLOWS[kind]
-    learner = rtrl.BlockRTRL(Steep(slope, out, general=general), 2, block=2)
+    learner = rtrl.BlockRTRL(Steep(slope, out, untapped=untapped), 2, block=2)
     for t in range(4):
         x = torch.full((2, 1), size if t >= 2 else 0.0, dtype=F64)
         y = learner.step(x)

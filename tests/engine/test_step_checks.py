@@ -101,7 +101,7 @@ def test_steps_and_losses_whose_sums_overflow_are_taken(batch: int) -> None:
 
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("make", [plain, mixture])
-def test_whatever_the_device_the_first_that_is_not_finite_is_named(make: Callable[[], rtrl.BlockRTRL]) -> None:
+def test_the_first_that_is_not_finite_is_named_on_any_device(make: Callable[[], rtrl.BlockRTRL]) -> None:
     def steep(learner: rtrl.BlockRTRL, ys: list[Tensor], losses: list[Tensor]) -> None:
         own = next(learner.cell.parameters())
         learner.backward(ys[-1].sum() + (own - own.detach()).sum().sqrt())
@@ -115,7 +115,7 @@ def test_whatever_the_device_the_first_that_is_not_finite_is_named(make: Callabl
 
 
 class Bad(Plain):
-    """Gives its state beside y; told so, makes either infinite."""
+    """Gives its state beside y; on request, makes either infinite."""
 
     where = ""
 
@@ -138,7 +138,7 @@ def test_an_infinite_y_is_told_from_an_infinite_state(where: str, what: str) -> 
 
 
 @pytest.mark.usefixtures("place")
-def test_whatever_the_device_a_run_is_the_same() -> None:
+def test_a_run_is_the_same_on_any_device() -> None:
     assert_same(finish(mixture(), stream()), finish(mixture(), stream()))
 
 
@@ -293,7 +293,7 @@ CLOSED: dict[str, Callable[[rtrl.BlockRTRL], Any]] = {
 
 @pytest.mark.parametrize("close", CLOSED.values(), ids=CLOSED)
 @pytest.mark.parametrize("hold", HELD.values(), ids=HELD)
-def test_a_loss_of_a_closed_block_is_refused_whatever_is_left_of_it(
+def test_a_loss_of_a_closed_block_is_refused_however_it_is_held(
     hold: Callable[[Tensor, Tensor], Any], close: Callable[[rtrl.BlockRTRL], Any]
 ) -> None:
     learner = plain(block=2)
@@ -328,10 +328,10 @@ def test_a_loss_is_pulled_back_as_autograd_does(shape: tuple[int, ...]) -> None:
     a, b, unused = (torch.randn(3, 4, dtype=F64).requires_grad_() for _ in range(3))
     loss = lambda: ((a @ b.T).tanh().sum() + a.sum()).reshape(shape)
     found = losses._gradients(loss(), [a, b, unused])
-    wanted = torch.autograd.grad(loss(), [a, b, unused], allow_unused=True)
+    expected = torch.autograd.grad(loss(), [a, b, unused], allow_unused=True)
     assert found[2] is None
-    assert torch.equal(found[0], wanted[0])
-    assert torch.equal(found[1], wanted[1])
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
 
 
 class Handed(torch.autograd.Function):
@@ -497,9 +497,11 @@ def test_parameters_that_are_computed_are_met_where_they_are(kind: Any, bias: bo
     for name in computed:
         if getattr(cell, name) is not None:
             parametrize.register_parametrization(cell, name, Half())
-    wanted = cell(x, tuple(h.unbind(1)) if kind is nn.LSTMCell else h)
+    expected = cell(x, tuple(h.unbind(1)) if kind is nn.LSTMCell else h)
     found = adapted(x, h)[1]
-    torch.testing.assert_close(found, torch.stack(wanted, 1) if kind is nn.LSTMCell else wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        found, torch.stack(expected, 1) if kind is nn.LSTMCell else expected, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_who_looks_at_the_identity_is_shown_what_passes_it() -> None:

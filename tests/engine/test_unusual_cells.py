@@ -83,7 +83,7 @@ def check_exact(
     close = {"rtol": 1e-10, "atol": 1e-10} if h.dtype == F64 else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(learner.state, h.detach(), **close)
     flat = h.reshape(size, -1)
-    wanted = grads_of(total, parameters)
+    expected = grads_of(total, parameters)
     entries = [grads_of(entry, parameters) for entry in flat.flatten()]
     for name, parameter in parameters.items():
         torch.testing.assert_close(
@@ -92,7 +92,7 @@ def check_exact(
             **close,
             msg=lambda m, n=name: f"{n}: {m}",
         )
-        torch.testing.assert_close(parameter.grad, wanted[name], **close, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(parameter.grad, expected[name], **close, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def pytree_tensors(tree: Any) -> list[Tensor]:
@@ -386,9 +386,9 @@ def test_learned_tokens_behind_a_gate_that_opens_later_are_exact(block):
         y, h = cell(x, h)
         total = total + y.square().sum()
     learner.sync()
-    wanted = grads_of(total, dict(cell.named_parameters()))
+    expected = grads_of(total, dict(cell.named_parameters()))
     for name, parameter in cell.named_parameters():
-        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
