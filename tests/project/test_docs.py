@@ -114,16 +114,34 @@ def test_every_page_is_in_the_site() -> None:
     assert listed == {page.relative_to(DOCS).as_posix() for page in PAGES if page != README}
 
 
+def build(folder: Path, site: Path) -> "subprocess.CompletedProcess[str]":
+    """Build the site of a folder; without ``--quiet``, which hides warnings from ``--strict`` as well."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
+
+
 @pytest.mark.xfail(strict=False, reason="not every public docstring can be read by griffe yet")
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install 'rtrl[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    done = build(ROOT, tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
     assert (tmp_path / "reference" / "learners" / "index.html").exists()
     claims = (tmp_path / "results" / "claims" / "index.html").read_text(encoding="utf-8")
     assert "<details" in claims and "| ---" not in claims, "tables inside details are tables"
+
+
+def test_a_broken_link_or_docstring_stops_the_site(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install 'rtrl[docs]'")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "pkg.py").write_text('def f(x: int) -> int:\n    """Add one.\n\n    Args:\n        y: it.\n    """\n')
+    (tmp_path / "mkdocs.yml").write_text(
+        "site_name: a\nplugins:\n  - mkdocstrings:\n      handlers: {python: {paths: [.]}}\n"
+    )
+    page = tmp_path / "docs" / "index.md"
+    for text, code in (("# A\n", 0), ("[b](b.md)\n", 1), ("::: pkg\n", 1)):
+        page.write_text(text)
+        assert build(tmp_path, tmp_path / "site").returncode == code, text
 
 
 @pytest.mark.parametrize("page", [DOCS / "contributing.md", README], ids=name)

@@ -135,7 +135,7 @@ def test_an_import_against_the_flow_is_found(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- private names
 
 
-@pytest.mark.xfail(strict=False, reason="costs and verification still read privates of the engine and the history")
+@pytest.mark.xfail(strict=False, reason="costs still reads privates of the engine")
 def test_no_module_reads_private_names_of_another_folder() -> None:
     assert source.private_reads(PACKAGE, frozenset(FOREIGN_PRIVATE)) == []
 
@@ -165,7 +165,7 @@ def doubles(package: dict[str, source.Module]) -> dict[str, set[str]]:
     return {name: where for name, where in found.items() if len(where) > 1}
 
 
-@pytest.mark.xfail(strict=False, reason="Plan, Stream and the models of results still have two definitions each")
+@pytest.mark.xfail(strict=False, reason="Series, Stream and Verdict still have two definitions each")
 def test_no_public_name_is_defined_twice() -> None:
     assert doubles(PACKAGE) == {}
 

@@ -46,7 +46,7 @@ SOURCES = [
 ]
 SOURCES = [path for path in SOURCES if path.suffix in (".py", ".md", ".j2")]
 PLACES = sorted({path.relative_to(ROOT).parts[:2] for path in SOURCES})
-LATER = {("docs", "results"), ("docs", "guide"), *(place for place in PLACES if place[0] == "rtrl")}
+LATER = {("rtrl", folder) for folder in ("_engine", "cli", "costs", "tasks", "testing", "training")}
 XFAIL = pytest.mark.xfail(strict=False, reason="not yet in the words of the field")
 
 
