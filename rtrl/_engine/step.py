@@ -61,6 +61,8 @@ def take(
             checks.check_copied(h, h_next, sparsity.writes, number)
         y = pytrees.map_tensors(torch.clone, y)
         outputs = [leaf.requires_grad_() for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
+        if h_next._is_view():  # of a parameter, for example, which will change
+            h_next = h_next.clone()
         return RecordedStep(x, h, own_copy(sparsity), outputs, number), y, h_next
     finally:
         torch._C._set_grad_enabled(grad)

@@ -1,7 +1,7 @@
 """Steps that are run once more under a graph, with the parameters they were taken with, and learners that do so."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +82,21 @@ class ReplayedStep(RecordedStep):
     constant_state: Tensor
     replays: bool
     adjoints: list[Tensor | None] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        step: RecordedStep,
+        h_next: Tensor,
+        snapshot: ParameterSnapshot,
+        constant_state: Tensor,
+        replays: bool,
+        adjoints: Sequence[Tensor | None] = (),
+    ) -> "ReplayedStep":
+        """Add what a step needs to be run once more; see the attributes."""
+        sparsity = step.sparsity if replays else Sparsity()
+        recorded = step.x, step.h, sparsity, step.outputs, step.number
+        return cls(*recorded, h_next, snapshot, constant_state, replays, list(adjoints))
 
     @property
     def n_bytes(self) -> int:
@@ -175,18 +190,7 @@ class ReplayingLearner(Learner):
     def _replayed(self, step: RecordedStep) -> ReplayedStep:
         """Return the open step, the newest one, as a step that can be run again."""
         assert self._snapshot is not None
-        sparsity = step.sparsity if self._takes_replay else Sparsity()
-        return ReplayedStep(
-            step.x,
-            step.h,
-            sparsity,
-            step.outputs,
-            step.number,
-            self._state,
-            self._snapshot,
-            self._constant_state,
-            self._takes_replay,
-        )
+        return ReplayedStep.of(step, self._state, self._snapshot, self._constant_state, self._takes_replay)
 
     def _accumulate(self, gradients: Mapping[str, Tensor]) -> None:
         """Add gradients to those that are not yet delivered."""
@@ -241,20 +245,10 @@ class ReplayingLearner(Learner):
                 None if adjoint is None else copy_like("adjoint of a step", adjoint, leaf)
                 for adjoint, leaf in zip(plain["adjoints"], step.outputs, strict=True)
             ]
-            kept.append(
-                ReplayedStep(
-                    step.x,
-                    step.h,
-                    step.sparsity,
-                    step.outputs,
-                    step.number,
-                    copy_like("next state of a step", plain["h_next"], self._state),
-                    snapshots[plain["snapshot"]],
-                    copy_like("constant_state of a step", plain["constant_state"], mask),
-                    self._takes_replay,
-                    adjoints,
-                )
-            )
+            h_next = copy_like("next state of a step", plain["h_next"], self._state)
+            constant_state = copy_like("constant_state of a step", plain["constant_state"], mask)
+            snapshot = snapshots[plain["snapshot"]]
+            kept.append(ReplayedStep.of(step, h_next, snapshot, constant_state, self._takes_replay, adjoints))
         check_numbers(kept, loaded.steps_taken - len(loaded.open_steps))
         return {
             "_constant_state": copy_like("constant_state", saved["constant_state"], mask),

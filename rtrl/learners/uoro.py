@@ -17,7 +17,7 @@ class UORO(InfluenceLearner):
         ``S̃_t = s̃_t ⊗ θ̃_t`` with ``s̃_{t+1} = ρ₀ J_t s̃_t + ρ₁ ν_t`` and
         ``θ̃_{t+1} = θ̃_t / ρ₀ + νᵀ_t B_t / ρ₁``, where the entries of ν are ±1 with equal chance,
         ``ρ₀ = √(‖θ̃_t‖ / ‖J_t s̃_t‖)`` and ``ρ₁ = √(‖νᵀ_t B_t‖ / ‖ν_t‖)`` balance the norms. A term that is zero is left
-        out (its ρ is 1), so there is no ε.
+        out (its ρ is 1); an ε is not needed.
 
     Law:
         Unbiased, ``E S̃_t = S_t`` and so is each gradient, as long as parameters do not depend on the draws. The

@@ -13,7 +13,7 @@ from helpers.running import gradients, trainable
 from helpers.toy_cells import Leaky, Ring
 from rtrl.learners import BPTT, RFLO, TBPTT, UORO, DenseRTRL, DiagonalRTRL, SnAp
 
-__all__ = ["BASELINES", "F64", "Leaky", "Loss", "Ring", "differ", "earned", "normal", "squares"]
+__all__ = ["BASELINES", "F64", "Leaky", "Loss", "Ring", "delivered", "differ", "normal", "squares"]
 
 F64 = torch.float64
 Loss = Callable[[int, Any], Tensor | None]
@@ -40,8 +40,8 @@ def squares(t: int, y: Tensor) -> Tensor:
     return (y - 0.1 * t).square().sum() + y.sum()
 
 
-def earned(learner: Any, xs: Sequence[Tensor], loss: Loss, syncs: frozenset[int] = frozenset()) -> dict[str, Tensor]:
-    """Walk a learner along a stream; the sum of what it delivers."""
+def delivered(learner: Any, xs: Sequence[Tensor], loss: Loss, syncs: frozenset[int] = frozenset()) -> dict[str, Tensor]:
+    """Run a learner along a stream, and return the sum of the gradients that it delivers."""
     for parameter in trainable(learner.cell).values():
         parameter.grad = None
     for t, x in enumerate(xs):

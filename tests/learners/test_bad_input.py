@@ -90,30 +90,30 @@ def _infinite_gradient(y: Tensor) -> Tensor:
 
 
 LOSSES = [
-    ("constant", lambda ys, given: torch.tensor(1.0, dtype=F64), LossError, "does not depend on the y of step 4"),
-    ("number", lambda ys, given: 1.0, LossError, "must be a tensor, got float"),
-    ("nothing", lambda ys, given: None, LossError, "must be a tensor, got NoneType"),
-    ("per sample", lambda ys, given: ys[-1].sum(dim=1), LossError, r"must be a scalar, got shape \(2,\)"),
-    ("empty", lambda ys, given: ys[-1][:0].sum(dim=1), LossError, r"must be a scalar, got shape \(0,\)"),
-    ("detached", lambda ys, given: ys[-1].sum().detach(), LossError, "does not depend on the y of step 4"),
-    ("of an integer", lambda ys, given: ys[-1].argmax(), LossError, "does not depend on the y of step 4"),
-    ("of an earlier open step", lambda ys, given: ys[3].sum(), LossError, "does not depend on the y of step 4"),
-    ("of a closed step", lambda ys, given: ys[0].sum(), LossError, "does not depend on the y of step 4"),
+    ("constant", lambda ys, added: torch.tensor(1.0, dtype=F64), LossError, "does not depend on the y of step 4"),
+    ("number", lambda ys, added: 1.0, LossError, "must be a tensor, got float"),
+    ("nothing", lambda ys, added: None, LossError, "must be a tensor, got NoneType"),
+    ("per sample", lambda ys, added: ys[-1].sum(dim=1), LossError, r"must be a scalar, got shape \(2,\)"),
+    ("empty", lambda ys, added: ys[-1][:0].sum(dim=1), LossError, r"must be a scalar, got shape \(0,\)"),
+    ("detached", lambda ys, added: ys[-1].sum().detach(), LossError, "does not depend on the y of step 4"),
+    ("of an integer", lambda ys, added: ys[-1].argmax(), LossError, "does not depend on the y of step 4"),
+    ("of an earlier open step", lambda ys, added: ys[3].sum(), LossError, "does not depend on the y of step 4"),
+    ("of a closed step", lambda ys, added: ys[0].sum(), LossError, "does not depend on the y of step 4"),
     (
         "of this and a closed step",
-        lambda ys, given: ys[-1].sum() + ys[0].sum(),
+        lambda ys, added: ys[-1].sum() + ys[0].sum(),
         LossError,
         "reaches the y of step 0, whose block has closed",
     ),
-    ("given", lambda ys, given: given[-1], LossError, "already added at step 4"),
-    ("graph used up", lambda ys, given: given[-1] * 1.0, LossError, "loss of step 4 could not be pulled back"),
-    ("device", lambda ys, given: ys[-1].sum().to("meta"), LossError, "the loss is on meta, y on cpu"),
-    ("complex", lambda ys, given: ys[-1].sum() * 1j, LossError, "loss of step 4 could not be pulled back: .*complex"),
-    ("nan", lambda ys, given: ys[-1].sum() * NAN, NonFiniteError, "the loss at step 4"),
-    ("infinity", lambda ys, given: ys[-1].sum() / 0.0, NonFiniteError, "the loss at step 4"),
+    ("added before", lambda ys, added: added[-1], LossError, "already added at step 4"),
+    ("graph used up", lambda ys, added: added[-1] * 1.0, LossError, "loss of step 4 could not be pulled back"),
+    ("device", lambda ys, added: ys[-1].sum().to("meta"), LossError, "the loss is on meta, y on cpu"),
+    ("complex", lambda ys, added: ys[-1].sum() * 1j, LossError, "loss of step 4 could not be pulled back: .*complex"),
+    ("nan", lambda ys, added: ys[-1].sum() * NAN, NonFiniteError, "the loss at step 4"),
+    ("infinity", lambda ys, added: ys[-1].sum() / 0.0, NonFiniteError, "the loss at step 4"),
     (
         "infinite gradient",
-        lambda ys, given: _infinite_gradient(ys[-1]),
+        lambda ys, added: _infinite_gradient(ys[-1]),
         NonFiniteError,
         "gradient of the loss at y at step 4",
     ),
@@ -233,7 +233,7 @@ def test_a_reset_to_a_wrong_state_is_refused(state, error, match):
 
 @pytest.mark.parametrize("make", [plain, mixture])
 @pytest.mark.parametrize(("rows", "match"), [pytest.param(*case, id=id) for id, *case in ROWS])
-def test_wrong_reset_rows_are_refused(make, rows, match):
+def test_wrong_reset_samples_are_refused(make, rows, match):
     attacked(make, lambda learner, ys, losses: learner.reset(rows), ShapeError, match)
 
 
@@ -247,7 +247,7 @@ def test_a_reset_to_a_first_state_of_another_form_is_refused(first):
 
 
 @pytest.mark.parametrize("name", ["nothing", "head.bias", "", "scale"])
-def test_the_influence_of_what_is_no_trainable_parameter_is_refused(name):
+def test_the_influence_of_an_unknown_parameter_is_refused(name):
     attacked(
         plain,
         lambda learner, ys, losses: learner.influence(name),
@@ -263,7 +263,7 @@ def test_a_learner_refuses_impossible_sizes(name, size):
         rtrl.BlockRTRL(Plain(), **{"batch_size": B, name: size})
 
 
-def test_a_learner_refuses_what_is_no_cell():
+def test_a_learner_refuses_what_is_not_a_cell():
     frozen = Plain().requires_grad_(False)
     for cell, match in (
         (torch.tanh, "must be a torch.nn.Module"),

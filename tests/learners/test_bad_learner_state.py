@@ -107,8 +107,8 @@ def test_a_parameter_changed_inside_an_open_block_is_refused(change, error, matc
     with refused(learner, error, match):
         close(learner)
     for name, (tensor, data, value) in held.items():  # put back what was there; a reload takes its word for it
-        owner, _, own = name.rpartition(".")
-        setattr(learner.cell.get_submodule(owner), own, tensor)
+        owner, _, leaf = name.rpartition(".")
+        setattr(learner.cell.get_submodule(owner), leaf, tensor)
         tensor.data = data.copy_(value)
     learner.load_state_dict(learner.state_dict())
     assert_same(finish(learner, xs[AT + 1 :]), finish(twin, xs[AT + 1 :]))
@@ -215,49 +215,53 @@ INSIDE = [
     ("buffers", "history", "capacity"),
 ]
 SAVED = [
-    pytest.param(lambda own: {}, "this is not a saved learner; pass what state_dict", id="empty"),
+    pytest.param(lambda saved: {}, "this is not a saved learner; pass what state_dict", id="empty"),
     pytest.param(
-        lambda own: {**own, "format": 1},
+        lambda saved: {**saved, "format": 1},
         r"saved by rtrl 0\.1\.0, in format 1; this version reads format 2 alone\. Finish the run with that version",
         id="older format",
     ),
     pytest.param(
-        lambda own: {**own, "format": 3}, "format 3, which this version does not know", id="format of the future"
+        lambda saved: {**saved, "format": 3}, "format 3, which this version does not know", id="format of the future"
     ),
-    pytest.param(lambda own: {**own, "format": "2"}, "this is not a saved learner", id="format in words"),
-    pytest.param(lambda own: BPTT(Plain(), B).state_dict(), "learner='BPTT', this one 'BlockRTRL'", id="another rule"),
+    pytest.param(lambda saved: {**saved, "format": "2"}, "this is not a saved learner", id="format in words"),
     pytest.param(
-        lambda own: {**own, "open_steps": [*own["open_steps"][:1] * 3, *own["open_steps"]]}, ".", id="too many steps"
+        lambda saved: BPTT(Plain(), B).state_dict(), "learner='BPTT', this one 'BlockRTRL'", id="another rule"
     ),
     pytest.param(
-        lambda own: {**own, "pending_grads": {"head.bias": torch.zeros(2, dtype=F64)}},
+        lambda saved: {**saved, "open_steps": [*saved["open_steps"][:1] * 3, *saved["open_steps"]]},
+        ".",
+        id="too many steps",
+    ),
+    pytest.param(
+        lambda saved: {**saved, "pending_grads": {"head.bias": torch.zeros(2, dtype=F64)}},
         "the saved gradients are not those of this learner's parameters",
         id="gradient of a frozen parameter",
     ),
-    pytest.param(lambda own: _saved_by(rtrl.BlockRTRL(Plain(), 3, block=3)), "batch_size=3, this one 2", id="batch"),
-    pytest.param(lambda own: _saved_by(plain(block=2)), "block=2, this one 3", id="block"),
-    pytest.param(lambda own: _saved_by(plain(window=5)), "window=5, this one 64", id="window"),
-    pytest.param(lambda own: _saved_by(plain(lazy=False)), "lazy=False, this one True", id="lazy"),
+    pytest.param(lambda saved: _saved_by(rtrl.BlockRTRL(Plain(), 3, block=3)), "batch_size=3, this one 2", id="batch"),
+    pytest.param(lambda saved: _saved_by(plain(block=2)), "block=2, this one 3", id="block"),
+    pytest.param(lambda saved: _saved_by(plain(window=5)), "window=5, this one 64", id="window"),
+    pytest.param(lambda saved: _saved_by(plain(lazy=False)), "lazy=False, this one True", id="lazy"),
     pytest.param(
-        lambda own: _saved_by(_of(Plain(n=5))),
+        lambda saved: _saved_by(_of(Plain(n=5))),
         r"state='\(2, 5\) torch.float64', this one '\(2, 4\) torch.float64'",
         id="state",
     ),
     pytest.param(
-        lambda own: _saved_by(_of(Renamed())),
+        lambda saved: _saved_by(_of(Renamed())),
         r"parameters=\{'extra': '\(1,\) torch.float64'\}, this one \{\}",
         id="parameters",
     ),
     pytest.param(
-        lambda own: _saved_by(_of(Plain(d_in=2))),
+        lambda saved: _saved_by(_of(Plain(d_in=2))),
         r"'enter.weight': '\(4, 2\) .*, this one \{'enter.weight': '\(4, 3\) ",
         id="parameter shape",
     ),
-    pytest.param(lambda own: _saved_by(_of(Renamed()), 0), "extra", id="before a step"),
-    pytest.param(lambda own: {**own, "state": own["state"].float()}, "float32", id="dtype"),
+    pytest.param(lambda saved: _saved_by(_of(Renamed()), 0), "extra", id="before a step"),
+    pytest.param(lambda saved: {**saved, "state": saved["state"].float()}, "float32", id="dtype"),
     *[
         pytest.param(
-            lambda own, path=path: _without(own, *path),
+            lambda saved, path=path: _without(saved, *path),
             f"{DAMAGED}KeyError: '{path[-1]}'",
             id=f"no {'.'.join(path)}",
         )
@@ -265,17 +269,17 @@ SAVED = [
     ],
     *[
         pytest.param(
-            lambda own, path=path: _with(object(), own, *path),
+            lambda saved, path=path: _with(object(), saved, *path),
             WHOLE_NUMBERS.get(path[-1], DAMAGED),
             id=f"garbage {'.'.join(path)}",
         )
         for path in PARTS
     ],
     *[
-        pytest.param(lambda own, path=path: _without(own, *path), ".", id=f"no {'.'.join(map(str, path))}")
+        pytest.param(lambda saved, path=path: _without(saved, *path), ".", id=f"no {'.'.join(map(str, path))}")
         for path in INSIDE
     ],
-    pytest.param(lambda own: None, "this is not a saved learner", id="none"),
+    pytest.param(lambda saved: None, "this is not a saved learner", id="none"),
 ]
 
 
@@ -365,7 +369,7 @@ def _all_of(learner: rtrl.BlockRTRL) -> dict[str, Tensor | None]:
 
 @pytest.mark.parametrize(("block", "rows"), [(1, None), (3, torch.ones(B, dtype=torch.bool))], ids=["1", "3, all rows"])
 @pytest.mark.parametrize(("build", "stick", "error"), STUCK)
-def test_a_block_that_cannot_close_may_be_given_up(build, stick, error, block, rows):
+def test_a_block_that_cannot_close_may_be_discarded(build, stick, error, block, rows):
     learner, xs = build(block), stream()
     for x in xs[:AT]:
         learner.backward(learner.step(x).square().sum())
@@ -388,13 +392,13 @@ def test_a_block_that_cannot_close_may_be_given_up(build, stick, error, block, r
         for x in xs[:AT]:
             one.backward(one.step(x).square().sum())
         one.sync()
-    wanted = _all_of(fresh)
-    assert wanted["state"].any()
+    expected = _all_of(fresh)
+    assert expected["state"].any()
     for name, value in _all_of(learner).items():
-        torch.testing.assert_close(value, wanted[name], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12)
 
 
-def test_giving_up_a_block_gives_up_what_sleeping_slices_are_owed():
+def test_discarding_a_block_discards_the_pending_gradients_of_dormant_slices():
     learner = make(block=1)
     for x in stream():
         learner.backward(learner.step(x).square().sum())
@@ -404,13 +408,13 @@ def test_giving_up_a_block_gives_up_what_sleeping_slices_are_owed():
     assert all(p.grad is None or not p.grad.any() for p in learner.cell.parameters())
 
 
-def test_a_block_is_given_up_for_all_samples_or_none():
+def test_a_block_is_discarded_for_all_samples_or_none():
     some = torch.tensor([True, False])
     attacked(
         plain, lambda learner, ys, losses: learner.reset(some, discard=True), ConfigError, "gradients of all samples"
     )
 
 
-def test_a_refused_first_state_gives_nothing_up():
+def test_a_refused_first_state_discards_nothing():
     wrong = torch.zeros(B, 5, dtype=F64)
     attacked(plain, lambda learner, ys, losses: learner.reset(state=wrong, discard=True), ShapeError, "must stay")

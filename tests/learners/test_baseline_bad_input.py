@@ -1,11 +1,11 @@
-"""Bad input to a baseline raises an error of the package, and changes nothing."""
+"""Bad input to a baseline raises an error of the package and changes nothing."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers.baseline_cells import BASELINES, differ, earned, normal, squares
+from helpers.baseline_cells import BASELINES, delivered, differ, normal, squares
 from helpers.running import gradients
 from helpers.tolerances import assert_gradients_equal
 from helpers.toy_cells import PlainRNN, seeded
@@ -64,7 +64,7 @@ STEP_ERRORS: list[tuple[Callable[[Any], Any], type[RTRLError]]] = [
 @pytest.mark.parametrize("make", BASELINES)
 def test_nothing_has_changed_after_an_error(make: Callable[..., Any]) -> None:
     xs, made = normal(4, 6, 2, 2), cell()
-    expected = earned(make(made, 2), xs, squares)
+    expected = delivered(make(made, 2), xs, squares)
     learner = make(made, 2)
     for p in made.parameters():
         p.grad = None
@@ -96,17 +96,17 @@ def test_nothing_has_changed_after_an_error(make: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("make", BASELINES)
 def test_each_loss_is_delivered_once_and_grad_accumulates(make: Callable[..., Any]) -> None:
     xs, made = normal(4, 6, 2, 2), cell()
-    often = earned(make(made, 2), xs, squares, frozenset(range(6)))
-    assert_gradients_equal(often, earned(make(made, 2), xs, squares))
+    often = delivered(make(made, 2), xs, squares, frozenset(range(6)))
+    assert_gradients_equal(often, delivered(make(made, 2), xs, squares))
     learner = make(made, 2)
-    once = earned(learner, xs, squares)
+    once = delivered(learner, xs, squares)
     learner.sync()
     assert_gradients_equal(gradients(made), once)
 
 
 @pytest.mark.parametrize("make", BASELINES)
-def test_samples_that_start_anew_forget(make: Callable[..., Any]) -> None:
-    """Of one sample the past is cut, and no more: what a loss after the reset of all earns is that of a new stream."""
+def test_samples_that_restart_forget(make: Callable[..., Any]) -> None:
+    """A reset cuts the past of its samples alone: after a reset of all, a loss contributes as in a new stream."""
     xs, made = normal(4, 3, 2, 2), cell()
     learner = make(made, 2)
     for x in normal(9, 4, 2, 2):
@@ -114,9 +114,9 @@ def test_samples_that_start_anew_forget(make: Callable[..., Any]) -> None:
     learner.reset(torch.tensor([True, False]))
     learner.reset(torch.tensor([False, True]))
     assert torch.equal(learner.state, made.init_state(2))
-    found = earned(learner, xs, squares)
+    found = delivered(learner, xs, squares)
     if not isinstance(learner, UORO):
-        assert_gradients_equal(found, earned(make(made, 2), xs, squares))
+        assert_gradients_equal(found, delivered(make(made, 2), xs, squares))
     if isinstance(learner, BPTT | DenseRTRL):
         assert_gradients_equal(found, oracles.bptt(made, xs, squares))
 
@@ -137,21 +137,21 @@ class Mixing(PlainRNN):
         return y, h_next - 0.5 * h_next.mean(dim=0, keepdim=True)
 
 
-def test_samples_that_meet_are_found_where_samples_are_run_alone() -> None:
+def test_samples_that_interact_are_found_where_samples_are_run_alone() -> None:
     learner = DenseRTRL(seeded(Mixing(2, 3), 0), 2)
     learner.step(normal(0, 2, 2))
     with pytest.raises(CellError, match="samples do not interact"):
         learner.sync()
 
 
-def test_a_loss_may_go_backward_by_itself_and_a_gradient_goes_to_what_else_it_meets() -> None:
+def test_a_plain_backward_counts_and_other_parameters_get_their_gradient() -> None:
     made, scale = cell(), nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
     learner = DenseRTRL(made, 2)
     (scale * learner.step(normal(0, 2, 2)).sum()).backward()
     learner.sync()
     by_itself = gradients(made)
     assert scale.grad is not None
-    again = earned(DenseRTRL(made, 2), normal(0, 1, 2, 2), lambda t, y: 2.0 * y.sum())
+    again = delivered(DenseRTRL(made, 2), normal(0, 1, 2, 2), lambda t, y: 2.0 * y.sum())
     assert not differ(by_itself, again)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.baseline_cells import Leaky, Ring, differ, earned, normal, squares
+from helpers.baseline_cells import Leaky, Ring, delivered, differ, normal, squares
 from helpers.running import run
 from helpers.strategies import Case, cases, dense, forced_moe, resets, scheduled
 from helpers.tolerances import assert_gradients_equal, assert_influences_equal
@@ -70,20 +70,20 @@ def test_exact_on_dense_cells_with_a_reference_that_is_not_zero(make: Make, case
 def test_horizon_of_exactly_the_stream_is_enough(batch: int, steps: int, seed: int) -> None:
     cell, xs = seeded(Ring(2, 4), seed), normal(seed, steps, batch, 2)
     expected = oracles.bptt(cell, xs, squares)
-    assert_gradients_equal(earned(TBPTT(cell, batch, steps), xs, squares), expected)
-    assert_gradients_equal(earned(TBPTT(cell, batch, steps, sliding=False), xs, squares), expected)
-    assert_gradients_equal(earned(SnAp(cell, batch, steps), xs, squares), expected)
+    assert_gradients_equal(delivered(TBPTT(cell, batch, steps), xs, squares), expected)
+    assert_gradients_equal(delivered(TBPTT(cell, batch, steps, sliding=False), xs, squares), expected)
+    assert_gradients_equal(delivered(SnAp(cell, batch, steps), xs, squares), expected)
 
 
 @given(st.integers(1, 5), st.integers(3, 6), st.integers(0, 99))
 def test_diagonal_and_leak_are_exact_where_the_jacobian_is_so(hidden: int, steps: int, seed: int) -> None:
     xs = normal(seed, steps, 2, 3)
     cell = seeded(Leaky(3, hidden, None), seed)
-    assert_gradients_equal(earned(DiagonalRTRL(cell, 2), xs, squares), oracles.bptt(cell, xs, squares))
+    assert_gradients_equal(delivered(DiagonalRTRL(cell, 2), xs, squares), oracles.bptt(cell, xs, squares))
     cell = seeded(Leaky(3, hidden, 0.3), seed)
     expected = oracles.bptt(cell, xs, squares)
-    assert_gradients_equal(earned(RFLO(cell, 2, 0.3), xs, squares), expected)
-    assert differ(earned(RFLO(cell, 2, 0.4), xs, squares), expected)
+    assert_gradients_equal(delivered(RFLO(cell, 2, 0.3), xs, squares), expected)
+    assert differ(delivered(RFLO(cell, 2, 0.4), xs, squares), expected)
 
 
 def test_diagonal_and_leak_are_not_exact_elsewhere() -> None:
@@ -97,7 +97,7 @@ def test_diagonal_and_leak_are_not_exact_elsewhere() -> None:
         s_leak = 0.7 * s_leak.double() + immediate
         h = cell(x, h)[1].detach()
     for learner, kept in ((DiagonalRTRL(cell, 1), s_diagonal), (RFLO(cell, 1, 0.3), s_leak)):
-        assert differ(earned(learner, xs, squares), expected)
+        assert differ(delivered(learner, xs, squares), expected)
         assert_influences_equal({"recurrent": learner.influence("recurrent")}, {"recurrent": kept.unsqueeze(0)})
 
 

@@ -49,7 +49,7 @@ def test_the_names_that_there_are_are_listed() -> None:
         plain().influence("x")
 
 
-def test_a_loss_without_a_derivative_earns_nothing() -> None:
+def test_a_loss_without_a_derivative_contributes_nothing() -> None:
     learner = plain(block=3)
     ys = [learner.step(x) for x in normal(1, 1, 2, 2)]
     learner.backward(Unused.apply(ys[0]).sum())
@@ -58,7 +58,7 @@ def test_a_loss_without_a_derivative_earns_nothing() -> None:
     assert all(p.grad is None or not bool(p.grad.count_nonzero()) for p in learner.cell.parameters())
 
 
-def test_a_loss_that_reaches_a_parameter_by_itself_gives_both_their_gradients() -> None:
+def test_a_loss_that_also_reaches_a_parameter_directly_gives_both_gradients() -> None:
     learner, x = plain(), normal(1, 2, 2)
     weight = learner.cell.head.weight
     learner.backward(learner.step(x).sum() + weight.square().sum())
@@ -73,7 +73,7 @@ def test_a_loss_that_reaches_a_parameter_by_itself_gives_both_their_gradients() 
     assert_gradients_equal(found, expected)
 
 
-def test_a_steep_loss_is_said_to_be_so_at_y_or_at_a_parameter() -> None:
+def test_an_infinite_loss_gradient_is_located_at_y_or_at_a_parameter() -> None:
     learner = plain()
     y = learner.step(normal(1, 2, 2))
     with pytest.raises(NonFiniteError, match=r"the gradient of the loss at y\b.* step 0"):
@@ -84,14 +84,14 @@ def test_a_steep_loss_is_said_to_be_so_at_y_or_at_a_parameter() -> None:
 
 
 @pytest.mark.parametrize("name", ["batch_size", "block", "window"])
-def test_the_size_that_is_none_is_named(name: str) -> None:
+def test_the_size_that_is_not_positive_is_named(name: str) -> None:
     sizes: dict[str, Any] = {"batch_size": 1, "block": 1, "window": 1, name: 0}
     with pytest.raises(ConfigError, match=f"^{name} must be a positive integer, got 0$"):
         rtrl.BlockRTRL(PlainRNN(2, 3), **sizes)
     assert getattr(rtrl.BlockRTRL(PlainRNN(2, 3), **{**sizes, name: 1}), name) == 1
 
 
-def test_what_is_no_module_is_named() -> None:
+def test_what_is_not_a_module_is_named() -> None:
     with pytest.raises(ConfigError, match=r"^cell must be a torch.nn.Module, got function$"):
         rtrl.BlockRTRL(lambda x, h: (x, h), 2)  # type: ignore[arg-type]
 
@@ -116,7 +116,7 @@ def test_the_state_is_a_copy_and_y_a_leaf() -> None:
     assert torch.equal(learner.state, before)
 
 
-def test_a_reset_takes_the_state_given_for_the_samples_named_only() -> None:
+def test_a_reset_takes_the_given_state_for_the_named_samples_only() -> None:
     learner = plain(block=2)
     learner.step(normal(1, 2, 2))
     before = learner.state
@@ -147,7 +147,7 @@ def test_two_deliveries_accumulate_in_the_gradient_that_is_there() -> None:
 
 
 class Untouched(nn.Module):
-    """Has a parameter that no step meets."""
+    """Has a parameter that no step uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Untouched(nn.Module):
         return new, new
 
 
-def test_a_parameter_that_no_step_meets_has_no_influence() -> None:
+def test_a_parameter_that_no_step_uses_has_no_influence() -> None:
     learner = rtrl.BlockRTRL(Untouched(), 2, block=2)
     for x in normal(1, 4, 2, 1):
         learner.backward(learner.step(x).sum())
@@ -191,7 +191,7 @@ def test_a_second_delivery_of_nothing_leaves_no_gradient_behind() -> None:
 
 
 class Gain(PlainRNN):
-    """Scales its output by a parameter that the state never meets."""
+    """Scales its output by a parameter that the state does not depend on."""
 
     def __init__(self) -> None:
         super().__init__(2, 3)
@@ -246,7 +246,7 @@ def test_losses_of_some_of_several_outputs_are_exact(name: str, block: int) -> N
     assert_gradients_equal(found.gradients, oracles.bptt(cell, xs, LOSSES[name]))
 
 
-def test_losses_given_one_after_the_other_add_up() -> None:
+def test_several_losses_of_a_step_add_up() -> None:
     cell, xs = seeded(PlainRNN(2, 3), 2), normal(1, 4, 2, 2)
     expected = oracles.bptt(cell, xs, lambda t, y: y.square().sum() + y.sum() + y.exp().sum())
     learner = rtrl.BlockRTRL(cell, 2, block=2)
@@ -259,7 +259,7 @@ def test_losses_given_one_after_the_other_add_up() -> None:
     assert_gradients_equal(gradients(cell), expected)
 
 
-def test_a_loss_of_an_output_made_of_x_alone_earns_nothing() -> None:
+def test_a_loss_of_an_output_made_of_x_alone_contributes_nothing() -> None:
     found = run(seeded(Heads(), 2), normal(1, 5, 2, 2), lambda t, y: y["a"].square().sum(), block=2)
     assert not any(bool(value.count_nonzero()) for value in found.gradients.values())
 
@@ -286,7 +286,7 @@ def test_a_state_that_no_parameter_reaches_has_no_influence(block: int) -> None:
 
 
 class Shaky(nn.Module):
-    """Draws random numbers where its choices are given to it."""
+    """Draws random numbers where it is given its choices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -311,7 +311,7 @@ def test_a_cell_that_is_impure_under_a_replay_is_refused_at_the_first_step() -> 
     assert learner.steps_taken == 0
 
 
-def sleepers(**options: Any) -> tuple[rtrl.BlockRTRL, Tensor]:
+def mostly_dormant(**options: Any) -> tuple[rtrl.BlockRTRL, Tensor]:
     """A mixture of six slots, of which a step reads two and writes one, and of six experts, of which it uses one."""
     moe = rtrl.RecurrentMoE(2, 2, d_model=2, n_slots=6, n_experts=6, topk=1, expert_hidden=2, ffn_hidden=2)
     cell = seeded(ForcedMoE(moe, (2, 1, 1)), 3)
@@ -320,8 +320,8 @@ def sleepers(**options: Any) -> tuple[rtrl.BlockRTRL, Tensor]:
 
 
 @pytest.mark.parametrize("lazy", [True, False])
-def test_slices_sleep_only_where_the_learner_is_lazy(lazy: bool) -> None:
-    learner, xs = sleepers(lazy=lazy)
+def test_slices_are_dormant_only_where_the_learner_is_lazy(lazy: bool) -> None:
+    learner, xs = mostly_dormant(lazy=lazy)
     for x in xs:
         learner.step(x)
     learner.sync()
@@ -330,12 +330,12 @@ def test_slices_sleep_only_where_the_learner_is_lazy(lazy: bool) -> None:
 
 def test_the_tree_reserves_what_the_first_step_shows_to_be_enough() -> None:
     """A node of m steps: m rows at most, 3 m columns at most, and never more than the six slots there are."""
-    learner, xs = sleepers(window=2)
+    learner, xs = mostly_dormant(window=2)
     learner.step(xs[0])
     leaf, root = 8 * (2 * 6 + 6 + 1 + 3), 8 * (4 * 12 + 12 + 2 + 6)
     assert learner.retained_bytes()["tree"] == 2 * leaf + root
-    assert sleepers(window=2, lazy=False)[0].retained_bytes()["tree"] == 0
-    learner, xs = sleepers(window=2, lazy=False)
+    assert mostly_dormant(window=2, lazy=False)[0].retained_bytes()["tree"] == 0
+    learner, xs = mostly_dormant(window=2, lazy=False)
     learner.step(xs[0])
     assert learner.retained_bytes()["tree"] == leaf  # no window to keep: one block
 

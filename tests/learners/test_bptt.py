@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers.baseline_cells import F64, Loss, Ring, differ, earned, normal, squares
+from helpers.baseline_cells import F64, Loss, Ring, delivered, differ, normal, squares
 from helpers.running import trainable
 from helpers.tolerances import assert_gradients_equal
 from helpers.toy_cells import PlainRNN, seeded
@@ -47,7 +47,7 @@ def test_equals_its_definition_whenever_it_delivers(
 ) -> None:
     cell, xs = seeded(PlainRNN(2, 3), seed), normal(seed, steps, batch, 2)
     first_of = (lambda t: max(0, t - horizon + 1)) if sliding else (lambda t: t - t % horizon)
-    found = earned(TBPTT(cell, batch, horizon, sliding=sliding), xs, loss, syncs)
+    found = delivered(TBPTT(cell, batch, horizon, sliding=sliding), xs, loss, syncs)
     assert_gradients_equal(found, truncated(cell, xs, loss, first_of), may_be_zero=True)
 
 
@@ -55,25 +55,25 @@ def test_equals_its_definition_whenever_it_delivers(
 def test_a_short_horizon_differs_from_bptt_and_a_window_from_chunks(horizon: int) -> None:
     cell, xs = seeded(Ring(2, 4), 5, scale=1.5), normal(5, 6, 2, 2)
     exact = oracles.bptt(cell, xs, squares)
-    sliding = earned(TBPTT(cell, 2, horizon), xs, squares)
-    chunked = earned(TBPTT(cell, 2, horizon, sliding=False), xs, squares)
+    sliding = delivered(TBPTT(cell, 2, horizon), xs, squares)
+    chunked = delivered(TBPTT(cell, 2, horizon, sliding=False), xs, squares)
     assert differ(sliding, exact)
     assert differ(chunked, exact)
     assert differ(sliding, chunked) == (horizon > 1), "with one step there is no border to tell them apart"
 
 
-def test_chunks_start_anew_after_a_reset_of_all_samples() -> None:
+def test_chunks_restart_after_a_reset_of_all_samples() -> None:
     cell, xs = seeded(PlainRNN(2, 3), 0), normal(0, 8, 2, 2)
     learner = TBPTT(cell, 2, 4, sliding=False)
-    first = earned(learner, xs[:2], squares)
+    first = delivered(learner, xs[:2], squares)
     learner.reset()
-    second = earned(learner, xs[2:6], squares)
+    second = delivered(learner, xs[2:6], squares)
     assert learner.at_block_end is False, "sync has closed the last step"
     assert_gradients_equal(first, oracles.bptt(cell, xs[:2], squares))
     assert_gradients_equal(second, oracles.bptt(cell, xs[2:6], squares))
 
 
-def test_block_ends_come_once_a_chunk() -> None:
+def test_a_block_ends_once_per_chunk() -> None:
     learner = TBPTT(seeded(PlainRNN(2, 3), 0), 1, 3, sliding=False)
     ends = []
     for x in normal(0, 9, 1, 2):
@@ -86,14 +86,14 @@ def test_what_is_held_grows_with_the_stream_for_bptt_alone() -> None:
     cell, xs = seeded(PlainRNN(2, 3), 0), normal(0, 24, 1, 2)
 
     def held(learner: BPTT | TBPTT | DenseRTRL, steps: int) -> int:
-        earned(learner, xs[:steps], squares)
+        delivered(learner, xs[:steps], squares)
         return sum(learner.retained_bytes().values())
 
     for make in (lambda: TBPTT(cell, 1, 4), lambda: TBPTT(cell, 1, 4, sliding=False), lambda: DenseRTRL(cell, 1)):
         assert held(make(), 24) == held(make(), 12)
     assert held(BPTT(cell, 1), 24) - held(BPTT(cell, 1), 12) == 12 * (2 + 3 + 2) * F64.itemsize
     learner = BPTT(cell, 1)
-    earned(learner, xs, squares)
+    delivered(learner, xs, squares)
     learner.reset()
     learner.step(xs[0])
     learner.sync()

@@ -30,7 +30,7 @@ def test_block_window_and_laziness(case: Case, block: int, window: int, lazy: bo
 
 @given(cases(), st.data())
 def test_when_one_syncs(case: Case, data: st.DataObject) -> None:
-    """Deliveries add up, whether sleeping slices are paid at once or later."""
+    """Deliveries add up, whether the gradients of dormant slices are accumulated at once or later."""
     steps = st.integers(0, case.xs.shape[0] - 1)
     syncs = data.draw(st.dictionaries(steps, st.booleans(), max_size=6))
     same(
@@ -81,7 +81,7 @@ def test_relabelled_experts(case: Case, random: Any) -> None:
 
 @given(scheduled() | dense(), st.data())
 def test_a_sequence_cut_in_two(case: Case, data: st.DataObject) -> None:
-    """The same learner goes on after any delivery; what the halves earn adds up to the whole."""
+    """A learner continues after any delivery; the gradients of the halves add up to the whole."""
     cut = data.draw(st.integers(0, case.xs.shape[0]))
     whole = run(case.cell, case.xs, case.loss, influences=False, **case.options)
     learner = rtrl.BlockRTRL(case.cell, case.xs.shape[1], **case.options)
@@ -115,7 +115,7 @@ def test_gradients_are_linear_in_the_loss(case: Case, factor: float) -> None:
 
 @given(cases())
 def test_two_losses_at_a_step_and_a_plain_backward(case: Case) -> None:
-    """Losses of a step add up, whichever way they are given, also late but within the open block."""
+    """Losses of a step add up, added by either method, also late but within the open block."""
     expected = run(case.cell, case.xs, case.loss, influences=False, **case.options).gradients
     for p in case.cell.parameters():
         p.grad = None

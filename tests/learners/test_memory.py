@@ -1,4 +1,4 @@
-"""Bytes really held: constant from the moment everything has been awake once, whatever the length of the stream."""
+"""Bytes really held: constant once everything has been active, for any length of the stream."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def dense_learner(block: int) -> tuple[rtrl.BlockRTRL, Tensor]:
 
 @pytest.mark.parametrize("make", [sparse_learner, dense_learner])
 def test_twenty_thousand_steps_hold_what_two_thousand_held(make: object) -> None:
-    """Exactly, at the same point of a block, with experts falling asleep and waking beyond the window all the time."""
+    """Exactly, at the same point of a block, with experts dormant for longer than the window all the time."""
     learner, xs = make(block=20)  # type: ignore[operator]
     held, reached = {}, {}
     for t in range(20_000):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.baseline_cells import F64, Ring, differ, earned, normal, squares
+from helpers.baseline_cells import F64, Ring, delivered, differ, normal, squares
 from helpers.tolerances import assert_gradients_equal, assert_influences_equal
 from helpers.toy_cells import PlainRNN, seeded
 from hypothesis import given
@@ -61,7 +61,7 @@ def test_one_step_is_exact_inside_the_mask_and_the_next_is_not() -> None:
 @pytest.mark.parametrize("order", range(1, HIDDEN + 1))
 def test_exact_from_the_order_at_which_all_of_the_ring_is_reached(order: int) -> None:
     cell, xs = seeded(Ring(2, HIDDEN), 4, scale=1.5), normal(4, 9, 2, 2)
-    found, expected = earned(SnAp(cell, 2, order), xs, squares), oracles.bptt(cell, xs, squares)
+    found, expected = delivered(SnAp(cell, 2, order), xs, squares), oracles.bptt(cell, xs, squares)
     if order < HIDDEN:
         assert differ(found, expected)
     else:
@@ -71,5 +71,5 @@ def test_exact_from_the_order_at_which_all_of_the_ring_is_reached(order: int) ->
 def test_a_dense_cell_is_exact_from_order_two_on() -> None:
     cell, xs = seeded(PlainRNN(2, 4), 0), normal(0, 7, 2, 2)
     expected = oracles.bptt(cell, xs, squares)
-    assert differ(earned(SnAp(cell, 2, 1), xs, squares), expected)
-    assert_gradients_equal(earned(SnAp(cell, 2, 2), xs, squares), expected)
+    assert differ(delivered(SnAp(cell, 2, 1), xs, squares), expected)
+    assert_gradients_equal(delivered(SnAp(cell, 2, 2), xs, squares), expected)

@@ -1,4 +1,4 @@
-"""A machine that does to a learner whatever a user may do, in any order, beside a naive model that keeps the whole
+"""A machine that does to a learner all that a user may do, in any order, beside a naive model that keeps the whole
 history.
 
 The model is a list of everything that happened; when asked, it runs the oracles over that list. It knows nothing of
@@ -83,11 +83,13 @@ class LearnerMachine(RuleBasedStateMachine):
     @rule(bits=st.lists(masks, min_size=2, max_size=2), times=st.integers(1, 3))
     def step(self, bits: list[tuple[int, int, int]], times: int) -> None:
         for _ in range(times):
-            own = [
+            bits_by_sample = [
                 [[m >> i & 1 for i in range(size)] for m, size in zip(b, (ROWS, ROWS, EXPERTS), strict=True)]
                 for b in bits[: self.batch]
             ]
-            mask = torch.tensor([[bit for part in sample for bit in part] for sample in own], dtype=torch.float64)
+            mask = torch.tensor(
+                [[bit for part in sample for bit in part] for sample in bits_by_sample], dtype=torch.float64
+            )
             x = torch.cat([normal(self.seed + len(self.xs), self.batch, FEATURES), mask], dim=1)
             self.y = self.learner.step(x)
             self.xs.append(x)
@@ -98,7 +100,7 @@ class LearnerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.y is not None)
     @rule(plain=st.booleans())
-    def give_a_loss(self, plain: bool) -> None:
+    def add_a_loss(self, plain: bool) -> None:
         assert self.y is not None
         weight = normal(len(self.xs) + 17 * len(self.losses[-1]), *self.y.shape)
         loss = (self.y * weight).sum() + self.y.square().sum()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers.baseline_cells import Leaky, Ring, earned, normal, squares
+from helpers.baseline_cells import Leaky, Ring, delivered, normal, squares
 from helpers.tolerances import assert_gradients_equal
 from helpers.toy_cells import PlainRNN, seeded
 from torch import Tensor
@@ -50,7 +50,7 @@ def worst_deviation(make: Callable[..., UORO]) -> float:
     directions = torch.cat([exact[None], normal(11, DIRECTIONS - 1, len(exact))])  # its own, where a bias shows best
     draws = torch.stack(
         [
-            directions @ flat(earned(make(cell, 1, generator=torch.Generator().manual_seed(seed)), xs, last))
+            directions @ flat(delivered(make(cell, 1, generator=torch.Generator().manual_seed(seed)), xs, last))
             for seed in range(DRAWS)
         ]
     )
@@ -74,14 +74,14 @@ def test_a_biased_estimate_is_rejected(make: Callable[..., UORO]) -> None:
 
 def test_one_step_of_a_state_of_one_entry_leaves_nothing_to_chance() -> None:
     cell, xs = seeded(Leaky(3, 1, None), 0), normal(0, 2, 3, 3)
-    assert_gradients_equal(earned(UORO(cell, 3), xs, squares), oracles.bptt(cell, xs, squares))
+    assert_gradients_equal(delivered(UORO(cell, 3), xs, squares), oracles.bptt(cell, xs, squares))
 
 
 def test_draws_come_from_the_generator_alone_and_differ_between_samples() -> None:
     cell, xs = seeded(PlainRNN(2, 3), 0), normal(0, 5, 1, 2).expand(5, 2, 2)
     before = torch.get_rng_state()
     one, two, other = (UORO(cell, 2, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    first, second, third = (earned(learner, xs, squares) for learner in (one, two, other))
+    first, second, third = (delivered(learner, xs, squares) for learner in (one, two, other))
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], third[name]) for name in first)
@@ -95,5 +95,5 @@ def test_the_norms_of_the_two_factors_stay_balanced() -> None:
     learner = UORO(cell, 4, generator=torch.Generator().manual_seed(0))
     learner.step(xs[0])
     learner.sync()
-    by_state, by_theta = learner._carried
+    by_state, by_theta = learner.state_dict()["buffers"]["carried"]
     torch.testing.assert_close(by_state.norm(dim=1), by_theta.norm(dim=1), rtol=1e-12, atol=0)
