@@ -61,8 +61,6 @@ def take(
             checks.check_copied(h, h_next, sparsity.writes, number)
         y = pytrees.map_tensors(torch.clone, y)
         outputs = [leaf.requires_grad_() for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
-        if h_next._is_view():  # of a parameter, for example, which will change
-            h_next = h_next.clone()
         return RecordedStep(x, h, own_copy(sparsity), outputs, number), y, h_next
     finally:
         torch._C._set_grad_enabled(grad)
@@ -86,7 +84,9 @@ def _run(
         ) from error
     if h._version:
         raise CellError(f"step {number}: the cell changes the state h in place; it must return a new one")
-    return y, h_next.detach() if h_next.requires_grad else h_next, sparsity
+    if h_next.requires_grad or h_next._is_view():  # a parameter, for example, or a part of one, which will change
+        h_next = h_next.detach().clone()
+    return y, h_next, sparsity
 
 
 def _checked_copy(x: Any, h: Tensor, number: int) -> Any:

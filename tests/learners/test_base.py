@@ -120,10 +120,10 @@ class Restarting(PlainRNN):
 
     def __init__(self) -> None:
         super().__init__(2, 3)
-        self.start = nn.Parameter(torch.ones(1, 3))
+        self.origin = nn.Parameter(torch.ones(1, 3))
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(x, h)[0], self.start.expand_as(h)
+        return super().forward(x, h)[0], self.origin.expand_as(h)
 
 
 @pytest.mark.parametrize("make", ALL)
@@ -133,7 +133,7 @@ def test_a_state_that_is_a_view_of_a_parameter_does_not_change_with_it(make: Mak
     learner.sync()
     before = learner.state
     with torch.no_grad():
-        learner.cell.start.add_(1.0)
+        learner.cell.origin.add_(1.0)
     assert torch.equal(learner.state, before)
 
 
