@@ -103,7 +103,7 @@ class CircularSegmentTree(Generic[T]):
         return self._stop
 
     def append(self, element: T) -> None:
-        """Add the element of step ``stop``; once the ring is full, this overwrites the oldest one."""
+        """Add ``element`` as that of step ``stop``; once the ring is full, this overwrites the oldest one."""
         place = self._stop % self.capacity
         node = Node(0, 0, self.capacity, self._stop - place)
         while not node.is_leaf:
@@ -113,14 +113,7 @@ class CircularSegmentTree(Generic[T]):
         self._stop += 1
 
     def query(self, start: int, stop: int) -> T:
-        """Return the product of the elements of steps ``start`` … ``stop − 1``, earliest first.
-
-        Args:
-            start: the first step.
-            stop: the step after the last one; the range is empty if it equals ``start``.
-
-        Returns:
-            The product; the identity for an empty range.
+        """Return the product of the elements of steps ``start`` … ``stop − 1``, earliest first; the identity for none.
 
         Raises:
             WindowError: a step of the range is not held (never appended, or overwritten), or start > stop.
@@ -128,11 +121,7 @@ class CircularSegmentTree(Generic[T]):
         return self.product(self.nodes(start, stop))
 
     def product(self, nodes: Sequence[Node]) -> T:
-        """Return the product of the values of nodes, in the order given; the identity for none.
-
-        Args:
-            nodes: as for ``value``.
-        """
+        """Return the product of the values of ``nodes``, in this order; the identity for none."""
         if not nodes:
             return self.identity
         product = self.value(nodes[0])
@@ -141,11 +130,7 @@ class CircularSegmentTree(Generic[T]):
         return product
 
     def nodes(self, start: int, stop: int) -> list[Node]:
-        """Return the fewest nodes that tile a range, earliest first.
-
-        Args:
-            start: the first step.
-            stop: the step after the last one.
+        """Return the fewest nodes that tile steps ``start`` … ``stop − 1``, earliest first.
 
         Raises:
             WindowError: as for ``query``.
@@ -163,10 +148,9 @@ class CircularSegmentTree(Generic[T]):
         return parts
 
     def value(self, node: Node) -> T:
-        """Return the product of a node's elements; it is held until one of them is overwritten.
+        """Return the product of the elements of ``node``, one of ``nodes(start, stop)`` or under it.
 
-        Args:
-            node: one of ``nodes(start, stop)``, or one of the ``halves`` of such.
+        It is held until one of them is overwritten.
         """
         value = self._values[node.number]
         if value is None or self._stamps[node.number] != node.start:
@@ -175,11 +159,7 @@ class CircularSegmentTree(Generic[T]):
         return value
 
     def is_held(self, node: Node) -> bool:
-        """Whether ``value(node)`` takes no combine.
-
-        Args:
-            node: as for ``value``.
-        """
+        """Whether ``value(node)`` takes no combine."""
         return node.is_leaf or self._stamps[node.number] == node.start
 
     def _hold(self, node: Node, value: T) -> T:

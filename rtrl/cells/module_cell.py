@@ -105,9 +105,6 @@ class PackedCell(nn.Module, ABC):
     def init_state(self, batch_size: int) -> Tensor:
         """Return the first state (batch_size, N).
 
-        Args:
-            batch_size: B.
-
         Raises:
             ConfigError: ``batch_size`` is not a positive integer.
             CellError: for this batch, the module returns a first state of another form.
@@ -116,10 +113,7 @@ class PackedCell(nn.Module, ABC):
         return self._packing.pack(self._first(batch_size), batch_size, CellError)
 
     def unpack(self, h: Tensor) -> Any:
-        """Return the tree of tensors (B, ...) that a packed state was made of; its leaves are parts of h.
-
-        Args:
-            h: the packed state (B, N).
+        """Return the tree of tensors (B, ...) of a packed state (B, N); its leaves are views of h where possible.
 
         Raises:
             ShapeError: h has another shape.
@@ -127,10 +121,7 @@ class PackedCell(nn.Module, ABC):
         return self._packing.unpack(h)
 
     def pack(self, state: Any) -> Tensor:
-        """Return the packed state (B, N) of a tree, for ``BlockRTRL(state=...)`` or ``reset(state=...)``.
-
-        Args:
-            state: a tree of tensors (B, ...), as the module knows its state.
+        """Return the packed state (B, N) of a tree of tensors (B, ...), for ``state=`` of a learner or of ``reset``.
 
         Raises:
             ShapeError: the tree differs from that of the first state; the message names the leaf.
@@ -176,15 +167,7 @@ class ModuleCell(PackedCell):
         return pytrees.map_tensors(lambda leaf: leaf.to(like) if leaf.is_floating_point() else leaf, tree)
 
     def forward(self, x: Any, h: Tensor) -> tuple[Any, Tensor] | tuple[Any, Tensor, Sparsity]:
-        """Take one step.
-
-        Args:
-            x: the input of the module.
-            h: the packed state (B, N).
-
-        Returns:
-            ``(y, h_next)``, or ``(y, h_next, Sparsity)`` if the module declares what is active.
-        """
+        """Take one step; return ``(y, h_next)``, or ``(y, h_next, Sparsity)`` if the module declares what is active."""
         return self._packed(h, self.cell(x, self.unpack(h)))
 
     def _packed(self, h: Tensor, out: Any) -> tuple[Any, Tensor] | tuple[Any, Tensor, Sparsity]:

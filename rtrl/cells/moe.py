@@ -85,20 +85,9 @@ class RecurrentMoE(nn.Module):
         super().__init__()
         expert_hidden = 2 * d_model if expert_hidden is None else expert_hidden
         ffn_hidden = 2 * d_model if ffn_hidden is None else ffn_hidden
-        sizes = {
-            "d_in": d_in,
-            "d_out": d_out,
-            "d_model": d_model,
-            "n_slots": n_slots,
-            "n_experts": n_experts,
-            "topk": topk,
-            "n_heads": n_heads,
-            "read_slots": read_slots,
-            "write_slots": write_slots,
-            "expert_hidden": expert_hidden,
-            "ffn_hidden": ffn_hidden,
-        }
-        for name, size in sizes.items():
+        names = "d_in d_out d_model n_slots n_experts topk n_heads read_slots write_slots expert_hidden ffn_hidden"
+        sizes = (d_in, d_out, d_model, n_slots, n_experts, topk, n_heads, read_slots, write_slots)
+        for name, size in zip(names.split(), (*sizes, expert_hidden, ffn_hidden), strict=True):
             validation.integer(name, size)
         if topk > n_experts:
             raise ConfigError(f"topk ({topk}) cannot exceed n_experts ({n_experts})")
@@ -127,14 +116,10 @@ class RecurrentMoE(nn.Module):
         self.query, self.key, self.value, self.mix = (linear(d_model, d_model) for _ in range(4))
         self.up, self.down = linear(d_model, ffn_hidden, bias=True), linear(ffn_hidden, d_model, bias=True)
         self.router = linear(d_model, n_experts)
-        self.expert_up, self.expert_up_bias = (
-            stacked(n_experts, expert_hidden, d_model),
-            stacked(n_experts, expert_hidden),
-        )
-        self.expert_down, self.expert_down_bias = (
-            stacked(n_experts, d_model, expert_hidden),
-            stacked(n_experts, d_model),
-        )
+        self.expert_up = stacked(n_experts, expert_hidden, d_model)
+        self.expert_up_bias = stacked(n_experts, expert_hidden)
+        self.expert_down = stacked(n_experts, d_model, expert_hidden)
+        self.expert_down_bias = stacked(n_experts, d_model)
         self.write_score = linear(d_model, 1)
         self.candidate, self.gate = linear(d_model, d_model, bias=True), linear(d_model, d_model, bias=True)
         self.out_query, self.out_key, self.out_value, self.out_mix = (linear(d_model, d_model) for _ in range(4))
@@ -161,9 +146,6 @@ class RecurrentMoE(nn.Module):
 
     def init_state(self, batch_size: int) -> Tensor:
         """Return the first state, zeros (batch_size, n_slots, d_model).
-
-        Args:
-            batch_size: B.
 
         Raises:
             ConfigError: ``batch_size`` is not a positive integer.
@@ -284,11 +266,8 @@ class RecurrentMoE(nn.Module):
             )
         if isinstance(reads, Tensor) and under_vmap(reads):
             return reads, writes, experts  # their values cannot be checked here; the caller has done so
-        for what, index, size in (
-            ("reads", reads, self.n_slots),
-            ("writes", writes, self.n_slots),
-            ("experts", experts, self.n_experts),
-        ):
+        for what, index in (("reads", reads), ("writes", writes), ("experts", experts)):
+            size = self.n_experts if what == "experts" else self.n_slots
             check_indices(f"replay: {what}", index, h.shape[0], size, h.device)
         if reads.shape[-1] == 0 or experts.shape[-1] == 0:
             raise SparsityError("replay must read at least one slot and use at least one expert")

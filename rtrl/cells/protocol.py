@@ -46,11 +46,7 @@ class Cell(Protocol):
     """A recurrent cell with a first state; see the module's docstring for its contract."""
 
     def init_state(self, batch_size: int) -> Tensor:
-        """Return the first state (batch_size, rows, ...).
-
-        Args:
-            batch_size: B.
-        """
+        """Return the first state (``batch_size``, rows, ...)."""
         ...
 
 

@@ -51,11 +51,7 @@ class Stack(nn.Module):
         self._edges = [0, *accumulate(first.shape[1] for first in firsts)]
 
     def init_state(self, batch_size: int) -> Tensor:
-        """Return the layers' first states, concatenated along dimension 1.
-
-        Args:
-            batch_size: B.
-        """
+        """Return the layers' first states, concatenated along dimension 1."""
         return torch.cat([first_state(layer, batch_size) for layer in self.layers], dim=1)
 
     def forward(self, x: Tensor, h: Tensor, replay: Sparsity | None = None) -> tuple[Tensor, Tensor, Sparsity]:

@@ -30,28 +30,12 @@ class TorchCell(nn.Module):
         self.cell, self.readout = cell, readout
 
     def init_state(self, batch_size: int) -> Tensor:
-        """Return zeros: (batch_size, H), or (batch_size, 2, H) for the pair (h, c) of an LSTM.
-
-        Args:
-            batch_size: B.
-        """
-        shape = (
-            (batch_size, 2, self.cell.hidden_size)
-            if isinstance(self.cell, nn.LSTMCell)
-            else (batch_size, self.cell.hidden_size)
-        )
-        return self.cell.weight_hh.new_zeros(shape)
+        """Return zeros: (batch_size, H), or (batch_size, 2, H) for the pair (h, c) of an LSTM."""
+        parts = (2,) if isinstance(self.cell, nn.LSTMCell) else ()
+        return self.cell.weight_hh.new_zeros(batch_size, *parts, self.cell.hidden_size)
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Take one step.
-
-        Args:
-            x: (B, input_size).
-            h: the state.
-
-        Returns:
-            y and the next state.
-        """
+        """Take one step from x (B, input_size) and the state; return y and the next state."""
         cell: Any = self._modules["cell"]
         readout: Any = self._modules["readout"]
         mode = mode_of(cell)
@@ -60,15 +44,7 @@ class TorchCell(nn.Module):
         return y, torch.stack(after, dim=1) if mode == "LSTM" else after[0]
 
     def analytic_step(self, x: Tensor, h: Tensor) -> AnalyticStep | None:
-        """Take one step with its derivatives.
-
-        Args:
-            x: (N, input_size).
-            h: N states.
-
-        Returns:
-            The step; None for a subclass with another ``forward``.
-        """
+        """Take one step with its derivatives; return None for a subclass with another ``forward``."""
         if type(self).forward is not TorchCell.forward:
             return None
         mode = mode_of(self.cell)
@@ -105,15 +81,7 @@ class TorchLayers(PackedCell):
         return tuple(_state([like.new_zeros(batch_size, width) for width in widths]) for widths in self._widths)
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Take one step of all layers.
-
-        Args:
-            x: (B, input_size).
-            h: the packed state (B, N).
-
-        Returns:
-            y and the next state.
-        """
+        """Take one step of all layers from x (B, input_size) and the state (B, N); return y and the next state."""
         after = []
         for k, (mode, before) in enumerate(zip(self._modes, self.unpack(h), strict=True)):
             listed = isinstance(self.cell, nn.ModuleList)

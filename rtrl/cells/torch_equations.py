@@ -132,15 +132,8 @@ def derivatives(
         c = forget * before + enter * new
         squashed = torch.tanh(c)
         through = out * (1 - squashed.square())  # ∂h'/∂c'
-        by_c = torch.stack(
-            [
-                new * enter * (1 - enter),
-                before * forget * (1 - forget),
-                enter * (1 - new.square()),
-                torch.zeros_like(c),
-            ],
-            dim=1,
-        )
+        by_enter, by_forget = new * enter * (1 - enter), before * forget * (1 - forget)
+        by_c = torch.stack([by_enter, by_forget, enter * (1 - new.square()), torch.zeros_like(c)], dim=1)
         by_h = through.unsqueeze(1) * by_c
         by_h[:, 3] = squashed * out * (1 - out)
         response = torch.stack([by_h, by_c], dim=1)
