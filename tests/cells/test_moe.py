@@ -203,7 +203,7 @@ def test_initialisation_is_deterministic_under_a_generator() -> None:
 
 
 def test_a_choice_of_one_teaches_nothing_about_the_choice() -> None:
-    """A softmax over one entry is constant: what would have weighed it earns exactly zero."""
+    """A softmax over one entry is constant: its parameters receive a gradient of exactly zero."""
     one_slot = {"read_query.weight", "out_query.weight", "out_key.weight"}
     for k, r, silent in ((1, 2, {"router.weight"}), (2, 1, one_slot), (2, 2, set())):
         cell = seeded(rtrl.RecurrentMoE(2, 2, 4, 3, 4, topk=k, read_slots=r, write_slots=1), 1)

@@ -75,27 +75,27 @@ def dormant(clocks: Mapping[tuple[int, int], int]) -> list[tuple[ParameterInflue
     return found
 
 
-def columns(late: list[tuple[ParameterInfluence, Tensor]]) -> dict[int, int]:
+def columns(outdated: list[tuple[ParameterInfluence, Tensor]]) -> dict[int, int]:
     """How many, by clock."""
     found: dict[int, int] = {}
-    for influence, rows in late:
+    for influence, rows in outdated:
         for clock in influence.last_block[rows].tolist():
             if clock < STEPS:
                 found[clock] = found.get(clock, 0) + influence.values.shape[2]
     return found
 
 
-def assert_up_to_date(kind: str, late: list[tuple[ParameterInfluence, Tensor]], before: list[Tensor]) -> None:
+def assert_up_to_date(kind: str, outdated: list[tuple[ParameterInfluence, Tensor]], before: list[Tensor]) -> None:
     full = [written_out(leaf(kind, step)) for step in range(STEPS)]
-    for (influence, rows), old in zip(late, before, strict=True):
+    for (influence, rows), old in zip(outdated, before, strict=True):
         expected = old.clone()
         for row in rows.tolist():
             clock = int(influence.last_block[row])
             if clock < STEPS:
                 phi, _ = oracles.ordered_product(full[clock:])
                 expected[row] = phi[influence.sample[row]] @ old[row]
-        for mine, wanted in zip(influence.values, expected, strict=True):
-            assert float((mine - wanted).abs().max()) <= 1e-12 * float(wanted.abs().max())
+        for actual, row in zip(influence.values, expected, strict=True):
+            assert float((actual - row).abs().max()) <= 1e-12 * float(row.abs().max())
 
 
 @pytest.mark.parametrize(
@@ -107,25 +107,25 @@ def assert_up_to_date(kind: str, late: list[tuple[ParameterInfluence, Tensor]], 
 def test_exact_and_as_dear_as_planned(kind: str, who: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the size of the chunks; rows that do not reactivate keep every bit."""
     monkeypatch.setattr(catching_up, "CHUNK_BYTES", chunk)
-    late = dormant(DORMANT[who])
-    before = [influence.values.clone() for influence, _ in late]
-    planned = history(kind).plan(columns(late)).cost
+    outdated = dormant(DORMANT[who])
+    before = [influence.values.clone() for influence, _ in outdated]
+    planned = history(kind).plan(columns(outdated)).cost
     with MacCounter() as counter:
-        done = catch_up(history(kind), late)
+        done = catch_up(history(kind), outdated)
     assert counter.macs == done == planned
     assert planned > 0
-    assert_up_to_date(kind, late, before)
-    for (influence, rows), old in zip(late, before, strict=True):
+    assert_up_to_date(kind, outdated, before)
+    for (influence, rows), old in zip(outdated, before, strict=True):
         others = torch.ones(len(old), dtype=torch.bool)
         others[rows] = False
         assert torch.equal(influence.values[others], old[others])
 
 
-def test_nobody_is_late() -> None:
-    late = dormant({(0, 0): STEPS})
-    before = [influence.values.clone() for influence, _ in late]
-    assert catch_up(history("dense"), late) == catch_up(history("dense"), []) == 0
-    assert all(torch.equal(influence.values, old) for (influence, _), old in zip(late, before, strict=True))
+def test_nothing_is_outdated() -> None:
+    outdated = dormant({(0, 0): STEPS})
+    before = [influence.values.clone() for influence, _ in outdated]
+    assert catch_up(history("dense"), outdated) == catch_up(history("dense"), []) == 0
+    assert all(torch.equal(influence.values, old) for (influence, _), old in zip(outdated, before, strict=True))
 
 
 # ---------------------------------------------------------------------- never more than one by one
@@ -138,7 +138,7 @@ def replayed(held: History, loads: Mapping[int, int]) -> int:
 
 
 def all_nodes_first(held: History, loads: Mapping[int, int]) -> int:
-    """Every node under a range is composed, whatever it costs; then each clock takes those cheapest to apply."""
+    """Every node under a range is composed at any cost; then each last block takes those cheapest to apply."""
     tree, pattern, made = held.tree, held.planner.pattern, set[int]()
 
     def composing(node: Node) -> int:
@@ -302,8 +302,8 @@ def test_samples_that_meet_in_fewer_rows_than_others_compose_exactly() -> None:
     one = at(1, [[0], [0], [0]], [[0, 1]] * 3)
     two = at(3, [[2], [2], [0]], [[0, 2, 3], [1, 2, 3], [0, 1, 5]])
     expected = oracles.ordered_product([written_out(one), written_out(two)])
-    for found, wanted in zip(written_out(compose(one, two)), expected, strict=True):
-        assert float((found - wanted).abs().max()) <= 1e-12 * float(wanted.abs().max())
+    for actual, full in zip(written_out(compose(one, two)), expected, strict=True):
+        assert float((actual - full).abs().max()) <= 1e-12 * float(full.abs().max())
 
 
 def test_apart_transitions_compose_without_a_product() -> None:

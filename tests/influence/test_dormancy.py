@@ -1,4 +1,4 @@
-"""Dormancy schedules laid down by hand: each names the case that a lazy implementation gets wrong first."""
+"""Dormancy schedules written by hand: each names the case that a lazy implementation gets wrong first."""
 
 import itertools
 
@@ -16,18 +16,18 @@ import rtrl
 STEPS, EXPERTS, WINDOW, BLOCK = 40, 6, 4, 2
 SPAN = WINDOW * BLOCK  # steps that the tree holds
 
-# Which expert (of 0 … 5) is used at step t; every schedule sleeps in its own way.
+# Which expert (of 0 … 5) is used at step t; every schedule has another dormancy.
 SCHEDULES = {
     "always the same": lambda t: 0,
     "all in turn": lambda t: t % EXPERTS,
     "long turns": lambda t: t // 7 % EXPERTS,
-    "wakes just inside the window": lambda t: 0 if t % SPAN == 0 else 1,
-    "wakes at the window's edge": lambda t: 0 if t % (SPAN + BLOCK) == 0 else 1,
-    "wakes just past the window": lambda t: 0 if t % (SPAN + BLOCK + 1) == 0 else 1,
+    "reactivates just inside the window": lambda t: 0 if t % SPAN == 0 else 1,
+    "reactivates at the window's edge": lambda t: 0 if t % (SPAN + BLOCK) == 0 else 1,
+    "reactivates just past the window": lambda t: 0 if t % (SPAN + BLOCK + 1) == 0 else 1,
     "once at the first step, never again": lambda t: 2 if t == 0 else 1,
     "once, then again at the last step": lambda t: 2 if t in (0, STEPS - 1) else 1,
-    "asleep far longer than the window": lambda t: 3 if t in (1, 1 + 4 * SPAN) else 1,
-    "many fall asleep together and wake together": lambda t: t % EXPERTS if t < EXPERTS or t >= STEPS - EXPERTS else 0,
+    "dormant far longer than the window": lambda t: 3 if t in (1, 1 + 4 * SPAN) else 1,
+    "many become dormant and reactivate together": lambda t: t % EXPERTS if t < EXPERTS or t >= STEPS - EXPERTS else 0,
     "first used at the last step": lambda t: 5 if t == STEPS - 1 else 0,
 }
 
@@ -49,8 +49,8 @@ def every(t: int, y: Tensor) -> Tensor:
     return y.square().sum() + y[..., 0].sum()
 
 
-def asleep(t: int, y: Tensor) -> Tensor | None:
-    """Losses only where most experts sleep, so that what they earn comes through the tree or not at all."""
+def while_dormant(t: int, y: Tensor) -> Tensor | None:
+    """Losses only where most experts are dormant, so that their gradients come through the tree or not at all."""
     return every(t, y) if 10 <= t < 30 and t % 3 else None
 
 
@@ -58,7 +58,7 @@ def last(t: int, y: Tensor) -> Tensor | None:
     return every(t, y) if t == STEPS - 1 else None
 
 
-@pytest.mark.parametrize("loss", [every, asleep, last])
+@pytest.mark.parametrize("loss", [every, while_dormant, last])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_gradients(schedule: str, loss: object) -> None:
     cell, xs = stream(schedule)

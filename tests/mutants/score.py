@@ -15,7 +15,15 @@ from mutmut.stats import status_by_exit_code
 from mutmut.utils.format_utils import orig_function_and_class_names_from_key
 
 NEEDED = 90.0
-MODULES = ("transition", "segment_tree", "influence", "linearize", "learner", "_forward", "_losses")
+MODULES = (
+    "_influence/transition",
+    "_influence/segment_tree",
+    "_influence/store",
+    "_engine/linearizer",
+    "learners/block_rtrl",
+    "_engine/step",
+    "_engine/losses",
+)
 DEAD = ("killed", "timeout")  # a mutant that never ends is noticed, too
 Key = tuple[str, str, str]  # function, the lines before, the lines after
 
@@ -25,7 +33,7 @@ def key_of(module: str, name: str) -> Key:
     function, owner = orig_function_and_class_names_from_key(name)
     lines = get_diff_for_mutant(name, path=f"rtrl/{module}.py").splitlines()[2:]
     old, new = ("\n".join(line[1:].strip() for line in lines if line.startswith(sign)) for sign in "-+")
-    return ".".join(filter(None, (module, owner, function))), old, new
+    return ".".join(filter(None, (Path(module).name, owner, function))), old, new
 
 
 def verdicts(module: str) -> dict[str, str]:
