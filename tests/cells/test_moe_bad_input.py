@@ -28,7 +28,7 @@ CALLS = [
         "no reads",
         (X, H, Sparsity(None, PAIR, {"expert_up": PAIR})),
         SparsityError,
-        r"must give reads, writes and active\['expert_up'\]",
+        r"must have reads, writes and active\['expert_up'\]",
     ),
     ("no writes", (X, H, Sparsity(PAIR, None, {"expert_up": PAIR})), SparsityError, "must give reads, writes"),
     ("no experts", (X, H, Sparsity(PAIR, PAIR)), SparsityError, "must give reads, writes"),
