@@ -30,8 +30,8 @@ CALLS = [
         SparsityError,
         r"must have reads, writes and active\['expert_up'\]",
     ),
-    ("no writes", (X, H, Sparsity(PAIR, None, {"expert_up": PAIR})), SparsityError, "must give reads, writes"),
-    ("no experts", (X, H, Sparsity(PAIR, PAIR)), SparsityError, "must give reads, writes"),
+    ("no writes", (X, H, Sparsity(PAIR, None, {"expert_up": PAIR})), SparsityError, "must have reads, writes"),
+    ("no experts", (X, H, Sparsity(PAIR, PAIR)), SparsityError, "must have reads, writes"),
     (
         "empty reads",
         (X, H, MIXTURE.choices(PAIR[:, :0], PAIR[:, :0], PAIR)),
