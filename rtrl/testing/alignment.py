@@ -1,4 +1,4 @@
-"""A live comparison of learners: how far the gradient of each is from the exact one, along one trajectory."""
+"""Compare the gradients of learners with the exact one, live and along one trajectory."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -12,17 +12,17 @@ from rtrl._utils import validation
 from rtrl.errors import ConfigError
 from rtrl.learners.block_rtrl import BlockRTRL
 from rtrl.testing.cell_checks.points import copied
-from rtrl.testing.lockstep import Draws, MakeLearner, Run, item_of, seed_for
+from rtrl.testing.lockstep import LearnerRun, MakeLearner, RngState, item_of, seed_for
 
 OnDelivery = Callable[[int, dict[str, float]], object]
-_LONGEST_BLOCK = 32  # of the default reference: a rare delivery should not cost it a block as long
+_LONGEST_BLOCK = 32  # of the default reference, however rare the syncs are
 _END = object()
 
 
 class Measures(NamedTuple):
-    """The four numbers of ``alignment``, of one parameter alone, relative to its own exact gradient.
+    """The four numbers of ``alignment`` for one parameter, relative to its exact gradient.
 
-    Where that is zero, the cosine is nan, and the others are nan or, for a learner that delivers something, inf.
+    Where the exact gradient is zero, the cosine is nan, and the others are nan or, for a nonzero gradient, inf.
     """
 
     cosine: float
@@ -33,16 +33,20 @@ class Measures(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """How one learner compares with the exact one; ``alignment`` has the equations.
+    """The comparison of one learner with the exact one; ``alignment`` has the equations.
 
     Attributes:
-        cosine, norm_ratio: of the whole stream's gradient, mean over repeats. A learner that delivers nothing has norm
-            ratio 0 and cosine nan; with one such repeat among several, the cosine is nan as well.
-        bias: the systematic part of the error. spread: what scatters between repeats; None with one repeat, 0.0 for
-            a learner that leaves nothing to chance.
-        cosines: one a delivery, mean over repeats; nan where a repeat delivers nothing. steps: the step of each, the
-            same for all learners. Deliveries with an exact gradient of zero are in neither.
-        by_parameter: name → the same four numbers of this parameter. repeats: R.
+        name: of the learner.
+        cosine: of the whole stream's gradient, mean over repeats; nan if the gradient of a repeat is zero.
+        norm_ratio: of the whole stream's gradient, mean over repeats; 0 if the gradient is zero.
+        bias: the systematic part of the error.
+        spread: the part of the error that differs between repeats; None with one repeat, 0.0 for a deterministic
+            learner.
+        cosines: one per sync, mean over repeats; nan where the gradient of a repeat is zero. Syncs with an exact
+            gradient of zero are left out.
+        steps: the step of each of these syncs, the same for all learners.
+        by_parameter: the four numbers of each parameter, by name.
+        repeats: R.
     """
 
     name: str
@@ -57,15 +61,15 @@ class Alignment:
 
     @property
     def by_chance(self) -> float | None:
-        """``spread / √R``: the bias that a rule without any shows, root mean square; None with one repeat."""
+        """The root mean square ``bias`` of an unbiased rule, ``spread / √R``; None with one repeat."""
         return None if self.spread is None else self.spread / math.sqrt(self.repeats)
 
 
 class Alignments(dict[str, Alignment]):
-    """name → ``Alignment``, in the order of the learners; ``str`` makes a table of it."""
+    """The ``Alignment`` of each learner, by name; ``str`` makes a table of it."""
 
     def __str__(self) -> str:
-        """One line a learner."""
+        """Make a table with one line per learner."""
         rows: list[tuple[str, ...]] = [("learner", "cosine", "norm ratio", "bias", "by chance", "spread")]
         for a in self.values():
             sizes = ["-" if size is None else f"{size:.2g}" for size in (a.bias, a.by_chance, a.spread)]
@@ -86,73 +90,79 @@ def alignment(
     seed: int = 0,
     on_delivery: OnDelivery | None = None,
 ) -> Alignments:
-    """Walk learners and an exact one side by side along a stream, with parameters that stay, and compare what they add
-    to ``.grad``.
+    """Run learners and an exact one in lockstep along a stream with fixed parameters, and compare their gradients.
 
-    Equation, where repeat r of R delivers ``g_rd`` at delivery d and the exact learner ``e_d``, both flat (P,), with
-    ``G_r = Σ_d g_rd``, ``E = Σ_d e_d``, ``Ḡ = Σ_r G_r / R``:
+    Equation:
+        Repeat r of R adds ``g_rd`` to ``.grad`` at sync d and the exact learner ``e_d``, both flat (P,). With
+        ``G_r = Σ_d g_rd``, ``E = Σ_d e_d``, ``Ḡ = Σ_r G_r / R``:
 
-        cosine     = mean_r ⟨G_r, E⟩ / (‖G_r‖ ‖E‖)          norm_ratio = mean_r ‖G_r‖ / ‖E‖
-        bias       = ‖Ḡ − E‖ / ‖E‖ = ‖mean_rd (g_rd − e_d)‖ / ‖mean_d e_d‖
-        spread     = √( Σ_r ‖G_r − Ḡ‖² / (R − 1) ) / ‖E‖    cosines[d] = mean_r ⟨g_rd, e_d⟩ / (‖g_rd‖ ‖e_d‖)
+            cosine     = mean_r ⟨G_r, E⟩ / (‖G_r‖ ‖E‖)          norm_ratio = mean_r ‖G_r‖ / ‖E‖
+            bias       = ‖Ḡ − E‖ / ‖E‖ = ‖mean_rd (g_rd − e_d)‖ / ‖mean_d e_d‖
+            spread     = √( Σ_r ‖G_r − Ḡ‖² / (R − 1) ) / ‖E‖    cosines[d] = mean_r ⟨g_rd, e_d⟩ / (‖g_rd‖ ‖e_d‖)
 
-    Of a rule without bias, the square of ``bias`` is on average that of ``spread`` over R: more repeats make it
-    smaller, and what stays is bias.
+        The square of the ``bias`` of an unbiased rule is on average the square of ``spread`` over R: with more
+        repeats it becomes smaller, and what remains is bias.
 
     Args:
-        learners: name → ``make(cell, batch_size)``, a new learner with ``step(x) -> y``, ``backward(loss)`` and
-            ``sync()``, which adds to ``.grad`` of that cell's parameters.
-        cell: copied for each learner and repeat, itself never changed.
-        stream: pairs of x, a tree of tensors with the batch as dimension 0, and ``loss(y)``, a scalar tensor or None;
-            the loss itself may be None. Taken once, one step at a time; cut an endless one by ``itertools.islice``.
-            A loss is called once for each learner, on a copy of its y: what else it reaches gets no gradient.
-        every: deliveries come after so many steps, and after the last one.
+        learners: name → ``make(cell, batch_size)``, which returns a new learner with ``step(x) -> y``,
+            ``backward(loss)`` and ``sync()``, which adds to ``.grad`` of that cell's parameters.
+        cell: copied for each learner and repeat, and never changed.
+        stream: pairs of x, a tree of tensors with the batch as dimension 0, and ``loss(y)``, which returns a scalar
+            tensor or None; the loss itself may be None. It is read once, one step at a time; cut an endless one by
+            ``itertools.islice``. A loss is called once for each learner, on a copy of its y: other tensors that it
+            uses receive no gradient.
+        every: the number of steps between two syncs; there is a sync after the last step, too.
         exact: makes the reference; ``BlockRTRL`` with blocks of ``every`` steps, up to 32, by default.
-        repeats: R, how often each learner is run. Each run has global random states (PyTorch's on the CPU and on the
-            cell's CUDA devices, NumPy's, Python's) of its own, so draws are independent of each other and of which
-            other learners there are; a learner with a fixed generator of its own repeats itself. The stream has such
-            states, too, and in a loss all learners meet the same ones.
-        seed: of all of these, in 0 … 2**32 − 1. The caller's states stay as they are.
-        on_delivery: called with the step's number, from 0 on, and name → the cosine up to there (nan where there is
-            none), for a live display; after every delivery.
+        repeats: R, the number of runs of each learner. Each run has global random states (of PyTorch on the CPU and on
+            the cell's CUDA devices, of NumPy and of Python) of its own, so that its draws are independent of all other
+            runs; a learner with a fixed generator repeats itself. The stream has such states, too, and in a loss all
+            learners draw the same numbers.
+        seed: of all random states, in 0 … 2**32 − 1. The caller's states stay as they are.
+        on_delivery: called after every sync with the number of the step, from 0 on, and the cosine of each learner so
+            far by name (nan where there is none), for a live display.
+
+    Returns:
+        An ``Alignment`` for each learner, by name.
 
     Raises:
-        ConfigError: an argument or an item of the stream is of the wrong kind; the cell has no trainable parameter;
-            the stream is empty or without loss, or its exact gradient is zero, so that nothing can be compared: give
-            more steps, or other losses.
-        LossError: a loss is no scalar that depends on y. ParameterChangedError: a learner changed its cell.
-        NonFiniteError: NaN or infinity in a gradient; names the learner, the step and the parameter.
-        And whatever a learner raises, with a note that names it.
+        ConfigError: an argument or an item of the stream is of the wrong kind, the cell has no trainable parameter,
+            or the stream is empty, has no loss or an exact gradient of zero; use more steps, or other losses.
+        LossError: a loss is not a scalar that depends on y.
+        ParameterChangedError: a learner changed its cell.
+        NonFiniteError: NaN or infinity in a gradient; the message names the learner, the step and the parameter.
+        Exception: a learner raised it; a note names the learner.
 
-    Cost: that of all learners, R times, and about 0.4 ms a run and step for the random states; a copy of the cell and
-        P float64 numbers for each run, a few times those at the end. Nothing grows with the stream but one float for
-        each learner and delivery.
+    Cost:
+        That of all learners, R times, and about 0.4 ms per run and step for the random states; a copy of the cell and
+        P float64 numbers per run, a few times those at the end. Nothing grows with the stream but one float per
+        learner and sync.
 
-    >>> import torch, rtrl
-    >>> from rtrl.learners import BPTT, TBPTT
-    >>> cell = rtrl.cells.from_torch(torch.nn.GRUCell(3, 4)).double()
-    >>> stream = [(torch.ones(2, 3, dtype=torch.float64), lambda y: y.square().sum())] * 6
-    >>> learners = {"bptt": BPTT, "last step": lambda cell, batch: TBPTT(cell, batch, horizon=1)}
-    >>> found = alignment(learners, cell, stream, every=4)
-    >>> found["bptt"].bias < 1e-12 < found["last step"].bias, found["bptt"].steps
-    (True, (3, 5))
-    >>> str(found).split()[:3]  # a table
-    ['learner', 'cosine', 'norm']
+    Example:
+        >>> import torch, rtrl
+        >>> from rtrl.learners import BPTT, TBPTT
+        >>> cell = rtrl.cells.from_torch(torch.nn.GRUCell(3, 4)).double()
+        >>> stream = [(torch.ones(2, 3, dtype=torch.float64), lambda y: y.square().sum())] * 6
+        >>> learners = {"bptt": BPTT, "last step": lambda cell, batch: TBPTT(cell, batch, horizon=1)}
+        >>> found = alignment(learners, cell, stream, every=4)
+        >>> found["bptt"].bias < 1e-12 < found["last step"].bias, found["bptt"].steps
+        (True, (3, 5))
+        >>> str(found).split()[:3]  # a table
+        ['learner', 'cosine', 'norm']
     """
     _check(learners, cell, stream, every, exact, repeats, seed, on_delivery)
     reference = exact or (lambda cell, batch: BlockRTRL(cell, batch, block=min(every, _LONGEST_BLOCK)))
-    own = copied(cell)
-    devices = {t.device for t in (*own.parameters(), *own.buffers()) if t.device.type == "cuda"}
-    draws = Draws(seed_for(seed, "", 0), devices)  # of the stream; no learner has an empty name
-    runs: list[Run] = []
+    original = copied(cell)
+    devices = {t.device for t in (*original.parameters(), *original.buffers()) if t.device.type == "cuda"}
+    rng_state = RngState(seed_for(seed, "", 0), devices)  # of the stream; no learner has an empty name
+    runs: list[LearnerRun] = []
     series: dict[str, list[float]] = {name: [] for name in learners}
     steps: list[int] = []
     step, losses = -1, 0
 
-    def deliver() -> None:
-        piece = runs[0].deliver(step)
-        found = torch.stack([_cosine(run.deliver(step), piece) for run in runs[1:]])
-        if bool(piece.any()):
+    def sync_all() -> None:
+        exact_part = runs[0].sync_and_take(step)
+        found = torch.stack([_cosine(run.sync_and_take(step), exact_part) for run in runs[1:]])
+        if bool(exact_part.any()):
             steps.append(step)
             for name, cosine in zip(learners, found.reshape(-1, repeats).mean(dim=1).tolist(), strict=True):
                 series[name].append(cosine)
@@ -161,10 +171,10 @@ def alignment(
             on_delivery(step, dict(zip(learners, so_far.mean(dim=1).tolist(), strict=True)))
 
     with torch.inference_mode(False), torch.enable_grad():
-        with draws:
+        with rng_state:
             source = iter(stream)
         while True:
-            with draws:
+            with rng_state:
                 item = next(source, _END)
             if item is _END:
                 break
@@ -172,20 +182,23 @@ def alignment(
             x, loss, batch = item_of(item, step)
             if not runs:
                 makes = [("", 0, reference), *((n, r, make) for n, make in learners.items() for r in range(repeats))]
-                runs = [Run(n, r, make, own, batch, Draws(seed_for(seed, n, r + 1), devices)) for n, r, make in makes]
-            before = draws.state
+                runs = [
+                    LearnerRun(name, i, make, original, batch, RngState(seed_for(seed, name, i + 1), devices))
+                    for name, i, make in makes
+                ]
+            before = rng_state.state
             for run in runs:
-                draws.state = before
-                given = run.walk(x, loss, draws, step)
-                losses += given and run is runs[0]
+                rng_state.state = before
+                has_loss = run.advance(x, loss, rng_state, step)
+                losses += has_loss and run is runs[0]
             if (step + 1) % every == 0:
-                deliver()
+                sync_all()
         if step < 0:
             raise ConfigError("the stream is empty; give at least one step with a loss")
         if not losses:
             raise ConfigError(f"none of the {step + 1} steps of the stream has a loss: there is no gradient to compare")
         if (step + 1) % every:
-            deliver()
+            sync_all()
     target = runs[0].total
     if not bool(target.any()):
         raise ConfigError("the exact gradient of the whole stream is zero: there is nothing to compare with")
@@ -193,8 +206,8 @@ def alignment(
     result = Alignments()
     for i, name in enumerate(learners):
         totals = torch.stack([run.total for run in runs[1 + i * repeats :][:repeats]])
-        mine = zip(parts.items(), totals.split(runs[0].sizes, dim=1), strict=True)
-        by_parameter = {p: _measures(of_learner, of_exact) for (p, of_exact), of_learner in mine}
+        pairs = zip(parts.items(), totals.split(runs[0].sizes, dim=1), strict=True)
+        by_parameter = {p: _measures(of_learner, of_exact) for (p, of_exact), of_learner in pairs}
         whole = _measures(totals, target)
         result[name] = Alignment(name, *whole, tuple(series[name]), tuple(steps), by_parameter, repeats)
     return result
@@ -216,7 +229,7 @@ def _check(
     if not isinstance(cell, nn.Module):
         raise ConfigError(f"cell must be a torch.nn.Module, got {type(cell).__name__}")
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in cell.parameters()):
-        raise ConfigError("the cell has parameters without a shape yet; run it once before learners are compared on it")
+        raise ConfigError("the cell has parameters without a shape yet; run it once before you compare learners on it")
     if not any(p.requires_grad and p.numel() for p in cell.parameters()):
         raise ConfigError("the cell has no parameter that requires a gradient")
     if isinstance(stream, Tensor | str | bytes) or not isinstance(stream, Iterable):
@@ -226,19 +239,19 @@ def _check(
     validation.integer("seed", seed, 0, 2**32 - 1)
 
 
-def _cosine(one: Tensor, other: Tensor) -> Tensor:
-    """Of vectors along the last dimension; nan where one is zero. Scaled first, so that no square underflows."""
-    one, other = (v / v.abs().amax(dim=-1, keepdim=True) for v in (one, other))
-    cosine: Tensor = (one * other).sum(dim=-1) / (one.norm(dim=-1) * other.norm(dim=-1))
+def _cosine(first: Tensor, second: Tensor) -> Tensor:
+    """The cosine of vectors along the last dimension, scaled so that no square underflows; nan where one is zero."""
+    first, second = (v / v.abs().amax(dim=-1, keepdim=True) for v in (first, second))
+    cosine: Tensor = (first * second).sum(dim=-1) / (first.norm(dim=-1) * second.norm(dim=-1))
     return cosine.clamp(-1, 1)
 
 
 def _measures(totals: Tensor, exact: Tensor) -> Measures:
-    """Of totals (R, P) against the exact one (P,)."""
+    """Compare the totals (R, P) of a learner with the exact one (P,)."""
     repeats, largest = len(totals), exact.abs().max()
     scale = torch.where(largest > 0, largest, torch.ones_like(largest))
     cosine, totals, exact = _cosine(totals, exact).mean(), totals / scale, exact / scale
-    off = totals - totals[0]  # from the first repeat, so that equal ones have a spread of exactly zero
+    off = totals - totals[0]  # relative to the first repeat, so that equal repeats have a spread of exactly zero
     mean, size = off.mean(dim=0), exact.norm()
     bias, spread = (totals[0] - exact + mean).norm() / size, (off - mean).norm() / math.sqrt(max(repeats - 1, 1)) / size
     numbers = torch.stack([cosine, totals.norm(dim=1).mean() / size, bias, spread]).tolist()

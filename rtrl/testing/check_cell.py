@@ -1,4 +1,4 @@
-"""Checking a cell."""
+"""Check a cell."""
 
 import inspect
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from rtrl.cells.protocol import first_state
 from rtrl.errors import ConfigError
 from rtrl.testing.cell_checks.core import run_checks
 from rtrl.testing.cell_checks.points import copied, probe
-from rtrl.testing.isolation import undisturbed
+from rtrl.testing.isolation import preserve_global_state
 from rtrl.testing.report import Report
 
 
@@ -24,33 +24,38 @@ def check_cell(
     seed: int = 0,
     on_fail: Literal["raise", "return"] = "raise",
 ) -> Report:
-    """Run every check of ``cell_checks()`` on a cell, and collect all failures before saying anything.
+    """Run every check of ``cell_checks()`` on a cell, and collect all failures.
 
-    The cell is run on the inputs as given, and once more at a generic point: a disturbed state and disturbed
-    parameters in float64, where what is zero by chance (a first state, a gate that starts at zero) hides nothing.
+    The cell runs on the given inputs, and at a perturbed point beside each of them: with perturbed state and parameters
+    in float64, a value that is zero by chance (a first state, a gate that starts at zero) cannot hide a dependence.
     Only copies are used: the cell, its buffers, its ``.grad`` and the global random states stay as they are.
 
     Args:
         cell: ``forward(x, h)`` returns ``(y, h_next)`` or ``(y, h_next, rtrl.Sparsity)``; it may take ``replay=``.
         inputs: the x of at least one step, each a tree of tensors with the batch as dimension 0; best two samples or
-            more, and two steps or more. A lone sample is doubled, with two different states.
+            more, and two steps or more. A single sample is doubled, with two different states.
         state: the first state (B, n, ...); ``cell.init_state(B)`` by default.
-        seed: of the generic points.
+        seed: of the perturbed points.
         on_fail: ``"raise"`` or ``"return"``.
+
+    Returns:
+        The report of all checks.
 
     Raises:
         ConfigError: an argument is of the wrong kind.
-        CheckFailed: something failed and ``on_fail`` is ``"raise"``; its ``report`` holds it all.
+        CheckFailed: something failed and ``on_fail`` is ``"raise"``; its ``report`` has all failures.
 
-    Cost: a step, some tens of forward passes, and about ten forward and backward passes a sample.
+    Cost:
+        Per step, some tens of forward passes, and about ten forward and backward passes per sample.
 
-    >>> import torch, rtrl
-    >>> cell = rtrl.cells.from_torch(torch.nn.GRUCell(3, 4))
-    >>> check_cell(cell, [torch.ones(2, 3)]).passed
-    True
+    Example:
+        >>> import torch, rtrl
+        >>> cell = rtrl.cells.from_torch(torch.nn.GRUCell(3, 4))
+        >>> check_cell(cell, [torch.ones(2, 3)]).passed
+        True
     """
     steps = _checked(cell, inputs, seed, on_fail)
-    with undisturbed(seed):
+    with preserve_global_state(seed):
         own = copied(cell)
         first = _first_state(own, steps[0], state)
         call = f"check_cell(make_cell(), inputs, {'' if state is None else 'state=state, '}seed={seed})"
@@ -62,7 +67,7 @@ def check_cell(
 
 
 def _checked(cell: Any, inputs: Any, seed: Any, on_fail: Any) -> list[Any]:
-    """The inputs as a list of detached copies; every argument but the state is looked at."""
+    """Check the arguments but the state, and return the inputs as a list of detached copies."""
     if not isinstance(cell, nn.Module):
         raise ConfigError(f"cell must be a torch.nn.Module, got {type(cell).__name__}")
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in cell.parameters()):
@@ -86,23 +91,23 @@ def _checked(cell: Any, inputs: Any, seed: Any, on_fail: Any) -> list[Any]:
 
 
 def check_options(seed: Any, on_fail: Any) -> None:
-    """Refuse what all checking takes.
+    """Check the options of all checks.
 
     Raises:
-        ConfigError: the seed is no number of 32 bits, or ``on_fail`` is neither of its values.
+        ConfigError: the seed is not an integer of 32 bits, or ``on_fail`` has another value.
     """
     validation.integer("seed", seed, 0, 2**32 - 1)
     validation.choice("on_fail", on_fail, ("raise", "return"))
 
 
 def _first_state(cell: nn.Module, x: Any, state: Any) -> Tensor:
-    """A copy of the first state."""
+    """Check the first state, and return a copy of it."""
     batch = pytrees.tensors(x)[0].shape[0]
     if state is None:
         if inspect.isroutine(getattr(cell, "init_state", None)):
             state = first_state(cell, batch)
         else:
-            raise ConfigError(f"{type(cell).__name__} has no init_state(batch_size); give its first state as state=")
+            raise ConfigError(f"{type(cell).__name__} has no init_state(batch_size); pass its first state as state=")
     if not isinstance(state, Tensor) or not state.is_floating_point():
         kind = state.dtype if isinstance(state, Tensor) else type(state).__name__
         raise ConfigError(f"a state must be a floating-point tensor (B, n, ...), got {kind}")

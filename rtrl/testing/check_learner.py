@@ -1,4 +1,4 @@
-"""Checking a learner."""
+"""Check a learner."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any, Literal
 from rtrl._utils import validation
 from rtrl.errors import ConfigError
 from rtrl.testing.check_cell import check_options
-from rtrl.testing.isolation import undisturbed
+from rtrl.testing.isolation import preserve_global_state
 from rtrl.testing.learner_checks.listing import learner_checks, run_check
 from rtrl.testing.learner_checks.registry import NotJudged
 from rtrl.testing.report import Report, check_expected
@@ -22,33 +22,38 @@ def check_learner(
     seed: int = 0,
     on_fail: Literal["raise", "return"] = "raise",
 ) -> Report:
-    """Run every check of ``learner_checks()`` on a learner, and collect all failures before saying anything.
+    """Run every check of ``learner_checks()`` on a learner, and collect all failures.
 
-    The learner is walked along short streams that have bitten others, always with copies of cells, and what it
-    delivers is compared, element by element and to rounding error, with what its law asks for: the gradient of BPTT,
-    or what a biased learner declares. A failure names the first step after which the gradient is wrong, the sample,
-    parameter and element, both values, and the mistake that it looks like.
+    The learner runs along short streams on which implementations have failed, always with copies of cells. Its
+    gradients are compared, entry by entry and at the size of rounding errors, with what its law requires: the gradient
+    of BPTT, or what a biased learner declares. A failure names the first step after which the gradient is wrong, the
+    sample, the parameter and the entry, both values, and the likely mistake.
 
     Args:
-        make_learner: ``make_learner(cell, batch_size)``; or the spec itself.
-        spec: what the learner promises, by default ``LearnerSpec(make_learner)``: exact on every stream.
-        checks: names of the checks to run; all by default.
+        make_learner: ``make_learner(cell, batch_size)``, or the spec itself.
+        spec: what the learner promises; ``LearnerSpec(make_learner)``, exact on every stream, by default.
+        checks: the names of the checks to run; all by default.
         seed: of weights, inputs and draws.
         on_fail: ``"raise"`` or ``"return"``.
 
+    Returns:
+        The report of all checks.
+
     Raises:
-        ConfigError: an argument is of the wrong kind, or names no check.
-        CheckFailed: something failed and ``on_fail`` is ``"raise"``; its ``report`` holds it all.
+        ConfigError: an argument is of the wrong kind, or is not the name of a check; the message lists the names.
+        CheckFailed: something failed and ``on_fail`` is ``"raise"``; its ``report`` has all failures.
 
-    Cost: some thousand steps of tiny cells; seconds for a learner at a millisecond a step.
+    Cost:
+        Some thousand steps of tiny cells; seconds for a learner that takes a millisecond per step.
 
-    >>> import rtrl
-    >>> from rtrl.testing import LearnerSpec, check_learner
-    >>> from rtrl.learners import TBPTT
-    >>> spec = LearnerSpec(lambda cell, batch: TBPTT(cell, batch, horizon=3), name="TBPTT(3)")
-    >>> report = check_learner(spec, checks=["dense cell"], on_fail="return")
-    >>> print(report.failures[0].message.split("; ")[1])
-    it looks as if each loss were pulled back through 3 steps only: truncated BPTT
+    Example:
+        >>> import rtrl
+        >>> from rtrl.testing import LearnerSpec, check_learner
+        >>> from rtrl.learners import TBPTT
+        >>> spec = LearnerSpec(lambda cell, batch: TBPTT(cell, batch, horizon=3), name="TBPTT(3)")
+        >>> report = check_learner(spec, checks=["dense cell"], on_fail="return")
+        >>> print(report.failures[0].message.split("; ")[1])
+        it looks as if each loss were pulled back through 3 steps only: truncated BPTT
     """
     check_options(seed, on_fail)
     spec = joined(make_learner, spec)
@@ -57,7 +62,7 @@ def check_learner(
     check_expected(spec.expected_failures, known)
     report = Report(seed=seed, name=spec.name, script=script(make_learner, spec, chosen if checks else None, seed))
     for name in chosen:
-        with undisturbed(seed):
+        with preserve_global_state(seed):
             try:
                 report.failures.extend(run_check(name, spec, seed))
             except NotJudged as reason:
@@ -74,14 +79,14 @@ def check_learner(
 
 
 def joined(make_learner: Any, spec: LearnerSpec | None) -> LearnerSpec:
-    """One spec of the two arguments.
+    """Join the two arguments to one spec.
 
     Raises:
         ConfigError: they do not fit together.
     """
     if isinstance(make_learner, LearnerSpec):
         if spec is not None:
-            raise ConfigError("give make_learner and a spec, or the spec alone")
+            raise ConfigError("pass make_learner and a spec, or the spec alone")
         return make_learner
     if spec is None:
         return LearnerSpec(make_learner)
@@ -91,10 +96,10 @@ def joined(make_learner: Any, spec: LearnerSpec | None) -> LearnerSpec:
 
 
 def checked_names(checks: Any, known: list[str]) -> list[str]:
-    """The chosen checks in their own order.
+    """Sort the chosen checks in the order in which they run.
 
     Raises:
-        ConfigError: none, or a name that is no check.
+        ConfigError: there are none, or a name is not that of a check.
     """
     if isinstance(checks, str) or not isinstance(checks, Collection) or not checks:
         raise ConfigError(f"checks must be a list of names of checks, got {checks!r}; there are: {', '.join(known)}")
@@ -104,7 +109,7 @@ def checked_names(checks: Any, known: list[str]) -> list[str]:
 
 
 def script(given: Any, spec: LearnerSpec, checks: list[str] | None, seed: int) -> str:
-    """What to run to see it again; what cannot be imported is the caller's own."""
+    """The code that repeats the checks, with an import of the learner if it can be imported."""
     lines = ["from rtrl.testing import check_learner"]
     if isinstance(given, LearnerSpec):
         argument = "spec"

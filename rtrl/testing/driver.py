@@ -44,7 +44,7 @@ class Driver:
         self.step_index: int | None = None
         self.n_losses = 0
         self._make = make
-        self._start = {name: p.detach().clone() for name, p in cell.named_parameters()}
+        self._start: dict[str, Tensor] = {}
         self._offset: Mapping[str, Tensor] = {}
         with self.during("make_learner"):
             self.learner: Any = make(cell, batch_size)
@@ -133,6 +133,7 @@ class Driver:
         """Sync, and set the parameters to their first values plus an offset."""
         self.sync(dormant=dormant)
         self._offset = offset
+        self._start = self._start or {name: p.detach().clone() for name, p in trainable(self.cell).items()}
         with torch.no_grad():
             for name, p in trainable(self.cell).items():
                 p.copy_(self._start[name] + offset.get(name, 0.0))

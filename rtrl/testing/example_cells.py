@@ -1,4 +1,4 @@
-"""Small cells that between them take every path of the engine. Sparsity patterns are part of the input x, so that any
+"""Small cells that together take every path of the engine. Sparsity patterns are part of the input x, so that every
 oracle can run them."""
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from rtrl.cells import RecurrentMoE, Sparsity, grouped_linear
 
 
 class PlainRNN(nn.Module):
-    """tanh(W x + U h + b), its weights met as ``F.linear`` and as ``h @ U``; y sees h before and after the step."""
+    """tanh(W x + U h + b), the weights used by ``F.linear`` and ``h @ U``; y depends on h before and after the step."""
 
     def __init__(self, d_in: int, hidden: int, d_out: int = 2, start: float = 0.0) -> None:
         super().__init__()
@@ -61,11 +61,11 @@ class OddCell(nn.Module):
 
 
 class ScheduledCell(nn.Module):
-    """Reads, writes and experts wherever the input says: x = [features | read mask | write mask | expert mask].
+    """Reads, writes and experts as the input says: x = [features | read mask | write mask | expert mask].
 
     Reads and writes may be any sets, empty ones included, and need not meet. In a batch the declared sets are as wide
-    as the largest, so some samples declare more than they use. ``row_scale`` is sliced by the rows written and met by
-    no linear map.
+    as the largest, so some samples declare more than they use. ``row_scale`` is sliced by the rows written and not used
+    by a linear map.
     """
 
     def __init__(self, features: int, n_rows: int, width: int, n_experts: int) -> None:
@@ -92,7 +92,7 @@ class ScheduledCell(nn.Module):
                 for mask in (read, write, use)
             ]
             replay = self.declare(*chosen)
-            if float(features[0, 0]) > 0.8:  # now and then it declares everything but the experts: slow and right
+            if float(features[0, 0]) > 0.8:  # at some steps it declares all but the experts: slow and right
                 replay = Sparsity(active={name: replay.active[name] for name in ("expert", "expert_bias")})
         every = torch.arange(self.n_rows, device=h.device).expand(h.shape[0], -1)
         reads = every if replay.reads is None else replay.reads
@@ -116,7 +116,7 @@ class ScheduledCell(nn.Module):
 
 
 class Ring(nn.Module):
-    """``tanh(W x + (U ∘ ring) h)``: entry i of the state sees itself and entry i − 1. What is masked is no weight."""
+    """``tanh(W x + (U ∘ ring) h)``: entry i of the state depends on itself and entry i − 1."""
 
     ring: Tensor
 
@@ -173,7 +173,7 @@ class TwoLayers(nn.Module):
 
 
 class TwiceUsed(PlainRNN):
-    """Meets its recurrent weight in two linear maps of one step."""
+    """Uses its recurrent weight in two linear maps of one step."""
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         y, h_next = super().forward(x, h)
@@ -181,7 +181,7 @@ class TwiceUsed(PlainRNN):
 
 
 class PartlyTrained(PlainRNN):
-    """One weight is frozen, one is held by two modules, and a scalar scales y alone."""
+    """One weight is frozen, one belongs to two modules, and a scalar scales only y."""
 
     def __init__(self, d_in: int, hidden: int) -> None:
         super().__init__(d_in, hidden, start=0.3)
@@ -197,7 +197,7 @@ class PartlyTrained(PlainRNN):
 
 class NearTie(nn.Module):
     """Two units, one of which is written; which one is a near tie that a lone sample and a larger batch decide
-    differently, as another order of rounding does. Honours ``replay``."""
+    differently, as another order of rounding does. Follows ``replay``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,8 +214,8 @@ class NearTie(nn.Module):
 
 
 class SlowUnits(nn.Module):
-    """Units that forget at their own slow rates, each feeding the next a little: what is dropped at any border is seen
-    hundreds of steps later."""
+    """Units that forget slowly, each at its own rate, and feed the next one a little: an influence that is dropped
+    anywhere is missed hundreds of steps later."""
 
     rates: Tensor
 
@@ -234,7 +234,7 @@ class SlowUnits(nn.Module):
 
 
 class ForcedMoE(nn.Module):
-    """A ``RecurrentMoE`` whose choices stand in the input: x = [features | reads | writes | experts], the last three
+    """A ``RecurrentMoE`` whose choices are part of the input: x = [features | reads | writes | experts], the last three
     as numbers."""
 
     def __init__(self, cell: RecurrentMoE, widths: tuple[int, int, int]) -> None:

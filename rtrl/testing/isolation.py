@@ -1,4 +1,4 @@
-"""Leaving the caller's process as it is."""
+"""Keep the global state of the caller's process."""
 
 import random
 import warnings
@@ -10,11 +10,11 @@ import torch
 
 
 @contextmanager
-def undisturbed(seed: int) -> Iterator[None]:
-    """Keep the process as it is, its random states, its default dtype and its warnings, whatever a cell or a learner
-    does. Inside, one thread: on tensors this small a second one only waits."""
+def preserve_global_state(seed: int) -> Iterator[None]:
+    """Restore random states, default dtype, number of threads and warning filters after a cell or a
+    learner has run. Inside, PyTorch uses one thread: on tensors this small a second one only waits."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (a cell may draw from the old one)
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (a cell may draw from the legacy generator)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     try:
         torch.set_num_threads(1)
@@ -24,7 +24,7 @@ def undisturbed(seed: int) -> Iterator[None]:
             torch.enable_grad(),
             warnings.catch_warnings(),
         ):
-            warnings.simplefilter("ignore")  # of probing: a number taken of a tensor with a gradient, for example
+            warnings.simplefilter("ignore")  # such as one for a number taken from a tensor with a gradient
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed)  # noqa: NPY002

@@ -1,5 +1,5 @@
-"""Laws: what the gradient of a learner has to do with the exact one. A biased learner declares the law that it does
-obey; it never gets a looser tolerance."""
+"""Laws: how the gradient of a learner is related to the exact one. A biased learner declares the law that it obeys; it
+never gets a looser tolerance."""
 
 import math
 from abc import ABC, abstractmethod
@@ -21,24 +21,24 @@ Gradients = dict[str, Tensor]
 
 
 class Law(ABC):
-    """What a learner's gradient must be, on any stream."""
+    """What the gradient of a learner must be, on any stream."""
 
     steps: int | None = None
-    """The longest stream that it says anything about; None for any length."""
+    """The length of the longest stream that it covers; None for any length."""
     covers_influence: bool = False
-    """Whether it says what the influence must be."""
+    """Whether it defines the influence, too."""
 
     @abstractmethod
     def reference(self, stream: Stream, learner: Any) -> Gradients:
-        """What the learner must have delivered after this stream, by parameter name."""
+        """Return the gradients that the learner must have after this stream, by parameter name."""
 
     def reference_influence(self, stream: Stream, learner: Any) -> Gradients:
-        """The influences ``(B, H, P)`` that it must hold then.
+        """Return the influences ``(B, H, P)`` that the learner must have after this stream.
 
         Raises:
-            ConfigError: the law says nothing of them.
+            ConfigError: the law does not define them.
         """
-        raise ConfigError(f"{self} says nothing of the influence")
+        raise ConfigError(f"{self} does not define the influence")
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ class Exact(Law):
     """The gradient is that of backpropagation through the whole stream: ``dL/dθ``.
 
     Args:
-        scope: for which cells, in words, if not for all; the spec then brings streams of such cells.
+        scope: the cells for which it holds, in words, if not for all; the spec then has streams of such cells.
     """
 
     scope: str = field(default="", kw_only=True)
     covers_influence = True
 
     def reference(self, stream: Stream, learner: Any) -> Gradients:
-        """BPTT, unrolled."""
+        """Return the gradients of unrolled BPTT."""
         return oracles.bptt(stream.cell, stream.xs, stream.loss, resets=stream.resets, offsets=stream.offsets)
 
     def reference_influence(self, stream: Stream, learner: Any) -> Gradients:
-        """Full RTRL's."""
+        """Return the influences of full RTRL."""
         return oracles.dense_rtrl(
             stream.cell, stream.xs, stream.loss, resets=stream.resets, offsets=stream.offsets, return_influence=True
         )[1][-1]
@@ -65,12 +65,12 @@ class Exact(Law):
 
 @dataclass(frozen=True)
 class ExactWithin(Exact):
-    """Exact on every stream of at most ``horizon`` steps; nothing is said of longer ones.
+    """The gradient is exact on every stream of at most ``horizon`` steps; longer streams are not covered.
 
-    Such a law is weak: every rule that ever looks back obeys it. Where a rule can be defined, declare ``Truncated``.
+    This law is weak: many wrong rules obey it, too. Declare ``Truncated`` where it applies.
 
     Args:
-        horizon: how many steps.
+        horizon: the number of steps.
     """
 
     horizon: int
@@ -82,13 +82,15 @@ class ExactWithin(Exact):
 
 @dataclass(frozen=True)
 class Truncated(Law):
-    """Each loss is pulled back through ``horizon`` steps, its own included: the state before them is a constant.
+    """Each loss is pulled back through ``horizon`` steps, the last one its own; the state before them is a constant.
 
-    Equation: ``Σ_t dℓ_t/dθ`` with ``h_{a(t)}`` a constant, where ``a(t) = t − horizon + 1``; in chunks
-    ``a(t) = t − t mod horizon``, counted from the last reset of all samples.
+    Equation:
+        ``Σ_t dℓ_t/dθ`` with ``h_{a(t)}`` a constant, where ``a(t) = t − horizon + 1``; in chunks
+        ``a(t) = t − t mod horizon``, counted from the last reset of all samples.
 
     Args:
-        horizon: k. sliding: False cuts the stream into chunks of k steps.
+        horizon: k.
+        sliding: False cuts the stream into chunks of k steps.
     """
 
     horizon: int
@@ -98,7 +100,7 @@ class Truncated(Law):
         validation.integer("horizon", self.horizon)
 
     def reference(self, stream: Stream, learner: Any) -> Gradients:
-        """One BPTT a loss, over its own last steps."""
+        """Return the sum of one BPTT per loss, each over the last steps."""
         total = {name: torch.zeros_like(p) for name, p in stream.cell.named_parameters() if p.requires_grad}
         states = _states(stream)
         first = 0
@@ -120,12 +122,12 @@ class Truncated(Law):
 
 
 def _only(loss: Loss, t: int, first: int) -> Loss:
-    """The loss of step t alone, for a stream that begins with step ``first``."""
+    """The loss of step t only, for a stream that begins with step ``first``."""
     return lambda i, y: loss(t, y) if first + i == t else None
 
 
 def _states(stream: Stream) -> list[Tensor]:
-    """The state that each step receives, before its resets; by forward passes alone."""
+    """The state that each step receives, before its resets, by forward passes only."""
     states: list[Tensor] = []
     h: Tensor = stream.cell.init_state(stream.batch_size)  # type: ignore[operator]
     with torch.no_grad():
@@ -141,7 +143,7 @@ def _states(stream: Stream) -> list[Tensor]:
     return states
 
 
-def _own_mask(learner: Any, name: str) -> Tensor:
+def _mask_of_learner(learner: Any, name: str) -> Tensor:
     mask: Tensor = learner.mask(name)
     return mask
 
@@ -151,12 +153,12 @@ class Masked(Law):
     """The influence is zero outside a mask, and inside it follows the masked recursion ``S ← M ∘ (J S + B)``.
 
     Args:
-        mask: ``mask(learner, name)`` gives M, Boolean (H, P) in the order of the flattened state and parameter, after
-            the stream; ``learner.mask(name)`` by default. It must not change on the way, or only by entries that were
-            zero before.
+        mask: ``mask(learner, name)`` returns M, Boolean (H, P) in the order of the flattened state and parameter, after
+            the stream; ``learner.mask(name)`` by default. It must not change along the stream, except at entries that
+            were zero before.
     """
 
-    mask: Callable[[Any, str], Tensor] = field(default=_own_mask, repr=False)
+    mask: Callable[[Any, str], Tensor] = field(default=_mask_of_learner, repr=False)
     covers_influence = True
 
     def __post_init__(self) -> None:
@@ -164,11 +166,11 @@ class Masked(Law):
             raise ConfigError(f"mask must be a function mask(learner, name), got {self.mask!r}")
 
     def reference(self, stream: Stream, learner: Any) -> Gradients:
-        """Full RTRL with the influence masked after every step."""
+        """Return the gradients of full RTRL with the influence masked after every step."""
         return self._run(stream, learner)[0]
 
     def reference_influence(self, stream: Stream, learner: Any) -> Gradients:
-        """The masked influences."""
+        """Return the masked influences."""
         return self._run(stream, learner)[1][-1]
 
     def _run(self, stream: Stream, learner: Any) -> tuple[Gradients, list[Gradients]]:
@@ -188,22 +190,23 @@ class Masked(Law):
 class Unbiased(Exact):
     """The mean of the gradient over independent draws is the exact one.
 
-    The draws are made from PyTorch's global generator, seeded anew for every draw. Of every element, and of the
-    component along the exact gradient, the mean over the draws must lie within z standard errors of the exact value;
-    z is such that an unbiased learner with normal means is refused with a chance of at most ``false_alarm`` a stream
-    (Student's t with ``draws − 1`` degrees of freedom, Bonferroni over elements). With a fixed seed the verdict never
-    changes. A learner whose draws scatter so much that no gradient at all would pass as well is refused too: it has
-    not been tested.
+    The learner draws from PyTorch's global generator, which is seeded before every draw. The mean over the draws of
+    every entry, and of the component along the exact gradient, must lie within z standard errors of the exact value;
+    z is such that an unbiased learner with normal means is refused with a probability of at most ``false_alarm`` per
+    stream (Student's t with ``draws − 1`` degrees of freedom, Bonferroni over entries). With a fixed seed the verdict
+    is always the same. A learner whose draws scatter so much that a gradient of zero would pass is refused, too,
+    because the draws do not test it.
 
     Args:
-        draws: how many, at least 30. false_alarm: the chance of a wrong refusal, over the choice of the seed.
-        horizon: the longest stream to test on; the variance grows with it.
+        draws: the number of draws, at least 30.
+        false_alarm: the probability of a wrong refusal, over the choice of the seed.
+        horizon: the length of the longest stream to test on; the variance grows with it.
     """
 
     draws: int = 200
     false_alarm: float = 1e-6
     horizon: int = 3
-    covers_influence = False  # a single draw is no mean
+    covers_influence = False  # a single draw is not a mean
 
     def __post_init__(self) -> None:
         validation.integer("draws", self.draws, 30)
@@ -213,23 +216,25 @@ class Unbiased(Exact):
         object.__setattr__(self, "steps", self.horizon)
 
     def quantile(self, tests: int) -> float:
-        """How many standard errors are allowed, if so many values are tested at once.
+        """Return the number of standard errors that is allowed if ``tests`` values are tested at once.
 
-        >>> round(Unbiased(draws=100_000, false_alarm=0.05).quantile(1), 2)
-        1.96
+        Example:
+            >>> round(Unbiased(draws=100_000, false_alarm=0.05).quantile(1), 2)
+            1.96
         """
         z = NormalDist().inv_cdf(1 - self.false_alarm / (2 * tests))
         return student(z, self.draws - 1)
 
 
 def student(z: float, freedom: int) -> float:
-    """The quantile of Student's t that belongs to the normal quantile z.
+    """Convert a quantile z of the normal distribution to that of Student's t.
 
-    Source: Abramowitz and Stegun (1964), 26.7.5; off by less than 0.05 % for z ≤ 6.5 and 29 or more degrees of
-    freedom.
+    Source:
+        Abramowitz and Stegun (1964), 26.7.5; off by less than 0.05 % for z ≤ 6.5 and 29 or more degrees of freedom.
 
-    >>> round(student(1.959964, 30), 3)  # tables say 2.042
-    2.042
+    Example:
+        >>> round(student(1.959964, 30), 3)  # tables say 2.042
+        2.042
     """
     terms = (
         (z**3 + z) / 4,
@@ -241,5 +246,5 @@ def student(z: float, freedom: int) -> float:
 
 
 def shortened(law: Law, stream: Stream) -> Stream:
-    """The stream, no longer than the law says anything about."""
+    """Cut the stream to the number of steps that the law covers."""
     return stream if law.steps is None or stream.steps <= law.steps else stream.prefix(law.steps)

@@ -1,8 +1,8 @@
-"""Learners walked along one stream side by side, each on its own copy of the cell and with its own random states."""
+"""Run learners in lockstep, each on its own copy of the cell and with its own random states."""
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -16,14 +16,15 @@ from rtrl._utils import pytrees
 from rtrl.errors import ConfigError, LossError, NonFiniteError, ParameterChangedError
 from rtrl.testing.cell_checks.compare import same_bits
 from rtrl.testing.cell_checks.points import copied
+from rtrl.testing.driver import Driver, trainable
 
 MakeLearner = Callable[[nn.Module, int], Any]
 
 
 def item_of(item: Any, step: int) -> tuple[Any, Any, int]:
-    """The x and the loss of a step, and its batch."""
+    """Check an item of the stream; return the x, the loss and the batch size of the step."""
     if not isinstance(item, tuple | list) or len(item) != 2:
-        raise ConfigError(f"step {step}: the stream must give pairs (x, loss), got {type(item).__name__}")
+        raise ConfigError(f"step {step}: the stream must consist of pairs (x, loss), got {type(item).__name__}")
     x, loss = item
     if loss is not None and not callable(loss):
         raise ConfigError(f"step {step}: a loss must be a function of y, or None, got {type(loss).__name__}")
@@ -33,14 +34,14 @@ def item_of(item: Any, step: int) -> tuple[Any, Any, int]:
     return x, loss, tensors[0].shape[0]
 
 
-class Draws:
-    """Global random states of somebody's own: who draws inside ``with`` goes on where it stopped the last time."""
+class RngState:
+    """The global random states of one learner: inside ``with`` they are in force, and continue where they stopped."""
 
     def __init__(self, seed: int, devices: set[torch.device]) -> None:
         self._devices = devices
         self._outside = self._read()
         random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 (a learner may draw from the old one)
+        np.random.seed(seed)  # noqa: NPY002 (a learner may draw from the legacy generator)
         for generator in (torch.default_generator, *(torch.cuda.default_generators[d.index] for d in devices)):
             generator.manual_seed(seed)
         self.state = self._read()
@@ -54,8 +55,8 @@ class Draws:
         random.setstate(state[0])
         np.random.set_state(state[1])  # noqa: NPY002
         torch.set_rng_state(state[2])
-        for device, own in state[3].items():
-            torch.cuda.set_rng_state(own, device)
+        for device, cuda_state in state[3].items():
+            torch.cuda.set_rng_state(cuda_state, device)
 
     def __enter__(self) -> None:
         self._outside = self._read()
@@ -67,87 +68,89 @@ class Draws:
 
 
 def seed_for(seed: int, name: str, repeat: int) -> int:
-    """A seed for each learner, whatever the others are called; of its repeats, no two share one."""
+    """A seed that depends on the name of the learner and the repeat; the repeats of a learner have different seeds."""
     first = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "big")
     return (first + 0x9E3779B1 * repeat) % 2**32
 
 
-class Run:
-    """One learner on its own copy of the cell.
+class LearnerRun(Driver):
+    """One learner on its own copy of the cell, with random states of its own.
 
     Attributes:
-        total: (P,) float64, what it has delivered so far. parameters: name → those with a gradient.
+        parameters: those with a gradient, by name.
         sizes: their numbers of entries.
+        total: (P,) float64, the sum of all gradients so far.
     """
 
-    def __init__(self, name: str, repeat: int, make: MakeLearner, cell: nn.Module, batch: int, draws: Draws) -> None:
+    def __init__(
+        self, name: str, repeat: int, make: MakeLearner, cell: nn.Module, batch: int, rng_state: RngState
+    ) -> None:
         self._label = f"learner {name!r}, repeat {repeat}" if name else "the exact learner"
-        self._cell, self._draws = cell, draws
-        mine = copied(cell)
-        self.parameters = {n: p for n, p in mine.named_parameters() if p.requires_grad and p.numel()}
-        self.sizes = [p.numel() for p in self.parameters.values()]
-        with self._turn(0):
-            self._learner = make(mine, batch)
+        self._original, self._rng_state = cell, rng_state
+        own_cell = copied(cell)
+        with self._running(0):
+            super().__init__(make, own_cell, batch)
         for method in ("step", "backward", "sync"):
-            if not callable(getattr(self._learner, method, None)):
-                raise ConfigError(f"{self._label}: a {type(self._learner).__name__} has no method {method}")
-        self._clear()
-        self.total = torch.zeros_like(self._piece())
+            if not callable(getattr(self.learner, method, None)):
+                raise ConfigError(f"{self._label}: a {type(self.learner).__name__} has no method {method}")
+        self.parameters = {name: p for name, p in trainable(self.cell).items() if p.numel()}
+        self.sizes = [p.numel() for p in self.parameters.values()]
+        self.take_gradients()
+        self.total = self._flat({})
 
     @contextmanager
-    def _turn(self, step: int) -> Iterator[None]:
-        with self._draws:
+    def _running(self, step: int) -> Iterator[None]:
+        """Put the random states of the learner in force, and name the learner and the step in what it raises."""
+        with self._rng_state:
             try:
                 yield
             except Exception as error:
                 error.add_note(f"{self._label}, step {step}")
                 raise
 
-    def walk(self, x: Any, loss: Any, draws: Draws, step: int) -> bool:
-        """Take a step, and give its loss, if there is one."""
-        with self._turn(step):
-            y = self._learner.step(pytrees.map_tensors(lambda t: t.detach().clone(), x))
-            if loss is None:
-                return False
-            value = through_y(loss, y, draws, step)
-            if value is not None:
-                self._learner.backward(value)
-            return value is not None
+    def advance(self, x: Any, loss: Any, rng_state: RngState, step: int) -> bool:
+        """Take a step on a copy of x; return whether the step has a loss. The loss draws from ``rng_state``."""
+        before = self.n_losses
+        with self._running(step):
+            own_x = pytrees.map_tensors(lambda t: t.detach().clone(), x)
+            self.step(own_x, lambda y: None if loss is None else through_y(loss, y, rng_state, step))
+        return self.n_losses > before
 
-    def deliver(self, step: int) -> Tensor:
-        """The piece of gradient (P,) since the last delivery; ``.grad`` is empty afterwards."""
-        with self._turn(step):
-            self._learner.sync()
-        kept = dict(self._cell.named_parameters())
+    def sync_and_take(self, step: int) -> Tensor:
+        """Sync; return the gradient (P,) since the last sync, and clear ``.grad``."""
+        with self._running(step):
+            self.sync()
+        originals = dict(self._original.named_parameters())
         for name, p in self.parameters.items():
-            if not same_bits(p.detach(), kept[name].detach()):
+            if not same_bits(p.detach(), originals[name].detach()):
                 raise ParameterChangedError(
-                    f"{self._label} has changed parameter {name!r} by step {step}; gradients can be compared along one "
-                    "trajectory alone, so a learner must leave the parameters as they are"
+                    f"{self._label} has changed parameter {name!r} by step {step}; gradients can only be compared at "
+                    "the same parameters, so a learner must not change them"
                 )
             if p.grad is not None and not checks.finite(p.grad.to_dense()):
                 raise NonFiniteError(
                     f"{self._label}: NaN or infinity in the gradient of parameter {name!r} delivered at step {step}"
                 )
-        piece = self._piece()
-        self._clear()
-        self.total += piece
-        return piece
+        gradient = self._flat(self.take_gradients())
+        self.total += gradient
+        return gradient
 
-    def _piece(self) -> Tensor:
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in self.parameters.values()]
-        return torch.cat([grad.detach().reshape(-1).to(torch.float64) for grad in grads])
+    def _flat(self, gradients: Mapping[str, Tensor | None]) -> Tensor:
+        """Gradients as one vector (P,) in float64; zeros where there is none."""
+        parts = []
+        for name, p in self.parameters.items():
+            gradient = gradients.get(name)
+            parts.append(torch.zeros_like(p) if gradient is None else gradient.to_dense())
+        return torch.cat([part.detach().reshape(-1).to(torch.float64) for part in parts])
 
-    def _clear(self) -> None:
-        for p in self.parameters.values():
-            p.grad = None
 
+def through_y(loss: Any, y: Any, rng_state: RngState, step: int) -> Tensor | None:
+    """A loss with the same value and the same gradient at y that is linear in y and depends on nothing else.
 
-def through_y(loss: Any, y: Any, draws: Draws, step: int) -> Tensor | None:
-    """The loss, linear in y and reaching nothing else: same value, same gradient at y. So nothing of the caller's gets
-    a gradient, and a loss counts for all learners by the same rule."""
+    So no tensor of the caller receives a gradient, and the loss has the same effect on every learner.
+    """
     copies = pytrees.map_tensors(lambda t: t.detach().requires_grad_(t.is_floating_point()), y)
-    with draws:
+    with rng_state:
         value = loss(copies)
     if value is None:
         return None
@@ -159,7 +162,9 @@ def through_y(loss: Any, y: Any, draws: Draws, step: int) -> Tensor | None:
     pairs = zip((leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()), grads, strict=False)
     terms = [(leaf * grad).sum() for leaf, grad in pairs if grad is not None]
     if not terms:
-        raise LossError(f"the loss of step {step} does not depend on y; compute it from what it is called with")
+        raise LossError(
+            f"the loss of step {step} does not depend on y; compute it from the argument of the loss function"
+        )
     linear: Tensor = torch.stack(terms).sum()
     rest: Tensor = value.detach().reshape(()) - linear.detach()
     return linear + rest

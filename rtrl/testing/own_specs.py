@@ -50,7 +50,7 @@ def _ring() -> list[Stream]:
 
 
 def _uoro(cell: nn.Module, batch_size: int) -> UORO:
-    return UORO(cell, batch_size)  # drawing from the global generator, which the check seeds anew for each draw
+    return UORO(cell, batch_size)  # draws from the global generator, which the check seeds before each draw
 
 
 def _block(**options: Any) -> LearnerSpec:

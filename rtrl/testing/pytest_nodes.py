@@ -1,4 +1,4 @@
-"""One test a check: what pytest, the command line and a loop of one's own run."""
+"""One test per check, for pytest, the command line or a loop."""
 
 import functools
 import unittest
@@ -19,11 +19,12 @@ Spec = LearnerSpec | CellSpec
 
 @dataclass(frozen=True, eq=False)
 class BoundCheck:
-    """One check of one spec; calling it runs it.
+    """One check of one spec; call it to run the check.
 
     Attributes:
-        spec: of a learner or a cell. name: of the check. seed: of what is drawn.
-        reason: why it is expected to fail; None if it is not.
+        spec: of a learner or a cell.
+        name: of the check.
+        seed: of all random numbers.
     """
 
     spec: Spec
@@ -33,7 +34,7 @@ class BoundCheck:
 
     @property
     def reason(self) -> str | None:
-        """Why it is expected to fail; None if it is not."""
+        """The reason why it is expected to fail; None if it is not."""
         return self.spec.expected_failures.get(self.name)
 
     @property
@@ -42,15 +43,16 @@ class BoundCheck:
         return f"{self.spec.name}-{self.name}"
 
     def report(self) -> Report:
-        """What the check finds; expected failures are among its failures here."""
+        """Run the check and report; expected failures count as failures here."""
         return self._reports(self.name)
 
     def __call__(self) -> None:
         """Run the check.
 
         Raises:
-            CheckFailed: it failed. unittest.SkipTest: it does not apply, which pytest reports as skipped.
-            ConfigError: it was expected to fail, but does not apply.
+            CheckFailed: it failed.
+            SkipTest: it does not apply; pytest reports it as skipped.
+            ConfigError: it was expected to fail, but does not apply; remove the expectation.
         """
         report = self.report()
         if self.name in report.skipped and self.reason is not None:
@@ -61,10 +63,18 @@ class BoundCheck:
 
 
 def bound_checks(specs: Sequence[Spec], seed: int = 0) -> list[BoundCheck]:
-    """All checks of all specs, one by one.
+    """List all checks of all specs.
+
+    Args:
+        specs: ``LearnerSpec``s and ``CellSpec``s.
+        seed: of all random numbers.
+
+    Returns:
+        One ``BoundCheck`` per spec and check; call it to run the check.
 
     Raises:
-        ConfigError: no specs, something that is none, two of one name, or an expected failure that names no check.
+        ConfigError: there are no specs, an item is not a spec, two specs have one name, or an expected failure is not
+            the name of a check.
     """
     if isinstance(specs, LearnerSpec | CellSpec) or not isinstance(specs, Sequence) or not specs:
         raise ConfigError(f"specs must be a list of LearnerSpecs and CellSpecs, at least one, got {specs!r}")
@@ -79,7 +89,7 @@ def bound_checks(specs: Sequence[Spec], seed: int = 0) -> list[BoundCheck]:
     names = [spec.name for spec in specs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ConfigError(f"two specs are called {twice[0]!r}; give them names of their own: name=...")
+        raise ConfigError(f"two specs are called {twice[0]!r}; give them different names: name=...")
     return found
 
 
@@ -88,7 +98,7 @@ def _learner_report(spec: LearnerSpec, seed: int, name: str) -> Report:
 
 
 class _Once:
-    """The checks of a cell rest on each other: they are run together, once, and handed out one by one."""
+    """Run the checks of a cell together, because they depend on each other, and return the report of each."""
 
     def __init__(self, spec: CellSpec, seed: int) -> None:
         self._spec, self._seed = spec, seed
@@ -113,35 +123,30 @@ class _Once:
 
 
 def parametrize_with_checks(specs: Sequence[Spec], *, seed: int = 0) -> Any:
-    """A decorator for a pytest function that takes ``check`` and calls it: one test a spec and check.
+    """Decorate a pytest function that takes ``check`` and calls it: it becomes one test per spec and check.
 
-    Checks that do not apply are skipped with the reason; expected failures are strict ``xfail``s, so that one that
-    does not fail any more is an error.
+    Checks that do not apply are skipped with the reason. Expected failures are strict ``xfail``s: it is an error if
+    they pass.
 
     Args:
-        specs: ``LearnerSpec``s and ``CellSpec``s. seed: of what is drawn.
+        specs: ``LearnerSpec``s and ``CellSpec``s.
+        seed: of all random numbers.
 
     Raises:
-        ConfigError: as ``bound_checks``. ImportError: pytest is not installed.
+        ConfigError: as ``bound_checks``.
+        ImportError: pytest is not installed.
 
-    >>> import rtrl
-    >>> from rtrl.testing import LearnerSpec, parametrize_with_checks
-    >>> @parametrize_with_checks([LearnerSpec(rtrl.BlockRTRL)])
-    ... def test_conformance(check):
-    ...     check()
+    Example:
+        >>> import rtrl
+        >>> from rtrl.testing import LearnerSpec, parametrize_with_checks
+        >>> @parametrize_with_checks([LearnerSpec(rtrl.BlockRTRL)])
+        ... def test_conformance(check):
+        ...     check()
     """
     import pytest
 
-    return pytest.mark.parametrize(
-        "check",
-        [
-            pytest.param(
-                check,
-                id=check.id,
-                marks=[]
-                if check.reason is None
-                else [pytest.mark.xfail(reason=check.reason, strict=True, raises=CheckFailed)],
-            )
-            for check in bound_checks(specs, seed)
-        ],
-    )
+    def case(check: BoundCheck) -> Any:
+        xfail = pytest.mark.xfail(reason=check.reason or "", strict=True, raises=CheckFailed)
+        return pytest.param(check, id=check.id, marks=[] if check.reason is None else [xfail])
+
+    return pytest.mark.parametrize("check", [case(check) for check in bound_checks(specs, seed)])

@@ -1,4 +1,4 @@
-"""What a run of checks found, and how it is said."""
+"""The result of a run of checks, and its text."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,12 +9,16 @@ from rtrl.errors import ConfigError, RTRLError
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One way in which a cell or a learner does not do what it promises, at the first place where it was seen.
+    """One way in which a cell or a learner breaks a promise, at the first place that shows it.
 
     Attributes:
-        check: the name of the check. message: what is wrong and what to do.
-        step, sample: where it was first seen; None if it is of no single step or sample.
-        where: the row, element or parameter. found, expected: the two values.
+        check: the name of the check.
+        message: what is wrong and what to do.
+        step: the first step that shows it; None if it does not belong to a step.
+        sample: the first sample that shows it; None if it does not belong to a sample.
+        where: the row, entry or parameter.
+        found: the wrong value.
+        expected: the right value.
     """
 
     check: str
@@ -27,20 +31,20 @@ class Failure:
 
     @property
     def place(self) -> str:
-        """Step, sample and element, in words."""
+        """The step, the sample and the entry, in words."""
         numbered = (("step", self.step), ("sample", self.sample))
         parts = [f"{what} {number}" for what, number in numbered if number is not None]
         return ", ".join([*parts, *([self.where] if self.where else [])])
 
     def __str__(self) -> str:
-        """Two lines: what is wrong, and where with both values."""
+        """Return two lines: what is wrong, and the place with both values."""
         values = f"found {self.found}, expected {self.expected}" if self.found or self.expected else ""
         detail = ": ".join(part for part in (self.place, values) if part)
         return f"FAIL {self.check}: {self.message}" + (f"\n     {detail}" if detail else "")
 
 
 class Found(NamedTuple):
-    """What a check yields; the fields of ``Failure`` without the check's name."""
+    """The fields of a ``Failure`` without the name of the check, which yields it."""
 
     message: str
     step: int | None = None
@@ -55,21 +59,25 @@ class Report:
     """The outcome of ``check_cell`` or ``check_learner``.
 
     Attributes:
-        failures: all of them, in the order of the checks. checks: names of the checks that were run.
-        skipped: name → reason of those that could not be judged.
-        notes: what is allowed, but slow or worth knowing.
-        seed: of all that was drawn. name: of what was checked. script: what to run to see it again.
-        expected: failures that were declared beforehand, with a reason; they do not count.
+        failures: all failures, in the order of the checks.
+        checks: the names of the checks that were run.
+        skipped: the reason of each check that could not be judged, by name.
+        notes: facts that are allowed, but slow or worth knowing.
+        seed: of all random numbers.
+        name: of what was checked.
+        script: the code that repeats the checks.
+        expected: failures that the spec declares with a reason; they do not count.
 
-    >>> report = Report([Failure("finite", "NaN in y", step=3)], ["finite"], seed=7, script="check_cell(cell, xs)")
-    >>> report.passed
-    False
-    >>> print(report)
-    1 of 1 checks failed (seed 7)
-    FAIL finite: NaN in y
-         step 3
-    To see it again:
-        check_cell(cell, xs)
+    Example:
+        >>> report = Report([Failure("finite", "NaN in y", step=3)], ["finite"], seed=7, script="check_cell(cell, xs)")
+        >>> report.passed
+        False
+        >>> print(report)
+        1 of 1 checks failed (seed 7)
+        FAIL finite: NaN in y
+             step 3
+        To see it again:
+            check_cell(cell, xs)
     """
 
     failures: list[Failure] = field(default_factory=list)
@@ -83,11 +91,11 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed that was not expected to."""
+        """Whether there are no failures but expected ones."""
         return not self.failures
 
     def __str__(self) -> str:
-        """Readable lines: the count, every failure, what was skipped, notes, and how to see it again."""
+        """Return the count, every failure, what was skipped, the notes, and how to repeat the checks."""
         failed = {failure.check for failure in self.failures}
         lines = [
             f"{self.name}{': ' if self.name else ''}{len(failed)} of {len(failed.union(self.checks))} checks failed "
@@ -109,17 +117,19 @@ class Report:
         return "\n".join(lines)
 
     def raise_for_failures(self) -> None:
-        """Raise what was found, if anything was.
+        """Raise an exception if there are failures.
 
         Raises:
-            CheckFailed: with the whole report as its text.
+            CheckFailed: there are; its text is the whole report.
         """
         if self.failures:
             raise CheckFailed(self)
 
     def with_expected(self, reasons: Mapping[str, str]) -> "Report":
-        """The same report with the failures of some checks declared as expected; a check that was run or skipped and
-        did not fail as declared is a failure of its own, so that no declaration outlives its reason."""
+        """Move the failures of the checks in ``reasons`` to ``expected``.
+
+        A check in ``reasons`` that did not fail is a failure itself, so that an outdated declaration is noticed.
+        """
         unexpected = [failure for failure in self.failures if failure.check not in reasons]
         known = [
             replace(failure, message=f"{reasons[failure.check]} ({failure.message})")
@@ -136,32 +146,36 @@ class Report:
 
 
 def stale(reason: str, instead: str) -> str:
-    """What is said of an expected failure that did not come."""
+    """The message about an expected failure that did not occur."""
     return f"was expected to fail ({reason}), but {instead}; take it out of expected_failures"
 
 
 def check_expected(reasons: object, known: list[str]) -> None:
-    """Refuse expected failures that name no check or give no reason.
+    """Check that expected failures map names of checks to reasons.
 
     Raises:
-        ConfigError: they do.
+        ConfigError: they do not.
     """
     if not isinstance(reasons, Mapping):
         raise ConfigError(f"expected_failures must map names of checks to reasons, got {type(reasons).__name__}")
     for name, reason in reasons.items():
         if name not in known:
-            raise ConfigError(f"expected_failures names {name!r}, which is no check; there are: {', '.join(known)}")
+            raise ConfigError(f"expected_failures names {name!r}, which is not a check; there are: {', '.join(known)}")
         if not isinstance(reason, str) or not reason.strip():
             raise ConfigError(f"expected_failures[{name!r}] must be a reason in words, got {reason!r}")
 
 
 class CheckFailed(RTRLError, AssertionError):
-    """A cell or a learner failed checks; ``report`` holds them all."""
+    """A cell or a learner failed checks.
+
+    Attributes:
+        report: all failures.
+    """
 
     def __init__(self, report: Report) -> None:
         super().__init__(str(report))
         self.report = report
 
     def __reduce__(self) -> tuple[type["CheckFailed"], tuple[Report]]:
-        """Made anew of its report, so that it travels between processes."""
+        """Rebuild the exception from its report, so that it can be pickled."""
         return type(self), (self.report,)

@@ -1,4 +1,4 @@
-"""Reports as a table for the shell, and as a record for a program."""
+"""Render reports as a table for the shell, and as a record for a program."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,7 +15,8 @@ class Verdict:
     """The outcome of one check of one spec.
 
     Attributes:
-        outcome: "passed", "failed", "expected failure" or "not judged". failures: those that count.
+        outcome: "passed", "failed", "expected failure" or "not judged".
+        failures: those that count.
     """
 
     def __init__(self, check: BoundCheck, report: Report) -> None:
@@ -41,7 +42,7 @@ class Verdict:
         self.outcome, self.detail = "failed", f"expected to fail, but {instead}"
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the verdict as JSON values."""
         return {
             "spec": self.spec,
             "check": self.check,
@@ -56,7 +57,7 @@ _COLOURS = {"passed": "green", "failed": "bold red", "expected failure": "yellow
 
 
 def table(verdicts: Sequence[Verdict]) -> Table:
-    """One line a check."""
+    """Make a table with one line per check."""
     shown = Table("spec", "check", "verdict", "where, or why")
     before = ""
     for verdict in verdicts:
@@ -68,7 +69,7 @@ def table(verdicts: Sequence[Verdict]) -> Table:
 
 
 def failures(verdicts: Sequence[Verdict]) -> str:
-    """Every failure in full, with what to run to see it again."""
+    """Return every failure in full."""
     texts = []
     for verdict in verdicts:
         texts += [f"{verdict.spec}: {failure}" for failure in verdict.failures]
@@ -76,6 +77,6 @@ def failures(verdicts: Sequence[Verdict]) -> str:
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:
-    """How many of each outcome."""
+    """Count the verdicts by outcome."""
     counts = {outcome: sum(v.outcome == outcome for v in verdicts) for outcome in _COLOURS}
     return ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)

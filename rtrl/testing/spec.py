@@ -1,4 +1,4 @@
-"""What a user says about a learner or a cell, so that it can be checked."""
+"""The declarations of a user about a learner or a cell to be checked."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +16,13 @@ GradientFunction = Callable[[nn.Module, Tensor, Loss], Mapping[str, Tensor | Non
 
 @dataclass(frozen=True)
 class ErrorInput:
-    """Bad input that a learner must refuse without losing anything.
+    """A bad input that a learner must refuse without a change of its state.
 
     Args:
-        name: in words. call: does it to a learner in mid-stream; its ``.cell`` may be used if it has one.
-        raises: the exception. match: words that its message must contain.
+        name: in words.
+        call: applies it to a learner in mid-stream; it may use the ``.cell`` of the learner if there is one.
+        raises: the type of the exception.
+        match: words that the message must contain.
     """
 
     name: str
@@ -31,32 +33,33 @@ class ErrorInput:
 
 @dataclass(frozen=True, eq=False)
 class LearnerSpec:
-    """A learner, and what it promises.
+    """A learner and its promises.
 
     Args:
-        make_learner: ``make_learner(cell, batch_size)`` gives a learner with ``step(x) -> y``, ``backward(loss)`` and
+        make_learner: ``make_learner(cell, batch_size)`` returns a learner with ``step(x) -> y``, ``backward(loss)`` and
             ``sync()``, which adds to the ``.grad`` of the cell's parameters. ``reset(samples)``, ``influence(name)``
             and ``state_dict()``/``load_state_dict(...)`` are checked if it has them.
-        gradients: in place of it, one function ``gradients(cell, xs, loss_fn)`` as the oracles have it, which returns
+        gradients: instead of it, one function ``gradients(cell, xs, loss_fn)`` as the oracles are, which returns
             gradients by parameter name.
-        law: what its gradients must be; ``Exact()`` by default.
+        law: what the gradients must be; ``Exact()`` by default.
         name: in reports; that of the function or class by default.
-        streams: its own sample inputs, in place of those of the checks, for a learner of some cells only.
-        errors: bad input that it must refuse.
-        expected_failures: name of a check → why it must be expected to fail. Names of no check, and checks that do not
-            fail, are errors.
-        sparse: False for a learner of cells that return ``(y, h_next)`` alone.
-        constant_memory: whether the bytes it holds must not grow with the number of steps.
-        plain_backward: whether a loss may be given by its own ``backward()`` in place of the learner's.
-        copies_inputs: whether x may be overwritten once the losses of its step are given.
+        streams: sample inputs that replace those of the checks, for a learner of some cells only.
+        errors: bad inputs that the learner must refuse.
+        expected_failures: the reason why a check is expected to fail, by the name of the check. Other names, and
+            checks that do not fail, are errors.
+        sparse: False for a learner of cells that return ``(y, h_next)`` only.
+        constant_memory: whether the bytes that it holds must not grow with the number of steps.
+        plain_backward: whether ``loss.backward()`` may replace ``learner.backward(loss)``.
+        copies_inputs: whether x may be overwritten after the losses of its step.
 
     Raises:
-        ConfigError: something is of the wrong kind, or both or neither of the two forms is given. What
-            ``expected_failures`` names is looked at when the checks are run.
+        ConfigError: an argument is of the wrong kind, or both or neither of the two forms is given. The names in
+            ``expected_failures`` are checked when the checks run.
 
-    >>> import rtrl
-    >>> LearnerSpec(rtrl.BlockRTRL, constant_memory=True).name
-    'BlockRTRL'
+    Example:
+        >>> import rtrl
+        >>> LearnerSpec(rtrl.BlockRTRL, constant_memory=True).name
+        'BlockRTRL'
     """
 
     make_learner: MakeLearner | None = None
@@ -107,13 +110,14 @@ class CellSpec:
     """A cell, and inputs to check it with.
 
     Args:
-        make_cell: gives the cell. inputs: the x of some steps, as ``check_cell`` takes them; or a function of the cell
-            that gives them.
-        state: the first state; the cell's own by default.
-        name: in reports; the cell's class by default. expected_failures: as in ``LearnerSpec``.
+        make_cell: returns the cell.
+        inputs: the x of some steps, as ``check_cell`` takes them, or a function of the cell that returns them.
+        state: the first state; that of ``init_state`` by default.
+        name: in reports; the name of ``make_cell`` by default.
+        expected_failures: as in ``LearnerSpec``.
 
     Raises:
-        ConfigError: something is of the wrong kind.
+        ConfigError: an argument is of the wrong kind.
     """
 
     make_cell: Callable[[], nn.Module]

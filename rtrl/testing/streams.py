@@ -1,4 +1,4 @@
-"""What a learner is walked along: a cell, its inputs, a loss, and what happens in mid-stream."""
+"""Streams for learners: a cell, its inputs, a loss, and the events in mid-stream."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ Loss = Callable[[int, Any], Tensor | None]
 
 
 def squares(t: int, y: Any) -> Tensor:
-    """A loss at every step, a sum over samples, that no symmetry makes zero."""
+    """A loss at every step, a sum over samples, whose gradient is not zero by symmetry."""
     leaves = [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
     return torch.stack([(leaf - 0.1 * (t % 7)).square().sum() + leaf.sum() for leaf in leaves]).sum()
 
@@ -37,25 +37,28 @@ class Stream:
     """Sample inputs of a learner.
 
     Args:
-        cell: in float64, with ``init_state``; it is copied, never changed.
-        xs: (T, B, ...), the input of every step. Long enough that T is more than a block of the learner.
-        loss: ``loss(t, y)`` gives the scalar loss of step t, or None; a sum over samples.
+        cell: in float64, with ``init_state``; it is copied and never changed.
+        xs: (T, B, ...), the input of every step; T should be larger than a block of the learner.
+        loss: ``loss(t, y)`` returns the scalar loss of step t, a sum over samples, or None.
         name: in reports.
-        syncs: the steps after which ``sync`` is called, besides the end.
-        resets: Boolean (T, B): the samples that start anew before a step. offsets: a dict of constants a step, by which
-            the parameters differ from the cell's. pieces: into how many losses each loss is split.
-        scattered: whether each x is a view that is not contiguous. overwritten: whether it is overwritten once the
-            step's losses are given. plain: whether losses are given by their own ``backward()``.
+        syncs: the steps after which ``sync`` is called; the end is not one of them.
+        resets: Boolean (T, B); these samples are reset before a step.
+        offsets: one dict of constants per step, by which the parameters differ from those of the cell.
+        pieces: the number of losses into which each loss is split.
+        scattered: whether each x is a view that is not contiguous.
+        overwritten: whether each x is overwritten after the losses of its step.
+        plain: whether ``loss.backward()`` replaces ``learner.backward(loss)``.
 
     Raises:
-        ConfigError: xs is no float64 tensor (T, B, ...), the cell is not in float64 or has no ``init_state``, or resets
-            or offsets do not fit.
+        ConfigError: xs is not a float64 tensor (T, B, ...), the cell is not in float64 or has no ``init_state``, or
+            resets or offsets do not fit.
 
-    >>> import torch, rtrl
-    >>> cell = rtrl.cells.from_torch(torch.nn.GRUCell(3, 4)).double()
-    >>> stream = Stream(cell, torch.ones(12, 2, 3, dtype=torch.float64))
-    >>> stream.steps, stream.prefix(5).steps
-    (12, 5)
+    Example:
+        >>> import torch, rtrl
+        >>> cell = rtrl.cells.from_torch(torch.nn.GRUCell(3, 4)).double()
+        >>> stream = Stream(cell, torch.ones(12, 2, 3, dtype=torch.float64))
+        >>> stream.steps, stream.prefix(5).steps
+        (12, 5)
     """
 
     cell: nn.Module
@@ -96,16 +99,16 @@ class Stream:
 
     @property
     def steps(self) -> int:
-        """T."""
+        """The number of steps, T."""
         return self.xs.shape[0]
 
     @property
     def batch_size(self) -> int:
-        """B."""
+        """The batch size, B."""
         return self.xs.shape[1]
 
     def prefix(self, steps: int) -> "Stream":
-        """The first steps alone."""
+        """Return the first steps only."""
         return replace(
             self,
             xs=self.xs[:steps],
@@ -114,9 +117,9 @@ class Stream:
         )
 
     def alone(self, sample: int) -> "Stream":
-        """One sample alone, as a batch of one."""
-        mine = slice(sample, sample + 1)
-        return replace(self, xs=self.xs[:, mine], resets=None if self.resets is None else self.resets[:, mine])
+        """Return one sample as a batch of one."""
+        one = slice(sample, sample + 1)
+        return replace(self, xs=self.xs[:, one], resets=None if self.resets is None else self.resets[:, one])
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -135,13 +138,13 @@ def unusual_stream(seed: int, steps: int = 14) -> Stream:
 
 
 def shared_stream(seed: int, steps: int = 14) -> Stream:
-    """A weight that is met twice in each step."""
+    """A weight that each step uses twice."""
     cell = seeded(TwiceUsed(2, 3, start=0.3), seed)
-    return Stream(cell, normal(seed, steps, 2, 2), name="a weight met twice")
+    return Stream(cell, normal(seed, steps, 2, 2), name="a weight used twice")
 
 
 def near_tie_stream(seed: int, steps: int = 8) -> Stream:
-    """A choice that comes out differently when several steps are run as one batch, and is to be replayed."""
+    """A choice that differs when several steps run as one batch, and must be replayed."""
     return Stream(seeded(NearTie(), seed), normal(seed, steps, 1, 1), name="near ties")
 
 
@@ -151,7 +154,7 @@ def layered_stream(seed: int, steps: int = 14) -> Stream:
 
 
 def slow_stream(seed: int, steps: int = 400) -> Stream:
-    """Hundreds of steps of units that hardly forget, with a loss now and then."""
+    """Hundreds of steps of units that hardly forget, with losses at some steps."""
 
     def loss(t: int, y: Any) -> Tensor | None:
         return squares(t, y) if t % 10 == 9 or t < 3 else None
@@ -161,13 +164,13 @@ def slow_stream(seed: int, steps: int = 400) -> Stream:
 
 
 def frozen_stream(seed: int, steps: int = 14) -> Stream:
-    """One parameter is not trained, one is shared by two modules, and y of a scalar parameter alone counts."""
+    """One parameter is frozen, one is shared by two modules, and one, a scalar, only affects y."""
     return Stream(seeded(PartlyTrained(2, 3), seed), normal(seed, steps, 2, 2), name="partly trained")
 
 
 def long_dormancy_stream(seed: int, steps: int = 160) -> Stream:
-    """A slice is used at both ends of the stream alone, with a loss now and then while it sleeps; the row of the state
-    that remembers it is read, and not written meanwhile."""
+    """A slice is used only at both ends of the stream, with losses while it is dormant; the state row that depends on
+    it is read but not written in between."""
     stream = scheduled_stream(seed, steps)
     xs = stream.xs.clone()
     xs[:, :, -3] = 0.0
@@ -181,11 +184,11 @@ def long_dormancy_stream(seed: int, steps: int = 160) -> Stream:
     def loss(t: int, y: Any) -> Tensor | None:
         return squares(t, y) if t % 10 == 9 else None
 
-    return Stream(stream.cell, xs, loss, name="a long sleep")
+    return Stream(stream.cell, xs, loss, name="long dormancy")
 
 
 def _sets(t: int, b: int, size: int, period: int) -> list[int]:
-    """Masks that differ between samples and steps, so that some things sleep for a while."""
+    """Masks that differ between samples and steps, so that some rows and slices are dormant for a while."""
     return [int((t // period + 2 * i + b) % (size + 1) < 2) for i in range(size)]
 
 
@@ -193,7 +196,9 @@ def scheduled_stream(seed: int, steps: int = 14, largest: float = 0.7) -> Stream
     """Rows read, rows written and slices used change from step to step and differ between samples.
 
     Args:
-        largest: of the inputs; beyond 0.8 the cell declares all rows as read and written.
+        seed: of the weights and inputs.
+        steps: T.
+        largest: the largest input; above 0.8 the cell declares all rows as read and written.
     """
     rows, experts, batch = 4, 3, 2
     masks = [
@@ -206,7 +211,7 @@ def scheduled_stream(seed: int, steps: int = 14, largest: float = 0.7) -> Stream
 
 
 def dormant_stream(seed: int, steps: int = 30) -> Stream:
-    """A mixture of five experts whose turns are far apart, with losses while they sleep."""
+    """A mixture of five experts that are used in turn, with losses while they are dormant."""
     moe = RecurrentMoE(2, 2, d_model=4, n_slots=3, n_experts=5, topk=2, expert_hidden=2, ffn_hidden=2)
     chosen = [
         [[t // 5 % 3, (t // 5 + 1) % 3, t // 5 % 3, (t // 7 + b) % 5, (t // 7 + b + 1) % 5] for b in range(2)]

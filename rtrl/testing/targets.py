@@ -1,4 +1,4 @@
-"""What a user wants checked, as specs, and inputs for a cell that comes without any."""
+"""Turn a user's object into specs, and guess inputs for a cell without any."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -19,11 +19,13 @@ __all__ = ["cell_spec", "guessed_inputs", "load", "specs_of"]
 
 
 def specs_of(found: Any, target: str, name: str = "") -> list[Spec]:
-    """The specs that an object stands for: a spec or a list of them; else a function, told apart by how many arguments
-    it must be given: none makes a cell, two a learner ``(cell, batch_size)``, three are ``(cell, xs, loss_fn)``.
+    """Turn an object into specs.
+
+    It is a spec, a list of specs, or a function. The number of its arguments says what a function returns: a cell
+    without arguments, a learner with two ``(cell, batch_size)``, gradients with three ``(cell, xs, loss_fn)``.
 
     Raises:
-        ConfigError: it stands for none.
+        ConfigError: it is none of these.
     """
     name = name or target.partition(":")[2]
     if isinstance(found, LearnerSpec | CellSpec):
@@ -35,7 +37,7 @@ def specs_of(found: Any, target: str, name: str = "") -> list[Spec]:
     if isinstance(found, nn.Module):
         raise ConfigError(f"{target} is a module; give a function that makes it, so that each check has its own")
     if not callable(found):
-        raise ConfigError(f"{target} is no spec, no list of specs and no function, but {type(found).__name__}")
+        raise ConfigError(f"{target} must be a spec, a list of specs or a function, got {type(found).__name__}")
     needed = _needed(found, target)
     if isinstance(found, type) and issubclass(found, nn.Module) and needed:
         raise ConfigError(f"{target} is a class of modules that must be given arguments; give a function without any")
@@ -52,14 +54,14 @@ def specs_of(found: Any, target: str, name: str = "") -> list[Spec]:
 
 
 def _needed(function: Callable[..., Any], target: str) -> int:
-    """How many arguments a function must be given."""
+    """The number of arguments that a function requires."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{target} does not say what arguments it takes; give a LearnerSpec or a CellSpec") from error
-    several = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
-    if several and not isinstance(function, type):
-        raise ConfigError(f"{target} takes *{several[0]}, so it does not say what it makes; give a spec")
+    variadic = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
+    if variadic and not isinstance(function, type):
+        raise ConfigError(f"{target} takes *{variadic[0]}, so it does not say what it makes; give a spec")
     keyword = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     if keyword:
         raise ConfigError(f"{target} must be given {keyword[0]}=; wrap it in a function that does")
@@ -67,10 +69,10 @@ def _needed(function: Callable[..., Any], target: str) -> int:
 
 
 def cell_spec(make_cell: Callable[[], Any], name: str) -> CellSpec:
-    """The spec of a function that gives a cell, or a pair of a cell and the inputs of some steps.
+    """Make the spec of a function that returns a cell, or a pair of a cell and the inputs of some steps.
 
     Raises:
-        ConfigError: it gives something else, or a cell whose inputs cannot be guessed.
+        ConfigError: it returns something else, or a cell whose inputs cannot be guessed.
     """
     try:
         made = make_cell()
@@ -84,10 +86,10 @@ def cell_spec(make_cell: Callable[[], Any], name: str) -> CellSpec:
 
 
 def guessed_inputs(cell: nn.Module) -> Sequence[Tensor]:
-    """Random inputs of a few steps, as wide as the cell or a module in it says that it takes.
+    """Draw random inputs for a few steps, as wide as the cell or one of its modules declares.
 
     Raises:
-        ConfigError: it says nothing that the cell then takes.
+        ConfigError: no declared width fits the cell.
     """
     draw = guessed_input(cell, first_state(cell, _BATCH))
     if draw is not None:

@@ -301,7 +301,7 @@ def test_a_zero_parameter_that_moves_an_undeclared_row_is_caught_by_value_and_by
         "unwritten rows are copied",
         "unwritten rows are copied in derivative",
     }
-    assert "at the generic point" in report.failures[0].where
+    assert "at the perturbed point" in report.failures[0].where
 
 
 @pytest.mark.parametrize("step", [pytest.param(case[1], id=case[0]) for case in CLOSING])

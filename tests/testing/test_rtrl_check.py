@@ -215,7 +215,7 @@ def test_expected_failures_stale_ones_and_nothing_judged(folder: Path) -> None:
         ("nowhere:thing", "nowhere cannot be imported"),
         ("broken:thing", "No module named 'no_such_module'"),
         ("mine:nothing", "nothing to check"),
-        ("mine:text", "is no spec"),
+        ("mine:text", "must be a spec, a list of specs"),
         ("mine:cell", "is a module; give a function that makes it"),
         ("mine:four", "must be given 4 arguments"),
         ("mine:keyword", "must be given a="),
@@ -224,7 +224,7 @@ def test_expected_failures_stale_ones_and_nothing_judged(folder: Path) -> None:
         ("mine:raising", "raising() raised ValueError: not today"),
         ("mine:gru", "must be given arguments"),
         ("mine:Odd", "cannot be guessed"),
-        ("mine:unknown", "names 'own stream', which is no check"),
+        ("mine:unknown", "names 'own stream', which is not a check"),
     ],
 )
 def test_targets_that_stand_for_nothing_are_refused(folder: Path, target: str, words: str) -> None:
@@ -263,7 +263,7 @@ def test_the_plugin_runs_files_that_are_named_beside_a_spec(folder: Path, pytest
     ("arguments", "code", "words"),
     [
         (["--rtrl-spec=mine:nothing"], 4, "nothing to check"),
-        (["--rtrl-spec=mine:unknown"], 4, "which is no check"),
+        (["--rtrl-spec=mine:unknown"], 4, "which is not a check"),
         (["--rtrl-spec=mine:good", "-k", "elephant"], 5, "deselected"),
         (["--rtrl-spec=mine:good", "-k", "dormant"], 5, "skipped"),
         (["--rtrl-spec=mine:stale", "-k", "own"], 1, "once wrong"),

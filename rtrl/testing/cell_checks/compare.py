@@ -1,4 +1,4 @@
-"""Comparing what a cell computed with what it must compute, and naming the first place where the two differ."""
+"""Compare what a cell computes with what it must compute, and name the first place where they differ."""
 
 from collections.abc import Iterator, Mapping
 
@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 
 from rtrl._engine import checks
-from rtrl.testing.cell_checks.points import Point
+from rtrl.testing.cell_checks.points import EvaluationPoint
 from rtrl.testing.report import Found
 
-STATE = "the state"  # beside names of parameters, none of which has a space
+STATE = "the state"  # a key beside names of parameters, which have no spaces
 
 
-def same_bits(one: Tensor, two: Tensor) -> bool:
-    """Whether two tensors agree in form and in every bit; NaN equals NaN."""
-    if one.shape != two.shape or one.dtype != two.dtype:
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors agree in shape, dtype and every bit; NaN equals NaN."""
+    if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    return bool(((one == two) | (one.isnan() & two.isnan())).all())
+    return bool(((first == second) | (first.isnan() & second.isnan())).all())
 
 
-def _place(index: list[int], what: str, point: Point, sample: int | None) -> tuple[int | None, str]:
-    """The sample and the words for an index into a tensor whose dimension 0 is the batch, or of a parameter."""
-    spot = "the generic point" if point.generic else "the point as given"
+def _place(index: list[int], what: str, point: EvaluationPoint, sample: int | None) -> tuple[int | None, str]:
+    """The sample and the words for an index into a parameter, or into a tensor whose dimension 0 is the batch."""
+    spot = "the perturbed point" if point.perturbed else "the point as given"
     if sample is not None:
         return sample, f"{what}[{', '.join(map(str, index))}] at {spot}"
     if what == "row":
@@ -36,12 +36,20 @@ def _first(bad: Tensor) -> list[int]:
 
 
 def differs(
-    message: str, point: Point, found: Tensor, expected: Tensor, what: str, *, exact: bool = False, offset: int = 0
+    message: str,
+    point: EvaluationPoint,
+    found: Tensor,
+    expected: Tensor,
+    what: str,
+    *,
+    exact: bool = False,
+    offset: int = 0,
 ) -> Iterator[Found]:
-    """Where two batches differ: in any bit if ``exact``, else by more than rounding in another order explains.
+    """Report where two batches differ: in any bit if ``exact``, else by more than another order of rounding explains.
 
     Args:
-        what: the name of the tensor, or "row" for a state. offset: the sample at index 0.
+        what: the name of the tensor, or "row" for a state.
+        offset: the sample at index 0.
     """
     found, expected = found.detach(), expected.detach()
     if found.shape != expected.shape or found.dtype != expected.dtype:
@@ -51,7 +59,7 @@ def differs(
     if same_bits(found, expected) or (not exact and checks.nearly_equal(found, expected)):
         return
     bad = (found != expected) & ~(found.isnan() & expected.isnan())
-    if not exact:  # the largest difference, not the first that rounding explains
+    if not exact:  # the largest difference; the first may be rounding
         gap = (found - expected).abs().nan_to_num(nan=float("inf"), posinf=float("inf")).where(bad, 0.0)
         bad = gap == gap.max()
     index = _first(bad)
@@ -60,13 +68,14 @@ def differs(
     yield Found(message, point.step, sample, where, *values)
 
 
-def stray(
-    message: str, point: Point, grad: Tensor, what: str, *, sample: int | None = None, offset: int = 0
+def must_be_zero(
+    message: str, point: EvaluationPoint, grad: Tensor, what: str, *, sample: int | None = None, offset: int = 0
 ) -> Iterator[Found]:
-    """The first derivative that is not zero but must be; what is not finite is another check's.
+    """Report the first derivative that must be zero but is not; another check reports what is not finite.
 
     Args:
-        grad: of a parameter if ``sample`` is given, else (B, ...). offset: the sample at index 0.
+        grad: the gradient of a parameter if ``sample`` is given, else (B, ...).
+        offset: the sample at index 0.
     """
     bad = torch.isfinite(grad) & (grad != 0)
     if not bool(bad.any()):
@@ -79,8 +88,10 @@ def stray(
     yield Found(message, point.step, number, where, value, "0")
 
 
-def not_finite(message: str, point: Point, value: Tensor, what: str, *, samples: bool = True) -> Iterator[Found]:
-    """The first NaN or infinity."""
+def not_finite(
+    message: str, point: EvaluationPoint, value: Tensor, what: str, *, samples: bool = True
+) -> Iterator[Found]:
+    """Report the first NaN or infinity."""
     if bool(torch.isfinite(value).all()):
         return
     index = _first(~torch.isfinite(value))
@@ -92,15 +103,15 @@ def not_finite(message: str, point: Point, value: Tensor, what: str, *, samples:
 
 
 def gradients(
-    point: Point,
+    point: EvaluationPoint,
     heads: Mapping[str, Tensor],
     weights: Mapping[str, Tensor] | None = None,
     *,
     state: bool = False,
     parameters: bool = True,
 ) -> dict[str, Tensor]:
-    """``Σ weights · head`` by every trainable parameter, under its name, and by the state, under ``STATE``; zero where
-    nothing arrives. The graph is kept."""
+    """Differentiate ``Σ weights · head`` by every trainable parameter, and by the state under ``STATE``; zeros where it
+    does not depend on one. The graph is kept."""
     inputs: dict[str, Tensor] = {STATE: point.h} if state else {}
     if parameters:
         inputs |= {name: p for name, p in point.cell.named_parameters() if p.requires_grad and p.is_floating_point()}
@@ -118,5 +129,5 @@ def gradients(
 
 
 def only(i: int, values: Tensor) -> Tensor:
-    """The values of sample i, zero for all others."""
+    """Keep the values of sample i, and set all others to zero."""
     return torch.zeros_like(values).index_copy_(0, torch.tensor([i], device=values.device), values[i : i + 1])

@@ -1,4 +1,4 @@
-"""The checks of a cell: each a small function, registered by name in the order in which they are run and reported."""
+"""The checks of a cell: small functions, registered by name in the order in which they run."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -16,8 +16,16 @@ from rtrl.cells.analytic import HasAnalyticStep
 from rtrl.cells.protocol import same_choices
 from rtrl.errors import CellError
 from rtrl.testing.cell_checks.batching import replay_failures, sample_failures, torch_func_failures
-from rtrl.testing.cell_checks.compare import STATE, differs, gradients, not_finite, only, same_bits, stray
-from rtrl.testing.cell_checks.points import Point, Subject, cast, lay_out, leaves
+from rtrl.testing.cell_checks.compare import (
+    STATE,
+    differs,
+    gradients,
+    must_be_zero,
+    not_finite,
+    only,
+    same_bits,
+)
+from rtrl.testing.cell_checks.points import EvaluationPoint, Subject, build_points, cast, leaves
 from rtrl.testing.report import Failure, Found, Report
 
 Check = Callable[[Subject], Iterator[Found]]
@@ -42,23 +50,24 @@ def _check(name: str, needs: int = _NEEDS_POINTS) -> Callable[[Check], Check]:
 
 
 def cell_checks() -> list[str]:
-    """The names of all checks, in the order in which they are run.
+    """List the names of all checks of a cell, in the order in which they run.
 
-    >>> cell_checks()[:3]
-    ['returns', 'state form', 'y per sample']
+    Example:
+        >>> cell_checks()[:3]
+        ['returns', 'state form', 'y per sample']
     """
     return list(_CHECKS)
 
 
 def run_checks(subject: Subject, report: Report) -> Report:
-    """Run every check that can be judged; a cell that raises fails the check it raised in."""
+    """Run every check that can be judged; a cell that raises fails the check in which it raises."""
     stage = _NEEDS_NOTHING
     for name, registered in _CHECKS.items():
         if registered.needs > stage:
-            report.skipped[name] = "because what it rests on failed"
+            report.skipped[name] = "because a check that it depends on failed"
             continue
         report.checks.append(name)
-        said: set[str] = set()  # one failure a kind: the first step and sample that shows it
+        said: set[str] = set()  # one failure of each kind: the first step and sample that shows it
         before = len(report.failures)
         try:
             for found in registered.check(subject):
@@ -78,20 +87,20 @@ def run_checks(subject: Subject, report: Report) -> Report:
 
 @_check("returns", _NEEDS_NOTHING)
 def _returns(subject: Subject) -> Iterator[Found]:
-    """(y, h_next) or (y, h_next, Sparsity), well formed, at every point."""
+    """The cell returns (y, h_next) or (y, h_next, Sparsity), well formed, at every point."""
     if subject.trouble is not None:
         message, step = subject.trouble
         yield Found(message, step)
         return
     kept = [point for point in subject.given if _form(point.run()[1]) == _form(point.h)]
     if len(kept) == len(subject.given):
-        lay_out(subject)
+        build_points(subject)
 
 
 @_check("state form", _NEEDS_A_STEP)
 def _state(subject: Subject) -> Iterator[Found]:
     for point in subject.given:
-        h_next = point.fresh().run()[1]
+        h_next = point.with_own_cell().run()[1]
         if _form(h_next) != _form(point.h):
             yield Found(
                 "the next state has another shape, dtype or device than the state",
@@ -109,7 +118,7 @@ def _form(tensor: Tensor) -> str:
 @_check("y per sample", _NEEDS_A_STEP)
 def _y(subject: Subject) -> Iterator[Found]:
     for point in subject.given:
-        y, _, _ = point.fresh().run()
+        y, _, _ = point.with_own_cell().run()
         for leaf in pytrees.tensors(y):
             if leaf.ndim == 0 or leaf.shape[0] != point.h.shape[0]:
                 yield Found(
@@ -123,7 +132,7 @@ def _y(subject: Subject) -> Iterator[Found]:
 
 @_check("finite", _NEEDS_A_STEP)
 def _finite(subject: Subject) -> Iterator[Found]:
-    for point in (p.fresh().leaf() for p in subject.given):
+    for point in (p.with_own_cell().with_leaf_state() for p in subject.given):
         y, h_next, _ = point.run(grad=True)
         values = {"h_next": h_next, **leaves(y, point.h.shape[0])}
         for what, value in values.items():
@@ -138,7 +147,7 @@ def _finite(subject: Subject) -> Iterator[Found]:
 
 @_check("pure", _NEEDS_A_STEP)
 def _pure(subject: Subject) -> Iterator[Found]:
-    for point in (p.fresh() for p in subject.given):
+    for point in (p.with_own_cell() for p in subject.given):
         others = random.getstate(), np.random.get_state()[1:3]  # type: ignore[index]  # noqa: NPY002
         try:
             with torch.no_grad():
@@ -152,20 +161,20 @@ def _pure(subject: Subject) -> Iterator[Found]:
 
 @_check("deterministic", _NEEDS_A_STEP)
 def _deterministic(subject: Subject) -> Iterator[Found]:
-    for point in (p.fresh() for p in subject.given):
+    for point in (p.with_own_cell() for p in subject.given):
         (y, h, used), (y_again, h_again, used_again) = point.run(free=True), point.run(free=True)
         if not same_choices(used, used_again):
             yield Found("run twice, the cell makes other choices", point.step, where="Sparsity")
-        one, two = ({"h_next": h, **leaves(y, h.shape[0])}, {"h_next": h_again, **leaves(y_again, h.shape[0])})
-        for what, value in one.items():
+        first, second = ({"h_next": h, **leaves(y, h.shape[0])}, {"h_next": h_again, **leaves(y_again, h.shape[0])})
+        for what, value in first.items():
             yield from differs(
-                f"run twice, {what} is not the same bit for bit", point, two[what], value, what, exact=True
+                f"run twice, {what} is not the same bit for bit", point, second[what], value, what, exact=True
             )
 
 
 @_check("unwritten rows are copied")
 def _copied(subject: Subject) -> Iterator[Found]:
-    for point in (p.fresh() for p in subject.points):
+    for point in (p.with_own_cell() for p in subject.points):
         if point.sparsity.writes is None:
             continue
         _, h_next, _ = point.run()
@@ -182,7 +191,7 @@ def _copied(subject: Subject) -> Iterator[Found]:
 
 @_check("unwritten rows are copied in derivative")
 def _copied_derivative(subject: Subject) -> Iterator[Found]:
-    for point in (p.fresh().leaf() for p in subject.points):
+    for point in (p.with_own_cell().with_leaf_state() for p in subject.points):
         if point.sparsity.writes is None:
             continue
         _, h_next, _ = point.run(grad=True)
@@ -192,15 +201,15 @@ def _copied_derivative(subject: Subject) -> Iterator[Found]:
             for what, grad in gradients(point, heads, weights, state=True).items():
                 if what == STATE:
                     expected = index_sets.zero(weights["h"], point.sparsity.writes)
-                    mine = slice(i, i + 1)
+                    one = slice(i, i + 1)
                     message = "the derivative of a row that is not declared as written is not that of a copy"
-                    yield from differs(message, point, grad[mine], expected[mine], "row", exact=True, offset=i)
+                    yield from differs(message, point, grad[one], expected[one], "row", exact=True, offset=i)
                 else:
                     message = f"a row that is not declared as written moves with parameter {what!r}"
-                    yield from stray(message, point, grad, f"parameter {what}", sample=i)
+                    yield from must_be_zero(message, point, grad, f"parameter {what}", sample=i)
 
 
-def _undeclared(point: Point) -> Tensor | None:
+def _undeclared(point: EvaluationPoint) -> Tensor | None:
     """The rows (B, n) that are neither read nor written, as a mask; None if there are none."""
     declared = index_sets.union(point.sparsity.reads, point.sparsity.writes, point.h.shape[1])
     return None if declared is None or bool(declared.all()) else ~declared
@@ -208,11 +217,11 @@ def _undeclared(point: Point) -> Tensor | None:
 
 @_check("reads are declared")
 def _reads(subject: Subject) -> Iterator[Found]:
-    for point in (p.fresh() for p in subject.points):
+    for point in (p.with_own_cell() for p in subject.points):
         rows = _undeclared(point)
         if rows is None:
             continue
-        at = point.leaf()
+        at = point.with_leaf_state()
         y, h_next, _ = at.run(grad=True)
         wide = rows.reshape(*rows.shape, *[1] * (point.h.ndim - 2)).expand_as(point.h)
         for what, head in at.heads(y, h_next).items():
@@ -221,13 +230,13 @@ def _reads(subject: Subject) -> Iterator[Found]:
                 grad = gradients(at, {what: head}, weights, state=True, parameters=False)[STATE]
                 grad = torch.where(wide, grad, 0.0)[i : i + 1]
                 message = f"{what.removeprefix('the ')} depend on a row that is not declared as read (derivative)"
-                yield from stray(message, point, grad, "row", offset=i)
+                yield from must_be_zero(message, point, grad, "row", offset=i)
         yield from _poisoned(subject, point, wide)
 
 
-def _poisoned(subject: Subject, point: Point, wide: Tensor) -> Iterator[Found]:
-    """Other values in the undeclared rows may change nothing. Finite ones decide; a NaN also meets what is multiplied
-    by an exact zero, which is only worth a note."""
+def _poisoned(subject: Subject, point: EvaluationPoint, wide: Tensor) -> Iterator[Found]:
+    """Other values in the undeclared rows must not change anything. Finite values decide; a NaN also reaches what is
+    multiplied by an exact zero, which is only worth a note."""
     y, h_next, used = point.run()
     clean = point.heads(y, h_next)
     other = subject.draw(torch.zeros_like(point.h), 1.0)
@@ -240,7 +249,7 @@ def _poisoned(subject: Subject, point: Point, wide: Tensor) -> Iterator[Found]:
                 continue  # a cell may refuse what is not finite
             raise
         if not same_choices(used, now):
-            continue  # it chose anew: the check of replay says so where that is wrong
+            continue  # it chose differently: the check of replay reports it if that is wrong
         for what, value in moved.heads(y, h_next).items():
             if not bool(poison.isnan().any()):
                 message = f"{what.removeprefix('the ')} depend on a row that is not declared as read (value)"
@@ -254,20 +263,20 @@ def _poisoned(subject: Subject, point: Point, wide: Tensor) -> Iterator[Found]:
 
 @_check("active slices are declared")
 def _active(subject: Subject) -> Iterator[Found]:
-    for point in (p.fresh().leaf() for p in subject.points):
+    for point in (p.with_own_cell().with_leaf_state() for p in subject.points):
         active = point.sparsity.active
         if not active:
             continue
         for i in range(point.h.shape[0]):
-            lone = point.sample(i)  # so that slices of other samples are not taken for its own where samples meet
+            lone = point.sample(i)  # so that slices of other samples are not taken for its own if samples interact
             y, h_next, _ = lone.run(grad=True)
             heads = {"h_next": h_next, **leaves(y, 1)}
             weights = {what: subject.draw(torch.zeros_like(head), 1.0) for what, head in heads.items()}
             for what, grad in gradients(lone, heads, weights).items():
                 if what in active:
-                    asleep = grad.index_fill(0, active[what][i], 0.0)
+                    dormant = grad.index_fill(0, active[what][i], 0.0)
                     message = f"a slice of parameter {what!r} is used that Sparsity.active does not declare"
-                    yield from stray(message, point, asleep, f"parameter {what}", sample=i)
+                    yield from must_be_zero(message, point, dormant, f"parameter {what}", sample=i)
 
 
 _check("independent samples")(sample_failures)
@@ -296,11 +305,11 @@ _check("torch.func")(torch_func_failures)
 
 @_check("analytic step")
 def _analytic_step(subject: Subject) -> Iterator[Found]:
-    """Analytic derivatives, where the cell supplies them, are those of autograd."""
-    for point in (p.fresh() for p in subject.points):
+    """Analytic derivatives, if the cell supplies them, equal those of autograd."""
+    for point in (p.with_own_cell() for p in subject.points):
         declared = point.sparsity
         if not isinstance(point.cell, HasAnalyticStep) or not (declared.reads is declared.writes is None):
-            continue  # the learner asks for them at dense steps alone
+            continue  # the learner uses them at dense steps only
         trained = {name: p for name, p in point.cell.named_parameters() if p.requires_grad}
         try:
             check_analytic_step(point.cell, trained, point.x, point.h, point.step)

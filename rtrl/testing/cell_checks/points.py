@@ -1,4 +1,4 @@
-"""The points at which a cell is checked: the steps as given, and generic ones near them."""
+"""The points at which a cell is checked: the given steps, and perturbed points near them."""
 
 import copy
 from collections.abc import Callable
@@ -18,51 +18,55 @@ Heads = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """One step at one point: what goes in, the cell with its parameters there, and the choices made there.
+class EvaluationPoint:
+    """The input of one step, the cell with its parameters, and the choices that the cell makes there.
 
     Attributes:
-        cell: a copy that is the checks' own. x: a tree (B, ...). h: (B, n, ...).
-        sparsity: what the cell declared, run freely. replay: the same, if the cell takes it.
-        step: its number. generic: whether state and parameters were disturbed.
+        cell: a copy for the checks.
+        x: a tree (B, ...).
+        h: (B, n, ...).
+        step: the number of the step.
+        perturbed: whether the state and the parameters are perturbed.
+        sparsity: what the cell declares without a replay.
+        replay: the sparsity, if the cell takes it; else None.
     """
 
     cell: nn.Module
     x: Any
     h: Tensor
     step: int
-    generic: bool = False
+    perturbed: bool = False
     sparsity: Sparsity = field(default_factory=Sparsity)
     replay: Sparsity | None = None
 
-    def fresh(self) -> "Point":
-        """The same point with a copy of the cell, so that one check cannot spoil another."""
+    def with_own_cell(self) -> "EvaluationPoint":
+        """Replace the cell by a copy, so that one check cannot affect another."""
         return replace(self, cell=copy.deepcopy(self.cell))
 
     def run(self, *, free: bool = False, grad: bool = False) -> tuple[Any, Tensor, Sparsity]:
-        """One step on copies of x and h; ``free`` lets the cell choose anew."""
+        """Run one step on copies of x and h; with ``free`` the cell chooses again, without a replay."""
         with torch.set_grad_enabled(grad):
             x, h = pytrees.map_tensors(torch.clone, self.x), self.h.clone()
             return call_cell(self.cell, x, h, None if free else self.replay)
 
-    def sample(self, i: int) -> "Point":
-        """Sample i alone."""
+    def sample(self, i: int) -> "EvaluationPoint":
+        """Reduce the batch to sample i."""
         parts = pytrees.map_tensors(lambda t: t[i : i + 1], (self.x, self.h, self.sparsity, self.replay))
         return replace(self, x=parts[0], h=parts[1], sparsity=parts[2], replay=parts[3])
 
-    def leaf(self) -> "Point":
-        """The same point with a state that takes a gradient."""
+    def with_leaf_state(self) -> "EvaluationPoint":
+        """Replace the state by a leaf that requires a gradient."""
         return replace(self, h=self.h.detach().clone().requires_grad_())
 
     def heads(self, y: Any, h_next: Tensor) -> Heads:
-        """What must not depend on undeclared things: the written rows (B, w, ...), and y leaf by leaf."""
+        """The outputs that must only depend on declared rows: the written rows (B, w, ...), and y leaf by leaf."""
         return {"the written rows": index_sets.gather(h_next, self.sparsity.writes), **leaves(y, self.h.shape[0])}
 
-    def chosen(self) -> "Point":
-        """The same point with the choices that the cell makes there.
+    def chosen(self) -> "EvaluationPoint":
+        """Store the choices that the cell makes at this point.
 
         Raises:
-            RTRLError: what came back is malformed.
+            RTRLError: the cell returned something malformed.
         """
         sparsity = self.run(free=True)[2]
         check_sparsity(sparsity, self.h, dict(self.cell.named_parameters()))
@@ -71,7 +75,7 @@ class Point:
 
 
 def leaves(y: Any, batch: int) -> Heads:
-    """The floating-point leaves of y that have one entry a sample, under readable names."""
+    """The floating-point leaves of y with the batch as dimension 0, under readable names."""
     found, _ = pytree.tree_flatten_with_path(y)
     return {
         f"y{pytree.keystr(path)}": leaf
@@ -85,25 +89,27 @@ class Subject:
     """A cell under test.
 
     Attributes:
-        given: its steps in the cell's own dtype. points: the same in float64 and, beside them, generic ones.
-        trouble: why it could not be run at all, with the step.
-        notes: what is allowed, but worth knowing; the checks add to them.
+        given: the given steps in the dtype of the cell.
+        points: the given steps in float64, each followed by a perturbed point.
+        trouble: the error that kept the cell from running, and its step; None if there is none.
+        notes: facts that are allowed but worth knowing; the checks add to them.
+        draw: adds noise of a scale to a tensor.
     """
 
-    given: list[Point]
-    points: list[Point] = field(default_factory=list)
+    given: list[EvaluationPoint]
+    points: list[EvaluationPoint] = field(default_factory=list)
     trouble: tuple[str, int] | None = None
     notes: list[str] = field(default_factory=list)
     draw: Callable[[Tensor, float], Tensor] = field(default=lambda value, scale: value)
 
-    def disturbed(self, point: Point, scale: float = 0.5) -> Point:
-        """A generic point near another one, with choices of its own; the point itself where that leads nowhere."""
+    def perturb(self, point: EvaluationPoint, scale: float = 0.5) -> EvaluationPoint:
+        """Perturb the parameters and the state, and let the cell choose there; keep the point if it cannot run."""
         cell = copy.deepcopy(point.cell)
         with torch.no_grad():
             for parameter in cell.parameters():
                 parameter.copy_(self.draw(parameter, 0.1))
         h = self.draw(point.h, scale)
-        for attempt in (replace(point, cell=cell, h=h, generic=True), replace(point, h=h, generic=True)):
+        for attempt in (replace(point, cell=cell, h=h, perturbed=True), replace(point, h=h, perturbed=True)):
             try:
                 y, h_next, _ = attempt.run(free=True)
                 if checks.finite(h_next) and all(checks.finite(t) for t in pytrees.tensors(y)):
@@ -116,7 +122,7 @@ class Subject:
 
 
 def generator_draw(seed: int) -> Callable[[Tensor, float], Tensor]:
-    """What disturbs tensors, with random numbers of its own."""
+    """A function that adds noise to tensors, from a generator of its own."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(value: Tensor, scale: float) -> Tensor:
@@ -128,18 +134,18 @@ def generator_draw(seed: int) -> Callable[[Tensor, float], Tensor]:
     return draw
 
 
-def cast(point: Point, dtype: torch.dtype) -> Point:
-    """The same step in another dtype, choices aside."""
+def cast(point: EvaluationPoint, dtype: torch.dtype) -> EvaluationPoint:
+    """The step in another dtype, without its choices."""
     x = pytrees.map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, point.x)
     cell = copy.deepcopy(point.cell).to(dtype)
-    return Point(cell, x, point.h.to(dtype), point.step)
+    return EvaluationPoint(cell, x, point.h.to(dtype), point.step)
 
 
 def copied(cell: nn.Module) -> nn.Module:
-    """A copy of a cell.
+    """Copy a cell.
 
     Raises:
-        ConfigError: there can be none.
+        ConfigError: the cell cannot be copied.
     """
     try:
         return copy.deepcopy(cell)
@@ -148,21 +154,19 @@ def copied(cell: nn.Module) -> nn.Module:
 
 
 def probe(cell: nn.Module, xs: list[Any], h: Tensor, seed: int) -> Subject:
-    """Walk a copy of the cell through its steps, as far as it goes."""
+    """Run a copy of the cell along its steps as far as possible, and store the point of each step."""
     draw = generator_draw(seed)
-    if h.shape[0] == 1:  # two samples, or nothing could be said of how they meet
+    if h.shape[0] == 1:  # with one sample, interactions could not be seen
         xs = [pytrees.map_tensors(lambda t: torch.cat([t, t]), x) for x in xs]
         h = torch.cat([h, draw(h, 0.1)])
     subject = Subject([], draw=draw)
-    walker = copy.deepcopy(
-        cell
-    )  # a cell with a hidden state changes as it walks; the points start from the cell as given
+    runner = copy.deepcopy(cell)  # an impure cell changes as it runs; the points start from the given cell
     step = 0
     try:
         for step, x in enumerate(xs):
-            point = replace(Point(walker, x, h, step).chosen(), cell=copy.deepcopy(cell))
+            point = replace(EvaluationPoint(runner, x, h, step).chosen(), cell=copy.deepcopy(cell))
             subject.given.append(point)
-            h_next = Point(walker, x, h, step).run(free=True)[1]
+            h_next = EvaluationPoint(runner, x, h, step).run(free=True)[1]
             if (
                 h_next.shape == h.shape
                 and h_next.dtype == h.dtype
@@ -175,14 +179,14 @@ def probe(cell: nn.Module, xs: list[Any], h: Tensor, seed: int) -> Subject:
     return subject
 
 
-def lay_out(subject: Subject) -> None:
-    """Fill ``subject.points``: float64 where the cell runs there and keeps it, else its own dtype."""
-    wide: list[Point] = []
+def build_points(subject: Subject) -> None:
+    """Fill ``subject.points``, in float64 if the cell runs in it and keeps it, else in the dtype of the cell."""
+    wide: list[EvaluationPoint] = []
     try:
         for point in subject.given:
             wide.append(cast(point, torch.float64).chosen())
             if wide[-1].run(free=True)[1].dtype != torch.float64:
                 raise TypeError("the cell does not keep float64")
-    except Exception:  # the check of dtypes says so
+    except Exception:  # the check of dtypes reports it
         wide = subject.given
-    subject.points = [p for point in wide for p in (point, subject.disturbed(point))]
+    subject.points = [p for point in wide for p in (point, subject.perturb(point))]

@@ -190,7 +190,7 @@ def _early_syncs(subject: Subject) -> Iterator[Found]:
 
 
 def _accumulated(subject: Subject, stream: Stream) -> Iterator[Found]:
-    """``.grad`` is added to, whatever is in it; a second sync adds nothing."""
+    """``sync`` adds to what ``.grad`` holds; a second sync adds nothing."""
     driver = StreamDriver(subject.spec, stream)
     gradients = driver.finish()
     difference = compare(driver.sync_and_read(), gradients)

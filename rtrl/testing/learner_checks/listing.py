@@ -1,7 +1,7 @@
 """The list of the checks of a learner, and how one is run."""
 
 from rtrl._utils.formatting import first_line
-from rtrl.testing.learner_checks import behaviour, gradients  # they enter their checks
+from rtrl.testing.learner_checks import behaviour, gradients  # importing them registers their checks
 from rtrl.testing.learner_checks.driver import LearnerFailed
 from rtrl.testing.learner_checks.registry import CHECKS, NotJudged, Subject
 from rtrl.testing.report import Failure
@@ -11,16 +11,17 @@ _MODULES = [module.__name__ for module in (gradients, behaviour)]
 
 
 def learner_checks() -> list[str]:
-    """The names of all checks, in the order in which they are run.
+    """List the names of all checks of a learner, in the order in which they run.
 
-    >>> learner_checks()[:3]
-    ['interface', 'dense cell', 'unusual parameters']
+    Example:
+        >>> learner_checks()[:3]
+        ['interface', 'dense cell', 'unusual parameters']
     """
     return sorted(CHECKS, key=lambda name: (name != "interface", _MODULES.index(CHECKS[name].__module__)))
 
 
 def run_check(name: str, spec: LearnerSpec, seed: int) -> list[Failure]:
-    """Run one check; one failure a kind.
+    """Run one check, and return one failure of each kind.
 
     Raises:
         NotJudged: it does not apply.
@@ -33,6 +34,6 @@ def run_check(name: str, spec: LearnerSpec, seed: int) -> list[Failure]:
         failures.setdefault(str(failed), Failure(name, str(failed), failed.step))
     except NotJudged:
         raise
-    except Exception as error:  # whatever a learner, its cell, its mask or its loss does, the other checks go on
+    except Exception as error:  # of the learner, its cell, its mask or its loss; the other checks still run
         failures.setdefault("", Failure(name, f"it raised {first_line(error)}"))
     return list(failures.values())
