@@ -1,6 +1,8 @@
 """Dormancy schedules written by hand: each names the case that a lazy implementation gets wrong first."""
 
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -58,14 +60,22 @@ def last(t: int, y: Tensor) -> Tensor | None:
     return every(t, y) if t == STEPS - 1 else None
 
 
-@pytest.mark.parametrize("loss", [every, while_dormant, last])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_gradients(schedule: str, loss: object) -> None:
+SYNCS = ({}, dict.fromkeys(range(0, STEPS, 3), False), dict.fromkeys(range(1, STEPS, 5), True))
+
+
+def deliveries() -> Iterator[Any]:
+    """Every schedule with every loss and every way to sync; the gate has each pair of schedule and loss once."""
+    losses = (every, while_dormant, last)
+    for (i, schedule), (j, loss), (k, syncs) in itertools.product(*map(enumerate, (SCHEDULES, losses, SYNCS))):
+        marks = () if (i + j) % len(SYNCS) == k else pytest.mark.nightly
+        yield pytest.param(schedule, loss, syncs, marks=marks, id=f"{schedule}-{loss.__name__}-{k}")
+
+
+@pytest.mark.parametrize(("schedule", "loss", "syncs"), list(deliveries()))
+def test_gradients(schedule: str, loss: object, syncs: dict[int, bool]) -> None:
     cell, xs = stream(schedule)
-    expected = oracles.bptt(cell, xs, loss)
-    for syncs in ({}, dict.fromkeys(range(0, STEPS, 3), False), dict.fromkeys(range(1, STEPS, 5), True)):
-        found = run(cell, xs, loss, block=BLOCK, window=WINDOW, syncs=syncs, influences=False)
-        assert_gradients_equal(found.gradients, expected)
+    found = run(cell, xs, loss, block=BLOCK, window=WINDOW, syncs=syncs, influences=False)
+    assert_gradients_equal(found.gradients, oracles.bptt(cell, xs, loss))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -23,7 +23,8 @@ from rtrl.verification.gradients import broken_learners, equivalence
 from rtrl.verification.gradients.driver import DormancyCount
 from rtrl.verification.harness.compare import Comparison, compare_gradients, compare_influences
 
-SMALL = ["verify-gradients", "--quick", "--steps", "30", "--block", "3", "--window", "1", "--window", "3"]
+BROKEN = ["verify-gradients", "--quick", "--steps", "30", "--block", "3", "--window", "1"]
+SMALL = [*BROKEN, "--window", "3"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -129,7 +130,7 @@ def test_every_broken_learner_is_tried() -> None:
 @pytest.mark.parametrize("name", list(broken_learners.BROKEN_LEARNERS))
 def test_a_broken_learner_fails(name: str, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    result = run(*SMALL, "--break", name, "--json", str(path))
+    result = run(*BROKEN, "--break", name, "--json", str(path))
     assert result.exit_code == 1, result.output
     assert "FAIL" in result.stdout.splitlines()[-1]
     assert f"broken on purpose: {name}" in words(result.stdout)
