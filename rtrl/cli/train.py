@@ -1,4 +1,4 @@
-"""``rtrl train``: any task, any learner, any cell; to be stopped and gone on with at any step."""
+"""``rtrl train``: any task, learner and cell; a run can be stopped and continued at any step."""
 
 import json
 import shlex
@@ -24,8 +24,15 @@ if TYPE_CHECKING:
     from rtrl.training.logs import JsonLines, TensorBoard
     from rtrl.training.run import Settings
 
-_CHANGEABLE = {"resume", "steps", "log", "tensorboard", "save_every", "evaluate"}  # where a run goes on
-_GLANCE_S = 0.1  # between two looks at the bar
+_CHANGEABLE = {
+    "resume",
+    "steps",
+    "log",
+    "tensorboard",
+    "save_every",
+    "evaluate",
+}  # in a run that continues
+_REFRESH_S = 0.1  # between two updates of the progress bar
 
 
 def train(
@@ -63,23 +70,25 @@ def train(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 8,
     steps: Annotated[int, typer.Option(help="Steps in all, those before a --resume included.", min=1)] = 2000,
-    seed: Annotated[int, typer.Option(help="Of weights, stream and draws: the same seed, the same curve.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of weights, stream and draws; it determines the curve.", min=0)] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
     device: Annotated[str, typer.Option(help="The torch device.")] = "cpu",
-    log_every: Annotated[int, typer.Option(help="Steps that a row of the log covers.", min=1)] = 100,
+    log_every: Annotated[int, typer.Option(help="Steps per row of the log.", min=1)] = 100,
     checkpoint: Annotated[
         Path | None,
         typer.Option(help="Where the run is saved.  [default: rtrl-TASK.pt]", show_default=False, dir_okay=False),
     ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between two saves.", min=1)] = 1000,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where a checkpoint is.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint and log.")] = False,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on from this checkpoint, with its settings.", show_default=False)
+        Path | None, typer.Option(help="Continue from this checkpoint, with its settings.", show_default=False)
     ] = None,
     log: Annotated[
         Path | None,
         typer.Option(
-            help="JSON lines, a row each.  [default: beside the checkpoint, .jsonl]", show_default=False, dir_okay=False
+            help="JSON lines, one per row.  [default: as the checkpoint, .jsonl]",
+            show_default=False,
+            dir_okay=False,
         ),
     ] = None,
     tensorboard: Annotated[
@@ -89,25 +98,25 @@ def train(
 ) -> None:
     """Train a cell on a task with a learner, online.
 
-    Ctrl-C saves the run and says how to go on: the curve is then what it would have been. Exit code 0: all steps were
-    taken; 1: the numbers went astray; 2: the command cannot be carried out; 130: stopped.
+    Ctrl-C saves the run and prints how to continue it; the curve is then the same as without the stop. Exit code 0: all
+    steps were taken; 1: training diverged; 2: the command cannot be carried out; 130: stopped.
     """
-    from rtrl.training import run  # PyTorch's optimizers and the tasks are needed here alone
+    from rtrl.training import run  # only this command needs PyTorch's optimizers and the tasks
 
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     try:
         if resume is not None:
-            if strangers := sorted(given - _CHANGEABLE):
-                names = ", ".join("TASK" if name == "task" else "--" + name.replace("_", "-") for name in strangers)
-                raise ConfigError(f"a run goes on with the settings that it was begun with; leave out {names}")
+            if fixed := sorted(given - _CHANGEABLE):
+                names = ", ".join("TASK" if name == "task" else "--" + name.replace("_", "-") for name in fixed)
+                raise ConfigError(f"a run continues with its own settings; leave out {names}")
             settings, trainer, notes = run.load(resume)
             checkpoint = resume
             steps = steps if "steps" in given else notes["steps"]
             log = log or Path(notes["log"])
             tensorboard = tensorboard or (None if notes["tensorboard"] is None else Path(notes["tensorboard"]))
             if trainer.steps_taken >= steps:
-                raise ConfigError(f"{resume} has taken {trainer.steps_taken} steps already; ask for more by --steps")
+                raise ConfigError(f"{resume} has taken {trainer.steps_taken} steps already; choose more by --steps")
         else:
             if task is None:
                 raise ConfigError("name a task, or a checkpoint by --resume; rtrl train --help lists the tasks")
@@ -132,11 +141,11 @@ def train(
             log = log or checkpoint.with_suffix(".jsonl")
             if checkpoint.exists() and not overwrite:
                 raise ConfigError(
-                    f"{checkpoint} is there already: go on with it by --resume {shlex.quote(str(checkpoint))}, begin "
-                    "anew by --overwrite, or name another by --checkpoint"
+                    f"{checkpoint} exists already: continue it by --resume {shlex.quote(str(checkpoint))}, replace it "
+                    "by --overwrite, or choose another by --checkpoint"
                 )
             if log.exists() and not overwrite:
-                raise ConfigError(f"{log} is there already: begin it anew by --overwrite, or name another by --log")
+                raise ConfigError(f"{log} exists already: replace it by --overwrite, or choose another by --log")
             trainer = settings.build()
         session = _Session(settings, trainer, steps, checkpoint, save_every, log, tensorboard, resume is not None)
     except RTRLError as error:
@@ -145,7 +154,7 @@ def train(
 
 
 class _Session:
-    """One stretch of a run, from its start or from a checkpoint on."""
+    """One session of a run, from its start or from a checkpoint on."""
 
     def __init__(
         self,
@@ -173,7 +182,7 @@ class _Session:
         self._board: TensorBoard | None = None if tensorboard is None else logs.TensorBoard(tensorboard, after)
         writable(log)
         if not resumed:
-            self._save()  # so that there is always one to go on from, and a path that cannot be written is known now
+            self._save()  # so that there always is a checkpoint, and a path that cannot be written is refused now
         self._saved = trainer.steps_taken
         self._log: JsonLines = logs.JsonLines(log, after)
         if self._log.empty:
@@ -181,59 +190,53 @@ class _Session:
             self._log.write({"event": "start", **asdict(settings), **levels})
 
     def run(self, evaluation: int) -> int:
-        """Take the steps; the exit code."""
+        """Take the steps, and return the exit code."""
         trainer, task = self._trainer, self._trainer.task
         columns = ("{task.fields[loss]}", "{task.fields[score]}", "{task.fields[speed]}", "{task.fields[held]}")
         blank: dict[str, Any] = dict.fromkeys(("loss", "score", "speed", "held"), "")
         try:
-            with _stop_between_steps() as asked, progress(*columns) as bar:
+            with _stop_between_steps() as signals, progress(*columns) as bar:
                 name = bar.add_task(task.name, total=self._steps, completed=trainer.steps_taken, **blank)
-                self._walk(asked, bar, name)
-                if asked:
+                self._take_steps(signals, bar, name)
+                if signals:
                     self._save()
-        except KeyboardInterrupt:  # in the midst of a step: what is in memory is half a step
-            self._say(f"Stopped within a step. The last checkpoint is of step {self._saved}.", self._how_to_go_on())
+        except KeyboardInterrupt:  # within a step, so that the run in memory is not consistent
+            _say(f"Stopped within a step. The last checkpoint is of step {self._saved}.", self._how_to_continue())
             return 130
         except NonFiniteError as error:
-            self._say(f"{error}", f"The last checkpoint is of step {self._saved}: {self._checkpoint}")
+            _say(f"{error}", f"The last checkpoint is of step {self._saved}: {self._checkpoint}")
             return 1
         except RTRLError as error:
-            self._say(f"step {trainer.steps_taken}: {error}")
+            _say(f"step {trainer.steps_taken}: {error}")
             return 2
         finally:
             self._log.close()
             if self._board is not None:
                 self._board.close()
-        if asked and trainer.steps_taken < self._steps:
-            self._say(f"Stopped after step {trainer.steps_taken}, and saved.", self._how_to_go_on())
-            return 128 + asked[0]
+        if signals and trainer.steps_taken < self._steps:
+            _say(f"Stopped after step {trainer.steps_taken}, and saved.", self._how_to_continue())
+            return 128 + signals[0]
         self._finish(evaluation)
         return 0
 
-    def _walk(self, asked: list[int], bar: "Progress", name: Any) -> None:
-        trainer = self._trainer
-        began, counted, glanced = time.perf_counter(), trainer.steps_taken, 0.0
-        while trainer.steps_taken < self._steps and not asked:
-            row = trainer.step()
-            now = time.perf_counter()
-            speed = (trainer.steps_taken - counted) / max(now - began, 1e-9)
+    def _take_steps(self, signals: list[int], bar: "Progress", name: Any) -> None:
+        trainer, shown = self._trainer, 0.0
+        for row, speed in trainer.run(self._steps):
             if row is not None:
-                self._note(row, speed)
-                began, counted = now, trainer.steps_taken
-            if not bar.disable and (row is not None or now - glanced > _GLANCE_S):
-                bar.update(name, completed=trainer.steps_taken, **self._glance(row, speed))
-                glanced = now
-            if trainer.steps_taken % self._save_every == 0 and not asked:
+                self._log.write({**asdict(row), "steps_per_s": round(speed, 3)})
+                if self._board is not None:
+                    self._board.write(row, speed)
+            if not bar.disable and (row is not None or time.perf_counter() - shown > _REFRESH_S):
+                bar.update(name, completed=trainer.steps_taken, **self._fields(row, speed))
+                shown = time.perf_counter()
+            if signals:
+                break
+            if trainer.steps_taken % self._save_every == 0:
                 self._save()
         if trainer.steps_taken == self._steps:
             self._save()
 
-    def _note(self, row: "Row", speed: float) -> None:
-        self._log.write({**asdict(row), "steps_per_s": round(speed, 3)})
-        if self._board is not None:
-            self._board.write(row, speed)
-
-    def _glance(self, row: "Row | None", speed: float) -> dict[str, Any]:
+    def _fields(self, row: "Row | None", speed: float) -> dict[str, Any]:
         rows = self._trainer.curve.rows
         shown = row or (rows[-1] if rows else self._trainer.unfinished())
         fields = {"speed": f"{speed:.0f}/s", "held": show_bytes(shown.bytes_held)}
@@ -270,18 +273,19 @@ class _Session:
                 typer.echo(f"held out: not measured, {error}", err=True)
         typer.echo(f"saved: {self._checkpoint}; rows: {self._notes['log']}")
 
-    def _how_to_go_on(self) -> str:
-        return f"Go on with: rtrl train --resume {shlex.quote(str(self._checkpoint))}"
+    def _how_to_continue(self) -> str:
+        return f"Continue with: rtrl train --resume {shlex.quote(str(self._checkpoint))}"
 
-    def _say(self, *lines: str) -> None:
-        for line in lines:
-            typer.echo(line, err=True)
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        typer.echo(line, err=True)
 
 
 @contextmanager
 def _stop_between_steps() -> Iterator[list[int]]:
-    """A list that Ctrl-C or a request to terminate puts its number into; the second one stops at once."""
-    asked: list[int] = []
+    """A list that receives the number of an interrupt or termination signal; a second signal stops at once."""
+    signals: list[int] = []
     before: dict[int, Any] = {}
 
     def restore() -> None:
@@ -290,25 +294,25 @@ def _stop_between_steps() -> Iterator[list[int]]:
         before.clear()
 
     def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
+        signals.append(number)
         restore()
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, note)
-    except ValueError:  # not in the main thread: whoever is decides about signals
+    except ValueError:  # not in the main thread, which handles signals
         before.clear()
     try:
-        yield asked
+        yield signals
     finally:
         restore()
 
 
 def _options(flag: str, given: list[str] | None) -> dict[str, Any]:
-    """``name=value`` pairs; a value is JSON if it can be read as such, else a word.
+    """Parse ``name=value`` pairs; a value is JSON if possible, else a word.
 
     Raises:
-        ConfigError: one has no "=", or a name is given twice.
+        ConfigError: a pair has no "=", or a name is given twice.
     """
     options: dict[str, Any] = {}
     for pair in given or []:

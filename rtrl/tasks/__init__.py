@@ -1,4 +1,4 @@
-"""Streams to learn from: every task gives one moment a step for a batch of samples, without end."""
+"""Tasks to learn: endless streams of steps for a batch of samples, with a loss and a score."""
 
 from rtrl.tasks.adding import Adding
 from rtrl.tasks.anbn import AnBn

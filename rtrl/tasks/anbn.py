@@ -6,34 +6,37 @@ import torch
 
 from rtrl._utils import validation
 from rtrl.errors import ConfigError
-from rtrl.tasks._rounds import Round, RoundTask, draw_integers
+from rtrl.tasks._episodes import Episode, EpisodeTask, draw_integers
 
 
-class AnBn(RoundTask):
-    """Read a string aⁿbᵐ, one symbol a step, and say at its last symbol whether m = n.
+class AnBn(EpisodeTask):
+    """Read a string aⁿbᵐ, one symbol per step, and answer at the last symbol whether m = n.
 
-    x is the one-hot of a (0) or b (1). No marks are needed: a string begins with a fresh state and ends where an answer
-    is asked. Half of the strings are accepted (class 1); in the others (class 0) m differs from n by 1 to ``slack``,
-    the nearest being the hardest. Samples whose string has ended wait with x = 0 for the longest of their batch.
+    x is the one-hot of a (0) or b (1). A string begins with the reset of the state and ends at the step with a target.
+    Half of the strings are accepted (class 1); in the others (class 0) m differs from n by 1 to ``slack``. Samples with
+    a shorter string than the longest of their batch end with x = 0.
 
     Args:
-        train_n: the n of training. held_out_n: the n of held-out strings, in none of the training.
-        slack: the largest difference of a rejected string; of strings with n < slack at most n.
+        train_n: the n of training.
+        held_out_n: the n of held-out strings, none of them in ``train_n``.
+        slack: the largest difference of a rejected string; at most n if n < slack.
 
     Attributes:
-        chance: of whoever sees the last symbol alone: 0.5, since half of the strings are accepted, and more by the
-            share of strings of training that end in a and so give themselves away (m = 0): 0.571 as it comes. solved:
-            0.99.
+        chance: the score of the best answer to the last symbol only: 0.5, because half of the strings are accepted,
+            plus the share of training strings that end in a (m = 0), which are rejected; 0.571 with the defaults.
+        solved: 0.99.
 
     Raises:
         ConfigError: a number is out of range, or an n is in both lists.
 
-    Source: Gers and Schmidhuber (2001), "LSTM recurrent networks learn simple context-free and context-sensitive
-    languages", IEEE Transactions on Neural Networks 12(6); there as prediction, here as acceptance.
+    Source:
+        Gers and Schmidhuber (2001), "LSTM recurrent networks learn simple context-free and context-sensitive
+        languages", IEEE Transactions on Neural Networks 12(6); there as prediction, here as acceptance.
 
-    >>> stream = AnBn(train_n=[2], held_out_n=[3], slack=1).stream(batch_size=4)
-    >>> next(stream).x.shape
-    torch.Size([4, 2])
+    Example:
+        >>> stream = AnBn(train_n=[2], held_out_n=[3], slack=1).stream(batch_size=4)
+        >>> next(stream).x.shape
+        torch.Size([4, 2])
     """
 
     name = "anbn"
@@ -54,11 +57,11 @@ class AnBn(RoundTask):
                 validation.integer(what, n)
         both = sorted(set(self.train_n) & set(self.held_out_n))
         if both:
-            raise ConfigError(f"n = {both} is both in train_n and in held_out_n; a held-out n is in no training")
+            raise ConfigError(f"n = {both} is both in train_n and in held_out_n; a held-out n must not be in train_n")
         without_b = [max(self.slack - n + 1, 0) / self.slack / 4 for n in self.train_n]
         self.chance = 0.5 + sum(without_b) / len(without_b)
 
-    def draw(self, batch_size: int, held_out: bool, generator: torch.Generator) -> Round:
+    def draw(self, batch_size: int, held_out: bool, generator: torch.Generator) -> Episode:
         choices = torch.tensor(self.held_out_n if held_out else self.train_n)
         n = choices[draw_integers(0, len(choices) - 1, (batch_size,), generator)]
         accepted = draw_integers(0, 1, (batch_size,), generator)
@@ -67,7 +70,7 @@ class AnBn(RoundTask):
         m = n + (1 - accepted) * sign * least.minimum(n)
         t = torch.arange(int((n + m).max()))[:, None]
         symbols = torch.where(t < n + m, (t >= n).long(), -1)
-        return Round(symbols, accepted.expand_as(symbols), t == n + m - 1)
+        return Episode(symbols, accepted.expand_as(symbols), t == n + m - 1)
 
     def __repr__(self) -> str:
         return f"AnBn(train_n={self.train_n}, held_out_n={self.held_out_n}, slack={self.slack})"

@@ -1,4 +1,4 @@
-"""Any file as a stream of bytes, each to be foretold from those before it."""
+"""Predict the bytes of a file, each from the bytes before it."""
 
 import math
 import os
@@ -13,35 +13,37 @@ from torch.nn import functional as F
 from rtrl._utils import validation
 from rtrl.errors import ConfigError
 from rtrl.tasks.bytes import ByteStream
-from rtrl.tasks.protocol import Stream, Task, TaskStep
+from rtrl.tasks.protocol import Stream, Task, TaskStep, check_same_stream
 
-_SAMPLE = 2**24  # bytes that the levels are taken from
+_SAMPLE = 2**24  # the number of bytes from which the levels are computed
 
 
 class ByteModel(Task):
-    """Read a file a byte a step and give, at every step, the logits of the next byte.
+    """Read a file, one byte per step, and answer at every step with the logits of the next byte.
 
-    Each sample reads a section of its own and starts from its beginning again, with a fresh state, when it comes to its
-    end. The seed says at which byte of their sections all samples begin. The last tenth of the file is held out.
+    Each sample reads its own section of the file, and begins it again, with a reset of its state, at the end. The seed
+    chooses the byte of the sections at which all samples begin. The last tenth of the file is held out.
 
     Args:
         path: the file to read; None for the sources of Python's standard library (see ``ByteStream``).
 
     Attributes:
-        chance: bits a byte of the table of all pairs of bytes, fitted to the text of training itself: no answer that
-            looks at the present byte alone is better on it. solved: those of the table of all triples, likewise: to be
-            better, a model must look back beyond the present byte. Of a file beyond 16 MiB, both are those of the first
-            16 MiB.
+        chance: the bits per byte of the best answer to the present byte only, from the counts of all pairs of bytes in
+            the training text.
+        solved: the bits per byte of the best answer to the last two bytes, from the counts of all triples; a better
+            model uses more of the past. Both levels are those of the first 16 MiB of the file.
         digest: SHA-256 of the file.
 
     Raises:
         ConfigError: the file is missing, unreadable or too short.
 
-    Cost: the file is held in memory, and once more for each stream.
+    Cost:
+        The file is held in memory once for each stream.
 
-    >>> task = ByteModel()
-    >>> next(task.stream(batch_size=2)).x.shape
-    torch.Size([2, 256])
+    Example:
+        >>> task = ByteModel()
+        >>> next(task.stream(batch_size=2)).x.shape
+        torch.Size([2, 256])
     """
 
     name = "bytes"
@@ -65,32 +67,32 @@ class ByteModel(Task):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> "ByteModelStream":
-        """An endless stream; the same seed gives the same one on every machine that has the file.
+        """Return an endless stream; the same seed gives the same stream on every machine that has the file.
 
         Raises:
-            ConfigError: ``batch_size`` or ``seed`` is out of range; the text is too short for so many samples; or the
-                file is no longer what it was.
+            ConfigError: ``batch_size`` or ``seed`` is out of range, the text is too short for this batch size, or the
+                file has changed.
         """
         validation.integer("seed", seed, least=0)
         stream = ByteStream(self.path, batch_size, span=_span(held_out), dtype=dtype, device=device)
         if stream.digest != self.digest:
-            raise ConfigError(f"{self.source} has changed since this task was made; make it anew")
+            raise ConfigError(f"{self.source} has changed since this task was made; make the task again")
         return ByteModelStream(stream, seed, held_out)
 
-    def loss(self, y: Tensor, moment: TaskStep) -> Tensor | None:
-        """Cross-entropy in nats, the mean over samples."""
-        return F.cross_entropy(y, moment.target)
+    def loss(self, y: Tensor, step: TaskStep) -> Tensor | None:
+        """Return the cross-entropy in nats, the mean over samples."""
+        return F.cross_entropy(y, step.target)
 
-    def score(self, y: Tensor, moment: TaskStep) -> tuple[float, int]:
-        """The sum over samples of the bits that the next byte takes, and how many samples there are."""
-        return float(F.cross_entropy(y.detach(), moment.target, reduction="sum")) / math.log(2), len(y)
+    def score(self, y: Tensor, step: TaskStep) -> tuple[float, int]:
+        """Return the bits of the next byte, summed over samples, and the number of samples."""
+        return float(F.cross_entropy(y.detach(), step.target, reduction="sum")) / math.log(2), len(y)
 
     def __repr__(self) -> str:
         return f"ByteModel({self.source!r}, sha256={self.digest[:12]})"
 
 
 class ByteModelStream(Stream):
-    """The sections of a text, over and over."""
+    """The sections of a text, repeated without end."""
 
     def __init__(self, text: ByteStream, seed: int, held_out: bool) -> None:
         self._text, self._seed, self._held_out = text, seed, held_out
@@ -100,26 +102,25 @@ class ByteModelStream(Stream):
 
     def __next__(self) -> TaskStep:
         x, target = self._text[self._place]
-        fresh = not self._begun or self._place == 0
+        is_first = not self._begun or self._place == 0
         self._place, self._begun = (self._place + 1) % len(self._text), True
-        return TaskStep(x, target, torch.ones_like(target, dtype=torch.bool), torch.full_like(target, fresh).bool())
+        return TaskStep(x, target, torch.ones_like(target, dtype=torch.bool), torch.full_like(target, is_first).bool())
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the position in the stream."""
         return {**self._identity(), "place": self._place, "begun": self._begun}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to where another stream of the same task stood.
+        """Continue from the position of another stream of the same task.
 
         Raises:
-            ConfigError: it was a stream of another text, seed, batch size or part. Nothing has changed then.
+            ConfigError: it was a stream of another text, seed, batch size or part; this stream is unchanged.
         """
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise ConfigError(f"the state is of a stream with {name} {state.get(name)!r}; this one has {value!r}")
-        place = state.get("place")
+        check_same_stream(self._identity(), state, "place", "begun")
+        place = state["place"]
         if not isinstance(place, int) or not 0 <= place < len(self._text):
             raise ConfigError(f"'place' must lie in 0 … {len(self._text) - 1}, got {place!r}")
-        self._place, self._begun = place, bool(state.get("begun"))
+        self._place, self._begun = place, bool(state["begun"])
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -136,8 +137,7 @@ def _span(held_out: bool) -> tuple[float, float]:
 
 
 def conditional_entropy(text: bytes, order: int) -> float:
-    """Bits that a byte takes on average, foretold by the table of all runs of ``order`` + 1 bytes of this very text
-    from the ``order`` before it."""
+    """The average bits of a byte given the ``order`` bytes before it, from the counts in this text."""
     symbols = np.frombuffer(text, dtype=np.uint8).astype(np.int64)
     runs = len(symbols) - order
     contexts = np.zeros(runs, dtype=np.int64)

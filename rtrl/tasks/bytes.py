@@ -1,4 +1,4 @@
-"""Real text, one byte a step: predict the next byte."""
+"""Real text as a stream of bytes, each with the next byte as its target."""
 
 import hashlib
 import os
@@ -13,39 +13,42 @@ from torch.nn import functional as F
 from rtrl._utils import validation
 from rtrl.errors import ConfigError
 
-_MOST = 2**20  # bytes of the standard library's sources that are read by default
+_MOST = 2**20  # the number of bytes of the standard library's sources that are read by default
 _NOT_STANDARD = {"site-packages", "dist-packages", "__pycache__"}
 
 
 class ByteStream:
-    """The bytes of a text as a stream of (input, target) pairs, each sample of the batch reading from a place of its
-    own.
+    """The bytes of a text as (input, target) pairs, in which each sample of the batch reads its own section.
 
-    The text is cut into ``batch_size`` sections of equal length L; step t gives byte ``offset + t`` of every section as
-    the input and the byte after it as the target. The default text is the sources of Python's own standard library, in
-    the order of their paths, up to one mebibyte: there on every machine, without a network.
+    The text is cut into ``batch_size`` sections of equal length; the input of step t is byte ``offset + t`` of every
+    section, and the target the byte after it. The default text is the sources of Python's standard library, in the
+    order of their paths, up to one mebibyte: every machine has it, without a network.
 
     Args:
         path: the file to read; None for the standard library's sources.
-        batch_size: B, how many samples read at once.
-        offset: where in its section every sample begins.
-        steps: how many steps there must be at least.
+        batch_size: B.
+        offset: the place in its section at which every sample begins.
+        steps: the smallest number of steps that there must be.
         span: the part of the text that is cut into sections, as fractions of its length.
-        dtype, device: of the inputs; the targets are LongTensors on the same device.
+        dtype: of the inputs.
+        device: of the inputs and of the targets, which are LongTensors.
 
     Attributes:
-        source: what was read, in words. digest: SHA-256 of the bytes that were read, whatever the span.
+        source: of the text, in words.
+        digest: SHA-256 of the whole text, independent of the span.
 
     Raises:
-        ConfigError: a number is out of range; the file is missing, unreadable, empty or too short; or no standard
-        library is found.
+        ConfigError: a number is out of range, the file is missing, unreadable, empty or too short, or the standard
+            library is not found.
 
-    Cost: one byte a byte of text; a step makes B·256 numbers.
+    Cost:
+        One byte per byte of text; a step makes B·256 numbers.
 
-    >>> stream = ByteStream(batch_size=2)
-    >>> x, target = stream[0]
-    >>> x.shape, target.shape
-    (torch.Size([2, 256]), torch.Size([2]))
+    Example:
+        >>> stream = ByteStream(batch_size=2)
+        >>> x, target = stream[0]
+        >>> x.shape, target.shape
+        (torch.Size([2, 256]), torch.Size([2]))
     """
 
     def __init__(
@@ -73,12 +76,11 @@ class ByteStream:
         if self._length < steps:
             raise ConfigError(
                 f"{self.source} is too short: {len(text)} bytes give {max(self._length, 0)} steps to each of "
-                f"{batch_size} samples "
-                f"that begin at offset {offset}, but at least {steps} are needed"
+                f"{batch_size} samples that begin at offset {offset}, but at least {steps} are needed"
             )
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
         self.device = torch.device("cpu" if device is None else device)
-        with torch.device("cpu"):  # whatever the default is
+        with torch.device("cpu"):  # also if the default device is another
             self._text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
             self._starts = torch.arange(batch_size) * section + offset
 
@@ -86,8 +88,7 @@ class ByteStream:
         return self._length
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Input (B, 256), one-hot, and target (B,) of a step, counted from 0 (or, if negative, from the end);
-        IndexError outside."""
+        """Return the input (B, 256), one-hot, and the target (B,) of a step; a negative step counts from the end."""
         t = step + self._length if step < 0 else step
         if not 0 <= t < self._length:
             raise IndexError(f"step {step} of a stream of {self._length} steps")
@@ -99,12 +100,11 @@ class ByteStream:
         return (self[t] for t in range(self._length))
 
     def text(self) -> bytes:
-        """The part of the text that is read."""
+        """Return the part of the text that is read."""
         return self._text.numpy().tobytes()
 
     def first(self, steps: int) -> tuple[Tensor, Tensor]:
-        """The first steps at once: inputs (steps, B, 256) and targets (steps, B); IndexError if there are not that
-        many."""
+        """Return the first steps together: inputs (steps, B, 256) and targets (steps, B)."""
         inputs, targets = zip(*(self[t] for t in range(steps)), strict=True)
         return torch.stack(inputs), torch.stack(targets)
 
@@ -113,7 +113,7 @@ def _read(path: Path) -> bytes:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
-        raise ConfigError(f"there is no file {path}") from None
+        raise ConfigError(f"the file {path} does not exist") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     if not text:
@@ -135,7 +135,7 @@ def _standard_library() -> bytes:
         if missing <= 0:
             break
     if not any(parts):
-        raise ConfigError(f"no source of the standard library is found under {root}; name a text file of your own")
+        raise ConfigError(f"the sources of the standard library are not under {root}; pass the path of a text file")
     return b"".join(parts)
 
 
@@ -143,4 +143,4 @@ def _read_some(path: Path, most: int) -> bytes:
     try:
         return path.read_bytes()[:most]
     except OSError:
-        return b""  # one unreadable module of many is no reason to stop
+        return b""  # an unreadable module is skipped

@@ -7,36 +7,39 @@ from torch import Tensor
 
 from rtrl._utils import validation
 from rtrl.errors import ConfigError
-from rtrl.tasks._rounds import Round, RoundTask, draw_integers
+from rtrl.tasks._episodes import Episode, EpisodeTask, draw_integers
 
 _EVERY = 5  # each fifth image is held out
 
 
-class Digits(RoundTask):
-    """Read an image of a handwritten digit from top to bottom, and say which one it was when it has gone by.
+class Digits(EpisodeTask):
+    """Read an image of a handwritten digit from top to bottom, and answer after it which digit it is.
 
     The images are the 1797 of 8 × 8 pixels that scikit-learn ships (``sklearn.datasets.load_digits``). By rows, x is a
-    row of 8 pixels in 0 … 1 and an episode has 9 steps; by pixels, x is one pixel and an episode has 65. The answer is
-    asked at the last step, whose x = 0: so whoever looks at nothing of the past knows nothing of the image. Images are
-    drawn with replacement, one for each sample, and do not depend on the batch size.
+    row of 8 pixels in 0 … 1 and an episode has 9 steps; by pixels, x is one pixel and an episode has 65. The target is
+    at the last step, whose x = 0: an answer that ignores the past knows nothing about the image. Images are drawn with
+    replacement, one for each sample, and do not depend on the batch size.
 
-    Every fifth image is held out. It is of a writer of whom there are images in training, too.
+    Every fifth image is held out. Other images by its writer are used in training.
 
     Args:
         by: "row" or "pixel".
 
     Attributes:
-        chance: the share of the commonest digit among the images of training, about 0.1. solved: 0.9.
+        chance: the share of the most frequent digit among the training images, about 0.1.
+        solved: 0.9.
 
     Raises:
         ConfigError: ``by`` is neither, or scikit-learn is not installed.
 
-    Source: E. Alpaydin and C. Kaynak (1998), "Optical Recognition of Handwritten Digits", UCI Machine Learning
-    Repository; pixel by pixel as in Le, Jaitly and Hinton (2015), "A Simple Way to Initialize Recurrent Networks of
-    Rectified Linear Units", section 4.2.
+    Source:
+        E. Alpaydin and C. Kaynak (1998), "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository;
+        pixel by pixel as in Le, Jaitly and Hinton (2015), "A Simple Way to Initialize Recurrent Networks of Rectified
+        Linear Units", section 4.2.
 
-    >>> next(Digits(by="row").stream(batch_size=4)).x.shape
-    torch.Size([4, 8])
+    Example:
+        >>> next(Digits(by="row").stream(batch_size=4)).x.shape
+        torch.Size([4, 8])
     """
 
     name = "digits"
@@ -52,14 +55,14 @@ class Digits(RoundTask):
         shares = self._parts[False][1].bincount().double() / len(self._parts[False][1])
         self.chance = float(shares.max())
 
-    def draw(self, batch_size: int, held_out: bool, generator: torch.Generator) -> Round:
+    def draw(self, batch_size: int, held_out: bool, generator: torch.Generator) -> Episode:
         frames, labels = self._parts[held_out]
         chosen = draw_integers(0, len(labels) - 1, (batch_size,), generator)
         shown = frames[chosen].transpose(0, 1)
         x = torch.cat([shown, torch.zeros_like(shown[:1])])
-        asked = torch.zeros(len(x), batch_size, dtype=torch.bool)
-        asked[-1] = True
-        return Round(x, labels[chosen].expand(len(x), -1), asked)
+        has_target = torch.zeros(len(x), batch_size, dtype=torch.bool)
+        has_target[-1] = True
+        return Episode(x, labels[chosen].expand(len(x), -1), has_target)
 
     def __repr__(self) -> str:
         return f"Digits(by={self.by!r})"

@@ -1,11 +1,14 @@
-"""What a task is: an endless stream of steps, a loss, a score, and the levels that say what a score is worth."""
+"""The protocol of a task: an endless stream of steps, a loss, and a score with two reference levels."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from rtrl.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,45 +16,63 @@ class TaskStep:
     """One step of a stream for B samples.
 
     Attributes:
-        x: (B, d_in), what the cell is given. target: (B,) LongTensor of classes, or (B, d_out) of numbers.
-        asked: Boolean (B,): the samples that owe an answer at this step; the target of the others means nothing.
-        fresh: Boolean (B,): the samples whose state starts anew before this step, since an episode begins.
+        x: the input of the cell, (B, d_in).
+        target: (B,) LongTensor of classes, or (B, d_out) of numbers.
+        has_target: Boolean (B,), the mask of samples that have a target at this step; other targets are ignored.
+        is_first: Boolean (B,), the mask of samples that begin an episode: their state is reset before this step.
     """
 
     x: Tensor
     target: Tensor
-    asked: Tensor
-    fresh: Tensor
+    has_target: Tensor
+    is_first: Tensor
 
 
 class Stream(ABC):
-    """The steps of a task, one after the other without end, which can be left and taken up again bit for bit."""
+    """The steps of a task, without end; a saved stream continues bit for bit."""
 
     @abstractmethod
     def __next__(self) -> TaskStep:
-        """The next step."""
+        """Return the next step."""
 
     def __iter__(self) -> "Stream":
+        """Return the stream itself."""
         return self
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands; small."""
+        """Return the position in the stream, which takes little memory."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where another stream of the same task stood."""
+        """Continue from the position of another stream of the same task."""
+
+
+def check_same_stream(identity: Mapping[str, Any], state: Mapping[str, Any], *position: str) -> None:
+    """Check that a saved state belongs to a stream of this identity and has a position.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    missing = [name for name in (*identity, *position) if name not in state]
+    if missing:
+        raise ConfigError(f"this is not the state of a {identity['task']} stream: {', '.join(missing)} is missing")
+    for name, value in identity.items():
+        if state[name] != value:
+            raise ConfigError(f"the state is of a stream with {name} {state[name]!r}; this one has {value!r}")
 
 
 class Task(ABC):
     """Something to learn.
 
     Attributes:
-        name: as the command line has it. d_in, d_out: widths of x and of what the cell must give.
-        measure: what ``score`` is the mean of: "accuracy" (larger is better), "bits per symbol" or "squared error"
-            (smaller is better).
-        chance: the score of the best answer that looks at nothing of the past. solved: the score from which the task
-            counts as learned.
+        name: of the task on the command line.
+        d_in: the width of x.
+        d_out: the width of the y that the cell must return.
+        measure: the quantity whose mean is the score: "accuracy" (larger is better), "bits per symbol" or "squared
+            error" (smaller is better).
+        chance: the score of the best answer that ignores the past.
+        solved: the score from which the task counts as learned.
     """
 
     name: str
@@ -71,13 +92,20 @@ class Task(ABC):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Stream:
-        """An endless stream; the same seed gives the same one on every machine. ``held_out`` draws episodes that no
-        training stream gives (or, where the task is finite, those set aside)."""
+        """Return an endless stream; the same seed gives the same stream on every machine.
+
+        Args:
+            batch_size: B.
+            seed: of the episodes.
+            held_out: draw episodes that are in no training stream.
+            dtype: of x and of numerical targets; PyTorch's default by default.
+            device: of all tensors; the CPU by default.
+        """
 
     @abstractmethod
-    def loss(self, y: Tensor, moment: TaskStep) -> Tensor | None:
-        """The sum of the losses of the samples asked, divided by B; None if no sample is asked."""
+    def loss(self, y: Tensor, step: TaskStep) -> Tensor | None:
+        """Return the sum of the losses of the samples with a target, divided by B; None if there are none."""
 
     @abstractmethod
-    def score(self, y: Tensor, moment: TaskStep) -> tuple[float, int]:
-        """The sum of the scores of the samples asked, and how many were."""
+    def score(self, y: Tensor, step: TaskStep) -> tuple[float, int]:
+        """Return the sum of the scores of the samples with a target, and the number of these samples."""

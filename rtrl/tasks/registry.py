@@ -1,4 +1,4 @@
-"""Tasks by name, for the command line and for loops over them."""
+"""Tasks by name, for the command line and for loops over tasks."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,18 +20,25 @@ TASKS: Mapping[str, Callable[..., Task]] = {
     "bytes": ByteModel,
     "digits": Digits,
 }
-"""Name → the task's class, whose arguments are its options."""
+"""The class of each task by name; its arguments are the options of the task."""
 
 
 def make(name: str, **options: Any) -> Task:
-    """The task of this name: ``anbn``, ``haystack``, ``copy``, ``adding``, ``bytes`` or ``digits``; the options are the
-    arguments of its class.
+    """Make a task by its name.
+
+    Args:
+        name: ``anbn``, ``haystack``, ``copy``, ``adding``, ``bytes`` or ``digits``.
+        options: the arguments of its class.
+
+    Returns:
+        The task.
 
     Raises:
-        ConfigError: there is no such task or option, or a value is out of range.
+        ConfigError: the task or the option does not exist, or a value is out of range; the message lists the names.
 
-    >>> make("copy", delay=7).d_in
-    5
+    Example:
+        >>> make("copy", delay=7).d_in
+        5
     """
     task: Task = named_factories.make_named("task", name, TASKS, options)
     return task

@@ -1,4 +1,4 @@
-"""What a training run leaves behind: one row for every so many steps."""
+"""The curve of a training run: one row for every ``log_every`` steps."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +10,13 @@ from rtrl.tasks.protocol import Task, TaskStep
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The steps since the last row, up to and with number ``step`` (counted from 1).
+    """The steps since the last row.
 
     Attributes:
-        loss: the mean over all samples that were asked; score: likewise, in the task's measure. None if none was asked.
-        bytes_held: by the learner, after this step.
+        step: the number of steps taken, from the beginning of the run.
+        loss: the mean over all samples with a target; None if there are none.
+        score: the mean over all samples with a target, in the measure of the task; None if there are none.
+        bytes_held: the bytes that the learner holds after the last of these steps.
     """
 
     step: int
@@ -25,8 +27,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """The rows of a run, oldest first. Nothing in it depends on the time of day or the speed of the machine, so that
-    the same seed gives an equal curve."""
+    """The rows of a run, oldest first.
+
+    They do not depend on the time or the speed of the machine: the same seed gives an equal curve.
+
+    Attributes:
+        rows: one ``Row`` for every ``log_every`` steps.
+    """
 
     rows: list[Row] = field(default_factory=list)
 
@@ -35,15 +42,15 @@ class Curve:
 
     @property
     def last(self) -> Row:
-        """The newest row; IndexError if there is none."""
+        """The newest row."""
         return self.rows[-1]
 
     def column(self, name: str) -> list[Any]:
-        """One attribute of all rows: "step", "loss", "score" or "bytes_held"."""
+        """Return one attribute of all rows: "step", "loss", "score" or "bytes_held"."""
         return [getattr(row, name) for row in self.rows]
 
     def first_solved(self, task: Task) -> int | None:
-        """The step of the first row whose score reaches the task's solved level; None if no row does."""
+        """Return the step of the first row whose score reaches the task's solved level; None without such a row."""
         for row in self.rows:
             if row.score is not None and reaches(task, row.score):
                 return row.step
@@ -57,8 +64,13 @@ def reaches(task: Task, score: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a watcher of a run is told after every row: the row, how many steps there will be in all, and the speed
-    since the last row."""
+    """The progress of a run after a row.
+
+    Attributes:
+        row: the new row.
+        steps: the number of steps of the whole run.
+        steps_per_s: the speed since the last row.
+    """
 
     row: Row
     steps: int
@@ -66,27 +78,27 @@ class Progress:
 
     @property
     def step(self) -> int:
-        """How many steps have been taken."""
+        """The number of steps taken."""
         return self.row.step
 
 
 @dataclass(slots=True)
 class Tally:
-    """Sums over the samples asked since the last row."""
+    """Sums over the samples with a target since the last row."""
 
     loss: float = 0.0
     score: float = 0.0
-    asked: int = 0
+    n_targets: int = 0
 
-    def add(self, task: Task, y: Tensor, moment: TaskStep, loss: float) -> None:
-        """Count one step whose loss, the sum over the samples asked divided by B, is given."""
-        score, asked = task.score(y.detach(), moment)
-        self.loss += loss * moment.x.shape[0]
+    def add(self, task: Task, y: Tensor, step: TaskStep, loss: float) -> None:
+        """Count one step; its loss is the sum over the samples with a target, divided by B."""
+        score, n_targets = task.score(y.detach(), step)
+        self.loss += loss * step.x.shape[0]
         self.score += score
-        self.asked += asked
+        self.n_targets += n_targets
 
     def row(self, step: int, bytes_held: int) -> Row:
-        """The row that these sums make."""
-        if not self.asked:
+        """Make a row of these sums."""
+        if not self.n_targets:
             return Row(step, None, None, bytes_held)
-        return Row(step, self.loss / self.asked, self.score / self.asked, bytes_held)
+        return Row(step, self.loss / self.n_targets, self.score / self.n_targets, bytes_held)

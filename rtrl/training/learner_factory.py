@@ -1,4 +1,4 @@
-"""Learners by name, for the command line and for loops over them."""
+"""Learners by name, for the command line and for loops over learners."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -55,24 +55,29 @@ LEARNERS: Mapping[str, Callable[..., MakeLearner]] = {
     "rflo": _rflo,
     "diagonal": _diagonal,
 }
-"""Name → a function of that learner's options that gives ``make(cell, batch_size)``."""
+"""A function of the options of each learner, by name, which returns ``make(cell, batch_size)``."""
 
 
 def make_learner(name: str, **options: Any) -> MakeLearner:
-    """A function ``make(cell, batch_size)`` of the learner with this name.
+    """Return a function ``make(cell, batch_size)`` for the learner of this name.
 
     ``block`` (block=16, window=64, lazy=True) is ``rtrl.BlockRTRL``; ``bptt``, ``tbptt`` (k=16, sliding=False),
     ``rtrl`` (textbook), ``snap`` (order=1), ``uoro`` (seed=0), ``rflo`` (leak=0.1) and ``diagonal`` are those of
     ``rtrl.learners``.
 
-    Raises:
-        ConfigError: there is no such learner, or it has no such option; a value out of range is refused when the
-            learner is made.
+    Args:
+        name: of the learner.
+        options: of the learner.
 
-    >>> import torch, rtrl
-    >>> cell = rtrl.cells.from_torch(torch.nn.GRUCell(3, 4))
-    >>> make_learner("tbptt", k=5)(cell, 2).horizon
-    5
+    Raises:
+        ConfigError: the learner or the option does not exist; the message lists the names. A value out of range is
+            refused when the learner is made.
+
+    Example:
+        >>> import torch, rtrl
+        >>> cell = rtrl.cells.from_torch(torch.nn.GRUCell(3, 4))
+        >>> make_learner("tbptt", k=5)(cell, 2).horizon
+        5
     """
     make: MakeLearner = named_factories.make_named("learner", name, LEARNERS, options)
     return make

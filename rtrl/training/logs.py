@@ -1,4 +1,4 @@
-"""Where the rows of a run go: a file of JSON lines, and TensorBoard."""
+"""Logs of the rows of a run: a file of JSON lines, and TensorBoard."""
 
 import json
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ from rtrl.training.curve import Row
 
 
 class JsonLines:
-    """A file with one JSON object a line. Of a file that is there already, the rows after step ``after`` are dropped:
-    a run that goes on from a checkpoint takes those steps once more.
+    """A file with one JSON object per line.
 
     Args:
-        path: the file. after: the step that the run goes on from; None begins an empty file.
+        path: the file.
+        after: the step from which the run continues; later rows of the file are dropped. None begins an empty file.
 
     Raises:
-        ConfigError: it cannot be read or written.
+        ConfigError: the file cannot be read or written.
     """
 
     def __init__(self, path: Path, after: int | None = None) -> None:
@@ -30,7 +30,7 @@ class JsonLines:
         self.empty = not kept
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one object; it is on its way to the disk when this returns."""
+        """Append one object, and flush the file."""
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
@@ -40,7 +40,7 @@ class JsonLines:
 
 
 def _until(text: str, after: int) -> list[str]:
-    """The lines up to a step; a last line that was cut off is none, nor is what was said at an end."""
+    """The lines up to a step, without an incomplete last line."""
     kept = []
     for line in text.splitlines():
         try:
@@ -56,7 +56,8 @@ class TensorBoard:
     """Rows as scalars of a TensorBoard run.
 
     Args:
-        folder: where its event files go. after: the step that the run goes on from.
+        folder: of the event files.
+        after: the step from which the run continues.
 
     Raises:
         ConfigError: TensorBoard is not installed, or the folder cannot be written.
@@ -82,5 +83,5 @@ class TensorBoard:
                 self._writer.add_scalar(name, value, row.step)
 
     def close(self) -> None:
-        """Write out what is still held back."""
+        """Flush and close the event file."""
         self._writer.close()

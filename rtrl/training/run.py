@@ -1,4 +1,4 @@
-"""A training run as plain values, so that it can be written to a file and gone on with in another process."""
+"""A training run as plain values, which is saved to a file and continued in another process."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from rtrl import tasks
 from rtrl._utils import validation
+from rtrl._utils.formatting import first_line
 from rtrl.errors import ConfigError, RTRLError
 from rtrl.training.cell_factory import make_cell
 from rtrl.training.learner_factory import make_learner
@@ -24,14 +25,11 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """All that a run is made from; plain values. The same settings give the same curve.
+    """The settings of a run, as plain values; the same settings give the same curve.
 
-    Attributes:
-        task, learner, cell: by name, see ``rtrl.tasks.make``, ``make_learner``, ``make_cell``; with their options.
-        optimizer: "adam", "adamw", "rmsprop" or "sgd", with learning rate ``lr``.
-        batch_size, every, clip, log_every: as ``Trainer`` takes them.
-        seed: of the weights, of the stream, and of the learner's own draws where its options give none.
-        dtype: "float32" or "float64". device: a name of a torch device.
+    The task, the learner and the cell are given by name and options, as for ``rtrl.tasks.make``, ``make_learner`` and
+    ``make_cell``. The seed is that of the weights, of the stream, and of the draws of a learner without a seed among
+    its options. The other values are those of ``Trainer``.
     """
 
     task: str
@@ -51,7 +49,7 @@ class Settings:
     device: str = "cpu"
 
     def build(self) -> Trainer:
-        """The trainer before its first step.
+        """Make the trainer of these settings.
 
         Raises:
             RTRLError: a name, an option or a size is wrong, or the parts do not fit together.
@@ -86,10 +84,13 @@ class Settings:
 
 
 def save(path: Path, settings: Settings, trainer: Trainer, notes: Mapping[str, Any] | None = None) -> None:
-    """Write a run to a file, which is replaced in one go: a crash leaves the old one or the new one.
+    """Save a run to a file, which is replaced atomically: after a crash it is the old file or the new one.
 
     Args:
-        notes: more plain values, for ``load`` to give back.
+        path: the file.
+        settings: of the run.
+        trainer: of the run.
+        notes: more plain values, which ``load`` returns.
 
     Raises:
         ConfigError: the file cannot be written, or the learner cannot be saved.
@@ -116,21 +117,21 @@ def save(path: Path, settings: Settings, trainer: Trainer, notes: Mapping[str, A
 
 
 def load(path: Path) -> tuple[Settings, Trainer, dict[str, Any]]:
-    """The run that ``save`` wrote, ready for its next step, with its settings and notes.
+    """Load a saved run, and return its settings, its trainer and its notes.
 
-    PyTorch's global random numbers are set to what they were, for learners that draw from them.
+    PyTorch's global random states are restored, for learners that draw from them.
 
     Raises:
-        ConfigError: the file is missing, is none that ``save`` wrote, or the run cannot be built here.
+        ConfigError: the file is missing, was not written by ``save``, or the run cannot be built here.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"there is no file {path}") from None
-    except Exception as error:  # a damaged archive raises what the part of it that is damaged pleases
-        raise ConfigError(f"{path} is no checkpoint of a training run, or is damaged: {_first_line(error)}") from error
+    except Exception as error:  # what a damaged archive raises depends on the damage
+        raise ConfigError(f"{path} is damaged, or not a checkpoint of a training run: {first_line(error)}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or "settings" not in content:
-        raise ConfigError(f"{path} is no checkpoint of a training run")
+        raise ConfigError(f"{path} is not a checkpoint of a training run")
     try:
         settings = Settings(**content["settings"])
         trainer = settings.build()
@@ -140,7 +141,7 @@ def load(path: Path) -> tuple[Settings, Trainer, dict[str, Any]]:
     except (TypeError, KeyError, RuntimeError, AttributeError) as error:
         if isinstance(error, RTRLError):
             raise
-        raise ConfigError(f"{path} is damaged: {_first_line(error)}") from error
+        raise ConfigError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def _random_state() -> dict[str, Any]:
@@ -159,9 +160,5 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device {name!r} cannot be used: {_first_line(error)}") from error
+        raise ConfigError(f"device {name!r} cannot be used: {first_line(error)}") from error
     return device
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,9 +1,9 @@
-"""One training run: a stream, a cell, a learner and an optimizer, a step at a time, to be left and taken up again."""
+"""One training run: a stream, a cell, a learner and an optimizer, which can be saved and continued at any step."""
 
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,36 +18,39 @@ from rtrl.tasks.protocol import Task
 from rtrl.training.curve import Curve, Progress, Row, Tally
 from rtrl.training.evaluation import check_answer, parameter_of
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Trainer:
     """A training run, one step at a time.
 
-    A step takes the next moment of the task's stream, starts the samples anew whose episode begins, takes one step of
-    the learner, and gives the loss if any sample is asked. Whenever an update is due, the learner delivers its
-    gradients, they are clipped, and the optimizer changes the parameters. An update before which no loss was given is
-    left out, and a parameter that no loss has reached gets a gradient of zeros: so learners that earn the same
-    gradients change the parameters in the same way.
+    A step resets the samples that begin an episode, takes one step of the learner, and passes the loss to it if a
+    sample has a target. When an update is due, the learner syncs, its gradients are clipped, and the optimizer changes
+    the parameters. An update without a loss since the last one is skipped, and a parameter without a gradient gets
+    zeros: so learners with the same gradients change the parameters in the same way.
 
     Args:
         cell: a cell with ``init_state(batch_size)``; it is trained in place, and its gradients are cleared first.
-        task: what it is to learn. learner: makes the learner, ``make(cell, batch_size)``; anything with the methods of
-            ``rtrl.learners.Learner`` will do.
-        optimizer: makes the optimizer of the cell's parameters.
-        batch_size: B. every: an update is due after so many steps; None for once a block of the learner, which is
-            every step for learners without blocks.
-        clip: gradients are scaled down to at most this norm, all parameters together; None for no limit.
-        seed: of the stream. log_every: how many steps a row of the curve covers.
+        task: the task.
+        learner: makes the learner, ``make(cell, batch_size)``: an object with the methods of ``rtrl.learners.Learner``.
+        optimizer: makes the optimizer of the trainable parameters.
+        batch_size: B.
+        every: the number of steps between two updates; None for one update per block of the learner, which is one per
+            step for learners without blocks.
+        clip: the largest norm of the gradients of all parameters together; larger ones are scaled. None for no limit.
+        seed: of the stream.
+        log_every: the number of steps of a row of the curve.
 
     Attributes:
-        curve: the rows so far. steps_taken: how many steps there were.
+        curve: the rows so far.
+        steps_taken: the number of steps taken.
 
     Raises:
-        ConfigError: a number is out of range, or the cell or learner cannot be used. ShapeError: the cell does not take
-            the task's x, or y does not have the shape that the task needs.
+        ConfigError: a number is out of range, or the cell or learner cannot be used.
+        ShapeError: the cell does not take the task's x, or y does not have the shape that the task needs.
 
-    Cost: a step of the learner and of the stream; an update, the learner's ``sync`` and the optimizer's step.
+    Cost:
+        A step of the learner and of the stream; for an update, the learner's ``sync`` and the optimizer's step.
     """
 
     def __init__(
@@ -79,52 +82,52 @@ class Trainer:
         self.steps_taken = 0
         self.curve = Curve()
         self._tally = Tally()
-        self._since_update, self._owed = 0, False  # steps since the last update; whether a loss was given since
+        self._since_update, self._has_loss = 0, False  # steps, and whether there was a loss, since the last update
 
     def _try_out(self, stream: Any) -> None:
-        """One step forward, so that what does not fit is refused before anything is learned."""
-        moment = next(stream)
+        """Take one step forward, so that parts that do not fit are refused before training."""
+        task_step = next(stream)
         h = first_state(self.cell, self.batch_size)
         try:
             with torch.no_grad():
-                y = call_cell(self.cell, moment.x, h.clone(), None)[0]
+                y = call_cell(self.cell, task_step.x, h.clone(), None)[0]
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             if isinstance(error, RTRLError):
                 raise
             raise ConfigError(
-                f"the cell does not take the x of the task {self.task.name!r}, {tuple(moment.x.shape)} "
-                f"{moment.x.dtype}: {error}"
+                f"the cell does not take the x of the task {self.task.name!r}, {tuple(task_step.x.shape)} "
+                f"{task_step.x.dtype}: {error}"
             ) from error
         check_answer(y, self.task, self.batch_size)
 
     @property
     def learner(self) -> Learner:
-        """The learner, for looking at; stepping it outside the trainer would put them out of step."""
+        """The learner; do not step it outside the trainer."""
         return self._learner
 
     def step(self) -> Row | None:
-        """Take one step, with the update if one is due; the new row of the curve if this step completes one.
+        """Take one step, with an update if one is due; return the new row of the curve if this step completes one.
 
         Raises:
-            NonFiniteError: NaN or infinity in the loss, the state or a gradient; the step is named.
-            And whatever the learner raises.
+            NonFiniteError: NaN or infinity in the loss, the state or a gradient; the message names the step.
+            RTRLError: the learner raised it.
         """
-        moment = next(self._stream)
+        task_step = next(self._stream)
         number = self.steps_taken
-        if number and bool(moment.fresh.any()):
-            self._learner.reset(moment.fresh)
-        y = self._learner.step(moment.x)
-        loss = self.task.loss(y, moment)
+        if number and bool(task_step.is_first.any()):
+            self._learner.reset(task_step.is_first)
+        y = self._learner.step(task_step.x)
+        loss = self.task.loss(y, task_step)
         value = 0.0 if loss is None else float(loss.detach())
         if not math.isfinite(value):
             raise NonFiniteError(
-                f"the loss of step {number} is {value}; the parameters have gone astray: take a smaller learning rate, "
-                "or clip the gradients"
+                f"the loss of step {number} is {value}; training diverged: use a smaller learning rate, or clip the "
+                "gradients"
             )
-        self._tally.add(self.task, y, moment, value)
+        self._tally.add(self.task, y, task_step, value)
         if loss is not None:
             self._learner.backward(loss)
-            self._owed = True
+            self._has_loss = True
         self._since_update += 1
         if self._due():
             self._update()
@@ -136,20 +139,34 @@ class Trainer:
         self._tally = Tally()
         return row
 
+    def run(self, steps: int) -> Iterator[tuple[Row | None, float]]:
+        """Take steps until ``steps`` have been taken in all.
+
+        Yields:
+            After each step, the new row if the step completes one, and the steps per second since the last row.
+        """
+        started, counted = time.perf_counter(), self.steps_taken
+        while self.steps_taken < steps:
+            row = self.step()
+            now = time.perf_counter()
+            yield row, (self.steps_taken - counted) / max(now - started, 1e-9)
+            if row is not None:
+                started, counted = now, self.steps_taken
+
     def unfinished(self) -> Row:
-        """The row that the steps since the last one would make."""
+        """Make a row of the steps since the last row."""
         return self._tally.row(self.steps_taken, sum(self._learner.retained_bytes().values()))
 
     def _due(self) -> bool:
         if self.every is not None:
             return self._since_update >= self.every
-        # A reset closes a block early; where samples are reset at different steps, no block may ever be full.
+        # A reset may close a block early; if samples are reset at different steps, a block may never be full.
         block = getattr(self._learner, "block", None)
         return self._learner.at_block_end or (isinstance(block, int) and self._since_update >= block)
 
     def _update(self) -> None:
         self._since_update = 0
-        if not self._owed:
+        if not self._has_loss:
             return
         self._learner.sync()
         for parameter in self._parameters:
@@ -159,16 +176,15 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(self._parameters, self.clip)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._owed = False
+        self._has_loss = False
 
     # ------------------------------------------------------------------ saving
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on bit for bit, between any two steps, as tensors, numbers and containers of such:
-        the cell's parameters and buffers, the learner, the optimizer, the stream, the curve.
+        """Return what is needed to continue bit for bit: tensors, numbers and containers of them.
 
-        PyTorch's global random numbers are not in it; the learners and tasks of this package do not draw from them,
-        unless UORO is made without a generator.
+        PyTorch's global random states are not included. Of the learners and tasks of this package, only UORO without a
+        generator draws from them.
 
         Raises:
             ConfigError: the learner cannot be saved.
@@ -182,8 +198,8 @@ class Trainer:
             "layout": self._layout(),
             "steps": self.steps_taken,
             "since_update": self._since_update,
-            "owed": self._owed,
-            "tally": [self._tally.loss, self._tally.score, self._tally.asked],
+            "has_loss": self._has_loss,
+            "tally": [self._tally.loss, self._tally.score, self._tally.n_targets],
             "rows": [[row.step, row.loss, row.score, row.bytes_held] for row in self.curve.rows],
             "stream": self._stream.state_dict(),
             "learner": self._learner.state_dict(),
@@ -192,23 +208,23 @@ class Trainer:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from where ``state_dict`` was taken, with the same cell, task, learner and arguments.
+        """Continue from a ``state_dict``, with the same cell, task, learner and arguments.
 
         Raises:
-            ConfigError: it was taken of another run, or is damaged. The cell is then as it was; make a new trainer.
+            ConfigError: it is of another run, or is damaged. The cell is unchanged then; make a new trainer.
         """
         if not isinstance(saved, Mapping) or saved.get("format") != FORMAT:
-            raise ConfigError("this is no saved trainer of a format that is known; pass what state_dict() returned")
+            raise ConfigError("this is not a saved trainer of a known format; pass what state_dict() returned")
         if not hasattr(self._learner, "load_state_dict"):
-            raise ConfigError(f"{type(self._learner).__name__} has no load_state_dict; it cannot go on")
+            raise ConfigError(f"{type(self._learner).__name__} has no load_state_dict; it cannot continue")
         before = {name: value.detach().clone() for name, value in self.cell.state_dict().items()}
         try:
-            for name, mine in self._layout().items():
-                if saved["layout"][name] != mine:
-                    raise ConfigError(f"the saved trainer has {name}={saved['layout'][name]!r}, this one {mine!r}")
+            for name, value in self._layout().items():
+                if saved["layout"][name] != value:
+                    raise ConfigError(f"the saved trainer has {name}={saved['layout'][name]!r}, this one {value!r}")
             rows = [Row(*row) for row in saved["rows"]]
             tally = Tally(*saved["tally"])
-            steps, since, owed = saved["steps"], saved["since_update"], saved["owed"]
+            steps, since, has_loss = saved["steps"], saved["since_update"], saved["has_loss"]
             self.cell.load_state_dict(saved["cell"])
             self._optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
             self._stream.load_state_dict(saved["stream"])
@@ -219,11 +235,11 @@ class Trainer:
                 raise
             raise ConfigError(f"the saved trainer does not fit or is damaged: {error}") from error
         self._optimizer.zero_grad()
-        self.steps_taken, self._since_update, self._owed = steps, since, owed
+        self.steps_taken, self._since_update, self._has_loss = steps, since, has_loss
         self.curve, self._tally = Curve(rows), tally
 
     def _layout(self) -> dict[str, Any]:
-        """What a saved run and the one that goes on must have in common."""
+        """What a saved run and the one that continues it must have in common."""
         return {
             "task": self.task.name,
             "widths": [self.task.d_in, self.task.d_out],
@@ -251,44 +267,48 @@ def train(
     log_every: int = 100,
     watch: Callable[[Progress], None] | None = None,
 ) -> Curve:
-    """Train a cell on a task for so many steps.
+    """Train a cell on a task for a number of steps.
 
     Args:
         cell: a cell with ``init_state(batch_size)``; it is trained in place, on its own device and in its own dtype.
-        task: what it is to learn. learner: makes the learner, ``make(cell, batch_size)``; anything with the methods of
-            ``rtrl.learners.Learner`` will do.
-        optimizer: makes the optimizer of the cell's parameters.
-        batch_size: B. steps: how many steps of the stream.
-        every: the parameters are updated after every so many steps; None for once a block of the learner, which is
-            every step for learners without blocks.
-        clip: gradients are scaled down to at most this norm, all parameters together; None for no limit.
-        seed: of the stream. log_every: how many steps a row of the curve covers.
+        task: the task.
+        learner: makes the learner, as for ``Trainer``.
+        optimizer: makes the optimizer of the trainable parameters.
+        batch_size: B.
+        steps: the number of steps.
+        every: the number of steps between two updates, as for ``Trainer``.
+        clip: the largest norm of the gradients, as for ``Trainer``.
+        seed: of the stream.
+        log_every: the number of steps of a row of the curve.
         watch: called after every row.
 
     Returns:
-        One row for every ``log_every`` steps, and one for those that are left over.
+        The curve, with one row for every ``log_every`` steps, and one for the remaining steps.
 
     Raises:
-        ConfigError, ShapeError: something is out of range or does not fit together; nothing has been trained then.
-        NonFiniteError: NaN or infinity in the loss, the state or a gradient; the step is named.
-        And whatever the learner raises.
+        ConfigError: a number is out of range, or the cell or learner cannot be used; nothing has been trained then.
+        ShapeError: the cell does not fit the task; nothing has been trained then.
+        NonFiniteError: NaN or infinity in the loss, the state or a gradient; the message names the step.
+        RTRLError: the learner raised it.
 
-    Cost: see ``Trainer``.
+    Cost:
+        As ``Trainer``.
 
-    >>> import torch, rtrl
-    >>> from rtrl import tasks, training
-    >>> task = tasks.make("copy", delay=2)
-    >>> cell = rtrl.cells.from_torch(torch.nn.GRUCell(task.d_in, 8), torch.nn.Linear(8, task.d_out))
-    >>> curve = training.train(
-    ...     cell,
-    ...     task,
-    ...     learner=training.make_learner("block", block=8),
-    ...     optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
-    ...     batch_size=4,
-    ...     steps=200,
-    ... )
-    >>> [row.step for row in curve.rows]
-    [100, 200]
+    Example:
+        >>> import torch, rtrl
+        >>> from rtrl import tasks, training
+        >>> task = tasks.make("copy", delay=2)
+        >>> cell = rtrl.cells.from_torch(torch.nn.GRUCell(task.d_in, 8), torch.nn.Linear(8, task.d_out))
+        >>> curve = training.train(
+        ...     cell,
+        ...     task,
+        ...     learner=training.make_learner("block", block=8),
+        ...     optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
+        ...     batch_size=4,
+        ...     steps=200,
+        ... )
+        >>> [row.step for row in curve.rows]
+        [100, 200]
     """
     validation.integer("steps", steps)
     trainer = Trainer(
@@ -302,14 +322,10 @@ def train(
         seed=seed,
         log_every=log_every,
     )
-    started, counted = time.perf_counter(), 0
-    for _ in range(steps):
-        row = trainer.step()
+    for row, speed in trainer.run(steps):
         if trainer.steps_taken == steps and row is None:
             row = trainer.unfinished()
             trainer.curve.rows.append(row)
         if row is not None and watch is not None:
-            now = time.perf_counter()
-            watch(Progress(row, steps, (row.step - counted) / max(now - started, 1e-9)))
-            started, counted = now, row.step
+            watch(Progress(row, steps, speed))
     return trainer.curve

@@ -126,7 +126,7 @@ def test_a_run_can_be_made_longer() -> None:
     assert rows("rtrl-anbn.jsonl") == rows("straight.jsonl")
 
 
-def test_numbers_that_go_astray_end_the_run_with_the_step() -> None:
+def test_numbers_that_diverge_end_the_run_with_the_step() -> None:
     result = train("adding", "--cell", "rnn", "--optimizer", "sgd", "--lr", 1e30, "--steps", 100, "--evaluate", 0)
     assert result.exit_code == 1
     assert "NaN or infinity" in said(result) or "the loss of step" in said(result)
@@ -178,10 +178,10 @@ def test_a_checkpoint_is_neither_overwritten_nor_changed_by_accident() -> None:
     assert train(*SMALL, "--steps", 3).exit_code == 0
     before = Path("rtrl-anbn.pt").read_bytes()
     again = train(*SMALL, "--steps", 3)
-    assert again.exit_code == 2 and "is there already" in said(again) and "--overwrite" in said(again)
+    assert again.exit_code == 2 and "exists already" in said(again) and "--overwrite" in said(again)
     Path("rtrl-anbn.pt").rename("moved.pt")
     again = train(*SMALL, "--steps", 3)
-    assert again.exit_code == 2 and "rtrl-anbn.jsonl is there already" in said(again)
+    assert again.exit_code == 2 and "rtrl-anbn.jsonl exists already" in said(again)
     Path("moved.pt").rename("rtrl-anbn.pt")
     other = train("--resume", "rtrl-anbn.pt", "--lr", 0.1, "--steps", 9)
     assert other.exit_code == 2 and "leave out --lr" in said(other)

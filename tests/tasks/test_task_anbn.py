@@ -12,11 +12,11 @@ def episodes(stream: Stream, count: int) -> list[list[TaskStep]]:
     found: list[list[TaskStep]] = []
     while True:
         moment = next(stream)
-        if bool(moment.fresh.all()):
+        if bool(moment.is_first.all()):
             if len(found) == count:
                 return found
             found.append([])
-        assert bool(moment.fresh.all()) or not bool(moment.fresh.any())
+        assert bool(moment.is_first.all()) or not bool(moment.is_first.any())
         found[-1].append(moment)
 
 
@@ -25,7 +25,7 @@ def strings(episode: list[TaskStep]) -> list[tuple[str, int]]:
     found = []
     for b in range(len(episode[0].x)):
         symbols = ["".join(s for s, on in zip("ab", m.x[b].tolist(), strict=True) if on) for m in episode]
-        ends = [t for t, m in enumerate(episode) if bool(m.asked[b])]
+        ends = [t for t, m in enumerate(episode) if bool(m.has_target[b])]
         assert len(ends) == 1
         text = "".join(symbols)
         assert ends[0] == len(text) - 1  # the answer is asked at the last symbol
@@ -86,7 +86,7 @@ def test_loss_and_score_count_the_samples_asked() -> None:
     right, wrong = (-torch.log_softmax(torch.tensor([0.0, 2.0]), 0)).flip(0)
     assert task.loss(y, moment) is not None
     torch.testing.assert_close(task.loss(y, moment), (right + wrong) / 3)
-    nobody = TaskStep(moment.x, moment.target, torch.zeros(3).bool(), moment.fresh)
+    nobody = TaskStep(moment.x, moment.target, torch.zeros(3).bool(), moment.is_first)
     assert task.loss(y, nobody) is None and task.score(y, nobody) == (0.0, 0)
 
 
@@ -117,7 +117,7 @@ def test_bad_streams_and_states() -> None:
 
 
 def _parts(moment: TaskStep) -> list[torch.Tensor]:
-    return [moment.x, moment.target, moment.asked, moment.fresh]
+    return [moment.x, moment.target, moment.has_target, moment.is_first]
 
 
 FIRST = ["aaabbb", "aaaabbbb", "aabb", "aaaabb", "aabb", "aabbbb"]

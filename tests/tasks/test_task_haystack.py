@@ -14,11 +14,11 @@ def episodes(task: Haystack, stream: Stream, count: int) -> list[tuple[list[int]
     moment = next(stream)
     for _ in range(count):
         rows = [moment]
-        while not bool((moment := next(stream)).fresh.all()):
+        while not bool((moment := next(stream)).is_first.all()):
             rows.append(moment)
         symbols = torch.stack([m.x for m in rows])
         assert torch.equal(symbols.sum(dim=2), torch.ones(symbols.shape[:2]))
-        asked = torch.stack([m.asked for m in rows])
+        asked = torch.stack([m.has_target for m in rows])
         assert bool(asked[-1].all()) and int(asked.sum()) == asked.shape[1]  # once, at the last step
         found.extend((row, int(k)) for row, k in zip(symbols.argmax(dim=2).T.tolist(), rows[-1].target, strict=True))
     return found
@@ -65,7 +65,7 @@ def test_a_stream_is_taken_up_again_bit_for_bit() -> None:
     for _ in range(30):
         one, other = next(first), next(again)
         assert torch.equal(one.x, other.x) and torch.equal(one.target, other.target)
-        assert torch.equal(one.asked, other.asked) and torch.equal(one.fresh, other.fresh)
+        assert torch.equal(one.has_target, other.has_target) and torch.equal(one.is_first, other.is_first)
 
 
 def test_the_first_episodes_are_these_on_every_machine() -> None:

@@ -33,7 +33,7 @@ def task(request: pytest.FixtureRequest, text: Path) -> Task:
 
 
 def parts(moment: TaskStep) -> list[Tensor]:
-    return [moment.x, moment.target, moment.asked, moment.fresh]
+    return [moment.x, moment.target, moment.has_target, moment.is_first]
 
 
 def take(stream: Stream, steps: int) -> list[TaskStep]:
@@ -61,9 +61,9 @@ def test_moments_have_their_forms(task: Task) -> None:
             numbers = task.measure == "squared error"
             assert moment.target.shape == ((3, task.d_out) if numbers else (3,))
             assert moment.target.dtype == (dtype if numbers else torch.int64)
-            for flags in (moment.asked, moment.fresh):
+            for flags in (moment.has_target, moment.is_first):
                 assert flags.shape == (3,) and flags.dtype == torch.bool
-            assert t > 0 or bool(moment.fresh.all())
+            assert t > 0 or bool(moment.is_first.all())
     assert task.d_out >= 1 and task.measure in ("accuracy", "bits per symbol", "squared error")
 
 
@@ -136,7 +136,7 @@ def asked(task: Task, steps: int, **stream: Any) -> list[tuple[tuple[float, ...]
     """(x, target) of every sample that was asked."""
     found = []
     for moment in take(task.stream(64, **stream), steps):
-        places = moment.asked.nonzero().flatten().tolist()
+        places = moment.has_target.nonzero().flatten().tolist()
         found.extend((tuple(moment.x[b].tolist()), moment.target[b]) for b in places)
     return found
 
@@ -203,7 +203,7 @@ def test_who_knows_the_task_solves_it(name: str, held_out: bool) -> None:
     task = tasks.make(name)
     total, count, seen = 0.0, 0, []
     for moment in take(task.stream(8, seed=3, held_out=held_out), 200):
-        seen = [moment] if bool(moment.fresh.all()) else [*seen, moment]
+        seen = [moment] if bool(moment.is_first.all()) else [*seen, moment]
         score, number = task.score(answer(task, seen), moment)
         total, count = total + score, count + number
     assert count > 8
@@ -220,15 +220,15 @@ def test_who_knows_the_pictures_solves_the_digits() -> None:
         for turn, seed in enumerate((1, 1)):  # what was seen in the first turn comes again in the second
             seen: list[TaskStep] = []
             for moment in take(task.stream(8, seed=seed), 130):
-                seen = [moment] if bool(moment.fresh.all()) else [*seen, moment]
+                seen = [moment] if bool(moment.is_first.all()) else [*seen, moment]
                 picture = torch.stack([m.x for m in seen])
-                for b in moment.asked.nonzero().flatten().tolist():
+                for b in moment.has_target.nonzero().flatten().tolist():
                     key = tuple(picture[:, b].flatten().tolist())
                     assert len(key) == 64 + task.d_in and not any(key[64:])
                     if turn == 0:
                         known[key] = int(moment.target[b])
                     y = torch.nn.functional.one_hot(torch.tensor([known[key]]), 10).float().expand(8, -1)
-                    alone = TaskStep(moment.x, moment.target, torch.arange(8) == b, moment.fresh)
+                    alone = TaskStep(moment.x, moment.target, torch.arange(8) == b, moment.is_first)
                     score, count = task.score(y, alone)
                     right, total = right + score, total + count
         assert total > 0 and right / total >= task.solved
@@ -280,7 +280,7 @@ def test_bytes_are_read_on_and_begin_again(text: Path) -> None:
                 place = fits[0]
             expected = [held[held_out][b * section + place : b * section + place + 2] for b in (0, 1)]
             assert [bytes(pair) for pair in zip(now.tolist(), following.tolist(), strict=True)] == expected
-            assert bool(moment.fresh.all()) == (t == 0 or place == 0) and bool(moment.asked.all())
+            assert bool(moment.is_first.all()) == (t == 0 or place == 0) and bool(moment.has_target.all())
             place = (place + 1) % section
 
 
@@ -315,7 +315,7 @@ def test_a_file_that_has_changed_or_is_too_short_is_refused(tmp_path: Path) -> N
     path.write_bytes(b"abc")
     with pytest.raises(ConfigError, match="too short"):
         tasks.make("bytes", path=path)
-    with pytest.raises(ConfigError, match="no file"):
+    with pytest.raises(ConfigError, match="does not exist"):
         tasks.make("bytes", path=tmp_path / "nothing")
     stream = task.stream  # a place outside is refused, too
     path.write_bytes(b"abcdefghij" * 20)

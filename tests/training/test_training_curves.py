@@ -60,12 +60,12 @@ class Stub(Task):
         return Steps()
 
     def loss(self, y: Tensor, moment: TaskStep) -> Tensor | None:
-        if not bool(moment.asked.any()):
+        if not bool(moment.has_target.any()):
             return None
-        return (y - moment.target)[moment.asked].square().sum() / len(y)
+        return (y - moment.target)[moment.has_target].square().sum() / len(y)
 
     def score(self, y: Tensor, moment: TaskStep) -> tuple[float, int]:
-        return float((y.detach() - moment.target)[moment.asked].square().sum()), int(moment.asked.sum())
+        return float((y.detach() - moment.target)[moment.has_target].square().sum()), int(moment.has_target.sum())
 
 
 def moment_of(asked: Callable[[int], list[int]], fresh: Callable[[int], list[int]]) -> Callable[[int], TaskStep]:
@@ -260,7 +260,7 @@ def test_rows_are_means_over_the_samples_asked() -> None:
     stream = task.stream(3)
     for t in range(25):
         moment = next(stream)
-        h = cell.init_state(3) if h is None else torch.where(moment.fresh[:, None], 0.0, h)
+        h = cell.init_state(3) if h is None else torch.where(moment.is_first[:, None], 0.0, h)
         y, h = cell(moment.x, h)
         score, asked = task.score(y, moment)
         row = next(step for step in totals if t < step)
@@ -289,7 +289,7 @@ def test_evaluate_runs_the_cell_forward_over_held_out_steps() -> None:
         for seed, held_out in ((0, True), (0, False), (1, True))
     )
     assert one != two and one != three
-    with pytest.raises(errors.ConfigError, match="asks nothing within 3 steps"):
+    with pytest.raises(errors.ConfigError, match="has no target within 3 steps"):
         training.evaluate(gru(copy), copy, batch_size=8, steps=3)
 
 
@@ -328,7 +328,7 @@ def test_cells_that_do_not_fit_are_refused_before_anything_is_learned() -> None:
     narrow = training.make_cell("gru", 3, 4, dtype=torch.float64)
     with pytest.raises(errors.ConfigError, match=r"does not take the x of the task 'copy', \(3, 5\)"):
         run(narrow, task, BPTT)
-    with pytest.raises(errors.ShapeError, match=r"y of shape \(3, 4\).*gives \(3, 7\)"):
+    with pytest.raises(errors.ShapeError, match=r"y of shape \(3, 4\).*returns \(3, 7\)"):
         run(training.make_cell("gru", 5, 7, dtype=torch.float64), task, BPTT)
     with pytest.raises(errors.ShapeError, match="needs a y"):
         training.evaluate(training.make_cell("gru", 5, 7), task, batch_size=3, steps=20)
@@ -341,7 +341,7 @@ def test_cells_that_do_not_fit_are_refused_before_anything_is_learned() -> None:
 def test_a_loss_that_is_not_finite_names_its_step() -> None:
     def poisoned(t: int) -> TaskStep:
         moment = moment_of(EVERYONE, NOBODY)(t)
-        return TaskStep(moment.x, moment.target / (0 if t == 17 else 1), moment.asked, moment.fresh)
+        return TaskStep(moment.x, moment.target / (0 if t == 17 else 1), moment.has_target, moment.is_first)
 
     with pytest.raises(errors.NonFiniteError, match="loss of step 17"):
         run(gru(Stub(poisoned)), Stub(poisoned), BPTT)
@@ -403,7 +403,7 @@ def test_cells_by_name_and_seed(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) 
         assert training.make_cell(f"owncells:{name}", 3, 2).init_state(1).shape == (1, 4)
     for name, options, words in (
         ("owncells:broken", {}, "raised ValueError: no"),
-        ("owncells:nothing", {}, "must be or give a torch.nn.Module, got int"),
+        ("owncells:nothing", {}, "must give a torch.nn.Module, got int"),
         ("owncells:made", {"hidden": 3}, "takes no options"),
         ("owncells:absent", {}, "has no 'absent'"),
         ("tree", {}, "no cell 'tree'; there are: moe, rnn, gru, lstm"),

@@ -121,8 +121,8 @@ def test_a_saved_state_is_a_copy() -> None:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda s: {**s, "format": 99}, "no saved trainer"),
-        (lambda s: 3, "no saved trainer"),
+        (lambda s: {**s, "format": 99}, "not a saved trainer"),
+        (lambda s: 3, "not a saved trainer"),
         (lambda s: {k: v for k, v in s.items() if k != "stream"}, "damaged.*stream"),
         (lambda s: {**s, "rows": [[1]]}, "damaged"),
         (lambda s: {**s, "cell": {}}, "damaged"),
@@ -200,17 +200,17 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no file"):
         load(path)
     path.write_bytes(b"something else")
-    with pytest.raises(ConfigError, match="no checkpoint"):
+    with pytest.raises(ConfigError, match="not a checkpoint"):
         load(path)
     torch.save({"format": 1}, path)
-    with pytest.raises(ConfigError, match="no checkpoint"):
+    with pytest.raises(ConfigError, match="not a checkpoint"):
         load(path)
     settings = Settings("anbn", cell="gru", cell_options={"hidden": 2}, batch_size=1)
     save(path, settings, settings.build())
     content = torch.load(path, weights_only=True)
     for key, value in (("settings", {"unknown": 1}), ("trainer", {}), ("random", {})):
         torch.save({**content, key: value}, path)
-        with pytest.raises(ConfigError, match=r"damaged|no saved trainer"):
+        with pytest.raises(ConfigError, match=r"damaged|not a saved trainer"):
             load(path)
 
 

@@ -71,8 +71,8 @@ def test_an_episode_begins_in_the_first_state() -> None:
     endless = episodes(config, torch.zeros(1, dtype=torch.float64))
     for _ in range(5):
         steps = next(endless)
-        assert [bool(step.fresh.all()) for step in steps] == [True] + [False] * (len(steps) - 1)
-        assert bool(steps[-1].asked.all()) and steps[0].x.dtype == torch.float64
+        assert [bool(step.is_first.all()) for step in steps] == [True] + [False] * (len(steps) - 1)
+        assert bool(steps[-1].has_target.all()) and steps[0].x.dtype == torch.float64
 
 
 def test_training_ends_when_the_task_is_solved_and_not_before() -> None:

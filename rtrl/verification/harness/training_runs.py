@@ -101,7 +101,7 @@ def episodes(config: TrainingConfig, like: Tensor) -> Iterator[list[TaskStep]]:
     steps = [next(stream)]
     while True:
         step = next(stream)
-        if bool(step.fresh.all()):
+        if bool(step.is_first.all()):
             yield steps
             steps = []
         steps.append(step)

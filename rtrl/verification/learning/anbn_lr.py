@@ -111,14 +111,14 @@ def stacked_runs(
         loss = rate.new_zeros(())
         while True:
             y, h = step(stacked, item.x, h)
-            if bool(item.asked.any()):
-                target = item.target[item.asked]
-                answers = y[:, item.asked]
+            if bool(item.has_target.any()):
+                target = item.target[item.has_target]
+                answers = y[:, item.has_target]
                 loss = loss + F.cross_entropy(answers.flatten(0, 1), target.repeat(len(cells)), reduction="sum")
                 right += (answers.argmax(dim=2) == target).sum(dim=1)
                 n_targets += len(target)
             item = next(stream)
-            if bool(item.fresh.all()):
+            if bool(item.is_first.all()):
                 break
         gradients = torch.autograd.grad(loss / config.batch_size, list(stacked.values()))
         with torch.no_grad():
