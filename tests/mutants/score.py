@@ -20,6 +20,8 @@ MODULES = (
     "_influence/segment_tree",
     "_influence/store",
     "_engine/linearizer",
+    "_engine/autograd",
+    "_engine/contract",
     "learners/block_rtrl",
     "_engine/step",
     "_engine/losses",
