@@ -234,7 +234,7 @@ class Learner(ABC):
         self._state = torch.where(samples.reshape(-1, *[1] * (first.ndim - 1)), first, self._state)
 
     def retained_bytes(self) -> dict[str, int]:
-        """Bytes held between steps, by part."""
+        """Return the bytes held between steps, by part: gradients not yet delivered, state, and those of the rule."""
         gradient, state = pytrees.n_bytes(self._pending_grads), pytrees.n_bytes(self._state)
         return {**self._held_bytes(), "gradient": gradient, "state": state}
 
@@ -246,7 +246,7 @@ class Learner(ABC):
         Save the cell's parameters beside it. Add the losses of a step before saving it: the ``y`` of a step taken
         before the save accepts no more losses after a load.
         """
-        return saved_state.to_plain(self._learner_state())
+        return saved_state.to_plain(self._learner_state(self._buffers()))
 
     @torch.inference_mode(False)
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -260,7 +260,7 @@ class Learner(ABC):
                 another cell or other arguments. Nothing has changed.
         """
         with saved_state.damage_reported():
-            loaded = saved_state.from_plain(saved, self._learner_state(), self._guard.named)
+            loaded = saved_state.from_plain(saved, self._learner_state({}), self._guard.named)
             if len(loaded.open_steps) > self.block:
                 raise ConfigError(f"the saved learner has {len(loaded.open_steps)} open steps, but block={self.block}")
             buffers = self._load_buffers(loaded)
@@ -271,7 +271,7 @@ class Learner(ABC):
             setattr(self, attribute, value)
         self._guard.begin()
 
-    def _learner_state(self) -> LearnerState:
+    def _learner_state(self, buffers: Mapping[str, Any]) -> LearnerState:
         ours = [kind for kind in type(self).__mro__ if kind.__module__.startswith("rtrl.learners.")]
         rules = [kind for kind in ours if not inspect.isabstract(kind)]  # a subclass of one loads what that one saved
         layout = {
@@ -281,9 +281,7 @@ class Learner(ABC):
             "state": f"{tuple(self._state.shape)} {self._state.dtype}",
             "parameters": {name: f"{tuple(p.shape)} {p.dtype}" for name, p in self._parameters.items()},
         }
-        return LearnerState(
-            layout, self._state, self._steps_taken, self._open_steps, self._pending_grads, self._buffers()
-        )
+        return LearnerState(layout, self._state, self._steps_taken, self._open_steps, self._pending_grads, buffers)
 
     # ------------------------------------------------------------------ what all rules share
 

@@ -58,7 +58,7 @@ def from_plain(saved: Any, present: LearnerState, named: Mapping[str, Tensor]) -
 
     Args:
         saved: what ``to_plain`` returned. Its buffers are passed on unchecked.
-        present: the state of the learner that is to load it; it is not changed.
+        present: the state of the learner that is to load it, without buffers; it is not changed.
         named: all parameters of the cell, by name.
 
     Raises:
