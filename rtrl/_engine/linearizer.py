@@ -67,7 +67,7 @@ class Linearizer:
         except CheckpointError as error:
             raise CellError(
                 "the cell checkpoints activations (torch.utils.checkpoint) around a parameter, and what it computes"
-                " again there cannot be told apart; remove the checkpoint: no graph outlives a block anyway"
+                " again there cannot be distinguished; remove the checkpoint: no graph outlives a block anyway"
             ) from error
 
     def _linearize(self, kind: tuple[Any, ...], batch: StepBatch) -> Linearization:

@@ -1,7 +1,6 @@
 """Cells: the protocol, the recurrent mixture of experts, and ways to make cells of other modules."""
 
-import warnings
-
+from rtrl._utils.renamed_names import renamed_names
 from rtrl.cells.analytic import AnalyticStep, UnitTap
 from rtrl.cells.grouped_linear import grouped_linear
 from rtrl.cells.module_cell import ModuleCell
@@ -29,13 +28,4 @@ __all__ = [
     "router_statistics",
 ]
 
-
-def __getattr__(name: str) -> type[AnalyticStep]:
-    if name == "ClosedForm":
-        warnings.warn(
-            "rtrl.cells.ClosedForm is called AnalyticStep now; the old name works in this release only",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return AnalyticStep
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = renamed_names(__name__, {"ClosedForm": "AnalyticStep"})

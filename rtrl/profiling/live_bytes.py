@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rtrl._utils.renamed_names import renamed_names
+
 
 class LiveBytes(TorchDispatchMode):
     """Count the bytes of all storages allocated inside ``with``, and not of those that existed before.
@@ -85,3 +87,6 @@ def peak_of(call: Callable[[], Any]) -> int:
     with live:
         call()
     return live.peak
+
+
+__getattr__ = renamed_names(__name__, {"AliveBytes": "LiveBytes"})

@@ -4,9 +4,7 @@ Everything here works from the file alone: no claim and no oracle is imported. P
 need matplotlib: ``pip install 'rtrl[report]'``.
 """
 
-import warnings
-from typing import Any
-
+from rtrl._utils.renamed_names import renamed_names
 from rtrl.report.load import load_record
 from rtrl.report.markdown import update_markdown
 from rtrl.report.model import ClaimResult, Finding, Plot, Record, Series, Table, Verdict
@@ -31,12 +29,4 @@ __all__ = [
     "update_markdown",
 ]
 
-_RENAMED = {"Claim": ClaimResult, "Grid": Table}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    renamed = _RENAMED[name]
-    warnings.warn(f"rtrl.report.{name} is called {renamed.__name__} now", DeprecationWarning, stacklevel=2)
-    return renamed
+__getattr__ = renamed_names(__name__, {"Claim": "ClaimResult", "Grid": "Table"})

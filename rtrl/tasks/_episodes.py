@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rtrl._utils import validation
-from rtrl.tasks.protocol import Stream, Task, TaskStep, check_same_stream
+from rtrl.tasks.protocol import Task, TaskStep, TaskStream, check_same_stream
 
 
 class Episode(NamedTuple):
@@ -39,7 +39,13 @@ class EpisodeTask(Task, ABC):
 
     @abstractmethod
     def draw(self, batch_size: int, held_out: bool, generator: torch.Generator) -> Episode:
-        """Draw one episode for each sample, on the CPU."""
+        """Draw one episode for each sample, on the CPU.
+
+        Args:
+            batch_size: B.
+            held_out: draw an episode that is in no training stream.
+            generator: the only source of random numbers.
+        """
 
     def stream(
         self,
@@ -69,7 +75,7 @@ class EpisodeTask(Task, ABC):
         return float(right.sum()), int(step.has_target.sum())
 
 
-class EpisodeStream(Stream):
+class EpisodeStream(TaskStream):
     """The episodes of a task, one after the other."""
 
     def __init__(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from rtrl._utils import validation
 from rtrl.errors import ConfigError
 from rtrl.tasks.bytes import ByteStream
-from rtrl.tasks.protocol import Stream, Task, TaskStep, check_same_stream
+from rtrl.tasks.protocol import Task, TaskStep, TaskStream, check_same_stream
 
 _SAMPLE = 2**24  # the number of bytes from which the levels are computed
 
@@ -91,7 +91,7 @@ class ByteModel(Task):
         return f"ByteModel({self.source!r}, sha256={self.digest[:12]})"
 
 
-class ByteModelStream(Stream):
+class ByteModelStream(TaskStream):
     """The sections of a text, repeated without end."""
 
     def __init__(self, text: ByteStream, seed: int, held_out: bool) -> None:

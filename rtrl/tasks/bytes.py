@@ -104,7 +104,7 @@ class ByteStream:
         return self._text.numpy().tobytes()
 
     def first(self, steps: int) -> tuple[Tensor, Tensor]:
-        """Return the first steps together: inputs (steps, B, 256) and targets (steps, B)."""
+        """Return the first ``steps`` steps together: inputs (steps, B, 256) and targets (steps, B)."""
         inputs, targets = zip(*(self[t] for t in range(steps)), strict=True)
         return torch.stack(inputs), torch.stack(targets)
 

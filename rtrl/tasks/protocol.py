@@ -28,14 +28,14 @@ class TaskStep:
     is_first: Tensor
 
 
-class Stream(ABC):
+class TaskStream(ABC):
     """The steps of a task, without end; a saved stream continues bit for bit."""
 
     @abstractmethod
     def __next__(self) -> TaskStep:
         """Return the next step."""
 
-    def __iter__(self) -> "Stream":
+    def __iter__(self) -> "TaskStream":
         """Return the stream itself."""
         return self
 
@@ -45,7 +45,7 @@ class Stream(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the position of another stream of the same task."""
+        """Continue from the position of another stream of the same task, as ``state`` has it."""
 
 
 def check_same_stream(identity: Mapping[str, Any], state: Mapping[str, Any], *position: str) -> None:
@@ -91,7 +91,7 @@ class Task(ABC):
         held_out: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-    ) -> Stream:
+    ) -> TaskStream:
         """Return an endless stream; the same seed gives the same stream on every machine.
 
         Args:
@@ -104,8 +104,18 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, y: Tensor, step: TaskStep) -> Tensor | None:
-        """Return the sum of the losses of the samples with a target, divided by B; None if there are none."""
+        """Return the sum of the losses of the samples with a target, divided by B; None if there are none.
+
+        Args:
+            y: the output of the cell at this step, (B, d_out).
+            step: the step of the stream, with its targets.
+        """
 
     @abstractmethod
     def score(self, y: Tensor, step: TaskStep) -> tuple[float, int]:
-        """Return the sum of the scores of the samples with a target, and the number of these samples."""
+        """Return the sum of the scores of the samples with a target, and the number of these samples.
+
+        Args:
+            y: the output of the cell at this step, (B, d_out).
+            step: the step of the stream, with its targets.
+        """

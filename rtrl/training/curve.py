@@ -46,11 +46,11 @@ class Curve:
         return self.rows[-1]
 
     def column(self, name: str) -> list[Any]:
-        """Return one attribute of all rows: "step", "loss", "score" or "bytes_held"."""
+        """Return the attribute ``name`` of all rows: "step", "loss", "score" or "bytes_held"."""
         return [getattr(row, name) for row in self.rows]
 
     def first_solved(self, task: Task) -> int | None:
-        """Return the step of the first row whose score reaches the task's solved level; None without such a row."""
+        """Return the step of the first row whose score reaches ``task.solved``; None without such a row."""
         for row in self.rows:
             if row.score is not None and reaches(task, row.score):
                 return row.step

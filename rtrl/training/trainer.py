@@ -208,7 +208,7 @@ class Trainer:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from a ``state_dict``, with the same cell, task, learner and arguments.
+        """Continue from ``saved``, a ``state_dict``, with the same cell, task, learner and arguments.
 
         Raises:
             ConfigError: it is of another run, or is damaged. The cell is unchanged then; make a new trainer.

@@ -118,13 +118,13 @@ class Claim(Generic[C, M]):
         return self.measure(config, settings)
 
     def judge(self, measurements: M) -> Judgement:
-        """Return the verdict; failures void it where the claim says so."""
+        """Return the verdict of ``measurements``; failures void it where the claim says so."""
         if measurements.failures and self.void:
             return Judgement.does_not_hold(self.void)
         return self.verdict(measurements)
 
     def finding(self, measurements: M) -> Finding:
-        """Judge and show measurements."""
+        """Judge and show ``measurements``."""
         found, shown = self.judge(measurements), self.show(measurements)
         parts = (measurements.failures, shown.tables, shown.plots, asdict(measurements))
         return Finding(shown.result, self.threshold, found.name, found.condition, *parts)

@@ -40,7 +40,7 @@ def claims() -> list[Claim[Any, Any]]:
 
 
 def select(only: list[str]) -> list[Claim[Any, Any]]:
-    """Return the claims with these ids, in the order of all; every claim if no id is given.
+    """Return the claims whose ids are in ``only``, in the order of all; every claim if it is empty.
 
     Raises:
         ConfigError: an id is unknown; the message lists the known ones.

@@ -39,6 +39,7 @@ AGAINST_THE_FLOW = {("learners", "costs")}
 # Names with one underscore that other libraries have and the package needs, with the reason.
 FOREIGN_PRIVATE = {
     "_version": "a tensor's counter of changes in place; PyTorch has no public name for it",
+    "_is_view": "whether a tensor shares the memory of another; PyTorch has no public name for it",
     "_C": "PyTorch's switch of gradients without the cost of a context manager, and functorch's level",
     "_set_grad_enabled": "as _C",
     "_functorch": "as _C",

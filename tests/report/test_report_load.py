@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from report_samples import NASTY, sample, written
 
-import rtrl.report
 from rtrl.errors import ConfigError
 from rtrl.report import load_record
 
@@ -54,12 +53,6 @@ def test_a_file_of_the_first_form_is_read(tmp_path: Path) -> None:
     for claim in first["claims"]:
         claim["figure"], claim["grids"] = claim.pop("result"), claim.pop("tables")
     assert load_record(written(tmp_path / "1.json", first)) == load_record(written(tmp_path / "2.json", sample()))
-
-
-@pytest.mark.parametrize("old", ["Grid", "Claim"])
-def test_old_names_warn(old: str) -> None:
-    with pytest.warns(DeprecationWarning, match=f"rtrl.report.{old} is called"):
-        assert getattr(rtrl.report, old) in (rtrl.report.Table, rtrl.report.ClaimResult)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ import torch
 
 from rtrl.errors import ConfigError
 from rtrl.tasks.anbn import AnBn
-from rtrl.tasks.protocol import Stream, TaskStep
+from rtrl.tasks.protocol import TaskStep, TaskStream
 
 
-def episodes(stream: Stream, count: int) -> list[list[TaskStep]]:
+def episodes(stream: TaskStream, count: int) -> list[list[TaskStep]]:
     found: list[list[TaskStep]] = []
     while True:
         moment = next(stream)

@@ -5,10 +5,10 @@ import torch
 
 from rtrl.errors import ConfigError
 from rtrl.tasks.haystack import Haystack
-from rtrl.tasks.protocol import Stream
+from rtrl.tasks.protocol import TaskStream
 
 
-def episodes(task: Haystack, stream: Stream, count: int) -> list[tuple[list[int], int]]:
+def episodes(task: Haystack, stream: TaskStream, count: int) -> list[tuple[list[int], int]]:
     """(symbols, answer) of every sample of so many rounds."""
     found = []
     moment = next(stream)

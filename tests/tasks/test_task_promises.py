@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rtrl import tasks
 from rtrl.errors import ConfigError
-from rtrl.tasks.protocol import Stream, Task, TaskStep
+from rtrl.tasks.protocol import Task, TaskStep, TaskStream
 
 TEXT = (
     "the quick brown fox jumps over the lazy dog; " * 40 + "pack my box with five dozen liquor jugs. " * 40
@@ -36,7 +36,7 @@ def parts(moment: TaskStep) -> list[Tensor]:
     return [moment.x, moment.target, moment.has_target, moment.is_first]
 
 
-def take(stream: Stream, steps: int) -> list[TaskStep]:
+def take(stream: TaskStream, steps: int) -> list[TaskStep]:
     return [next(stream) for _ in range(steps)]
 
 
