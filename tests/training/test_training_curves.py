@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import rtrl
 from rtrl import errors, tasks, training
 from rtrl.learners import BPTT
-from rtrl.tasks.protocol import Stream, Task, TaskStep
+from rtrl.tasks.protocol import Task, TaskStep, TaskStream
 from rtrl.training import Curve, Progress, Row
 
 
@@ -40,10 +40,10 @@ class Stub(Task):
     def __init__(self, moment: Callable[[int], TaskStep]) -> None:
         self.moment = moment
 
-    def stream(self, batch_size: int, **options: Any) -> Stream:
+    def stream(self, batch_size: int, **options: Any) -> TaskStream:
         task = self
 
-        class Steps(Stream):
+        class Steps(TaskStream):
             def __init__(self) -> None:
                 self.t = -1
 
