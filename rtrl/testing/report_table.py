@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rtrl.testing.pytest_nodes import BoundCheck
-from rtrl.testing.report import Failure, Report, stale
+from rtrl.testing.report import Report
 
 
 class Verdict:
@@ -20,26 +20,17 @@ class Verdict:
     """
 
     def __init__(self, check: BoundCheck, report: Report) -> None:
-        self.spec, self.check, self.report = check.spec.name, check.name, report
-        self.failures: list[Failure] = []
-        self.detail = ""
-        if check.name in report.skipped:
+        reasons = {} if check.reason is None else {check.name: check.reason}
+        judged = report.with_expected(reasons)
+        self.spec, self.check, self.seed, self.failures = check.spec.name, check.name, report.seed, judged.failures
+        self.outcome, self.detail = "passed", ""
+        if judged.failures:
+            self.outcome = "failed"
+            self.detail = judged.failures[0].place or ("" if check.reason is None else judged.failures[0].message)
+        elif judged.expected:
+            self.outcome, self.detail = "expected failure", str(check.reason)
+        elif check.name in report.skipped:
             self.outcome, self.detail = "not judged", report.skipped[check.name]
-        elif report.failures:
-            self.outcome, self.detail = "failed", report.failures[0].place
-            self.failures = report.failures
-        else:
-            self.outcome = "passed"
-        if check.reason is not None:
-            self._expected(check.name, check.reason)
-
-    def _expected(self, name: str, reason: str) -> None:
-        if self.outcome == "failed":
-            self.outcome, self.detail, self.failures = "expected failure", reason, []
-            return
-        instead = "it passes" if self.outcome == "passed" else "it is not judged"
-        self.failures = [Failure(name, stale(reason, instead))]
-        self.outcome, self.detail = "failed", f"expected to fail, but {instead}"
 
     def record(self) -> dict[str, Any]:
         """Return the verdict as JSON values."""
@@ -48,7 +39,7 @@ class Verdict:
             "check": self.check,
             "outcome": self.outcome,
             "detail": self.detail,
-            "seed": self.report.seed,
+            "seed": self.seed,
             "failures": [dataclasses.asdict(failure) for failure in self.failures],
         }
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rtrl._utils import pytrees
 from rtrl.testing import streams
+from rtrl.testing.driver import trainable
 from rtrl.testing.laws import Unbiased
 from rtrl.testing.learner_checks.driver import StreamDriver, drive
 from rtrl.testing.learner_checks.registry import Check, NotJudged, Subject, check
@@ -18,6 +19,8 @@ from rtrl.testing.report import Found
 from rtrl.testing.streams import Loss, Stream
 
 _SHORT = 40  # the number of steps that the other checks cover
+_Modified = Iterator[tuple[Stream, str]]  # streams, and what was done to them
+_Modify = Callable[[Subject, Stream], _Modified]
 
 
 def _only_at(loss: Loss, has_loss: Callable[[int], bool]) -> Loss:
@@ -86,84 +89,84 @@ def _own(subject: Subject) -> Iterator[Found]:
         yield from subject.gradient_failures(stream)
 
 
-@check("losses at some steps")
-def _some_steps(subject: Subject) -> Iterator[Found]:
-    subject.needs_steps()
-    for stream in subject.streams():
-        third = _only_at(stream.loss, lambda t: t % 3 == 2)
-        yield from subject.gradient_failures(replace(stream, loss=third), "a loss at every third step", stream)
+def _modified(name: str, *methods: str, learner: bool = False, steps: bool = False) -> Callable[[_Modify], _Modify]:
+    """Register a check of the gradient on modified streams.
+
+    Args:
+        methods: what the learner must have; the check does not apply without them.
+        learner: the check does not apply to functions of the whole stream.
+        steps: the check does not apply to very short streams.
+    """
+
+    def register(modify: _Modify) -> _Modify:
+        def run(subject: Subject) -> Iterator[Found]:
+            if learner or methods:
+                subject.needs_learner(*methods)
+            if steps:
+                subject.needs_steps()
+            for stream in subject.streams():
+                for modified, treatment in modify(subject, stream):
+                    yield from subject.gradient_failures(modified, treatment, stream)
+
+        check(name)(run)
+        return modify
+
+    return register
 
 
-@check("one loss at the last step")
-def _at_the_end(subject: Subject) -> Iterator[Found]:
-    for stream in subject.streams():
-        last = _only_at(stream.loss, (stream.steps - 1).__eq__)
-        yield from subject.gradient_failures(replace(stream, loss=last), "a loss at the last step only", stream)
+@_modified("losses at some steps", steps=True)
+def _some_steps(subject: Subject, stream: Stream) -> _Modified:
+    yield replace(stream, loss=_only_at(stream.loss, lambda t: t % 3 == 2)), "a loss at every third step"
 
 
-@check("losses of single samples")
-def _one_sample(subject: Subject) -> Iterator[Found]:
+@_modified("one loss at the last step")
+def _at_the_end(subject: Subject, stream: Stream) -> _Modified:
+    last = _only_at(stream.loss, (stream.steps - 1).__eq__)
+    yield replace(stream, loss=last), "a loss at the last step only"
+
+
+@_modified("losses of single samples", steps=True)
+def _one_sample(subject: Subject, stream: Stream) -> _Modified:
     """Samples have their losses at different steps; each loss reaches its own sample only."""
-    subject.needs_steps()
-    for stream in subject.streams():
-        single = _of_one_sample(stream.loss)
-        yield from subject.gradient_failures(replace(stream, loss=single), "a loss of one sample per step", stream)
 
-
-def _of_one_sample(loss: Loss) -> Loss:
     def of_one(t: int, y: Any) -> Tensor | None:
         batch = pytrees.tensors(y)[0].shape[0]
-        return loss(t, pytrees.map_tensors(lambda leaf: leaf[t % batch : t % batch + 1], y))
+        return stream.loss(t, pytrees.map_tensors(lambda leaf: leaf[t % batch : t % batch + 1], y))
 
-    return of_one
+    yield replace(stream, loss=of_one), "a loss of one sample per step"
 
 
-@check("losses of all scales")
-def _scales(subject: Subject) -> Iterator[Found]:
+@_modified("losses of all scales")
+def _scales(subject: Subject, stream: Stream) -> _Modified:
     """Losses a million times as large and as small: gradients are not clipped and not rounded to zero."""
-    for stream in subject.streams():
-        for factor in (1e6, 1e-6):
-            scaled = _scaled(stream.loss, factor)
-            yield from subject.gradient_failures(
-                replace(stream, loss=scaled), f"losses {factor:g} times as large", stream
-            )
+    for factor in (1e6, 1e-6):
+
+        def scaled(t: int, y: Any, factor: float = factor) -> Tensor | None:
+            value = stream.loss(t, y)
+            return None if value is None else factor * value
+
+        yield replace(stream, loss=scaled), f"losses {factor:g} times as large"
 
 
-def _scaled(loss: Loss, factor: float) -> Loss:
-    def scaled(t: int, y: Any) -> Tensor | None:
-        value = loss(t, y)
-        return None if value is None else factor * value
-
-    return scaled
-
-
-@check("views as inputs")
-def _views(subject: Subject) -> Iterator[Found]:
+@_modified("views as inputs", learner=True)
+def _views(subject: Subject, stream: Stream) -> _Modified:
     """x is a view that is not contiguous; if the spec allows it, x is overwritten after the losses of the step."""
-    subject.needs_learner()
     overwritten = subject.spec.copies_inputs
     treatment = "x not contiguous" + (", and overwritten after the step" if overwritten else "")
-    for stream in subject.streams():
-        yield from subject.gradient_failures(
-            replace(stream, scattered=True, overwritten=overwritten), treatment, stream
-        )
+    yield replace(stream, scattered=True, overwritten=overwritten), treatment
 
 
-@check("plain backward")
-def _plain(subject: Subject) -> Iterator[Found]:
+@_modified("plain backward", learner=True)
+def _plain(subject: Subject, stream: Stream) -> _Modified:
     """Losses reach the learner by their own ``backward()``."""
     if not subject.spec.plain_backward:
         raise NotJudged("because the spec does not promise it (plain_backward=True)")
-    subject.needs_learner()
-    for stream in subject.streams():
-        yield from subject.gradient_failures(replace(stream, plain=True), "losses by their own backward()", stream)
+    yield replace(stream, plain=True), "losses by their own backward()"
 
 
-@check("several losses per step")
-def _several(subject: Subject) -> Iterator[Found]:
-    subject.needs_learner()
-    for stream in subject.streams():
-        yield from subject.gradient_failures(replace(stream, pieces=2), "each loss in two parts", stream)
+@_modified("several losses per step", learner=True)
+def _several(subject: Subject, stream: Stream) -> _Modified:
+    yield replace(stream, pieces=2), "each loss in two parts"
 
 
 @check("no loss")
@@ -212,62 +215,46 @@ def _accumulated(subject: Subject, stream: Stream) -> Iterator[Found]:
         yield difference.as_found(message, stream.steps - 1)
 
 
-@check("changed parameters")
-def _changed(subject: Subject) -> Iterator[Found]:
+@_modified("changed parameters", learner=True, steps=True)
+def _changed(subject: Subject, stream: Stream) -> _Modified:
     """Parameters change after a sync, as by an optimizer; each step uses the parameters at which it was taken."""
-    subject.needs_learner()
-    subject.needs_steps()
-    for stream in subject.streams():
-        third = max(1, stream.steps // 3)
-        trained = {name: p for name, p in stream.cell.named_parameters() if p.requires_grad}
-        generator = torch.Generator().manual_seed(subject.seed)
-        moved = [
-            {
-                name: 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
-                for name, p in trained.items()
-            }
-            for _ in range(2)
-        ]
-        offsets = [[{}, *moved][min(t // third, 2)] for t in range(stream.steps)]
-        treatment = f"changes of parameters before steps {third} and {2 * third}"
-        yield from subject.gradient_failures(replace(stream, offsets=offsets), treatment, stream)
+    third = max(1, stream.steps // 3)
+    generator = torch.Generator().manual_seed(subject.seed)
+    moved = [
+        {
+            name: 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
+            for name, p in trainable(stream.cell).items()
+        }
+        for _ in range(2)
+    ]
+    offsets = [[{}, *moved][min(t // third, 2)] for t in range(stream.steps)]
+    yield replace(stream, offsets=offsets), f"changes of parameters before steps {third} and {2 * third}"
 
 
-@check("resets")
-def _resets(subject: Subject) -> Iterator[Found]:
+@_modified("resets", "reset", steps=True)
+def _resets(subject: Subject, stream: Stream) -> _Modified:
     """Samples are reset in mid-stream, one by one; gradients of earlier losses are kept."""
-    subject.needs_learner("reset")
-    subject.needs_steps()
-    for stream in subject.streams():
-        flags, at = _one_by_one(stream)
-        treatment = f"resets of one sample before step {at[0]}, of another before step {at[1]}"
-        yield from subject.gradient_failures(replace(stream, resets=flags), treatment, stream)
+    flags, at = _one_by_one(stream)
+    yield replace(stream, resets=flags), f"resets of one sample before step {at[0]}, of another before step {at[1]}"
 
 
 def _one_by_one(stream: Stream) -> tuple[Tensor, list[int]]:
     flags = torch.zeros(stream.steps, stream.batch_size, dtype=torch.bool, device=stream.xs.device)
     at = [max(1, stream.steps // 3), max(2, 2 * stream.steps // 3)]
-    flags[at[0], 0] = True
-    flags[at[1], -1] = True
+    flags[at[0], 0] = flags[at[1], -1] = True
     return flags, at
 
 
-@check("resets of several samples")
-def _many_resets(subject: Subject) -> Iterator[Found]:
+@_modified("resets of several samples", "reset", steps=True)
+def _many_resets(subject: Subject, stream: Stream) -> _Modified:
     """Resets before the first step, of some, of all, of no sample, twice in a row, right after a sync, and late; steps
     without a loss in between."""
-    subject.needs_learner("reset")
-    subject.needs_steps()
-    for stream in subject.streams():
-        flags = torch.zeros(stream.steps, stream.batch_size, dtype=torch.bool, device=stream.xs.device)
-        flags[0, -1] = True
-        flags[2:4, 1:] = True
-        flags[stream.steps // 2] = True
-        flags[stream.steps - 2, 0] = True
-        syncs = frozenset({1, stream.steps // 2 - 1})
-        changed = replace(stream, resets=flags, syncs=syncs, loss=_only_at(stream.loss, lambda t: t % 4 != 1))
-        treatment = "resets of some, of all and of no sample, twice in a row, after syncs"
-        yield from subject.gradient_failures(changed, treatment, stream)
+    flags = torch.zeros(stream.steps, stream.batch_size, dtype=torch.bool, device=stream.xs.device)
+    flags[0, -1] = flags[stream.steps // 2] = flags[stream.steps - 2, 0] = True
+    flags[2:4, 1:] = True
+    syncs, loss = frozenset({1, stream.steps // 2 - 1}), _only_at(stream.loss, lambda t: t % 4 != 1)
+    treatment = "resets of some, of all and of no sample, twice in a row, after syncs"
+    yield replace(stream, resets=flags, syncs=syncs, loss=loss), treatment
 
 
 @check("influence")
