@@ -11,7 +11,7 @@ from rtrl.testing.pytest_nodes import BoundCheck
 from rtrl.testing.report import Report
 
 
-class Verdict:
+class CheckResult:
     """The outcome of one check of one spec.
 
     Attributes:
@@ -33,7 +33,7 @@ class Verdict:
             self.outcome, self.detail = "not judged", report.skipped[check.name]
 
     def record(self) -> dict[str, Any]:
-        """Return the verdict as JSON values."""
+        """Return the result as JSON values."""
         return {
             "spec": self.spec,
             "check": self.check,
@@ -47,27 +47,27 @@ class Verdict:
 _COLOURS = {"passed": "green", "failed": "bold red", "expected failure": "yellow", "not judged": "dim"}
 
 
-def table(verdicts: Sequence[Verdict]) -> Table:
+def table(results: Sequence[CheckResult]) -> Table:
     """Make a table with one line per check."""
     shown = Table("spec", "check", "verdict", "where, or why")
     before = ""
-    for verdict in verdicts:
-        name = verdict.spec if verdict.spec != before else ""
-        colour = _COLOURS[verdict.outcome]
-        shown.add_row(name, verdict.check, f"[{colour}]{verdict.outcome}[/]", escape(verdict.detail))
-        before = verdict.spec
+    for result in results:
+        name = result.spec if result.spec != before else ""
+        colour = _COLOURS[result.outcome]
+        shown.add_row(name, result.check, f"[{colour}]{result.outcome}[/]", escape(result.detail))
+        before = result.spec
     return shown
 
 
-def failures(verdicts: Sequence[Verdict]) -> str:
+def failures(results: Sequence[CheckResult]) -> str:
     """Return every failure in full."""
     texts = []
-    for verdict in verdicts:
-        texts += [f"{verdict.spec}: {failure}" for failure in verdict.failures]
+    for result in results:
+        texts += [f"{result.spec}: {failure}" for failure in result.failures]
     return "\n".join(texts)
 
 
-def summary(verdicts: Sequence[Verdict]) -> str:
-    """Count the verdicts by outcome."""
-    counts = {outcome: sum(v.outcome == outcome for v in verdicts) for outcome in _COLOURS}
+def summary(results: Sequence[CheckResult]) -> str:
+    """Count the results by outcome."""
+    counts = {outcome: sum(v.outcome == outcome for v in results) for outcome in _COLOURS}
     return ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
