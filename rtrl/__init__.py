@@ -8,7 +8,7 @@ from rtrl.costs import Plan, plan
 from rtrl.errors import RTRLError
 from rtrl.learners import BlockRTRL
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 renamed_modules.install()
 

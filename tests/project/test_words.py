@@ -46,8 +46,8 @@ SOURCES = [
 ]
 SOURCES = [path for path in SOURCES if path.suffix in (".py", ".md", ".j2")]
 PLACES = sorted({path.relative_to(ROOT).parts[:2] for path in SOURCES})
-LATER = {("rtrl", folder) for folder in ("_engine", "cli", "costs", "tasks", "testing", "training")}
-XFAIL = pytest.mark.xfail(strict=False, reason="not yet in the words of the field")
+LATER = {("rtrl", folder) for folder in ("costs",)}
+XFAIL = pytest.mark.xfail(strict=False, reason="the cost model awaits its replacement by measurement")
 
 
 def coined(text: str, code: bool = False) -> list[str]:

@@ -198,7 +198,7 @@ def test_rows_in_which_no_expert_was_dormant_prove_nothing() -> None:
         (["--steps", "32"], "steps must be more than 64"),
         (["--quick", "--block", "0"], "blocks and windows must be positive"),
         (["--device", "nowhere"], "device 'nowhere' cannot be used"),
-        (["--file", "no such file"], "there is no file"),
+        (["--file", "no such file"], "does not exist"),
         (["--json", "no/such/folder/x"], "cannot be written"),
         (["--seed", "x"], "Invalid value for '--seed'"),
     ],
