@@ -50,7 +50,7 @@ class Driver:
             self.learner: Any = make(cell, batch_size)
 
     def during(self, action: str) -> AbstractContextManager[None]:
-        """Return the context that each action of the learner runs in; subclasses override it to handle errors."""
+        """Return the context in which an ``action`` of the learner runs; subclasses override it to handle errors."""
         return nullcontext()
 
     def along(
@@ -92,19 +92,19 @@ class Driver:
             yield t, y
 
     def run(self, xs: Sequence[Any] | Tensor, loss_fn: Callable[[int, Any], Tensor | None], **events: Any) -> None:
-        """Drive the learner along a whole stream; the arguments are those of ``along``."""
+        """Drive the learner along a whole stream; ``xs``, ``loss_fn`` and the ``events`` are as in ``along``."""
         for _ in self.along(xs, loss_fn, **events):
             pass
 
     def step(self, x: Any, loss_fn: Callable[[Any], Tensor | None]) -> Any:
-        """Take one step, pass its loss to the learner if there is one, and return y."""
+        """Take one step on ``x``, pass the loss ``loss_fn(y)`` to the learner unless it is None, and return y."""
         with self.during("step"):
             y = self.learner.step(x)
         self.add_loss(loss_fn, y)
         return y
 
     def add_loss(self, loss_fn: Callable[[Any], Tensor | None], y: Any) -> None:
-        """Compute the loss of this y, and pass it to the learner if there is one."""
+        """Compute the loss ``loss_fn(y)``, and pass it to the learner unless it is None."""
         with self.during("the loss of this y"):
             loss = loss_fn(y)
         if loss is not None:
@@ -113,11 +113,11 @@ class Driver:
             self.n_losses += 1
 
     def backward(self, loss: Tensor) -> None:
-        """Pass one loss to the learner."""
+        """Pass one ``loss`` to the learner."""
         self.learner.backward(loss)
 
     def reset(self, samples: Tensor | None) -> None:
-        """Reset the samples that a Boolean (B,) mask selects."""
+        """Reset the ``samples`` that a Boolean (B,) mask selects."""
         with self.during("reset"):
             self.learner.reset(samples)
 
@@ -130,7 +130,7 @@ class Driver:
                 self.learner.sync(dormant=dormant)
 
     def change_parameters(self, offset: Mapping[str, Tensor], *, dormant: bool | None = None) -> None:
-        """Sync, and set the parameters to their first values plus an offset."""
+        """Sync, with ``dormant`` if it is given, and set the parameters to their first values plus ``offset``."""
         self.sync(dormant=dormant)
         self._offset = offset
         self._start = self._start or {name: p.detach().clone() for name, p in trainable(self.cell).items()}
@@ -174,7 +174,7 @@ class Driver:
         return taken
 
     def influences(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Return the influence (B, H, P) of each of these parameters; of all trainable ones by default."""
+        """Return the influence (B, H, P) of each parameter in ``names``; of all trainable ones by default."""
         return {name: self.learner.influence(name) for name in (trainable(self.cell) if names is None else names)}
 
     @property

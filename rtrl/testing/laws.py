@@ -30,10 +30,10 @@ class Law(ABC):
 
     @abstractmethod
     def reference(self, stream: Stream, learner: Any) -> Gradients:
-        """Return the gradients that the learner must have after this stream, by parameter name."""
+        """Return the gradients that the ``learner`` must have after this ``stream``, by parameter name."""
 
     def reference_influence(self, stream: Stream, learner: Any) -> Gradients:
-        """Return the influences ``(B, H, P)`` that the learner must have after this stream.
+        """Return the influences ``(B, H, P)`` that the ``learner`` must have after this ``stream``.
 
         Raises:
             ConfigError: the law does not define them.
@@ -53,11 +53,11 @@ class Exact(Law):
     covers_influence = True
 
     def reference(self, stream: Stream, learner: Any) -> Gradients:
-        """Return the gradients of unrolled BPTT."""
+        """Return the gradients of unrolled BPTT on the ``stream``, for any ``learner``."""
         return oracles.bptt(stream.cell, stream.xs, stream.loss, resets=stream.resets, offsets=stream.offsets)
 
     def reference_influence(self, stream: Stream, learner: Any) -> Gradients:
-        """Return the influences of full RTRL."""
+        """Return the influences of full RTRL on the ``stream``, for any ``learner``."""
         return oracles.dense_rtrl(
             stream.cell, stream.xs, stream.loss, resets=stream.resets, offsets=stream.offsets, return_influence=True
         )[1][-1]
@@ -71,6 +71,7 @@ class ExactWithin(Exact):
 
     Args:
         horizon: the number of steps.
+        scope: as in ``Exact``.
     """
 
     horizon: int
@@ -100,7 +101,7 @@ class Truncated(Law):
         validation.integer("horizon", self.horizon)
 
     def reference(self, stream: Stream, learner: Any) -> Gradients:
-        """Return the sum of one BPTT per loss, each over the last steps."""
+        """Return the sum of one BPTT per loss of the ``stream``, each over its last steps, for any ``learner``."""
         total = {name: torch.zeros_like(p) for name, p in stream.cell.named_parameters() if p.requires_grad}
         states = _states(stream)
         first = 0
@@ -166,11 +167,11 @@ class Masked(Law):
             raise ConfigError(f"mask must be a function mask(learner, name), got {self.mask!r}")
 
     def reference(self, stream: Stream, learner: Any) -> Gradients:
-        """Return the gradients of full RTRL with the influence masked after every step."""
+        """Return the gradients of full RTRL on the ``stream``, with the mask of the ``learner`` after every step."""
         return self._run(stream, learner)[0]
 
     def reference_influence(self, stream: Stream, learner: Any) -> Gradients:
-        """Return the masked influences."""
+        """Return the influences on the ``stream``, with the mask of the ``learner`` after every step."""
         return self._run(stream, learner)[1][-1]
 
     def _run(self, stream: Stream, learner: Any) -> tuple[Gradients, list[Gradients]]:
@@ -201,6 +202,7 @@ class Unbiased(Exact):
         draws: the number of draws, at least 30.
         false_alarm: the probability of a wrong refusal, over the choice of the seed.
         horizon: the length of the longest stream to test on; the variance grows with it.
+        scope: as in ``Exact``.
     """
 
     draws: int = 200

@@ -108,7 +108,7 @@ class Stream:
         return self.xs.shape[1]
 
     def prefix(self, steps: int) -> "Stream":
-        """Return the first steps only."""
+        """Return the first ``steps`` only."""
         return replace(
             self,
             xs=self.xs[:steps],
@@ -117,7 +117,7 @@ class Stream:
         )
 
     def alone(self, sample: int) -> "Stream":
-        """Return one sample as a batch of one."""
+        """Return one ``sample`` as a batch of one."""
         one = slice(sample, sample + 1)
         return replace(self, xs=self.xs[:, one], resets=None if self.resets is None else self.resets[:, one])
 

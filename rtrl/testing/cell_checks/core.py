@@ -60,7 +60,10 @@ def cell_checks() -> list[str]:
 
 
 def run_checks(subject: Subject, report: Report) -> Report:
-    """Run every check that can be judged; a cell that raises fails the check in which it raises."""
+    """Run every check of the ``subject`` that can be judged, and add to the ``report``.
+
+    A cell that raises fails the check in which it raises.
+    """
     stage = _NEEDS_NOTHING
     for name, registered in _CHECKS.items():
         if registered.needs > stage:

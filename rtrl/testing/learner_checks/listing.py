@@ -21,7 +21,7 @@ def learner_checks() -> list[str]:
 
 
 def run_check(name: str, spec: LearnerSpec, seed: int) -> list[Failure]:
-    """Run one check, and return one failure of each kind.
+    """Run the check of this ``name`` on a ``spec`` with a ``seed``, and return one failure of each kind.
 
     Raises:
         NotJudged: it does not apply.
