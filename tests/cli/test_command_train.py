@@ -40,7 +40,7 @@ def rows(path: str) -> list[dict[str, Any]]:
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Any) -> None:
-    """Do something in the midst of the step after so many."""
+    """Do something within the step after n steps."""
     step = Trainer.step
 
     def acting(self: Trainer) -> Any:

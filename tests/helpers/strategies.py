@@ -67,11 +67,11 @@ def losses(draw: Draw, steps: int, seed: int) -> list[Tensor | None]:
 @st.composite
 def dormancy(draw: Draw, steps: int, size: int) -> list[list[list[bool]]]:
     """Which of ``size`` things each step touches, as masks by step and (at most two kinds of) sample, in runs so that
-    they sleep and wake.
+    they are dormant and active.
 
-    Each thing is asleep always, awake always, awake in one run, at the two ends only, or at random steps.
+    Each is dormant always, active always, active in one run, at the two ends only, or at random steps.
     """
-    awake = []
+    active = []
     for _ in range(2):
         columns = []
         for _ in range(size):
@@ -89,8 +89,8 @@ def dormancy(draw: Draw, steps: int, size: int) -> list[list[list[bool]]]:
             else:
                 column = draw(st.lists(st.booleans(), min_size=steps, max_size=steps))
             columns.append(column)
-        awake.append(columns)
-    return [[[awake[kind][i][t] for i in range(size)] for kind in range(2)] for t in range(steps)]
+        active.append(columns)
+    return [[[active[kind][i][t] for i in range(size)] for kind in range(2)] for t in range(steps)]
 
 
 @st.composite
@@ -119,7 +119,7 @@ def forced_moe(draw: Draw, max_steps: int = 10) -> Case:
     n_slots, n_experts = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     reads, experts = draw(st.integers(1, min(n_slots, 3))), draw(st.integers(1, min(n_experts, 2)))
     writes, seed = draw(st.integers(0, reads)), draw(seeds)
-    # Few plans, repeated, make experts sleep long and wake together.
+    # Few plans, repeated, make experts dormant for long and reactivate them together.
     plan = st.tuples(st.permutations(range(n_slots)), st.permutations(range(n_experts)))
     plans = draw(st.lists(plan, min_size=1, max_size=3))
     chosen = draw(st.lists(st.integers(0, len(plans) - 1), min_size=steps * batch, max_size=steps * batch))
@@ -210,7 +210,7 @@ def cases() -> st.SearchStrategy[Case]:
 
 @st.composite
 def resets(draw: Draw, case: Case) -> Tensor:
-    """Boolean (T, B): which samples start anew before which step."""
+    """Boolean (T, B): the samples that are reset before each step."""
     steps, batch = case.xs.shape[:2]
     flags = torch.zeros(steps, batch, dtype=torch.bool)
     for _ in range(draw(st.integers(1, 3))):

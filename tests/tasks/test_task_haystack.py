@@ -9,7 +9,7 @@ from rtrl.tasks.protocol import TaskStream
 
 
 def episodes(task: Haystack, stream: TaskStream, count: int) -> list[tuple[list[int], int]]:
-    """(symbols, answer) of every sample of so many rounds."""
+    """(symbols, answer) of every sample of n rounds."""
     found = []
     moment = next(stream)
     for _ in range(count):

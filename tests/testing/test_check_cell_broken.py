@@ -90,7 +90,7 @@ class _Old(torch.autograd.Function):
 
 
 class Aliased(nn.Module):
-    """Uses a second reference to its parameter, past whoever substitutes it."""
+    """Uses a second reference to its parameter, which functional_call does not substitute."""
 
     def __init__(self) -> None:
         super().__init__()

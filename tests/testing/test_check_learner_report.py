@@ -27,7 +27,7 @@ WRONG = [
     (third_party.off_by_one, "dense cell", 0, "off by one step"),
     (third_party.cut_at_borders, "dense cell", 5, "the borders of blocks of 5 steps: truncated BPTT"),
     (third_party.cut_at_borders, "long stream", 9, "the borders of blocks of 5 steps"),
-    (third_party.deaf_sleepers, "dormant slices", 7, "losses at dormant steps of a slice were dropped"),
+    (third_party.ignores_dormant_losses, "dormant slices", 7, "losses at dormant steps of a slice were dropped"),
 ]
 
 
@@ -78,21 +78,21 @@ class _Broken(third_party.Textbook):
         return dynamics @ influence + torch.stack([by_theta for _, by_theta in rows])
 
     def backward(self, loss: Tensor) -> None:
-        before = self.earned
+        before = self.gradient
         super().backward(loss)
         last = self.taken == 4
         if self.mistake == "direct":
-            self.earned = self.earned - self.pulled(loss)[1]
+            self.gradient = self.gradient - self.pulled(loss)[1]
         elif self.mistake == "mean":
-            self.earned = before + (self.earned - before) / self.batch_size
+            self.gradient = before + (self.gradient - before) / self.batch_size
         elif self.mistake == "dropped" and last:
-            self.earned = before
+            self.gradient = before
         elif self.mistake == "twice" and last:
-            self.earned = self.earned + (self.earned - before)
+            self.gradient = self.gradient + (self.gradient - before)
         elif self.mistake == "factor":
-            self.earned = before + 0.25 * (self.earned - before)
+            self.gradient = before + 0.25 * (self.gradient - before)
         elif self.mistake == "nothing":
-            self.earned = before
+            self.gradient = before
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,10 @@ class Whole(Textbook):
         self.influence = [torch.zeros_like(s) if bool(rows[b]) else s for b, s in enumerate(self.influence)]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"h": self.h.clone(), "S": [s.clone() for s in self.influence], "earned": self.earned.clone()}
+        return {"h": self.h.clone(), "S": [s.clone() for s in self.influence], "gradient": self.gradient.clone()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.h, self.earned = saved["h"].clone(), saved["earned"].clone()
+        self.h, self.gradient = saved["h"].clone(), saved["gradient"].clone()
         self.influence = [s.clone() for s in saved["S"]]
 
     def sync(self) -> None:
@@ -51,7 +51,7 @@ class AllRowsKeepInfluence(Whole):
             self.influence = kept
 
 
-class NobodyIsAnError(Whole):
+class EmptyResetIsAnError(Whole):
     def reset(self, rows: Tensor) -> None:
         if not bool(rows.any()):
             raise ValueError("nobody")
@@ -59,7 +59,7 @@ class NobodyIsAnError(Whole):
 
 
 class LostAfterASync(Whole):
-    """A reset straight after a delivery is lost."""
+    """A reset right after a sync is lost."""
 
     just = False
 
@@ -79,13 +79,13 @@ class LostAfterASync(Whole):
 class SavingHarms(Whole):
     def state_dict(self) -> dict[str, Any]:
         saved = super().state_dict()
-        self.earned = torch.zeros_like(self.earned)
+        self.gradient = torch.zeros_like(self.gradient)
         return saved
 
 
 class SavedAliases(Whole):
     def state_dict(self) -> dict[str, Any]:
-        return {"h": self.h, "S": self.influence, "earned": self.earned}
+        return {"h": self.h, "S": self.influence, "gradient": self.gradient}
 
     def step(self, x: Any) -> Any:
         held = self.influence
@@ -99,9 +99,9 @@ class SavedAliases(Whole):
 
 class LoadAdds(Whole):
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        kept = self.earned
+        kept = self.gradient
         super().load_state_dict(saved)
-        self.earned = self.earned + kept
+        self.gradient = self.gradient + kept
 
 
 class Unpicklable(Whole):
@@ -134,19 +134,19 @@ class OneForAll(Whole):
 
     def backward(self, loss: Tensor) -> None:
         adjoint, direct = self.pulled(loss)
-        self.earned = self.earned + direct
+        self.gradient = self.gradient + direct
         for b, influence in enumerate(self.met):
-            mine = adjoint[0] if bool((adjoint[1:] == 0).all()) else adjoint[b]
-            self.earned = self.earned + mine @ influence
+            reached = adjoint[0] if bool((adjoint[1:] == 0).all()) else adjoint[b]
+            self.gradient = self.gradient + reached @ influence
 
 
 class NoDirectForScalars(Whole):
     def backward(self, loss: Tensor) -> None:
-        before = self.earned
+        before = self.gradient
         super().backward(loss)
-        parts, olds = (v.split([p.numel() for p in self.theta]) for v in (self.earned, before))
+        parts, olds = (v.split([p.numel() for p in self.theta]) for v in (self.gradient, before))
         pairs = zip(self.theta, parts, olds, strict=True)
-        self.earned = torch.cat([old if p.ndim == 0 else part for p, part, old in pairs])
+        self.gradient = torch.cat([old if p.ndim == 0 else part for p, part, old in pairs])
 
 
 class ForgetsLate(Whole):
@@ -158,15 +158,15 @@ class ForgetsLate(Whole):
             self.influence = [torch.zeros_like(s) for s in self.influence]
 
 
-class ForgetsLongSleepers(Whole):
-    """What has slept for more than sixty-four steps has lost its past."""
+class ForgetsLongDormancy(Whole):
+    """A slice that has been dormant for more than sixty-four steps has lost its past."""
 
     def step(self, x: Any) -> Any:
         self.last: Any = getattr(self, "last", [torch.zeros_like(s[0]) for s in self.influence])
         y = super().step(x)
         for b, used in enumerate(self.used):
-            asleep = self.taken - self.last[b] > 64
-            self.influence[b] = torch.where(asleep, 0.0, self.influence[b])
+            dormant = self.taken - self.last[b] > 64
+            self.influence[b] = torch.where(dormant, 0.0, self.influence[b])
             self.last[b] = torch.where(torch.as_tensor(used).expand_as(self.last[b]) > 0, self.taken, self.last[b])
         return y
 
@@ -226,7 +226,7 @@ class InputIsKept(Whole):
 
     def step(self, x: Any) -> Any:
         if self.taken and bool(self.x.isnan().any()):
-            self.earned = self.earned * torch.nan
+            self.gradient = self.gradient * torch.nan
         self.x = x
         return super().step(x)
 
@@ -251,7 +251,7 @@ class InfluenceHarms(DenseRTRL):
 
 
 class InfluenceAfterReset(DenseRTRL):
-    """Wrong once a sample has started anew."""
+    """Wrong once a sample has been reset."""
 
     wrong = False
 
@@ -272,7 +272,7 @@ Case = tuple[type[Whole] | type[DenseRTRL], str]
 WRONG: list[Case] = [
     (FirstRowOnly, "resets of several samples"),
     (AllRowsKeepInfluence, "resets of several samples"),
-    (NobodyIsAnError, "resets"),
+    (EmptyResetIsAnError, "resets"),
     (LostAfterASync, "resets of several samples"),
     (SavingHarms, "save and load"),
     (SavedAliases, "save and load"),
@@ -284,7 +284,7 @@ WRONG: list[Case] = [
     (OneForAll, "losses of single samples"),
     (NoDirectForScalars, "partly trained"),
     (ForgetsLate, "long stream"),
-    (ForgetsLongSleepers, "long dormancy"),
+    (ForgetsLongDormancy, "long dormancy"),
     (CutAfter128, "long stream"),
     (HoldsArrays, "constant memory"),
     (HoldsNumbers, "constant memory"),
@@ -308,7 +308,7 @@ def promising(make: type[Whole] | type[DenseRTRL], check: str) -> LearnerSpec:
     return LearnerSpec(make, sparse=sparse, constant_memory=True, copies_inputs=True)
 
 
-SLOW = {ForgetsLongSleepers}  # the catalogue of bugs has a fault for this check, too
+SLOW = {ForgetsLongDormancy}  # the catalogue of bugs has a fault for this check, too
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ class Textbook:
         self.h = cell.init_state(batch_size).detach()
         size, count = self.h[0].numel(), sum(p.numel() for p in self.theta)
         self.influence = [self.h.new_zeros(size, count) for _ in range(batch_size)]
-        self.earned = self.h.new_zeros(count)
+        self.gradient = self.h.new_zeros(count)
         self.taken = 0
 
     def step(self, x: Any) -> Any:
@@ -51,9 +51,9 @@ class Textbook:
 
     def backward(self, loss: torch.Tensor) -> None:
         adjoint, direct = self.pulled(loss)
-        self.earned = self.earned + direct
+        self.gradient = self.gradient + direct
         for b, influence in enumerate(self.met):
-            self.earned = self.earned + adjoint[b] @ influence * self.counted(b)
+            self.gradient = self.gradient + adjoint[b] @ influence * self.counted(b)
 
     def counted(self, b: int) -> Any:
         return 1.0
@@ -73,10 +73,10 @@ class Textbook:
         return found
 
     def sync(self) -> None:
-        parts = self.earned.split([p.numel() for p in self.theta])
+        parts = self.gradient.split([p.numel() for p in self.theta])
         for p, part in zip(self.theta, parts, strict=True):
             p.grad = part.reshape(p.shape) if p.grad is None else p.grad + part.reshape(p.shape)
-        self.earned = torch.zeros_like(self.earned)
+        self.gradient = torch.zeros_like(self.gradient)
 
 
 class OffByOne(Textbook):
@@ -95,8 +95,8 @@ class CutAtBorders(Textbook):
         return super().step(x)
 
 
-class DeafSleepers(Textbook):
-    """Losses that fall while an expert sleeps never reach it."""
+class IgnoresDormantLosses(Textbook):
+    """Losses at the dormant steps of an expert never reach it."""
 
     def counted(self, b: int) -> Any:
         return self.used[b]
@@ -114,8 +114,8 @@ def cut_at_borders(cell: Any, batch_size: int) -> Textbook:
     return CutAtBorders(cell, batch_size)
 
 
-def deaf_sleepers(cell: Any, batch_size: int) -> Textbook:
-    return DeafSleepers(cell, batch_size)
+def ignores_dormant_losses(cell: Any, batch_size: int) -> Textbook:
+    return IgnoresDormantLosses(cell, batch_size)
 
 
 def backpropagation(cell: Any, xs: torch.Tensor, loss_fn: Any) -> dict[str, torch.Tensor]:

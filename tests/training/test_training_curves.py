@@ -80,7 +80,7 @@ def moment_of(asked: Callable[[int], list[int]], fresh: Callable[[int], list[int
 
 
 EVERYONE, NOBODY = (lambda t: [0, 1, 2]), (lambda t: [])
-UNEVEN = Stub(  # samples begin anew at different steps, and are asked at some steps only
+UNEVEN = Stub(  # samples are reset at different steps, and have targets at some steps only
     moment_of(lambda t: [t % 3] if t % 4 else [], lambda t: [b for b in range(3) if t % (5 + b) == 0])
 )
 
@@ -215,7 +215,7 @@ def test_gradients_that_were_there_before_do_not_count() -> None:
 
 def test_a_parameter_without_a_gradient_decays_like_one_whose_gradient_is_zero() -> None:
     class Sparing(BPTT):
-        """Leaves out what has earned nothing."""
+        """Leaves out parameters without a gradient."""
 
         def sync(self, dormant: bool = True) -> None:
             super().sync(dormant)

@@ -70,7 +70,7 @@ def test_every_learner_goes_on_bit_for_bit_from_any_step(name: str) -> None:
         assert_equal(outcome(straight), outcome(resumed))
 
 
-def test_a_mixture_with_sleeping_experts_goes_on_bit_for_bit() -> None:
+def test_a_mixture_with_dormant_experts_continues_bit_for_bit() -> None:
     task = tasks.make("haystack", values=3, lengths=(6, 7))
     straight = trainer_of(task, "block", "moe")
     states = {}
