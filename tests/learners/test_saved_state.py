@@ -1,5 +1,6 @@
 """What a learner saves: it continues bit for bit from a file, and what does not fit is refused with nothing changed."""
 
+import copy
 import io
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +9,11 @@ import pytest
 import torch
 from helpers.baseline_cells import BASELINES, F64, normal
 from helpers.toy_cells import PlainRNN, seeded
+from torch.utils import _pytree as pytree
 
 import rtrl
 from rtrl.errors import ConfigError
-from rtrl.learners import BPTT, UORO, DenseRTRL, DiagonalRTRL
+from rtrl.learners import BPTT, RFLO, TBPTT, UORO, DenseRTRL, DiagonalRTRL, SnAp
 
 Make = Callable[..., Any]
 ALL = [*BASELINES, pytest.param(lambda *a: rtrl.BlockRTRL(*a, block=4, window=3), id="block")]
@@ -116,3 +118,41 @@ def test_a_subclass_loads_what_its_class_saved() -> None:
     learner = Logged(seeded(PlainRNN(2, 3), 0), 2)
     learner.load_state_dict(after_four_steps(BPTT).state_dict())
     assert learner.steps_taken == 4
+
+
+ARGUMENTS = {
+    "leak": (lambda *a: RFLO(*a, leak=0.3), lambda *a: RFLO(*a, leak=0.4)),
+    "order": (lambda *a: SnAp(*a, order=1), lambda *a: SnAp(*a, order=2)),
+    "horizon": (lambda *a: TBPTT(*a, horizon=3), lambda *a: TBPTT(*a, horizon=4)),
+    "sliding": (lambda *a: TBPTT(*a, horizon=3), lambda *a: TBPTT(*a, horizon=3, sliding=False)),
+    "block": (lambda *a: rtrl.BlockRTRL(*a, block=3), lambda *a: rtrl.BlockRTRL(*a, block=4)),
+    "window": (lambda *a: rtrl.BlockRTRL(*a, window=3), lambda *a: rtrl.BlockRTRL(*a, window=4)),
+    "lazy": (lambda *a: rtrl.BlockRTRL(*a), lambda *a: rtrl.BlockRTRL(*a, lazy=False)),
+}
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_a_learner_with_another_argument_is_refused(argument: str) -> None:
+    """It would continue with another rule, and nobody would know."""
+    make, other = ARGUMENTS[argument]
+    saved = after_four_steps(make).state_dict()
+    learner = other(seeded(PlainRNN(2, 3), 0), 2)
+    with pytest.raises(ConfigError, match=argument):
+        learner.load_state_dict(saved)
+    assert learner.steps_taken == 0
+    make(seeded(PlainRNN(2, 3), 0), 2).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_what_was_saved_is_not_changed_by_a_learner_that_loads_it(make: Make) -> None:
+    saved = after_four_steps(make).state_dict()
+    kept = copy.deepcopy(saved)
+    learner = make(seeded(PlainRNN(2, 3), 0), 2)
+    learner.load_state_dict(saved)
+    for x in normal(1, 6, 2, 2):
+        learner.backward(learner.step(x).square().sum())
+    learner.sync()
+    leaves = [pytree.tree_leaves(part) for part in (saved, kept)]
+    assert all(
+        torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two for one, two in zip(*leaves, strict=True)
+    )

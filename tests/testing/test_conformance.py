@@ -53,7 +53,7 @@ IN_THE_GATE = {
     "BPTT": STATEFUL,
     "TBPTT(3), in chunks": STATEFUL | {"losses at some steps", "resets"},
     "DenseRTRL": STATEFUL - {"early syncs"} | {"shared parameters", "partly trained", "layers", "dormant slices"},
-    "UORO": STATEFUL - {"unusual parameters", "early syncs", "changed parameters"},
+    "UORO": STATEFUL - {"unusual parameters", "early syncs", "changed parameters"} | {"float32"},
     "somebody's textbook RTRL": {"interface", "dense cell", "dormant slices"},
 }
 """Name of a spec → the checks that the gate runs; all of them for a spec that is not named."""
