@@ -81,7 +81,7 @@ RETURNED = {
         r"Sparsity.writes must have shape \(2, k\), got \(1, 3\)",
     ),
     "on another device": (declares(reads=ALL.to("meta")), SparsityError, "Sparsity.reads is on meta, the state on cpu"),
-    "unknown parameter": (declares(active={"nobody": ALL}), SparsityError, "names 'nobody', which is no parameter"),
+    "unknown parameter": (declares(active={"nobody": ALL}), SparsityError, "names 'nobody', which is not a parameter"),
     "active none": (declares(active=None), SparsityError, "Sparsity.active must map parameter names .*got NoneType"),
     "active a list": (declares(active=[("experts", ALL)]), SparsityError, "Sparsity.active must map .*got list"),
     "slice out of range": (
