@@ -427,7 +427,7 @@ def test_the_command_fails_where_nothing_fits(folder: Path) -> None:
         (["--steps", "5", "--cell", "planned_by_me:raising"], "not today"),
         (["--steps", "5", "--cell", "planned_by_me:number"], "must give a cell"),
         (["--steps", "5", "--cell", "planned_by_me:nobody"], "nobody"),
-        (["--steps", "5", "--kind", "gru", "--memory", "much"], "no number of bytes"),
+        (["--steps", "5", "--kind", "gru", "--memory", "much"], "not a number of bytes"),
         (["--steps", "5", "--kind", "gru", "--rate", "cluster"], "MACS_PER_S"),
         (["--steps", "5", "--kind", "gru", "--rate", "=3"], "MACS_PER_S"),
         (["--steps", "5", "--kind", "gru", "--rate", "cluster=-1"], "cluster"),

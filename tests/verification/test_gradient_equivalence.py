@@ -321,7 +321,7 @@ def test_the_default_text_is_there_and_stays_the_same() -> None:
 @pytest.mark.parametrize(
     ("content", "arguments", "message"),
     [
-        (None, {}, "there is no file"),
+        (None, {}, "does not exist"),
         (b"", {}, "is empty"),
         (b"ab", {"batch_size": 2}, "too short: 2 bytes give 0 steps"),
         (b"abcdef", {"steps": 6}, "at least 6 are needed"),
