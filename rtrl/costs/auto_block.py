@@ -13,6 +13,9 @@ from rtrl.errors import ConfigError, PerformanceWarning, RTRLError
 ROOM_BYTES = 2**28
 """Closing a block may take as much memory as is held anyway, or this much, whichever is more."""
 
+MEASURED_MACS = 2**26
+"""As for a plan, but less, as a learner is made more often than a plan."""
+
 ENOUGH = 1.5
 """A block is long enough when a step costs at most this many times what a step of the longest block costs."""
 
@@ -51,7 +54,7 @@ def choose_block(cell: nn.Module, batch_size: int, *, state: Tensor | None = Non
         raise ConfigError("the cell has no parameter that requires a gradient")
     if state is None:
         state = first_state(cell, 1)
-    full = state[0].numel()
+    full = int(state[0].numel())
     profile = _profiled(cell, state)
     if profile is None or profile.declares:
         rows = sum(p.shape[0] if p.ndim > 1 else 0 for p in parameters)
@@ -66,7 +69,7 @@ def choose_block(cell: nn.Module, batch_size: int, *, state: Tensor | None = Non
         if batch_size * (choice.peak_bytes - choice.held_bytes) <= max(batch_size * choice.held_bytes, ROOM_BYTES):
             break
         block //= 2
-    return block
+    return int(block)
 
 
 def _profiled(cell: nn.Module, state: Tensor) -> Profile | None:
@@ -74,7 +77,7 @@ def _profiled(cell: nn.Module, state: Tensor) -> Profile | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PerformanceWarning)
-            return Profile(copy.deepcopy(cell).cpu(), None, 1, state=state[:1].cpu())
+            return Profile(copy.deepcopy(cell).cpu(), None, 1, state=state[:1].cpu(), measured_macs=MEASURED_MACS)
     except (RTRLError, RuntimeError):
         return None
 

@@ -98,7 +98,7 @@ def block_rtrl(
 
 def _few(profile: Profile, block: int) -> int:
     """How many full blocks are run: of a cell that routes more, as they differ, and fewer where most is computed."""
-    blocks, steps = (3, 12) if profile.frozen else (5, 16)
+    blocks, steps = (2, 12) if profile.frozen else (4, 16)
     return max(blocks, -(-steps // block)) if profile.declares else 2
 
 
@@ -156,7 +156,8 @@ def _extrapolated(profile: Profile, block: int, full: int, rest: int, window: in
     found, base = runs[-1], bases[-1]
     if lengths[-1] != block:
         found, base = _longer(profile, block, rest, lengths, ends, runs, bases)
-        found = replace(found, peaks=[found.peaks[0], _late_peak(profile, block, most)])
+        if profile.declares or most > 4 * SHORT:
+            found = replace(found, peaks=[found.peaks[0], _late_peak(profile, block, most)])
     found = _with_tree(found, profile, block, window, lazy)
     count = max(4, min(COUNTED_BLOCKS, COUNTED_STEPS // block)) if profile.declares else 2
     moves = Moves(profile, profile.sizes, [block] * min(full, count) + [rest], window, lazy)
@@ -188,7 +189,7 @@ def _lengths(profile: Profile, block: int, rest: int, most: int) -> list[int]:
 def _without_moves(profile: Profile, block: int, rest: int, lazy: bool) -> tuple[_Blocks, list[float]]:
     """Some blocks that are run, and what the first, a later and the last one takes without moving influences."""
     few = _few(profile, block)
-    count = min(few, max(2 if profile.frozen else 4, MOST_ROUTING_STEPS // block)) if profile.declares else few
+    count = min(few, max(2 if profile.frozen else 3, MOST_ROUTING_STEPS // block)) if profile.declares else few
     within = _spanned(profile, count * block + rest, block)
     run = _measured(profile, block, count, rest, within, lazy)
     known = [name for name in profile.sizes if name not in profile.frozen]
@@ -217,8 +218,8 @@ def _longer(
     (one, two), places = runs, [lengths, lengths, ends]
     base = [line((x[0], a), (x[1], b))(at) for x, a, b, at in zip(places, *bases, (block, block, rest), strict=True)]
     held = [lines((lengths[0], a), (lengths[1], b), block) for a, b in zip(one.held, two.held, strict=True)]
-    peak = line((lengths[0], one.peaks[0]), (lengths[1], two.peaks[0]))(block)
-    return replace(run, held=held, peaks=[peak]), base
+    peaks = [line((lengths[0], a), (lengths[1], b))(block) for a, b in zip(one.peaks, two.peaks, strict=True)]
+    return replace(run, held=held, peaks=peaks), base
 
 
 def _late_peak(profile: Profile, block: int, most: int) -> int:

@@ -2,8 +2,8 @@
 
 A block that writes u rows of the state and touches c of them, width numbers each, moves a column of an influence by
 ``u·c·width²`` multiply-adds. A slice that was dormant for some blocks is moved when it is active again, or leaves the
-window: block by block, or by their product, which writes and touches the rows of all of them; the cheaper one counts. All
-samples of a batch are worked off as the one whose blocks touch most.
+window: block by block, or by their product, which writes and touches the rows of all of them; the cheaper one counts.
+All samples of a batch are worked off as the one whose blocks touch most.
 """
 
 from collections.abc import Iterable, Sequence

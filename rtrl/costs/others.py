@@ -86,7 +86,7 @@ def tbptt(profile: Profile, steps: int, horizon: int, sliding: bool) -> Choice:
     kept = min(steps, k + 1)
     held = lines((SHORT[0] + 1, largest(runs[0].held)), (SHORT[1] + 1, largest(runs[1].held)), kept)
     run = runs[1] if k > 1 else profile.run(TBPTT, 4, horizon=1, sliding=sliding)
-    return choice(total, held=held, peak_bytes=_peak(profile, run, held, kept, k))
+    return choice(total, held=held, peak_bytes=_peak(profile, run, held, 1 if sliding else kept, k))
 
 
 def dense_rtrl(profile: Profile, steps: int) -> Choice:
@@ -107,7 +107,7 @@ def dense_rtrl(profile: Profile, steps: int) -> Choice:
     forward, backward = forward_macs(profile), backward_macs(profile)
     macs = (steps + 1) * forward + steps * (size * (full + 1) * row + forward + (full + 1) * backward)
     influence = size * row * profile.itemsize
-    held = bptt(profile, 1).held | {"influence": influence}
+    held = {**bptt(profile, 1).held, "influence": influence}
     held["gradient"] = profile.parameter_bytes * (steps > 1)
     working = 3 * influence + size * full * full * profile.itemsize + profile.copy_bytes + 2 * profile.parameter_bytes
     return choice(macs, held=held, peak_bytes=sum(held.values()) + working, computed=True, estimated=not profile.steady)
@@ -132,8 +132,8 @@ def large_macs(profile: Profile) -> tuple[int, int]:
     return backward_macs(profile) - others, others
 
 
-def _peak(profile: Profile, run: Run, held: dict[str, int], kept: int, steps: int) -> int:
-    """Bytes at the peak of a backward pass through ``steps`` of ``kept`` steps.
+def _peak(profile: Profile, run: Run, held: dict[str, int], losses: int, steps: int) -> int:
+    """Bytes at the peak of a backward pass through ``steps`` steps, with losses at this number of steps.
 
     Either what a short run has beside what it holds; or the graph, a copy of the parameters, the gradient, and of its
     largest part a step's share and the sum with that. A step keeps its loss's gradient at y twice.
@@ -141,7 +141,7 @@ def _peak(profile: Profile, run: Run, held: dict[str, int], kept: int, steps: in
     states = profile.state_size * profile.batch_size * profile.itemsize
     one, two = (sum(parts.values()) for parts in profile.run(BPTT, 2).held[:2])
     outputs = two - 2 * one + states
-    graph = line((1, profile.graph_bytes(1)), (3, profile.graph_bytes(3)))(steps)
+    graph = line(*((n, profile.graph_bytes(n, losses > 1)) for n in (1, 3)))(steps)
     short = max(run.peaks) - sum(largest(run.held).values())
     gradient = profile.parameter_bytes + 2 * (steps > 1) * max(profile.sizes.values()) * profile.itemsize
-    return sum(held.values()) + max(short, kept * outputs + profile.copy_bytes + gradient + graph)
+    return sum(held.values()) + max(short, losses * outputs + profile.copy_bytes + gradient + graph)

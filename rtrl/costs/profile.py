@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from rtrl.errors import ConfigError, RTRLError, ShapeError, UnknownOperationErro
 from rtrl.learners import BPTT, BlockRTRL
 from rtrl.profiling.live_bytes import LiveBytes
 from rtrl.profiling.macs import MacCounter, Rule
+
+T = TypeVar("T")
 
 MEASURED_MACS, MEASURED_ROUTING_MACS, MEASURED_NUMBERS = 2**31, 2**28, 2**26
 """Parameters are measured as long as moving all their influences once takes at most this number of multiply-adds (of a
@@ -41,6 +43,21 @@ class Run:
     peaks: list[int]
 
 
+class _Meter(MacCounter):
+    """Counts multiply-adds and bytes alive, in half the time that two modes take."""
+
+    def __init__(self, rules: Mapping[str, Rule] | None) -> None:
+        super().__init__(rules)
+        self.alive = LiveBytes()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.alive.takes(args)
+        self.alive.takes(tuple(kwargs.values()) if kwargs else ())
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.alive.makes(out)
+        return out
+
+
 class Profile:
     """A copy of a cell with a stream of inputs and choices, and what learners cost on it.
 
@@ -51,6 +68,7 @@ class Profile:
         batch_size: B.
         state: the first state (B, n, ...); ``cell.init_state(B)`` by default.
         rules: how to count operations that ``rtrl.profiling.macs.MacCounter`` does not know.
+        measured_macs: in place of ``MEASURED_MACS``.
 
     Attributes:
         name: of the cell's class.
@@ -76,6 +94,7 @@ class Profile:
         *,
         state: Tensor | None = None,
         rules: Mapping[str, Rule] | None = None,
+        measured_macs: int = MEASURED_MACS,
     ) -> None:
         parameters = ParameterGuard(cell).parameters
         first = first_state(cell, batch_size) if state is None else state
@@ -111,7 +130,7 @@ class Profile:
         if self._draws and not self._can_replay():
             self._draws, self._xs = False, [self._xs[0], *(self._other_x() for _ in range(63))]
             self._choices = self._walk()
-        self.frozen = self._too_large()
+        self.frozen = self._too_large(MEASURED_ROUTING_MACS if self.declares else measured_macs)
         self._part = copy.deepcopy(self._cell)
         for name in self.frozen:
             self._part.get_parameter(name).requires_grad_(False)
@@ -209,19 +228,19 @@ class Profile:
         """
         part = part and bool(self.frozen)
         key = learner, steps, part, replay, sync_after, *sorted(options.items())
-        run: Run = self.once(key, lambda: self._measure(learner, steps, part, replay, sync_after, options))
-        return run
+        return self.once(key, lambda: self._measure(learner, steps, part, replay, sync_after, options))
 
     @torch.inference_mode(False)
     def _measure(
         self, kind: type, steps: int, part: bool, replay: bool, sync_after: int, options: Mapping[str, Any]
     ) -> Run:
         cell = self._part if part else self._cell
-        found = Run([], [], [])
-        with self._generators_kept(), torch.enable_grad(), MacCounter(self._rules) as counter, LiveBytes() as alive:
+        found, meter = Run([], [], []), _Meter(self._rules)
+        with self._generators_kept(), torch.enable_grad(), meter:
+            alive = meter.alive
 
             def note() -> None:
-                found.macs.append(counter.macs)
+                found.macs.append(meter.macs)
                 found.peaks.append(alive.peak)
                 found.held.append(learner.retained_bytes())
                 alive.peak = alive.now
@@ -244,49 +263,53 @@ class Profile:
                 cell.zero_grad(set_to_none=True)
         return found
 
-    def once(self, key: Any, measure: Callable[[], Any]) -> Any:
+    def once(self, key: Any, measure: Callable[[], T]) -> T:
         """What ``measure()`` gives, measured once for each key."""
         if key not in self._runs:
             self._runs[key] = measure()
-        return self._runs[key]
+        found: T = self._runs[key]
+        return found
 
-    def graph_bytes(self, steps: int) -> int:
-        """Bytes that autograd keeps of ``steps`` steps in a row, and their outputs; measured."""
+    def graph_bytes(self, steps: int, everywhere: bool) -> int:
+        """Bytes that autograd keeps of ``steps`` steps in a row, with a loss at each of them or at the last alone."""
 
         def measure() -> int:
-            kept, h = [], self.state
+            kept, h, y = list[Any](), self.state, None
             with self._generators_kept(), torch.inference_mode(False), torch.enable_grad(), LiveBytes() as alive:
                 for step in range(steps):
                     y, h, _ = call_cell(self._cell, self.x(step), h, None)
-                    kept.append((y, h))
-                return alive.now
+                    kept.append(y if everywhere else None)
+                now: int = alive.now
+            return now
 
-        return int(self.once(("graph", steps), measure))
+        return self.once(("graph", steps, everywhere), measure)
+
+    def _backward(self, left_out: str = "") -> tuple[int, list[str]]:
+        """Multiply-adds of a step backward from its next state, and the parameters that it reaches."""
+        leaves = {name: p for name, p in self._cell.named_parameters() if p.requires_grad and name != left_out}
+        with self._generators_kept(), torch.inference_mode(False), torch.enable_grad():
+            _, h, _ = call_cell(self._cell, self.x(0), self.state.clone(), None)
+            if not h.requires_grad:
+                return 0, []
+            with MacCounter(self._rules) as counter:
+                found = torch.autograd.grad(h, list(leaves.values()), torch.ones_like(h), allow_unused=True)
+        return counter.macs, [name for name, gradient in zip(leaves, found, strict=True) if gradient is not None]
 
     def immediate_macs(self) -> int:
         """Multiply-adds that a row of suffix products takes with the immediate influence of a step in the parameters
         that are too large: as much as a step backward from its next state does in them; and, of a cell whose
         derivatives are not known analytically, as much as a row of Jacobians at the outputs of their linear maps."""
 
-        def backward(left_out: str = "") -> int:
-            leaves = [p for name, p in self._cell.named_parameters() if p.requires_grad and name != left_out]
-            with self._generators_kept(), torch.inference_mode(False), torch.enable_grad():
-                _, h, _ = call_cell(self._cell, self.x(0), self.state.clone(), None)
-                with MacCounter(self._rules) as counter:
-                    if h.requires_grad:
-                        torch.autograd.grad(h, leaves, torch.ones_like(h), allow_unused=True)
-            return counter.macs
-
         def measure() -> int:
-            every, total, writes = backward(), 0, self._choices[0].writes
+            every, total, writes = self._backward()[0], 0, self._choices[0].writes
             written = 0 if isinstance(self._cell, HasAnalyticStep) else self.width
             written *= self.rows if writes is None else writes.shape[1]
             for name in self.frozen:
-                macs = every - backward(name)
+                macs = every - self._backward(left_out=name)[0]
                 total += macs + macs * written // self._cell.get_parameter(name).shape[-1]
             return total
 
-        return int(self.once("immediate", measure))
+        return self.once("immediate", measure)
 
     def tree_bytes(self, block: int, window: int) -> int:
         """Bytes of the tree that ``BlockRTRL`` reserves at its first step."""
@@ -295,9 +318,9 @@ class Profile:
             with self._generators_kept(), torch.inference_mode(False):
                 learner = BlockRTRL(self._part, self.batch_size, block=block, window=window, state=self.state)
                 learner.step(self.x(0))
-                return learner.retained_bytes()["tree"]
+                return int(learner.retained_bytes()["tree"])
 
-        return int(self.once(("tree", block, window), measure))
+        return self.once(("tree", block, window), measure)
 
     def kept_buffer(self, block: int) -> int:
         """Bytes of the buffer that ``BlockRTRL`` keeps for the suffix products of dense blocks."""
@@ -305,22 +328,27 @@ class Profile:
         influence = self.batch_size * self.state_size * self.parameter_size * self.itemsize
         return size if ReusableBuffer(influence).keeps(size, self.state.device) else 0
 
-    def _too_large(self) -> frozenset[str]:
+    def _too_large(self, most: int) -> frozenset[str]:
         """The parameters of the largest modules, without which moving the influence of the others takes
-        ``MEASURED_MACS`` at most; of slices, the smallest ones are always measured. A module's parameters stay
-        together, but for those whose slices are active at other times."""
-        influence, most = self.batch_size * self.state_size, MEASURED_ROUTING_MACS if self.declares else MEASURED_MACS
+        ``most`` multiply-adds at most; the smallest ones with an influence, and with slices, are always measured. The
+        parameters of a module stay together, as a bias is part of its weight's map, unless their slices are active at
+        other times, or there is one module alone, or the cell's derivatives are known analytically."""
+        influence = self.batch_size * self.state_size
         room = min(most // (influence * self.state_size), MEASURED_NUMBERS // influence)
-        modules: dict[tuple[str, int | None], list[str]] = {}
-        for name in self.sizes:
-            active = self._choices[0].active.get(name)
-            modules.setdefault((name.rpartition(".")[0], None if active is None else id(active)), []).append(name)
-        frozen, sliced = set[str](), False
-        for (_, active), names in sorted(modules.items(), key=lambda item: sum(self.sizes[name] for name in item[1])):
+        modules = {name: name.rpartition(".")[0] for name in self.sizes}
+        if isinstance(self._cell, HasAnalyticStep) or len(set(modules.values())) == 1:
+            modules = {name: name for name in self.sizes}
+        together: dict[tuple[str, int], list[str]] = {}
+        for name, module in modules.items():
+            together.setdefault((module, id(self._choices[0].active.get(name))), []).append(name)
+        kinds = [set(self._backward()[1]), set(self.sliced)]  # of each, the smallest is measured
+        frozen = set[str]()
+        for names in sorted(together.values(), key=lambda names: sum(self.sizes[name] for name in names)):
             room -= sum(self.sizes[name] for name in names)
-            if room < 0 and (active is None or sliced) and len(frozen) + len(names) < len(self.sizes):
+            needed = [kind for kind in kinds if kind.intersection(names)]
+            kinds = [kind for kind in kinds if kind not in needed]
+            if room < 0 and not needed:
                 frozen.update(names)
-            sliced = sliced or active is not None
         return frozenset(frozen)
 
     def _generators_kept(self) -> Any:
