@@ -81,6 +81,9 @@ def block_rtrl(
         half = blocks[len(blocks) // 2 :]
         macs += (full - len(blocks)) * sum(half) / len(half)
     influence, growth = _beyond(profile, steps, found.ran)
+    peak = max(found.peaks) + influence + growth
+    if len(found.macs) == 1 and profile.frozen:  # the influence comes after the sweep, and the graph before it
+        peak = max(found.peaks[0], sum(found.held[0].values()) + influence + growth + profile.suffix_bytes(steps))
     held = [parts | {"influence": parts["influence"] + influence * (i > 0)} for i, parts in enumerate(found.held)]
     return Choice(
         "BlockRTRL",
@@ -88,7 +91,7 @@ def block_rtrl(
         round(macs),
         steps,
         largest(held),
-        max(found.peaks) + influence + growth,
+        peak,
         block=block,
         window=window if profile.sliced and lazy else None,
         estimated=(profile.declares and steps > max(profile.given, 1)) or not profile.steady,
@@ -98,7 +101,7 @@ def block_rtrl(
 
 def _few(profile: Profile, block: int) -> int:
     """How many full blocks are run: of a cell that routes more, as they differ, and fewer where most is computed."""
-    blocks, steps = (2, 12) if profile.frozen else (4, 16)
+    blocks, steps = (2, 12) if profile.frozen else (6, 20)
     return max(blocks, -(-steps // block)) if profile.declares else 2
 
 
@@ -148,9 +151,10 @@ def _extrapolated(profile: Profile, block: int, full: int, rest: int, window: in
     lengths = _lengths(profile, block, rest, most)
     another = rest != block and full <= FEW_BLOCKS  # the last block is checked as one of another length
     ends = [rest if m == block else m - another for m in lengths]
+    covered = full * block + rest <= profile.given
     runs, bases = [], []
     for m, end in zip(lengths, ends, strict=True):
-        run, base = _without_moves(profile, m, end, lazy)
+        run, base = _without_moves(profile, m, end, window if covered else None, lazy)
         runs.append(run)
         bases.append(base)
     found, base = runs[-1], bases[-1]
@@ -186,11 +190,14 @@ def _lengths(profile: Profile, block: int, rest: int, most: int) -> list[int]:
     return [longest] if profile.declares else [longest // 2, longest]
 
 
-def _without_moves(profile: Profile, block: int, rest: int, lazy: bool) -> tuple[_Blocks, list[float]]:
-    """Some blocks that are run, and what the first, a later and the last one takes without moving influences."""
+def _without_moves(
+    profile: Profile, block: int, rest: int, window: int | None, lazy: bool
+) -> tuple[_Blocks, list[float]]:
+    """Some blocks that are run, and what the first, a later and the last one takes without moving influences; without a
+    window, those of any window stand for all."""
     few = _few(profile, block)
     count = min(few, max(2 if profile.frozen else 3, MOST_ROUTING_STEPS // block)) if profile.declares else few
-    within = _spanned(profile, count * block + rest, block)
+    within = window or _spanned(profile, count * block + rest, block)
     run = _measured(profile, block, count, rest, within, lazy)
     known = [name for name in profile.sizes if name not in profile.frozen]
     moves = Moves(profile, known, [block] * count + [rest], within, lazy)

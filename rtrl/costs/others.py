@@ -135,13 +135,16 @@ def large_macs(profile: Profile) -> tuple[int, int]:
 def _peak(profile: Profile, run: Run, held: dict[str, int], losses: int, steps: int) -> int:
     """Bytes at the peak of a backward pass through ``steps`` steps, with losses at this number of steps.
 
-    Either what a short run has beside what it holds; or the graph, a copy of the parameters, the gradient, and of its
-    largest part a step's share and the sum with that. A step keeps its loss's gradient at y twice.
+    Either what a short run has beside what it holds, and no more than that and what the graph grows by; or the graph, a
+    copy of the parameters, the gradient, and of its largest part a step's share and the sum with that. A step keeps its
+    loss's gradient at y twice.
     """
     states = profile.state_size * profile.batch_size * profile.itemsize
     one, two = (sum(parts.values()) for parts in profile.run(BPTT, 2).held[:2])
     outputs = two - 2 * one + states
-    graph = line(*((n, profile.graph_bytes(n, losses > 1)) for n in (1, 3)))(steps)
-    short = max(run.peaks) - sum(largest(run.held).values())
+    graph = line(*((n, profile.graph_bytes(n, losses > 1)) for n in (1, 3)))
+    short, longer = max(run.peaks) - sum(largest(run.held).values()), graph(steps) - graph(min(steps, SHORT[1]))
+    longer += max(0, losses - SHORT[1]) * outputs
     gradient = profile.parameter_bytes + 2 * (steps > 1) * max(profile.sizes.values()) * profile.itemsize
-    return sum(held.values()) + max(short, losses * outputs + profile.copy_bytes + gradient + graph)
+    at_once = losses * outputs + profile.copy_bytes + gradient + graph(steps)
+    return sum(held.values()) + max(short, min(at_once, short + longer))

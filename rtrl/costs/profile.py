@@ -86,6 +86,7 @@ class Profile:
         UnknownOperationError: see ``rules``.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         cell: nn.Module,
@@ -97,7 +98,7 @@ class Profile:
         measured_macs: int = MEASURED_MACS,
     ) -> None:
         parameters = ParameterGuard(cell).parameters
-        first = first_state(cell, batch_size) if state is None else state
+        first = first_state(cell, batch_size) if state is None else state.detach().clone()
         self.state = checks.checked_state(first, batch_size, next(iter(parameters.values())), None)
         self.name, self.batch_size, self._rules = type(cell).__name__, batch_size, rules
         self.rows, self.width = self.state.shape[1], self.state[0, 0].numel()
@@ -324,9 +325,12 @@ class Profile:
 
     def kept_buffer(self, block: int) -> int:
         """Bytes of the buffer that ``BlockRTRL`` keeps for the suffix products of dense blocks."""
-        size = block * self.batch_size * self.state_size * (self.state_size + 1) * self.itemsize
-        influence = self.batch_size * self.state_size * self.parameter_size * self.itemsize
-        return size if ReusableBuffer(influence).keeps(size, self.state.device) else 0
+        size, influence = self.suffix_bytes(block), self.batch_size * self.state_size * self.parameter_size
+        return size if ReusableBuffer(influence * self.itemsize).keeps(size, self.state.device) else 0
+
+    def suffix_bytes(self, block: int) -> int:
+        """Bytes of the suffix products and adjoints of a dense block."""
+        return block * self.batch_size * self.state_size * (self.state_size + 1) * self.itemsize
 
     def _too_large(self, most: int) -> frozenset[str]:
         """The parameters of the largest modules, without which moving the influence of the others takes
