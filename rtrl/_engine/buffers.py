@@ -27,12 +27,16 @@ class ReusableBuffer:
         """A tensor of this shape with anything in it, of the dtype and on the device of ``like``."""
         count = prod(shape)
         wanted = count * like.element_size()
-        if like.device.type != "cpu" or not _LEAST_BYTES <= wanted <= self._most_bytes:
+        if not self.keeps(wanted, like.device):
             return like.new_empty(shape)
         if self._kept is None or self._kept.numel() < count or self._kept.dtype != like.dtype:
             self._kept = None  # before the new one is there
             self._kept = torch.empty(count, dtype=like.dtype, device=like.device)
         return self._kept[:count].view(shape)
+
+    def keeps(self, size: int, device: torch.device) -> bool:
+        """Whether memory of ``size`` bytes on a device is used again."""
+        return device.type == "cpu" and _LEAST_BYTES <= size <= self._most_bytes
 
     @property
     def n_bytes(self) -> int:

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from rtrl._utils import pytrees, validation
 from rtrl.costs.block_rtrl import block_rtrl
 from rtrl.costs.devices import nominal_rates
-from rtrl.costs.others import bptt, tbptt
-from rtrl.costs.profile import Profile, profile
+from rtrl.costs.others import bptt, dense_rtrl, tbptt
+from rtrl.costs.profile import Profile
 from rtrl.costs.result import Choice, Plan
-from rtrl.costs.textbook import dense_rtrl
 from rtrl.errors import ConfigError
 from rtrl.profiling.macs import Rule
 
@@ -94,7 +93,7 @@ def plan(
     stream = _stream(x, xs)
     if batch_size is None:
         batch_size = 1 if stream is None else _batch_of(stream[0])
-    found = profile(cell, stream, batch_size, state=state, rules=rules)
+    found = Profile(cell, stream, batch_size, state=state, rules=rules)
     rows = [bptt(found, steps), dense_rtrl(found, steps)]
     for horizon in horizons if horizons is not None else [k for k in HORIZONS if k < steps]:
         rows += [tbptt(found, steps, horizon, sliding) for sliding in (True, False)]
@@ -104,7 +103,7 @@ def plan(
             if rows[-1].window is None:  # nothing can sleep
                 break
     return Plan(
-        cell=found.cell,
+        cell=found.name,
         steps=steps,
         batch_size=batch_size,
         state_size=found.state_size,
@@ -186,10 +185,10 @@ def _notes(profile: Profile, stream: list[Any] | None, rows: list[Choice]) -> tu
     if any(row.estimated for row in rows):
         if not profile.steady:
             notes.append("≈: steps differ in how much they touch; the first one stands for all.")
-        elif len(profile.choices) == 1:
+        elif profile.given <= 1:
             notes.append(
                 "≈: after the first step, choices drawn evenly at random. Give xs=, some steps of a real stream."
             )
         else:
-            notes.append(f"≈: the {len(profile.choices)} steps of xs= over and over.")
+            notes.append(f"≈: the {profile.given} steps of xs= over and over.")
     return tuple(notes)

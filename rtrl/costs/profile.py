@@ -1,232 +1,367 @@
-"""What one step of a cell costs, measured on the cell itself: multiply-adds, bytes, and what the step touches.
+"""A cell made ready for measuring: a copy of it, the stream that it runs on, and learners really run on that stream."""
 
-A few steps are run on copies of the parameters, with a graph and without. The cell, its gradients and the random number
-generators are left as they were.
-"""
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Any
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from rtrl._engine import checks, contract
-from rtrl._engine.linearization import Step as Kept
+from rtrl._engine import checks
+from rtrl._engine.buffers import ReusableBuffer
 from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._utils import pytrees
+from rtrl.cells.analytic import HasAnalyticStep
 from rtrl.cells.example_input import WIDTHS, guessed_input
-from rtrl.cells.protocol import (
-    Cell,
-    Sparsity,
-    call_cell,
-    check_input,
-    check_sparsity,
-    first_state,
-    own_copy,
-    takes_replay,
-)
-from rtrl.costs.linear import Linear, measure
+from rtrl.cells.protocol import Sparsity, call_cell, check_input, first_state, own_copy, takes_replay
 from rtrl.errors import ConfigError, RTRLError, ShapeError, UnknownOperationError
-from rtrl.learners.bptt import unrolled_gradient
-from rtrl.learners.replayed_step import Step, Values
+from rtrl.learners import BPTT, BlockRTRL
+from rtrl.profiling.live_bytes import LiveBytes
 from rtrl.profiling.macs import MacCounter, Rule
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
-class Series:
-    """A quantity of runs of 1, 2, 3, … steps: measured for three of them, and each further step adds what the third
-    did."""
-
-    measured: tuple[int, int, int]
-
-    def __call__(self, steps: int) -> int:
-        """The quantity of a run of ``steps`` ≥ 0 steps."""
-        if steps < 1:
-            return 0
-        two, three = self.measured[1:]
-        return self.measured[steps - 1] if steps <= 3 else three + (steps - 3) * (three - two)
-
-    @property
-    def one_more(self) -> int:
-        """What each step adds to a long run."""
-        return self.measured[2] - self.measured[1]
+MEASURED_MACS, MEASURED_ROUTING_MACS, MEASURED_NUMBERS = 2**31, 2**28, 2**26
+"""Parameters are measured as long as moving all their influences once takes at most this number of multiply-adds (of a
+cell that routes, of which more blocks are run, the second), and they have at most the last number of entries; what the
+other parameters add is computed from their sizes."""
 
 
 @dataclass(frozen=True)
-class Lone:
-    """Multiply-adds of one sample run alone: a forward pass; the backward pass from y; that from one entry of the next
-    state."""
-
-    forward: int
-    from_output: int
-    from_entry: int
-
-
-@dataclass(frozen=True)
-class Profile:
-    """A cell at one batch size, measured.
+class Run:
+    """A learner really run, a loss at each step and one ``sync`` at the end.
 
     Attributes:
-        cell: what it is called. batch_size: B. rows, width: of the state; H = rows · width. device: its type.
-        itemsize, dtype: of the state.
-        shapes: trainable parameter → shape. parameter_bytes: of all of these; copy_bytes: of the buffers and the
-            frozen parameters, too.
-        x_bytes, state_bytes, output_bytes: of one step: x, h, the floating-point tensors of y.
-        choice_bytes: of the index tensors of a step's ``Sparsity``, each parameter's counted; shared_bytes: the same,
-            but tensors that parameters share counted once.
-        replays: whether the cell takes ``replay``.
-        choices: the ``Sparsity`` of each step of the stream that was run.
-        forward_macs: of each of these steps; again_macs: of a step that is run again with its choices laid down.
-        losses_everywhere, loss_at_the_end: multiply-adds of the backward pass through steps with a loss at each of
-            them, and at the last alone; the forward pass is not counted.
-        graph_bytes: what the graph of so many steps holds besides parameters and what a step keeps anyway.
-        lone: what one sample costs alone. linear: what linearising a step costs.
-        steady: whether all steps had the same shapes and widths of sparsity, so that one stands for all.
+        macs: multiply-adds so far, after each step and after the ``sync``.
+        held: ``retained_bytes()`` at the same moments, each step's loss included; empty where it was not asked for.
+        peaks: the most bytes alive at once since the moment before.
     """
 
-    cell: str
-    batch_size: int
-    device: str
-    rows: int
-    width: int
-    itemsize: int
-    dtype: str
-    shapes: Mapping[str, torch.Size]
-    parameter_bytes: int
-    copy_bytes: int
-    x_bytes: int
-    state_bytes: int
-    output_bytes: int
-    choice_bytes: int
-    shared_bytes: int
-    replays: bool
-    choices: Sequence[Sparsity]
-    forward_macs: Sequence[int]
-    again_macs: int
-    losses_everywhere: Series
-    loss_at_the_end: Series
-    graph_bytes: Series
-    lone: Lone
-    linear: Linear
-    steady: bool
-
-    @property
-    def state_size(self) -> int:
-        """H."""
-        return self.rows * self.width
-
-    @cached_property
-    def parameter_size(self) -> int:
-        """P."""
-        return sum(shape.numel() for shape in self.shapes.values())
-
-    @property
-    def declares(self) -> bool:
-        """Whether a step declares a sparsity, of rows or of slices."""
-        first = self.choices[0]
-        sliced = any(name in first.active for name in self.shapes)
-        return sliced or first.reads is not None or first.writes is not None
-
-    def forward(self, steps: int) -> int:
-        """Multiply-adds of the forward passes of ``steps`` steps, the stream that was run being repeated."""
-        rounds, rest = divmod(steps, len(self.forward_macs))
-        return rounds * sum(self.forward_macs) + sum(self.forward_macs[:rest])
+    macs: list[int]
+    held: list[dict[str, int]]
+    peaks: list[int]
 
 
-@torch.inference_mode(False)
-def profile(
-    cell: nn.Module,
-    xs: Sequence[Any] | None,
-    batch_size: int,
-    *,
-    state: Tensor | None = None,
-    rules: Mapping[str, Rule] | None = None,
-) -> Profile:
-    """Run a few steps of a cell and measure them.
+class _Meter(MacCounter):
+    """Counts multiply-adds and bytes alive, in half the time that two modes take."""
+
+    def __init__(self, rules: Mapping[str, Rule] | None) -> None:
+        super().__init__(rules)
+        self.alive = LiveBytes()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.alive.takes(args)
+        self.alive.takes(tuple(kwargs.values()) if kwargs else ())
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.alive.makes(out)
+        return out
+
+
+class Profile:
+    """A copy of a cell with a stream of inputs and choices, and what learners cost on it.
 
     Args:
-        cell: as for ``rtrl.BlockRTRL``. batch_size: B.
+        cell: as for ``rtrl.BlockRTRL``; it is copied.
         xs: the x of one step or of several, trees of tensors; their samples are repeated or cut to B. None: drawn, if
             the cell says how wide its x is.
+        batch_size: B.
         state: the first state (B, n, ...); ``cell.init_state(B)`` by default.
         rules: how to count operations that ``rtrl.profiling.macs.MacCounter`` does not know.
+        measured_macs: in place of ``MEASURED_MACS``.
+
+    Attributes:
+        name: of the cell's class.
+        rows: of the state.
+        width: numbers of a row; H = rows · width.
+        sizes: trainable parameter → its number of entries.
+        frozen: parameters of ``sizes`` that are too large to be measured.
+        declares: whether a step declares a sparsity, of rows or of slices.
+        steady: whether all steps have the same shapes and widths of sparsity.
+        given: how many steps of a stream the user gave.
 
     Raises:
-        ConfigError: there is no x, no first state or no trainable parameter. ShapeError, CellError, SparsityError,
-            NonFiniteError: as ``BlockRTRL.step``. UnknownOperationError: see ``rules``.
-
-    Cost: each x forward once; a few forward and backward passes through at most three steps.
+        ConfigError: there is no x, no first state, no trainable parameter, or the cell cannot be copied.
+        ShapeError: as ``BlockRTRL.step``; so CellError, SparsityError, NonFiniteError.
+        UnknownOperationError: see ``rules``.
     """
-    try:
-        return _profile(cell, xs, batch_size, state, rules)
-    except UnknownOperationError as error:
-        raise UnknownOperationError(f"{error}; a plan takes such counts as rules={{name: rule}}") from error
 
+    @torch.inference_mode(False)
+    def __init__(
+        self,
+        cell: nn.Module,
+        xs: Sequence[Any] | None,
+        batch_size: int,
+        *,
+        state: Tensor | None = None,
+        rules: Mapping[str, Rule] | None = None,
+        measured_macs: int = MEASURED_MACS,
+    ) -> None:
+        parameters = ParameterGuard(cell).parameters
+        first = first_state(cell, batch_size) if state is None else state.detach().clone()
+        self.state = checks.checked_state(first, batch_size, next(iter(parameters.values())), None)
+        self.name, self.batch_size, self._rules = type(cell).__name__, batch_size, rules
+        self.rows, self.width = self.state.shape[1], self.state[0, 0].numel()
+        self.state_size, self.itemsize = self.rows * self.width, self.state.element_size()
+        self.dtype = str(self.state.dtype).removeprefix("torch.")
+        self.slices = {name: p.shape[0] if p.ndim else 1 for name, p in parameters.items()}
+        self.sizes = {name: p.numel() for name, p in parameters.items()}
+        self.parameter_size = sum(self.sizes.values())
+        everything = [dict(cell.named_parameters()), dict(cell.named_buffers())]
+        self.parameter_bytes, self.copy_bytes = pytrees.n_bytes(parameters), pytrees.n_bytes(everything)
+        self._runs: dict[Any, Any] = {}
+        self._draws = False
+        with self._generators_kept():
+            try:
+                self._cell = copy.deepcopy(cell)
+            except RuntimeError as error:
+                raise ConfigError(f"the cell cannot be copied, and measuring needs a copy: {error}") from error
+            self._cell.zero_grad(set_to_none=True)
+            self._xs = [_resized(x, self.state) for x in xs] if xs is not None else [_drawn(self._cell, self.state)]
+            self.given = 0 if xs is None else len(xs)
+            self._choices = self._walk()
+        kinds = {pytrees.signature((x, tuple(choice))) for x, choice in zip(self._xs, self._choices, strict=False)}
+        self.steady = len(kinds) == 1
+        self.sliced = [name for name in self.sizes if name in self._choices[0].active]
+        self.declares = bool(self.sliced) or any(index is not None for index in self._choices[0][:2])
+        reads, writes = (self.rows if t is None else t.shape[1] for t in self._choices[0][:2])
+        self.sweep_macs = batch_size * self.state_size * writes * min(self.rows, reads + writes) * self.width**2
+        self._draws = self.declares and len(self._xs) == 1 and takes_replay(cell)
+        self._generator = torch.Generator().manual_seed(0)
+        if self._draws and not self._can_replay():
+            self._draws, self._xs = False, [self._xs[0], *(self._other_x() for _ in range(63))]
+            self._choices = self._walk()
+        self.frozen = self._too_large(MEASURED_ROUTING_MACS if self.declares else measured_macs)
+        self._part = copy.deepcopy(self._cell)
+        for name in self.frozen:
+            self._part.get_parameter(name).requires_grad_(False)
 
-def _profile(
-    cell: nn.Module,
-    xs: Sequence[Any] | None,
-    batch_size: int,
-    state: Tensor | None,
-    rules: Mapping[str, Rule] | None,
-) -> Profile:
-    parameters = ParameterGuard(cell).parameters
-    beside = next(iter(parameters.values()))
-    first = first_state(cell, batch_size) if state is None or isinstance(cell, Cell) else None
-    if first is not None:
-        first = checks.checked_state(first, batch_size, beside)
-    h = checks.checked_state(first if state is None else state, batch_size, beside, first)
-    with _generators_kept(h.device):
-        xs = [_resized(x, h) for x in xs] if xs is not None else [_drawn(cell, h)]
+    # ------------------------------------------------------------------ the stream
+
+    def x(self, step: int) -> Any:
+        """The x of a step: what was given, over and over."""
+        return self._xs[step % len(self._xs)]
+
+    def choice(self, step: int) -> Sparsity:
+        """What a step touches: as the cell chose on the stream, over and over; of a single x that a cell routes,
+        after the first step, choices drawn evenly at random, every slice being chosen in the first round of them."""
+        if not self._draws:
+            return self._choices[step % len(self._choices)]
+        while len(self._choices) <= step:
+            self._choices.append(self._draw(len(self._choices)))
+        return self._choices[step]
+
+    def _walk(self) -> list[Sparsity]:
+        """What each step of the stream touches; the first step alone if nothing is declared."""
+        h, choices = self.state, list[Sparsity]()
         with torch.no_grad():
-            _guarded(lambda: contract.check_purity(cell, xs[0], h, None), xs[0], h)
-        values = Values(cell)
-        taken, macs = _steps(cell, values, xs, h, rules)
-        kinds = {pytrees.signature((step.x, tuple(_choice(step)))) for step in taken}
-        probe = _repeated(cell, values, taken[0], rules)
-        kinds |= {pytrees.signature((step.x, tuple(_choice(step)))) for step in probe}
-        one, lone = probe[0], _lone(probe[0], rules)
-        return Profile(
-            cell=type(cell).__name__,
-            batch_size=batch_size,
-            device=h.device.type,
-            rows=h.shape[1],
-            width=h[0, 0].numel(),
-            itemsize=h.element_size(),
-            dtype=str(h.dtype).removeprefix("torch."),
-            shapes={name: p.shape for name, p in parameters.items()},
-            parameter_bytes=pytrees.n_bytes(parameters),
-            copy_bytes=pytrees.n_bytes([dict(cell.named_parameters()), dict(cell.named_buffers())]),
-            x_bytes=pytrees.n_bytes(one.x),
-            state_bytes=pytrees.n_bytes(h),
-            output_bytes=pytrees.n_bytes(one.outputs),
-            choice_bytes=pytrees.n_bytes(tuple(_choice(one))),
-            shared_bytes=pytrees.n_bytes(list({id(t): t for t in pytrees.tensors(tuple(_choice(one)))}.values())),
-            replays=takes_replay(cell),
-            choices=[_choice(step) for step in taken],
-            forward_macs=macs,
-            again_macs=_again_macs(one, rules),
-            losses_everywhere=_backward_macs(probe, rules, everywhere=True),
-            loss_at_the_end=_backward_macs(probe, rules, everywhere=False),
-            graph_bytes=_graph_bytes(probe),
-            lone=lone,
-            linear=measure(cell, parameters, [_as_kept(s) for s in probe[:2]], probe[2].h, 2 * lone.forward, rules),
-            steady=len(kinds) == 1,
-        )
+            self._measure(BPTT, 1, False, False, 0, {})  # for the checks of a step
+            for x in self._xs:
+                _, h, sparsity = call_cell(self._cell, x, h.clone(), None)
+                choices.append(own_copy(sparsity))
+                if sparsity.reads is None and sparsity.writes is None and not sparsity.active:
+                    break
+        return choices
+
+    def _draw(self, step: int) -> Sparsity:
+        """Sets as large as the first step's: those that were one tensor stay one, and what was written stays among what
+        was read."""
+        first, drawn = self._choices[0], dict[int, Tensor]()
+
+        def draw(index: Tensor | None, count: int) -> Tensor | None:
+            if index is None:
+                return None
+            if id(index) not in drawn:
+                k = index.shape[1]
+                scores = torch.rand(self.batch_size, count, generator=self._generator)
+                order = scores.argsort(dim=1)
+                if step * k < count:  # the first round: no slice is left out
+                    order = (torch.arange(count) + step * k).remainder(count).expand(self.batch_size, -1)
+                drawn[id(index)] = order[:, :k].to(index.device)
+            return drawn[id(index)]
+
+        reads = draw(first.reads, self.rows)
+        if reads is not None and first.writes is not None and first.writes.shape[1] <= reads.shape[1]:
+            drawn.setdefault(id(first.writes), reads[:, : first.writes.shape[1]])
+        writes = draw(first.writes, self.rows)
+        active = {name: draw(index, self.slices.get(name, 1)) for name, index in first.active.items()}
+        return Sparsity(reads, writes, active)  # type: ignore[arg-type]
+
+    def _can_replay(self) -> bool:
+        """Whether the cell makes choices that are drawn: one whose rows are of several kinds does not."""
+        try:
+            with torch.no_grad():
+                for step in range(1, 9):
+                    call_cell(self._cell, self._xs[0], self.state.clone(), self.choice(step))
+        except (RTRLError, RuntimeError, ValueError, IndexError, TypeError):
+            return False
+        return True
+
+    def _other_x(self) -> Any:
+        def other(leaf: Tensor) -> Tensor:
+            if not leaf.is_floating_point():
+                return leaf[torch.randperm(leaf.shape[0], generator=self._generator).to(leaf.device)]
+            return torch.randn(leaf.shape, generator=self._generator, dtype=leaf.dtype).to(leaf.device)
+
+        return pytrees.map_tensors(other, self._xs[0])
+
+    # ------------------------------------------------------------------ measuring
+
+    def run(
+        self,
+        learner: type,
+        steps: int,
+        *,
+        part: bool = False,
+        replay: bool = False,
+        sync_after: int = 0,
+        **options: Any,
+    ) -> Run:
+        """Run a learner and measure it, once for each set of arguments.
+
+        Args:
+            learner: its class.
+            steps: how many, a loss at each of them and a ``sync`` at the end.
+            part: without the parameters that are too large to be measured.
+            replay: with the choices of ``choice`` in place of the cell's, where they were drawn.
+            sync_after: a step after which there is a ``sync``, too; 0 for none.
+            **options: of the learner.
+        """
+        part = part and bool(self.frozen)
+        key = learner, steps, part, replay, sync_after, *sorted(options.items())
+        return self.once(key, lambda: self._measure(learner, steps, part, replay, sync_after, options))
+
+    @torch.inference_mode(False)
+    def _measure(
+        self, kind: type, steps: int, part: bool, replay: bool, sync_after: int, options: Mapping[str, Any]
+    ) -> Run:
+        cell = self._part if part else self._cell
+        found, meter = Run([], [], []), _Meter(self._rules)
+        with self._generators_kept(), torch.enable_grad(), meter:
+            alive = meter.alive
+
+            def note() -> None:
+                found.macs.append(meter.macs)
+                found.peaks.append(alive.peak)
+                found.held.append(learner.retained_bytes())
+                alive.peak = alive.now
+
+            try:
+                learner = kind(cell, self.batch_size, state=self.state.clone(), **options)
+                for step in range(steps):
+                    forced = {"replay": self.choice(step)} if replay and self._draws and step else {}
+                    losses = [leaf.square().sum() for leaf in _floats(learner.step(self.x(step), **forced))]
+                    if losses:
+                        learner.backward(torch.stack(losses).sum())
+                    if step + 1 == sync_after:
+                        learner.sync()
+                    note()
+                learner.sync()
+                note()
+            except UnknownOperationError as error:
+                raise UnknownOperationError(f"{error}; a plan takes such counts as rules={{name: rule}}") from error
+            finally:
+                cell.zero_grad(set_to_none=True)
+        return found
+
+    def once(self, key: Any, measure: Callable[[], T]) -> T:
+        """What ``measure()`` gives, measured once for each key."""
+        if key not in self._runs:
+            self._runs[key] = measure()
+        found: T = self._runs[key]
+        return found
+
+    def graph_bytes(self, steps: int, everywhere: bool) -> int:
+        """Bytes that autograd keeps of ``steps`` steps in a row, with a loss at each of them or at the last alone."""
+
+        def measure() -> int:
+            kept, h, y = list[Any](), self.state, None
+            with self._generators_kept(), torch.inference_mode(False), torch.enable_grad(), LiveBytes() as alive:
+                for step in range(steps):
+                    y, h, _ = call_cell(self._cell, self.x(step), h, None)
+                    kept.append(y if everywhere else None)
+                now: int = alive.now
+            return now
+
+        return self.once(("graph", steps, everywhere), measure)
+
+    def _backward(self, left_out: str = "") -> tuple[int, list[str]]:
+        """Multiply-adds of a step backward from its next state, and the parameters that it reaches."""
+        leaves = {name: p for name, p in self._cell.named_parameters() if p.requires_grad and name != left_out}
+        with self._generators_kept(), torch.inference_mode(False), torch.enable_grad():
+            _, h, _ = call_cell(self._cell, self.x(0), self.state.clone(), None)
+            if not h.requires_grad:
+                return 0, []
+            with MacCounter(self._rules) as counter:
+                found = torch.autograd.grad(h, list(leaves.values()), torch.ones_like(h), allow_unused=True)
+        return counter.macs, [name for name, gradient in zip(leaves, found, strict=True) if gradient is not None]
+
+    def immediate_macs(self) -> int:
+        """Multiply-adds that a row of suffix products takes with the immediate influence of a step in the parameters
+        that are too large: as much as a step backward from its next state does in them; and, of a cell whose
+        derivatives are not known analytically, as much as a row of Jacobians at the outputs of their linear maps."""
+
+        def measure() -> int:
+            every, total, writes = self._backward()[0], 0, self._choices[0].writes
+            written = 0 if isinstance(self._cell, HasAnalyticStep) else self.width
+            written *= self.rows if writes is None else writes.shape[1]
+            for name in self.frozen:
+                macs = every - self._backward(left_out=name)[0]
+                total += macs + macs * written // self._cell.get_parameter(name).shape[-1]
+            return total
+
+        return self.once("immediate", measure)
+
+    def tree_bytes(self, block: int, window: int) -> int:
+        """Bytes of the tree that ``BlockRTRL`` reserves at its first step."""
+
+        def measure() -> int:
+            with self._generators_kept(), torch.inference_mode(False):
+                learner = BlockRTRL(self._part, self.batch_size, block=block, window=window, state=self.state)
+                learner.step(self.x(0))
+                return int(learner.retained_bytes()["tree"])
+
+        return self.once(("tree", block, window), measure)
+
+    def kept_buffer(self, block: int) -> int:
+        """Bytes of the buffer that ``BlockRTRL`` keeps for the suffix products of dense blocks."""
+        size, influence = self.suffix_bytes(block), self.batch_size * self.state_size * self.parameter_size
+        return size if ReusableBuffer(influence * self.itemsize).keeps(size, self.state.device) else 0
+
+    def suffix_bytes(self, block: int) -> int:
+        """Bytes of the suffix products and adjoints of a dense block."""
+        return block * self.batch_size * self.state_size * (self.state_size + 1) * self.itemsize
+
+    def _too_large(self, most: int) -> frozenset[str]:
+        """The parameters of the largest modules, without which moving the influence of the others takes
+        ``most`` multiply-adds at most; the smallest ones with an influence, and with slices, are always measured. The
+        parameters of a module stay together, as a bias is part of its weight's map, unless their slices are active at
+        other times, or there is one module alone, or the cell's derivatives are known analytically."""
+        influence = self.batch_size * self.state_size
+        room = min(most // (influence * self.state_size), MEASURED_NUMBERS // influence)
+        modules = {name: name.rpartition(".")[0] for name in self.sizes}
+        if isinstance(self._cell, HasAnalyticStep) or len(set(modules.values())) == 1:
+            modules = {name: name for name in self.sizes}
+        together: dict[tuple[str, int], list[str]] = {}
+        for name, module in modules.items():
+            together.setdefault((module, id(self._choices[0].active.get(name))), []).append(name)
+        kinds = [set(self._backward()[1]), set(self.sliced)]  # of each, the smallest is measured
+        frozen = set[str]()
+        for names in sorted(together.values(), key=lambda names: sum(self.sizes[name] for name in names)):
+            room -= sum(self.sizes[name] for name in names)
+            needed = [kind for kind in kinds if kind.intersection(names)]
+            kinds = [kind for kind in kinds if kind not in needed]
+            if room < 0 and not needed:
+                frozen.update(names)
+        return frozenset(frozen)
+
+    def _generators_kept(self) -> Any:
+        """Leave PyTorch's random numbers as they were."""
+        return torch.random.fork_rng(devices=[self.state.device] if self.state.device.type == "cuda" else [])
 
 
-class _Probed(Step):
-    """A step with what it declared, whether the cell takes ``replay`` or not."""
-
-    declared: Sparsity = Sparsity()
-
-
-def _choice(step: Step) -> Sparsity:
-    assert isinstance(step, _Probed)
-    return step.declared
+def _floats(y: Any) -> list[Tensor]:
+    return [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
 
 
 def _resized(x: Any, h: Tensor) -> Any:
@@ -241,10 +376,10 @@ def _resized(x: Any, h: Tensor) -> Any:
         )
     size = lengths.pop()
 
-    def rows(leaf: Tensor) -> Tensor:
+    def samples(leaf: Tensor) -> Tensor:
         return leaf.detach()[torch.arange(h.shape[0], device=leaf.device) % size].clone()
 
-    x = pytrees.map_tensors(rows, x)
+    x = pytrees.map_tensors(samples, x)
     for leaf in pytrees.tensors(x):
         check_input("x", leaf, h.shape[0], h)
         checks.check_finite("x", leaf, 0)
@@ -259,123 +394,3 @@ def _drawn(cell: nn.Module, h: Tensor) -> Any:
             "in it were tried; give an example input of one step, x="
         )
     return draw()
-
-
-def _guarded(call: Callable[[], Any], x: Any, h: Tensor) -> Any:
-    """Run the cell; what it does not take is said in the package's own words."""
-    try:
-        return call()
-    except RTRLError:
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        shapes = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in pytrees.tensors(x))
-        raise ShapeError(
-            f"the cell does not take this x ({shapes}) with a state {tuple(h.shape)} {h.dtype}: {error}"
-        ) from error
-
-
-def _steps(
-    cell: nn.Module, values: Values, xs: Sequence[Any], h: Tensor, rules: Mapping[str, Rule] | None
-) -> tuple[list[_Probed], list[int]]:
-    """The steps of a stream, taken without a graph, and the multiply-adds of each."""
-    names, replays = dict(cell.named_parameters()), takes_replay(cell)
-    cut = torch.ones(h.shape[0], dtype=torch.bool, device=h.device)
-    taken, macs = [], []
-    for number, x in enumerate(xs):
-        with torch.no_grad(), MacCounter(rules) as counter:
-            y, h_next, sparsity = _guarded(partial(call_cell, values, x, h.clone(), None), x, h)
-        checks.check_output(y, h, h_next, number)
-        check_sparsity(sparsity, h, names)
-        step = _Probed(number, x, h, h_next, own_copy(sparsity) if replays else None, values, cut)
-        step.declared = own_copy(sparsity)
-        step.outputs = [leaf.detach() for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
-        taken.append(step)
-        macs.append(counter.macs)
-        h, cut = h_next, torch.zeros_like(cut)
-    return taken, macs
-
-
-def _repeated(cell: nn.Module, values: Values, first: _Probed, rules: Mapping[str, Rule] | None) -> list[_Probed]:
-    """Three steps with the first one's x, with a loss at each."""
-    steps, _ = _steps(cell, values, [first.x] * 3, first.h, rules)
-    for step in steps:
-        step.adjoints = [torch.ones_like(y) for y in step.outputs]
-    return steps
-
-
-def _as_kept(step: _Probed) -> Kept:
-    """The step as ``BlockRTRL`` keeps it, with the gradients of its losses."""
-    outputs = [y.clone().requires_grad_() for y in step.outputs]
-    for leaf, adjoint in zip(outputs, step.adjoints, strict=True):
-        leaf.grad = adjoint
-    return Kept(step.x, step.h, step.declared, outputs, step.number)
-
-
-def _again_macs(step: _Probed, rules: Mapping[str, Rule] | None) -> int:
-    with MacCounter(rules) as counter:
-        step.again(step.h)
-    return counter.macs
-
-
-def _backward_macs(steps: list[_Probed], rules: Mapping[str, Rule] | None, everywhere: bool) -> Series:
-    forward = _again_macs(steps[0], rules)
-    found = []
-    for number in range(len(steps)):
-        run = [replace(step) for step in steps[: number + 1]]
-        for earlier in run[:-1]:
-            if not everywhere:
-                earlier.adjoints = [None] * len(earlier.adjoints)
-        with MacCounter(rules) as counter:
-            unrolled_gradient(list(run))
-        found.append(counter.macs - len(run) * forward)
-    one, two, three = found
-    return Series((one, two, three))
-
-
-def _graph_bytes(steps: list[_Probed]) -> Series:
-    """What autograd keeps, and the outputs that a loss begins at, storage by storage."""
-    ours = [[step.x, step.h, step.outputs, step.adjoints, step.replay and tuple(step.replay)] for step in steps]
-    known = {t.untyped_storage().data_ptr() for t in pytrees.tensors([ours, steps[0].values.tensors])}
-    kept: list[Tensor] = []  # alive until all is counted, so that no address comes twice
-    found = []
-    h = steps[0].h
-
-    def keep(t: Tensor) -> Tensor:
-        kept.append(t.detach())
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        for step in steps:
-            pairs, h = step.again(h)
-            kept += [y.detach() for y, _ in pairs]
-            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-            found.append(sum(size for place, size in storages.items() if place not in known))
-    one, two, three = found
-    return Series((one, two, three))
-
-
-def _lone(step: _Probed, rules: Mapping[str, Rule] | None) -> Lone:
-    theta = list(step.values.trainable.values())
-    h = step.h[:1].clone().requires_grad_()
-    with MacCounter(rules) as forward:
-        pairs, h_next = step.again(h, 0)
-    from_output = from_entry = 0
-    if pairs:
-        ys, adjoints = zip(*pairs, strict=True)
-        with MacCounter(rules) as counter:
-            torch.autograd.grad(ys, [h, *theta], adjoints, retain_graph=True, materialize_grads=True)
-        from_output = counter.macs
-    if h_next.requires_grad:
-        with torch.enable_grad():
-            entry = h_next.flatten().unbind()[0]
-        with MacCounter(rules) as counter:
-            torch.autograd.grad(entry, [h, *theta], materialize_grads=True)
-        from_entry = counter.macs
-    return Lone(forward.macs, from_output, from_entry)
-
-
-@contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
-    """Leave PyTorch's random numbers as they were, whatever the cell does."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield

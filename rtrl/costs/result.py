@@ -42,6 +42,7 @@ class Choice:
     horizon: int | None = None
     sliding: bool | None = None
     estimated: bool = False
+    computed: bool = False
     crossover_steps: int | None = None
     crossover_peak_steps: int | None = None
 

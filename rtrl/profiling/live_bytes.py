@@ -2,7 +2,7 @@
 checked against, the same on every machine."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -36,22 +36,34 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for leaf in _flat(args, kwargs.values()):
-            self._meet(leaf, new=False)
+        self.takes(args)
+        self.takes(tuple(kwargs.values()))
         out = func(*args, **kwargs)
-        for leaf in _flat((out,)):
-            self._meet(leaf, new=True)
+        self.makes(out)
         return out
 
-    def _meet(self, leaf: Tensor, new: bool) -> None:
-        try:
-            storage = leaf.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # a layout without a storage of its own
-            return
-        key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes() if new else 0
+    def takes(self, values: Any) -> None:
+        """Note that an operation takes the tensors in ``values``, which were there before unless one made them."""
+        self._meet(values, new=False)
+
+    def makes(self, values: Any) -> None:
+        """Note that an operation has made the tensors in ``values``, tensors or lists and tuples of them."""
+        self._meet(values, new=True)
+
+    def _meet(self, values: Any, new: bool) -> None:
+        if isinstance(values, Tensor):
+            try:
+                storage = values.untyped_storage()
+            except (NotImplementedError, RuntimeError):  # a layout without a storage of its own
+                return
+            if storage._cdata not in self._known:
+                self._add(storage, new)
+        elif isinstance(values, list | tuple):
+            for value in values:
+                self._meet(value, new)
+
+    def _add(self, storage: Any, new: bool) -> None:
+        key, size = storage._cdata, storage.nbytes() if new else 0
 
         def gone(_: Any) -> None:
             del self._known[key]
@@ -60,16 +72,6 @@ class LiveBytes(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, gone)
         self.now += size
         self.peak = max(self.peak, self.now)
-
-
-def _flat(*many: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors that an operation takes or gives, which lie in lists and tuples at most."""
-    for values in many:
-        for value in values:
-            if isinstance(value, Tensor):
-                yield value
-            elif isinstance(value, list | tuple):
-                yield from _flat(value)
 
 
 def peak_of(call: Callable[[], Any]) -> int:
