@@ -1,10 +1,12 @@
 """A circular segment tree: the last n elements of any monoid, with ordered products of any range."""
 
+import copy
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from numbers import Integral
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from rtrl._utils import validation
-from rtrl.errors import WindowError
+from rtrl.errors import ConfigError, WindowError
 
 T = TypeVar("T")
 
@@ -53,7 +55,8 @@ class CircularSegmentTree(Generic[T]):
         identity: the value of an empty range.
         start: the step number of the first element.
         store: ``store(number, value) -> value`` is called when the value of node ``number`` in 0 … 2·capacity − 2 is to
-            be held, and returns the value to hold; by default the value itself.
+            be held, and returns the value to hold; by default the value itself. With it, memory is the caller's
+            business: ``query`` may return an object that the tree holds.
 
     Raises:
         ConfigError: ``capacity`` is not a positive integer, or ``start`` is not an integer.
@@ -80,14 +83,14 @@ class CircularSegmentTree(Generic[T]):
         start: int = 0,
         store: Callable[[int, T], T] | None = None,
     ) -> None:
-        self.capacity = validation.integer("capacity", capacity)
-        self._first = self._stop = validation.integer("start", start, least=None)
+        self.capacity = validation.integer("capacity", _plain(capacity))
+        self._first = self._stop = validation.integer("start", _plain(start), least=None)
         self.combine, self.identity, self._store = combine, identity, store
         # Node 0 spans all places of the ring. A node's value is current while the step that its first place held when
         # it was computed is still there: places are overwritten in order, so none of the others can have changed before
         # that one.
-        self._values: list[T | None] = [None] * (2 * capacity - 1)
-        self._stamps = [start - 1] * (2 * capacity - 1)
+        self._values: list[T | None] = [None] * (2 * self.capacity - 1)
+        self._stamps: list[int | None] = [None] * (2 * self.capacity - 1)
 
     def __len__(self) -> int:
         return self._stop - self.oldest
@@ -115,13 +118,28 @@ class CircularSegmentTree(Generic[T]):
     def query(self, start: int, stop: int) -> T:
         """Return the product of the elements of steps ``start`` … ``stop − 1``, earliest first; the identity for none.
 
+        Without ``store`` it is a deep copy, so that the tree stays as it is if the caller changes it.
+
         Raises:
             WindowError: a step of the range is not held (never appended, or overwritten), or start > stop.
+            ConfigError: the product cannot be copied; pass ``store=lambda number, value: value`` to get it as it is.
         """
-        return self.product(self.nodes(start, stop))
+        product = self.product(self.nodes(start, stop))
+        if self._store is not None:
+            return product
+        try:
+            return copy.deepcopy(product)
+        except Exception as error:
+            raise ConfigError(
+                f"a product of the tree, {type(product).__name__}, cannot be copied ({error}). Pass "
+                "store=lambda number, value: value to get what the tree holds, and do not change it"
+            ) from error
 
     def product(self, nodes: Sequence[Node]) -> T:
-        """Return the product of the values of ``nodes``, in this order; the identity for none."""
+        """Return the product of the values of ``nodes``, in this order; the identity for none.
+
+        It may be an object that the tree holds: do not change it.
+        """
         if not nodes:
             return self.identity
         product = self.value(nodes[0])
@@ -135,6 +153,7 @@ class CircularSegmentTree(Generic[T]):
         Raises:
             WindowError: as for ``query``.
         """
+        start, stop = _plain(start), _plain(stop)
         self._check(start, stop)
         parts: list[Node] = []
         if start == stop:
@@ -150,13 +169,12 @@ class CircularSegmentTree(Generic[T]):
     def value(self, node: Node) -> T:
         """Return the product of the elements of ``node``, one of ``nodes(start, stop)`` or under it.
 
-        It is held until one of them is overwritten.
+        It is held until one of them is overwritten: do not change it.
         """
-        value = self._values[node.number]
-        if value is None or self._stamps[node.number] != node.start:
+        if self._stamps[node.number] != node.start:
             first, second = node.halves
-            value = self._hold(node, self.combine(self.value(first), self.value(second)))
-        return value
+            return self._hold(node, self.combine(self.value(first), self.value(second)))
+        return cast(T, self._values[node.number])
 
     def is_held(self, node: Node) -> bool:
         """Whether ``value(node)`` takes no combine."""
@@ -187,3 +205,8 @@ class CircularSegmentTree(Generic[T]):
             return
         for half in node.halves:
             self._collect(half, first, last, parts)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's integers as Python's own; anything else as it is."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value

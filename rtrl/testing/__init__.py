@@ -3,8 +3,10 @@ a learner, which must deliver the gradients that it promises."""
 
 from rtrl.testing.alignment import Alignment, Alignments, alignment
 from rtrl.testing.cell_checks.core import cell_checks
+from rtrl.testing.check_aggregator import check_aggregator
 from rtrl.testing.check_cell import check_cell
 from rtrl.testing.check_learner import check_learner
+from rtrl.testing.check_monoid import check_monoid
 from rtrl.testing.compare import (
     Difference,
     NotComparable,
@@ -45,8 +47,10 @@ __all__ = [
     "assert_influences_equal",
     "bound_checks",
     "cell_checks",
+    "check_aggregator",
     "check_cell",
     "check_learner",
+    "check_monoid",
     "learner_checks",
     "parametrize_with_checks",
     "worst_difference",

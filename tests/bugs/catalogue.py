@@ -332,7 +332,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         14,
         "a remembered node outlives the leaf under it",
-        (swap(Tree.value, "VALUE is None or STAMP != NODE.start", "VALUE is None"),),
+        (swap(Tree.value, "STAMP != NODE.start", "STAMP is None"),),
         "tree_in_order",
     ),
     Bug(
