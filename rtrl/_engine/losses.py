@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.utils.weak import TensorWeakRef
 
-from rtrl._engine import checks
+from rtrl._engine import checks, parameter_hooks
 from rtrl._engine.recorded import StepBatch
 from rtrl._utils import pytrees
 from rtrl.errors import LossError, NonFiniteError
@@ -42,6 +42,7 @@ def add_loss(loss: Any, outputs: list[Tensor], seen_losses: list["weakref.ref[Te
         if not finite and gradient is not None and not checks.finite(gradient):
             where = "y" if any(leaf is output for output in outputs) else "a parameter"
             checks.check_finite(f"the gradient of the loss at {where}", gradient, step)
+    gradients = parameter_hooks.accumulate_hooked(leaves, gradients)
     for leaf, gradient in zip(leaves, gradients, strict=True):
         if gradient is not None:
             # A copy: what autograd returns may be a view, an expanded scalar, or a tensor that others hold.

@@ -14,6 +14,7 @@ from torch.utils.weak import TensorWeakRef
 from rtrl._engine import checks, losses
 from rtrl._engine import step as forward_step
 from rtrl._engine.parameter_guard import ParameterGuard
+from rtrl._engine.parameter_hooks import deliver, hooks_suspended
 from rtrl._engine.recorded import RecordedStep
 from rtrl._utils import pytrees, validation
 from rtrl.cells.protocol import Cell, Sparsity, first_state, takes_replay
@@ -129,7 +130,7 @@ class Learner(ABC):
 
         Equation:
             Adds ∂loss/∂y to what the step carries back through time. Everything else that the loss depends on gets its
-            gradient at once, as by ``loss.backward()``.
+            gradient at once, as by ``loss.backward()``; a hook on a parameter fires then, and once more at ``sync``.
 
         Args:
             loss: a scalar tensor computed from what the last ``step`` returned.
@@ -152,7 +153,8 @@ class Learner(ABC):
 
         Equation:
             ``θ.grad += Σ_t dℓ_t/dθ`` over the losses added since the last delivery, as far as the learning rule follows
-            them. It accumulates, as autograd does.
+            them. It accumulates, as autograd does. Hooks on a parameter (``register_hook``,
+            ``register_post_accumulate_grad_hook``) fire now, once, on this gradient.
 
         Args:
             dormant: False leaves the pending gradients of dormant slices in the tree of ``BlockRTRL``, for a later
@@ -162,23 +164,20 @@ class Learner(ABC):
             ParameterChangedError: a parameter was replaced, or changed inside an open block of ``BlockRTRL``.
             CellError: run again, the cell does something else than it did.
             NonFiniteError: NaN or infinity in a Jacobian or gradient. Nothing has been delivered.
+            Exception: an error that a hook raises. No ``.grad`` has changed, and the gradient is still to be delivered.
 
         Cost:
             The processing of the open steps; the learner says what it adds.
         """
         self._close()
-        self._flush(dormant)
+        with hooks_suspended(self._parameters.values()):
+            self._flush(dormant)
         for name, gradient in self._pending_grads.items():
             if not checks.finite(gradient):
                 raise NonFiniteError(
                     f"NaN or infinity in the gradient of parameter {name!r} up to step {self._steps_taken - 1}"
                 )
-        for name, gradient in self._pending_grads.items():
-            parameter = self._parameters[name]
-            if parameter.grad is None:
-                parameter.grad = gradient
-            else:
-                parameter.grad += gradient
+        deliver(self._parameters, self._pending_grads)
         self._pending_grads = {}
 
     @torch.inference_mode(False)
@@ -297,7 +296,7 @@ class Learner(ABC):
         """Process the open steps. They accept no more losses then."""
         self._check_parameters()
         if self._open_steps:
-            with torch.no_grad():
+            with torch.no_grad(), hooks_suspended(self._parameters.values()):
                 self._process()
             self._give_up_block()
 
