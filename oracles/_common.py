@@ -7,25 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 LossFn = Callable[[int, Any], Tensor | None]
 Offsets = Sequence[Mapping[str, Tensor]]
 
 
-def trainable(cell: nn.Module) -> dict[str, Tensor]:
-    """Detached copies of the parameters that require a gradient, by name; ValueError if there are none or not real."""
-    theta = {name: p.detach().clone() for name, p in cell.named_parameters() if p.requires_grad}
-    if not theta:
-        raise ValueError("the cell has no parameter that requires a gradient")
-    for name, p in theta.items():
-        if not p.is_floating_point():
-            raise ValueError(f"parameter {name!r} has dtype {p.dtype}; the oracles differentiate real parameters only")
-    return theta
+def first_state(cell: nn.Module, xs: Tensor, h0: Tensor | None) -> Tensor:
+    """The first state (B, ...): `h0`, a constant, or `cell.init_state(B)`, which may depend on the parameters.
 
-
-def initial(cell: nn.Module, xs: Tensor, h0: Tensor | None) -> Tensor:
-    """The constant first state (B, ...): `h0`, or `cell.init_state(B)`; ValueError on a wrong `xs` or state."""
+    ValueError on a wrong `xs`, `h0` or state.
+    """
     if not isinstance(xs, Tensor) or xs.dim() < 2 or xs.shape[0] < 1 or xs.shape[1] < 1:
         raise ValueError("xs must be a tensor of shape (T, B, ...) with T >= 1 and B >= 1")
     batch = xs.shape[1]
@@ -34,7 +25,12 @@ def initial(cell: nn.Module, xs: Tensor, h0: Tensor | None) -> Tensor:
         raise ValueError(
             f"the state must be a real floating tensor of shape ({batch}, ...) with at least two dimensions"
         )
-    return h.detach().clone()
+    if h0 is not None and h0.requires_grad:
+        raise ValueError(
+            "h0 requires a gradient, but it is taken as a constant: pass h0.detach(), or return a learned first state "
+            "from cell.init_state"
+        )
+    return h.clone()
 
 
 def check_schedule(xs: Tensor, theta: Mapping[str, Tensor], resets: Tensor | None, offsets: Offsets | None) -> None:
@@ -63,35 +59,31 @@ def check_mask(mask: Mapping[str, Tensor] | None, theta: Mapping[str, Tensor], h
             raise ValueError(f"mask[{name!r}] must be Boolean {shape}, got {kept.dtype} {tuple(kept.shape)}")
 
 
-def shifted(theta: Mapping[str, Tensor], offsets: Offsets | None, t: int) -> dict[str, Tensor]:
-    """The parameters of step t: θ + offsets[t], a name without an offset being left alone."""
-    constant: Mapping[str, Tensor] = {} if offsets is None else offsets[t]
-    return {name: p + constant[name].detach() if name in constant else p for name, p in theta.items()}
-
-
 def restarted(cell: nn.Module, h: Tensor, resets: Tensor | None, t: int) -> Tensor:
-    """The state step t receives: samples marked in `resets[t]` start again from `cell.init_state`, a constant."""
+    """The state that step t receives: the samples marked in `resets[t]` start again from `cell.init_state`."""
     if resets is None or not bool(resets[t].any()):
         return h
     fresh: Tensor = cell.init_state(h.shape[0])  # type: ignore[operator]
-    return torch.where(resets[t].reshape(-1, *[1] * (h.dim() - 1)), fresh.detach().to(h.dtype), h)
+    return torch.where(resets[t].reshape(-1, *[1] * (h.dim() - 1)), fresh.to(h.dtype), h)
 
 
-def call(cell: nn.Module, theta: Mapping[str, Tensor], x: Tensor, h: Tensor) -> tuple[Any, Tensor]:
-    """`(y, h_next)` of one forward of the cell at parameters `theta`; a third item returned by the cell is ignored."""
-    names = {id(p): name for name, p in cell.named_parameters()}
-    everywhere = {  # a weight may be held by several modules, and a module under several names: each place once
-        full: theta[names[id(p)]]
-        for prefix, module in cell.named_modules()
-        for full, p in module.named_parameters(prefix, recurse=False, remove_duplicate=False)
-        if names[id(p)] in theta
-    }
-    out = functional_call(cell, everywhere, (x.detach(), h), tie_weights=False)
+def call(cell: nn.Module, x: Tensor, h: Tensor) -> tuple[Any, Tensor]:
+    """`(y, h_next)` of one plain call of the cell; a third item that it returns is ignored."""
+    out = cell(x.detach(), h)
     if not isinstance(out, tuple) or len(out) not in (2, 3):
         raise ValueError("the cell must return (y, h_next) or (y, h_next, sparsity)")
     if not isinstance(out[1], Tensor) or out[1].shape != h.shape:
         raise ValueError(f"the cell must return a next state of the shape {tuple(h.shape)} it was given")
     return out[0], out[1]
+
+
+def check_no_state_hook(h: Tensor) -> None:
+    """ValueError if a step has put a gradient hook on the state that it received."""
+    if h._backward_hooks:
+        raise ValueError(
+            "the cell puts a gradient hook on the state that it receives, which steps taken one at a time cannot "
+            "represent; use oracles.bptt without offsets"
+        )
 
 
 def scalar_loss(loss_fn: LossFn, t: int, y: Any) -> Tensor | None:
@@ -102,3 +94,14 @@ def scalar_loss(loss_fn: LossFn, t: int, y: Any) -> Tensor | None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(f"loss_fn must return a scalar tensor or None, at step {t} it did not")
     return loss.reshape(())
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """A gradient that may be sparse, as nn.Embedding(sparse=True) gives it, as a dense tensor.
+
+    Not by `to_dense`, which returns zero for a single number whose stride is 0 (PyTorch 2.13).
+    """
+    if gradient.layout is torch.strided:
+        return gradient
+    zeros = torch.zeros(gradient.shape, dtype=gradient.dtype, device=gradient.device)
+    return zeros.index_put(tuple(gradient._indices()), gradient._values(), accumulate=True)

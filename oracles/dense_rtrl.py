@@ -13,41 +13,65 @@ from oracles._common import (
     Offsets,
     call,
     check_mask,
+    check_no_state_hook,
     check_schedule,
-    initial,
+    dense,
+    first_state,
     restarted,
     scalar_loss,
-    shifted,
-    trainable,
 )
+from oracles._parameters import in_place, through_hooks, trainable
 
 Gradients = dict[str, Tensor]
 Influences = list[dict[str, Tensor]]
 
+_LINEAR = 1e-2  # relative; a backward pass may round, also to half precision, but clipping shows at once
+_SCALES = (2.0**-20, 2.0**20)
 
-def _grad(output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Derivative of one number by each input, zeros where it does not depend on it; the graph is kept."""
+
+def _grad(output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor | None = None) -> list[Tensor]:
+    """Derivative of an output by each input, zeros where it does not depend on it; the graph is kept."""
     if not output.requires_grad:
-        return tuple(torch.zeros_like(i, requires_grad=False) for i in inputs)
-    return torch.autograd.grad(output, inputs, retain_graph=True, materialize_grads=True)
+        return [torch.zeros_like(i, requires_grad=False) for i in inputs]
+    found = torch.autograd.grad(output, inputs, cotangent, retain_graph=True, materialize_grads=True)
+    return [dense(g) for g in found]
 
 
-def _jacobians(h_next: Tensor, h: Tensor, theta: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """J_t (B, H, H) and B_t, name -> (B, H, P_name), one row at a time."""
-    batch, size = h_next.flatten(1).shape
-    dynamics = h.new_zeros(batch, size, size)
-    immediate = {name: p.new_zeros(batch, size, p.numel()) for name, p in theta.items()}
-    with torch.enable_grad():  # also where the caller has switched autograd off
-        entries = h_next.flatten().unbind()
+def _jacobian(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The derivative of an output (B, ...) by each input, (B, H, size of the input), one row at a time."""
+    batch, size = output.flatten(1).shape
+    found = [i.new_zeros(batch, size, i.numel()) for i in inputs]
     for b in range(batch):
-        for i in range(size):
-            by_state, *by_theta = _grad(entries[b * size + i], [h, *theta.values()])
-            if any(bool(by_state[other].any()) for other in range(batch) if other != b):
-                raise ValueError(f"the next state of sample {b} depends on another sample of the batch")
-            dynamics[b, i] = by_state[b].flatten()
-            for name, g in zip(theta, by_theta, strict=True):
-                immediate[name][b, i] = g.flatten()
-    return dynamics, immediate
+        for i, entry in enumerate(output[b].flatten().unbind()):
+            for matrix, row in zip(found, _grad(entry, inputs), strict=True):
+                matrix[b, i] = row.flatten()
+    return found
+
+
+def _dynamics(by_state: Tensor) -> Tensor:
+    """J_t (B, H, H), the blocks on the diagonal of (B, H, B·H); ValueError if anything else is not zero."""
+    batch, size = by_state.shape[:2]
+    blocks = by_state.reshape(batch, size, batch, size).transpose(1, 2)
+    apart = torch.eye(batch, dtype=torch.bool, device=by_state.device)
+    if bool(blocks[~apart].any()):
+        b = int((blocks.flatten(2).any(2) & ~apart).nonzero()[0, 0])
+        raise ValueError(f"the next state of sample {b} depends on another sample of the batch")
+    return blocks[apart]
+
+
+def _check_linear(output: Tensor, inputs: Sequence[Tensor], jacobian: Sequence[Tensor]) -> None:
+    """ValueError if a backward pass from a random cotangent, small or large, is not its product with the Jacobian."""
+    rows = torch.cat(list(jacobian), dim=2).flatten(0, 1)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(len(rows), generator=generator, dtype=torch.float64).to(rows)
+    for scale in _SCALES:
+        cotangent = scale * direction
+        found = torch.cat([g.flatten() for g in _grad(output, inputs, cotangent.reshape(output.shape))])
+        if bool(((found - cotangent @ rows).abs() > _LINEAR * (cotangent.abs() @ rows.abs())).any()):
+            raise ValueError(
+                "the backward pass of the cell is not linear in the gradient that it receives (a hook or a function "
+                "that clips it, for example), so that no Jacobian expresses it; use oracles.bptt"
+            )
 
 
 @overload
@@ -73,17 +97,24 @@ def dense_rtrl(
 ) -> Gradients | tuple[Gradients, Influences]:
     """Compute the gradient of the summed loss by the dense forward recursion of the influence.
 
+    The cell is called as it is, with its own parameters, one step at a time. With offsets, the parameters are changed
+    in their own memory before each step, and put back. Hooks of the parameters see the whole gradient once, at the end;
+    the influence is without them.
+
     Equation:
-        S_{t+1} = J_t S_t + B_t, S_0 = 0;  dL/dθ = Σ_t (∂ℓ_t/∂θ with h_t held fixed + δ_t S_t), δ_t = ∂ℓ_t/∂h_t.
-        With a mask M, entry by entry, S_{t+1} = M ∘ (J_t S_t + B_t): not the gradient, but what a masked rule computes.
+        S_{t+1} = J_t S_t + B_t, S_0 = ∂h_0/∂θ;  dL/dθ = Σ_t (∂ℓ_t/∂θ with h_t held fixed + δ_t S_t), δ_t = ∂ℓ_t/∂h_t.
+        With a mask M, entry by entry, S_{t+1} = M ∘ (J_t S_t + B_t) and S_0 = M ∘ ∂h_0/∂θ: not the gradient, but what
+        a masked rule computes.
 
     Args:
         cell: module with `cell(x, h) -> (y, h_next)` or `(y, h_next, sparsity)`, and `init_state(B)`; the samples
-            of a batch must not interact in the next state (in the loss they may).
+            of a batch must not interact in the next state (in the loss they may). The first state may depend on the
+            parameters.
         xs: inputs (T, B, ...).
         loss_fn: `loss_fn(t, y)` gives the scalar loss of step t, or None.
-        h0: constant first state (B, ...); None means `cell.init_state(B)`.
-        resets: Boolean (T, B); before step t the marked samples start again from `cell.init_state(B)`, a constant.
+        h0: constant first state (B, ...); None means `cell.init_state(B)`, at θ without an offset.
+        resets: Boolean (T, B); before step t the marked samples start again from `cell.init_state(B)`, at the
+            parameters of step t: their influence becomes its derivative.
         offsets: T dicts name -> constant tensor shaped like the parameter; a missing name means zero.
         mask: Boolean (H, P_name) by parameter name; a missing name means that all is kept.
         return_influence: also hand out the influences.
@@ -94,42 +125,54 @@ def dense_rtrl(
         parameter: influences[t] belongs to the state step t receives (after its resets), influences[T] to the last.
 
     Raises:
-        ValueError: a shape, dtype or name does not fit, in an argument or a returned value, or samples interact in the
-            state.
+        ValueError: a shape, dtype or name does not fit, in an argument or a returned value; `h0` requires a gradient;
+            samples interact in the state; the backward pass of the cell is not linear, or the cell puts a hook on the
+            state; with offsets, parameters share memory.
 
     Cost:
-        T·B·H backward passes through one step, T·B·H²·P multiplications, memory B·H·P for every T
+        T·(B·H + 3) backward passes through one step, T·B·H²·P multiplications, memory B·H·P for every T
         (times T with `return_influence`).
     """
-    values = trainable(cell)
-    h = initial(cell, xs, h0)
-    check_schedule(xs, values, resets, offsets)
-    check_mask(mask, values, h)
-    batch, size = h.flatten(1).shape
-    influence = {name: p.new_zeros(batch, size, p.numel()) for name, p in values.items()}
-    gradients = {name: torch.zeros_like(p) for name, p in values.items()}
-    influences: Influences = []
-    for t in range(xs.shape[0]):
-        h = restarted(cell, h, resets, t)
-        if resets is not None:  # a state that is a constant has no influence
-            influence = {name: s.masked_fill(resets[t].reshape(-1, 1, 1), 0.0) for name, s in influence.items()}
-        if return_influence:
-            influences.append(influence)
-        # A graph of this one step only: its leaves are the state it receives and the parameters it uses.
-        h = h.detach().clone().requires_grad_()
-        theta = {name: p.detach().clone().requires_grad_() for name, p in shifted(values, offsets, t).items()}
-        with torch.enable_grad():
-            y, h_next = call(cell, theta, xs[t], h)
+    theta = trainable(cell)
+    parameters = list(theta.values())
+
+    def masked(influence: Gradients) -> Gradients:
+        kept = {} if mask is None else mask
+        return {name: s.masked_fill(~kept[name], 0.0) if name in kept else s for name, s in influence.items()}
+
+    with torch.enable_grad(), in_place(cell, theta, offsets is not None) as move:
+        h = first_state(cell, xs, h0)
+        check_schedule(xs, theta, resets, offsets)
+        check_mask(mask, theta, h)
+        influence = masked(dict(zip(theta, _jacobian(h, parameters), strict=True)))
+        gradients = {name: torch.zeros_like(p, requires_grad=False) for name, p in theta.items()}
+        influences: Influences = []
+        for t in range(xs.shape[0]):
+            move({} if offsets is None else offsets[t])
+            if resets is not None and bool(resets[t].any()):
+                fresh = restarted(cell, h, resets, t)
+                restart = zip(influence.items(), _jacobian(fresh, parameters), strict=True)  # zero for a constant
+                again = resets[t].reshape(-1, 1, 1)
+                influence = masked({name: torch.where(again, first, s) for (name, s), first in restart})
+                h = fresh
+            if return_influence:
+                influences.append(influence)
+            # A graph of this one step only: its leaves are the state it receives and the parameters.
+            h = h.detach().clone().requires_grad_()
+            y, h_next = call(cell, xs[t], h)
             loss = scalar_loss(loss_fn, t, y)
-        if loss is not None:
-            adjoint, *direct = _grad(loss, [h, *theta.values()])
-            for name, g in zip(theta, direct, strict=True):
-                through_state = torch.einsum("bi,bip->p", adjoint.flatten(1), influence[name])
-                gradients[name] = gradients[name] + g + through_state.reshape(g.shape)
-        dynamics, immediate = _jacobians(h_next, h, theta)
-        influence = {name: dynamics @ s + immediate[name] for name, s in influence.items()}
-        for name, kept in ({} if mask is None else mask).items():
-            influence[name] = influence[name].masked_fill(~kept, 0.0)
-        h = h_next.detach()
-    influences.append(influence)
+            check_no_state_hook(h)
+            if loss is not None:
+                adjoint, *direct = _grad(loss, [h, *parameters])
+                for name, g in zip(theta, direct, strict=True):
+                    through_state = torch.einsum("bi,bip->p", adjoint.flatten(1), influence[name])
+                    gradients[name] = gradients[name] + g + through_state.reshape(g.shape)
+            by_state, *immediate = jacobian = _jacobian(h_next, [h, *parameters])
+            dynamics = _dynamics(by_state)
+            _check_linear(h_next, [h, *parameters], jacobian)
+            terms = zip(influence.items(), immediate, strict=True)
+            influence = masked({name: dynamics @ s + direct_part for (name, s), direct_part in terms})
+            h = h_next.detach()
+        influences.append(influence)
+    gradients = through_hooks(theta, gradients)
     return (gradients, influences) if return_influence else gradients

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Mapping
 from typing import Literal, overload
@@ -9,38 +10,79 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from oracles._common import LossFn, Offsets, call, check_schedule, initial, restarted, scalar_loss, shifted, trainable
+from oracles._common import LossFn, Offsets, call, check_schedule, first_state, restarted, scalar_loss
+from oracles._parameters import complex_numbers, in_place, through_hooks, trainable
 from oracles._ridders import EPS, ridders
 
 Method = Literal["central", "complex"]
+Direction = Mapping[str, Tensor]
 _COMPLEX_STEP = 1e-30
+_STEP = 1e-2
 
 
-def _complex(value: Tensor) -> Tensor:
-    return value.detach().to(torch.complex128) if value.is_floating_point() else value
+class _Passes:
+    """L along a direction of parameter space, by forward passes of the cell with its parameters changed in place."""
+
+    def __init__(
+        self, cell: nn.Module, xs: Tensor, loss_fn: LossFn, h0: Tensor | None, method: Method, resets: Tensor | None,
+        offsets: Offsets | None,
+    ) -> None:  # fmt: skip
+        self.theta = trainable(cell)
+        h = first_state(cell, xs, h0)
+        check_schedule(xs, self.theta, resets, offsets)
+        if any(v.is_floating_point() and v.dtype != torch.float64 for v in [xs, h, *self.theta.values()]):
+            raise ValueError("finite differences need float64 parameters, inputs and state")
+        if method not in ("central", "complex"):
+            raise ValueError(f"method must be 'central' or 'complex', got {method!r}")
+        self.cell, self.xs, self.loss_fn, self.h0 = cell, xs.detach(), loss_fn, h0
+        self.resets, self.offsets, self.complex = resets, offsets, method == "complex"
+        base = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.theta.items()}
+        first, second = (self.total(base, 0.0) for _ in range(2))
+        if first == first and not cmath.isclose(first, second):  # a loss that is not a number is the caller's to see
+            raise ValueError(
+                f"two passes at the same parameters gave the losses {first} and {second}: the cell or the loss draws "
+                "random numbers or keeps a memory, and finite differences need pure functions"
+            )
+
+    def total(self, direction: Direction, epsilon: complex) -> complex:
+        """L = Σ_t ℓ_t at the parameters θ + ε·direction, and the offsets of each step."""
+        change = {name: epsilon * d.detach() for name, d in direction.items()}
+        moving = complex_numbers(self.cell) if self.complex else in_place(self.cell, self.theta)
+        total = 0j
+        # With autograd on, for cells that take a gradient in their forward; no graph outlives its step.
+        with torch.enable_grad(), moving as move:
+            move(change)
+            h = self.cell.init_state(self.xs.shape[1]) if self.h0 is None else self.h0  # type: ignore[operator]
+            for t in range(self.xs.shape[0]):
+                if self.offsets is not None:
+                    move(_sum(change, self.offsets[t]))
+                h = restarted(self.cell, self._number(h), self.resets, t)
+                y, h = call(self.cell, self._number(self.xs[t]), h.detach())
+                loss = scalar_loss(self.loss_fn, t, y)
+                if self.complex and not (h.is_complex() and (loss is None or loss.is_complex())):
+                    raise ValueError(f"at step {t} the cell or the loss dropped the imaginary part: no complex step")
+                if loss is not None:
+                    total += complex(loss.item())
+        return total
+
+    def derivative(self, direction: Direction, step: float) -> tuple[float, float]:
+        """The derivative along a direction, and an estimate of its error."""
+        norm = math.sqrt(sum(float(d.detach().double().square().sum()) for d in direction.values()))
+        if not 0 < norm < math.inf:
+            raise ValueError("the direction must be finite and not zero")
+        if not self.complex:
+            return ridders(lambda epsilon: self.total(direction, epsilon).real, step / norm)
+        value = self.total(direction, 1j * _COMPLEX_STEP).imag / _COMPLEX_STEP
+        return value, 64 * EPS * abs(value)
+
+    def _number(self, value: Tensor) -> Tensor:
+        """The value without its graph, complex where the passes are."""
+        value = value.detach()
+        return value.to(torch.complex128) if self.complex and value.is_floating_point() else value
 
 
-@torch.no_grad()
-def _total(
-    cell: nn.Module, theta: Mapping[str, Tensor], xs: Tensor, loss_fn: LossFn, h: Tensor, resets: Tensor | None,
-    offsets: Offsets | None,
-) -> complex:  # fmt: skip
-    """L = Σ_t ℓ_t at the parameters θ, forward only; all in complex numbers where θ is complex."""
-    fixed: dict[str, Tensor] = {}
-    imaginary = any(p.is_complex() for p in theta.values())
-    if imaginary:
-        xs, h = _complex(xs), _complex(h)
-        fixed = {n: _complex(p) for n, p in [*cell.named_parameters(), *cell.named_buffers()] if n not in theta}
-    total = 0j
-    for t in range(xs.shape[0]):
-        h = restarted(cell, h, resets, t)
-        y, h = call(cell, {**fixed, **shifted(theta, offsets, t)}, xs[t], h)
-        loss = scalar_loss(loss_fn, t, y)
-        if imaginary and not (h.is_complex() and (loss is None or loss.is_complex())):
-            raise ValueError(f"at step {t} the cell or the loss dropped the imaginary part: no complex step")
-        if loss is not None:
-            total += complex(loss.item())
-    return total
+def _sum(a: Direction, b: Direction) -> dict[str, Tensor]:
+    return {**a, **{name: a[name] + v.detach() if name in a else v.detach() for name, v in b.items()}}
 
 
 def directional_difference(
@@ -53,9 +95,12 @@ def directional_difference(
     method: Method = "central",
     resets: Tensor | None = None,
     offsets: Offsets | None = None,
-    step: float = 1e-2,
+    step: float = _STEP,
 ) -> tuple[float, float]:
     """Compute the derivative of the summed loss along one direction of parameter space, and an estimate of its error.
+
+    The cell is called as it is, with its parameters changed in their own memory, and put back. Forward passes see the
+    function alone: hooks and backward passes that change a gradient have no effect.
 
     Equation:
         d/dε L(θ + ε·direction) at ε = 0; "complex": Im L(θ + i·1e-30·direction) / 1e-30.
@@ -65,7 +110,7 @@ def directional_difference(
         xs: inputs (T, B, ...).
         loss_fn: as in `oracles.bptt`; a pure function.
         direction: name -> tensor shaped like the parameter; a missing name means zero.
-        h0: constant first state (B, ...); None means `cell.init_state(B)`.
+        h0: constant first state (B, ...); None means `cell.init_state(B)`, as in `oracles.bptt`.
         resets: Boolean (T, B), as in `oracles.bptt`.
         offsets: T dicts name -> constant tensor, as in `oracles.bptt`.
         method: "central", or "complex" where cell and loss are analytic and run on complex numbers (no abs, no top-k).
@@ -76,34 +121,19 @@ def directional_difference(
 
     Raises:
         ValueError: as in `oracles.bptt`; something not float64; a direction that is zero or does not fit; an unknown
-            method; an imaginary part dropped by the cell or the loss.
+            method; an imaginary part dropped by the cell or the loss; two passes at the same parameters that differ;
+            parameters that share memory.
 
     Cost:
-        Up to 20 forward passes over all T steps ("central"), or one in complex numbers.
+        Up to 22 forward passes over all T steps ("central"), or three in complex numbers.
     """
-    theta = trainable(cell)
-    h = initial(cell, xs, h0)
-    check_schedule(xs, theta, resets, offsets)
-    if any(v.is_floating_point() and v.dtype != torch.float64 for v in [xs, h, *theta.values()]):
-        raise ValueError("finite differences need float64 parameters, inputs and state")
-    if method not in ("central", "complex") or not step > 0:
-        raise ValueError(f"method must be 'central' or 'complex' and step positive, got {method!r} and {step}")
+    passes = _Passes(cell, xs, loss_fn, h0, method, resets, offsets)
+    if not step > 0:
+        raise ValueError(f"step must be a positive number, got {step}")
     for name, d in direction.items():
-        if name not in theta or d.shape != theta[name].shape:
+        if name not in passes.theta or d.shape != passes.theta[name].shape:
             raise ValueError(f"direction {name!r} does not fit a trainable parameter of the cell")
-    norm = math.sqrt(sum(float(d.detach().double().square().sum()) for d in direction.values()))
-    if not 0 < norm < math.inf:
-        raise ValueError("the direction must be finite and not zero")
-
-    def along(epsilon: complex) -> complex:
-        moved = {n: p + epsilon * direction[n].detach() if n in direction else p for n, p in theta.items()}
-        return _total(cell, moved, xs, loss_fn, h, resets, offsets)
-
-    if method == "central":
-        return ridders(lambda epsilon: along(epsilon).real, step / norm)
-    theta = {name: p.to(torch.complex128) for name, p in theta.items()}
-    value = along(1j * _COMPLEX_STEP).imag / _COMPLEX_STEP
-    return value, 64 * EPS * abs(value)
+    return passes.derivative(direction, step)
 
 
 @overload
@@ -129,6 +159,8 @@ def finite_difference(
 ) -> dict[str, Tensor] | tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Compute the gradient of the summed loss, one parameter entry after the other, by forward passes alone.
 
+    As `oracles.directional_difference`; but hooks of the parameters see the whole gradient once, at the end.
+
     Equation:
         (dL/dθ)_k = d/dε L(θ + ε e_k) at ε = 0, e_k the k-th unit vector.
 
@@ -136,7 +168,7 @@ def finite_difference(
         cell: as in `oracles.bptt`, in float64; a pure function.
         xs: inputs (T, B, ...).
         loss_fn: as in `oracles.bptt`; a pure function.
-        h0: constant first state (B, ...); None means `cell.init_state(B)`.
+        h0: constant first state (B, ...); None means `cell.init_state(B)`, as in `oracles.bptt`.
         method: as in `oracles.directional_difference`.
         resets: Boolean (T, B), as in `oracles.bptt`.
         offsets: T dicts name -> constant tensor, as in `oracles.bptt`.
@@ -151,13 +183,14 @@ def finite_difference(
     Cost:
         P times `oracles.directional_difference`.
     """
-    gradients, errors = trainable(cell), trainable(cell)
-    for name, p in trainable(cell).items():
+    passes = _Passes(cell, xs, loss_fn, h0, method, resets, offsets)
+    gradients, errors = (
+        {name: torch.zeros_like(p, requires_grad=False) for name, p in passes.theta.items()} for _ in range(2)
+    )
+    for name, p in passes.theta.items():
         for k in range(p.numel()):
-            unit = torch.zeros_like(p)
+            unit = torch.zeros_like(p, requires_grad=False)
             unit.view(-1)[k] = 1.0
-            value, error = directional_difference(
-                cell, xs, loss_fn, {name: unit}, h0, method=method, resets=resets, offsets=offsets
-            )
-            gradients[name].view(-1)[k], errors[name].view(-1)[k] = value, error
+            gradients[name].view(-1)[k], errors[name].view(-1)[k] = passes.derivative({name: unit}, _STEP)
+    gradients = through_hooks(passes.theta, gradients)
     return (gradients, errors) if return_error else gradients

@@ -130,8 +130,8 @@ def _only(loss: Loss, t: int, first: int) -> Loss:
 def _states(stream: Stream) -> list[Tensor]:
     """The state that each step receives, before its resets, by forward passes only."""
     states: list[Tensor] = []
-    h: Tensor = stream.cell.init_state(stream.batch_size)  # type: ignore[operator]
     with torch.no_grad():
+        h: Tensor = stream.cell.init_state(stream.batch_size)  # type: ignore[operator]
         for t in range(stream.steps):
             states.append(h)
             if stream.resets is not None:

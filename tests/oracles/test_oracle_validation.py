@@ -88,7 +88,7 @@ BAD_DIFFERENCE: list[tuple[str, dict[str, Any]]] = [
     ("float64", {"h0": torch.zeros(2, 2)}),
     ("float64", {"cell": make_case("tanh", size=2).cell.float()}),
     ("method", {"method": "forward"}),
-    ("step positive", {"step": 0.0}),
+    ("step must be a positive", {"step": 0.0}),
     ("direction", {"direction": {"frozen": torch.ones((), dtype=F64)}}),
     ("direction", {"direction": {"bias": torch.ones(3, dtype=F64)}}),
     ("direction", {"direction": {}}),
