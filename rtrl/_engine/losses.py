@@ -12,9 +12,9 @@ from torch.autograd.graph import _engine_run_backward
 from torch.utils.weak import TensorWeakRef
 
 from rtrl._engine import checks, parameter_hooks
-from rtrl._engine.recorded import StepBatch
+from rtrl._engine.recorded import RecordedStep, StepBatch
 from rtrl._utils import pytrees
-from rtrl.errors import LossError, NonFiniteError
+from rtrl.errors import ConfigError, LossError, NonFiniteError
 
 
 def add_loss(loss: Any, outputs: list[Tensor], seen_losses: list["weakref.ref[Tensor]"], step: int) -> None:
@@ -99,6 +99,26 @@ def close_leaves(leaves: Iterable[tuple[TensorWeakRef, int]]) -> None:
         leaf = reference()
         if leaf is not None:
             leaf.register_hook(partial(_refuse, step))
+
+
+def check_no_feedback(sources: Sequence[Tensor], open_steps: Iterable[RecordedStep], step: int) -> None:
+    """Refuse an x that is to get a gradient and was computed from a y, whose own gradient would lack a part.
+
+    Raises:
+        ConfigError: naming the step.
+    """
+    outputs = {id(leaf) for open_step in open_steps for leaf in open_step.outputs}
+    for leaf in checks.reached_leaves(*(source for source in sources if source.requires_grad)).values():
+        if id(leaf) in outputs or _is_closed(leaf):
+            raise ConfigError(
+                f"step {step}: x depends on the y of an earlier step, whose gradient cannot go through x. Detach that "
+                "y, or keep what is fed back in the state of the cell, where its gradient is exact"
+            )
+
+
+def _is_closed(leaf: Tensor) -> bool:
+    hooks = (leaf._backward_hooks or {}).values()
+    return any(isinstance(hook, partial) and hook.func is _refuse for hook in hooks)
 
 
 def _refuse(step: int, gradient: Tensor) -> None:

@@ -1,6 +1,6 @@
 """What is recorded of a step until its block closes, and several steps of one kind as one batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +19,7 @@ class RecordedStep:
         sparsity: what the cell declared, or was made to do.
         outputs: the floating-point tensors of y, as leaves whose ``.grad`` collects the gradient of the losses.
         number: the absolute number of the step, for messages.
+        sources: the tensors of x as they were passed, where one of them is to get a gradient; else empty.
     """
 
     x: Any
@@ -26,6 +27,7 @@ class RecordedStep:
     sparsity: Sparsity
     outputs: list[Tensor]
     number: int
+    sources: list[Tensor] = field(default_factory=list, kw_only=True)
 
     @property
     def dense(self) -> bool:

@@ -29,19 +29,27 @@ def check_replay(replay: Any, taken: bool, h: Tensor, named: Mapping[str, Tensor
 
 
 def take(
-    cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None, number: int, first: bool, named: Mapping[str, Tensor]
+    cell: nn.Module,
+    x: Any,
+    h: Tensor,
+    replay: Sparsity | None,
+    number: int,
+    first: bool,
+    named: Mapping[str, Tensor],
+    input_grad: bool = False,
 ) -> tuple[RecordedStep, Any, Tensor]:
     """Take the step ``number`` from the state ``h``.
 
     Args:
         first: run the cell twice, and refuse it if it is impure.
         named: the cell's parameters by name.
+        input_grad: record the tensors of an x that requires grad as its ``sources``, which is refused otherwise.
 
     Returns:
         The record of the step; a copy of y, its floating-point tensors leaves that require grad; and the next state.
 
     Raises:
-        ShapeError, CellError, SparsityError, NonFiniteError: see ``BlockRTRL.step``.
+        ConfigError, ShapeError, CellError, SparsityError, NonFiniteError: see ``BlockRTRL.step``.
 
     Cost: one forward pass; elsewhere than on a CPU, one transfer for x and one for y and the next state, and two more
         where there is sparsity.
@@ -49,6 +57,7 @@ def take(
     grad = torch.is_grad_enabled()
     torch._C._set_grad_enabled(False)  # a torch.no_grad() block costs several times as much
     try:
+        sources = _with_graph(x, number, input_grad) if grad else []
         x = _checked_copy(x, h, number)
         y, h_next, sparsity = _run(cell, x, h, replay, number, first)
         checks.check_output(y, h, h_next, number)
@@ -61,7 +70,7 @@ def take(
             checks.check_copied(h, h_next, sparsity.writes, number)
         y = pytrees.map_tensors(torch.clone, y)
         outputs = [leaf.requires_grad_() for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
-        return RecordedStep(x, h, own_copy(sparsity), outputs, number), y, h_next
+        return RecordedStep(x, h, own_copy(sparsity), outputs, number, sources=sources), y, h_next
     finally:
         torch._C._set_grad_enabled(grad)
 
@@ -87,6 +96,20 @@ def _run(
     if h_next.requires_grad or h_next._is_view():  # a parameter, for example, or a part of one, which will change
         h_next = h_next.detach().clone()
     return y, h_next, sparsity
+
+
+def _with_graph(x: Any, number: int, input_grad: bool) -> list[Tensor]:
+    """Return the tensors of x if one of them requires grad; refuse it if no gradient is to be delivered there."""
+    leaves = pytrees.tensors(x)
+    if not any(leaf.requires_grad for leaf in leaves):
+        return []
+    if not input_grad:
+        raise ConfigError(
+            f"step {number}: x requires grad, but no gradient is delivered to it. Pass x.detach(); or make what "
+            "computes x a part of the cell, where its gradient is exact; or use BlockRTRL(..., input_grad='block'), "
+            "which gives x the gradient of the losses inside the block"
+        )
+    return leaves
 
 
 def _checked_copy(x: Any, h: Tensor, number: int) -> Any:

@@ -69,6 +69,16 @@ class ParameterInfluence:
             self._row[new] = rows
         return self._row[keys]
 
+    def add_first(self, influence: Tensor, now: int) -> None:
+        """Add ``∂h₀/∂θ`` (B, H, P) of samples that have just restarted, and zeros elsewhere; slices without any take no
+        memory."""
+        by_slice = influence.unflatten(2, (self.slices, -1)).transpose(1, 2).flatten(0, 1)  # (keys, H, p)
+        keys = torch.arange(len(by_slice), device=by_slice.device)
+        if self.sliced:
+            keys = by_slice.count_nonzero(dim=(1, 2)).nonzero().flatten()
+        rows = self.allocate(keys, now).to(self.values.device)  # it may replace the values
+        self.values[rows] += by_slice[keys]
+
     def active_rows(self) -> Tensor:
         """The rows in use, ascending, on the CPU."""
         return self._row[self._row >= 0].sort().values

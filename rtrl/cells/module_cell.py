@@ -149,6 +149,11 @@ class ModuleCell(PackedCell):
         super().__init__(cell, readout)
         if state is not None and not callable(state):
             Packing(state)  # checks the state of one sample before it is repeated
+            if any(leaf.requires_grad for leaf in pytrees.tensors(state)):
+                raise ConfigError(
+                    "the state passed requires grad, but it would be copied as a constant; detach it, or pass a "
+                    "function (batch_size) -> state of parameters that the module owns"
+                )
             state = pytrees.map_tensors(lambda leaf: leaf.detach().clone(), state)
         self._state = state
         self._packing = Packing(self._first(1))

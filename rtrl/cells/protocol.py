@@ -46,7 +46,8 @@ class Cell(Protocol):
     """A recurrent cell with a first state; see the module's docstring for its contract."""
 
     def init_state(self, batch_size: int) -> Tensor:
-        """Return the first state (``batch_size``, rows, ...)."""
+        """Return the first state (``batch_size``, rows, ...): a constant, or a function of parameters, which then learn
+        by it."""
         ...
 
 

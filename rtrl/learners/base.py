@@ -13,6 +13,7 @@ from torch.utils.weak import TensorWeakRef
 
 from rtrl._engine import checks, losses
 from rtrl._engine import step as forward_step
+from rtrl._engine.first_influence import check_constant, first_influence, replace_samples
 from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._engine.parameter_hooks import deliver, hooks_suspended
 from rtrl._engine.recorded import RecordedStep
@@ -34,7 +35,8 @@ class Learner(ABC):
         cell: a ``torch.nn.Module`` with ``forward(x, h) -> (y, h_next)`` or ``(y, h_next, Sparsity)``; see
             ``rtrl.cells.protocol``.
         batch_size: B, the number of samples; each sample is a stream of its own.
-        state: (B, n, ...), the first state; ``cell.init_state(batch_size)`` by default.
+        state: (B, n, ...), the first state, a constant. By default ``cell.init_state(batch_size)``, which may depend on
+            parameters: they get its gradient.
 
     Attributes:
         cell: the cell.
@@ -47,6 +49,7 @@ class Learner(ABC):
     """
 
     block: int = 1
+    _keeps_x: bool = False  # whether an x that requires grad is taken, and gets its gradient
 
     def __init__(self, cell: nn.Module, batch_size: int, *, state: Tensor | None = None) -> None:
         validation.integer("batch_size", batch_size)
@@ -56,11 +59,7 @@ class Learner(ABC):
         self._guard = ParameterGuard(cell)
         self._parameters = self._guard.parameters
         self._takes_replay = takes_replay(cell)
-        parameter = next(iter(self._parameters.values()))
-        first = first_state(cell, batch_size) if state is None or isinstance(cell, Cell) else None
-        if first is not None:
-            first = checks.checked_state(first, batch_size, parameter)
-        self._state = checks.checked_state(first if state is None else state, batch_size, parameter, first)
+        self._state, self._first_influence = self._start(state)
         self._steps_taken = 0
         self._open_steps: list[RecordedStep] = []  # these still accept losses
         self._seen_losses: list[weakref.ref[Tensor]] = []  # of the newest step
@@ -95,6 +94,7 @@ class Learner(ABC):
             until the block closes.
 
         Raises:
+            ConfigError: x requires grad, where gradients are enabled, and the learner has no ``input_grad``.
             ShapeError: x has the wrong batch, dtype or device, or the cell does not take it.
             CellError: the cell breaks its contract.
             SparsityError: what the cell declares is malformed, or it writes more than it declares.
@@ -107,14 +107,17 @@ class Learner(ABC):
             One forward pass without a graph; at the first step of a new block, the processing of the last block.
         """
         if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():
                 return self.step(x, replay=replay)
         if not self._guard.unchanged():
             self._check_parameters()
         named, number = self._guard.named, self._steps_taken
         if replay is not None:
             forward_step.check_replay(replay, self._takes_replay, self._state, named)
-        taken, y, h_next = forward_step.take(self.cell, x, self._state, replay, number, number == 0, named)
+        first = number == 0
+        taken, y, h_next = forward_step.take(self.cell, x, self._state, replay, number, first, named, self._keeps_x)
+        if taken.sources:
+            losses.check_no_feedback(taken.sources, self._open_steps, number)
         if len(self._open_steps) >= self.block:
             self._close()
         if not self._open_steps:
@@ -193,13 +196,14 @@ class Learner(ABC):
 
         Args:
             samples: Boolean (B,), the samples to restart; None for all.
-            state: (B, n, ...), the first states to take; ``cell.init_state(batch_size)`` by default.
+            state: (B, n, ...), the first states to take, constants. By default ``cell.init_state(batch_size)``, whose
+                influence ``∂h₀/∂θ`` is taken at the present parameters.
             discard: give up the open steps and every gradient not yet delivered. This is the way out of a block that
                 cannot be processed, because its Jacobian is infinite, for example. For all samples only.
             rows: the former name of ``samples``; deprecated.
 
         Raises:
-            ConfigError: ``discard`` together with some of the samples.
+            ConfigError: ``discard`` together with some of the samples; or ``state`` requires grad.
             ShapeError: ``samples`` or ``state`` has the wrong shape, dtype or device.
             RTRLError: the open steps cannot be processed; see ``sync``.
 
@@ -221,9 +225,7 @@ class Learner(ABC):
             raise ShapeError(f"samples is on {samples.device}, the state on {self._state.device}; move one of them")
         if discard and not bool(samples.all()):
             raise ConfigError("discard gives up the gradients of all samples; call reset(discard=True) without samples")
-        if state is None:
-            state = first_state(self.cell, self.batch_size)
-        first = checks.checked_state(state, self.batch_size, self._state, self._state)
+        first, influence = self._start(state, samples)
         if discard:
             self._give_up_block()
         self._close()
@@ -231,10 +233,32 @@ class Learner(ABC):
         if discard:
             self._pending_grads = {}
         self._state = torch.where(samples.reshape(-1, *[1] * (first.ndim - 1)), first, self._state)
+        if influence or self._first_influence:
+            self._first_influence = replace_samples(self._first_influence, influence, samples)
+
+    def _start(self, state: Tensor | None, samples: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the first state, checked and copied, and its influence by parameter, if the cell's own depends on any.
+
+        Args:
+            state: the state to take; that of the cell by default.
+            samples: Boolean (B,), those that restart; None for a new learner.
+        """
+        check_constant(state)
+        like = None if samples is None else self._state
+        beside = next(iter(self._parameters.values())) if like is None else like
+        with torch.inference_mode(False), torch.enable_grad():
+            if state is not None:
+                if like is None and isinstance(self.cell, Cell):
+                    like = checks.checked_state(first_state(self.cell, self.batch_size), self.batch_size, beside)
+                return checks.checked_state(state, self.batch_size, beside, like), {}
+            first = first_state(self.cell, self.batch_size)
+            return checks.checked_state(first, self.batch_size, beside, like), first_influence(
+                first, self._parameters, samples
+            )
 
     def retained_bytes(self) -> dict[str, int]:
         """Return the bytes held between steps, by part: gradients not yet delivered, state, and those of the rule."""
-        gradient, state = pytrees.n_bytes(self._pending_grads), pytrees.n_bytes(self._state)
+        gradient, state = pytrees.n_bytes(self._pending_grads), pytrees.n_bytes((self._state, self._first_influence))
         return {**self._held_bytes(), "gradient": gradient, "state": state}
 
     # ------------------------------------------------------------------ saving
@@ -265,6 +289,7 @@ class Learner(ABC):
             buffers = self._load_buffers(loaded)
         self._give_up_block()
         self._state, self._steps_taken = loaded.state, loaded.steps_taken
+        self._first_influence = loaded.first_influence
         self._open_steps, self._pending_grads = loaded.open_steps, loaded.pending_grads
         for attribute, value in buffers.items():
             setattr(self, attribute, value)
@@ -280,13 +305,20 @@ class Learner(ABC):
             "state": f"{tuple(self._state.shape)} {self._state.dtype}",
             "parameters": {name: f"{tuple(p.shape)} {p.dtype}" for name, p in self._parameters.items()},
         }
-        return LearnerState(layout, self._state, self._steps_taken, self._open_steps, self._pending_grads, buffers)
+        held = self._state, self._first_influence, self._steps_taken, self._open_steps, self._pending_grads
+        return LearnerState(layout, *held, buffers)
 
     # ------------------------------------------------------------------ what all rules share
 
     def _check_parameters(self) -> None:
         """Refuse parameters that were replaced, or that changed while steps are open."""
         self._guard.check([step.number for step in self._open_steps])
+
+    def _first_influence_of(self, name: str) -> Tensor:
+        """Return the influence (B, H, P) of one parameter on first states from which no step was taken yet."""
+        if name in self._first_influence:
+            return self._first_influence[name].clone()
+        return self._state.new_zeros(self.batch_size, self._state[0].numel(), self._parameters[name].numel())
 
     def _check_name(self, name: str) -> None:
         if name not in self._parameters:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rtrl._engine import checks
 from rtrl._engine.block import BlockResult, close_block, overflowing
 from rtrl._engine.buffers import ReusableBuffer
+from rtrl._engine.input_gradient import delivered_to_inputs
 from rtrl._engine.linearizer import Linearizer
 from rtrl._engine.recorded import RecordedStep
 from rtrl._influence.catch_up import catch_up
@@ -43,7 +44,11 @@ class BlockRTRL(Learner):
             ``rtrl.costs.choose_block`` chooses; ``learner.block`` is the number.
         window: the number of blocks that the tree holds. It bounds memory, never exactness.
         lazy: False updates every slice at every block and keeps no tree.
-        state: (B, n, ...), the first state; ``cell.init_state(batch_size)`` by default.
+        input_grad: None refuses an x that requires grad. ``"block"`` takes it, and adds to its gradient, when the block
+            closes, what the losses inside the block give: exact for these, with nothing of later blocks, as if the next
+            block began with a constant. What computes x learns by it, truncated at the block.
+        state: (B, n, ...), the first state, a constant. By default ``cell.init_state(batch_size)``, which may depend on
+            parameters: their influence then begins as ``∂h₀/∂θ``.
 
     Raises:
         ConfigError: a size is not a positive integer, or the cell has no trainable parameter or no first state.
@@ -79,9 +84,12 @@ class BlockRTRL(Learner):
         block: int | Literal["auto"] = 1,
         window: int = 64,
         lazy: bool = True,
+        input_grad: Literal["block"] | None = None,
         state: Tensor | None = None,
     ) -> None:
+        validation.choice("input_grad", input_grad, [None, "block"])
         super().__init__(cell, batch_size, state=state)
+        self._keeps_x = input_grad is not None
         if block == "auto":
             from rtrl.costs import choose_block  # it needs what this module is made of
 
@@ -118,8 +126,9 @@ class BlockRTRL(Learner):
         """
         self._check_name(name)
         self._close()
+        self._take_first_influence()
         if name not in self._influences:
-            return self._state.new_zeros(self.batch_size, self._state[0].numel(), self._parameters[name].numel())
+            return self._first_influence_of(name)
         influence = self._influences[name]
         self._advance({name: influence.active_rows()})
         value = influence.to_dense()
@@ -159,10 +168,11 @@ class BlockRTRL(Learner):
         """Bytes of the influence, the tree, the open block, and memory that large dense blocks use again."""
         steps, leaves = self._open_steps, [leaf for step in self._open_steps for leaf in step.outputs]
         grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        x = [step.sources for step in steps]
         return {
             "influence": sum(influence.n_bytes for influence in self._influences.values()),
             "tree": 0 if self._history is None else self._history.n_bytes,
-            "block": pytrees.n_bytes([leaves, grads, [(step.x, step.h, tuple(step.sparsity)) for step in steps]]),
+            "block": pytrees.n_bytes([leaves, grads, x, [(step.x, step.h, tuple(step.sparsity)) for step in steps]]),
             "scratch": self._scratch.n_bytes,
         }
 
@@ -172,6 +182,7 @@ class BlockRTRL(Learner):
         super()._begin_block(step)
         if self._history is None:
             self._allocate(step.sparsity)
+        self._take_first_influence()
 
     def _allocate(self, sparsity: Sparsity) -> None:
         """Make the stores, now that the first step has shown which parameters come in slices and how much of the state
@@ -184,9 +195,24 @@ class BlockRTRL(Learner):
         self._influences = {name: self._empty_influence(name, name in sliced) for name in self._parameters}
         self._history = History(self.window if self.lazy and sliced else 1, written, touched, self._state)
 
+    def _take_first_influence(self) -> None:
+        """Move the influence of learned first states to the stores."""
+        if self._first_influence and self._history is not None:
+            for name, influence in self._first_influence.items():
+                self._influences[name].add_first(influence, self._history.now)
+            self._first_influence = {}
+
     def _empty_influence(self, name: str, sliced: bool) -> ParameterInfluence:
         shape = self._parameters[name].shape
         return ParameterInfluence(shape, sliced, self.batch_size, self._state[0].numel(), self._state)
+
+    def _close(self) -> None:
+        if not any(step.sources for step in self._open_steps):
+            super()._close()
+            return
+        self._check_parameters()
+        with delivered_to_inputs(self.cell, self._open_steps, self._takes_replay):
+            super()._close()
 
     def _process(self) -> None:
         assert self._history is not None

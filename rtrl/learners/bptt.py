@@ -12,7 +12,8 @@ from rtrl.learners.replayed_step import ReplayedStep, ReplayingLearner
 
 @torch.enable_grad()
 def unrolled_gradient(steps: Sequence[ReplayedStep]) -> dict[str, Tensor]:
-    """Return the gradient of all pending losses of consecutive steps, with the state of the first step held fixed.
+    """Return the gradient of all pending losses of consecutive steps, with the state of the first step held fixed, but
+    for what it has from parameters as a first state.
 
     Raises:
         CellError: run again, the cell does something else than it did.
@@ -23,10 +24,16 @@ def unrolled_gradient(steps: Sequence[ReplayedStep]) -> dict[str, Tensor]:
     if not any(step.has_pending_loss for step in steps):
         return {}
     heads: list[tuple[Tensor, Tensor]] = []
-    h = steps[0].h
+    h, starts = steps[0].h, []
     for step in steps:
-        if step is not steps[0] and bool(step.constant_state.any()):
-            h = torch.where(step.constant_state.reshape(-1, *[1] * (h.ndim - 1)), step.h, h)
+        start = step.h
+        if step.first_influence:
+            start = step.h.clone().requires_grad_()
+            starts.append((start, step.first_influence))
+        if step is steps[0]:
+            h = start
+        elif bool(step.constant_state.any()):
+            h = torch.where(step.constant_state.reshape(-1, *[1] * (h.ndim - 1)), start, h)
         pairs, h = step.rerun(h)
         heads += pairs
     if not heads:
@@ -34,10 +41,14 @@ def unrolled_gradient(steps: Sequence[ReplayedStep]) -> dict[str, Tensor]:
     snapshots = {id(step.snapshot): step.snapshot for step in steps}.values()  # shared until a parameter changes
     leaves = [(name, leaf) for snapshot in snapshots for name, leaf in snapshot.trainable.items()]
     ys, adjoints = zip(*heads, strict=True)
-    parts = torch.autograd.grad(ys, [leaf for _, leaf in leaves], adjoints, materialize_grads=True)
+    targets = [*(leaf for _, leaf in leaves), *(start for start, _ in starts)]
+    parts = torch.autograd.grad(ys, targets, adjoints, materialize_grads=True)
     gradient: dict[str, Tensor] = {}
-    for (name, _), part in zip(leaves, parts, strict=True):
+    for (name, _), part in zip(leaves, parts, strict=False):
         gradient[name] = gradient[name] + part if name in gradient else part.clone()
+    for (_, influences), adjoint in zip(starts, parts[len(leaves) :], strict=True):
+        for name, influence in influences.items():
+            gradient[name] += torch.einsum("bh,bhp->p", adjoint.flatten(1), influence).reshape(gradient[name].shape)
     return gradient
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rtrl._engine import checks
+from rtrl._engine.recorded import RecordedStep
 from rtrl._utils import pytrees
 from rtrl.learners.replayed_step import ReplayedStep, ReplayingLearner
 from rtrl.learners.state import LearnerState, copy_like
@@ -67,7 +68,8 @@ class InfluenceLearner(ReplayingLearner):
     """A learner that carries an influence S, or an estimate of it: it adds ``∂ℓ_t/∂θ + δ_t S_t`` to the gradient, then
     advances S.
 
-    What it carries is a tuple of tensors with the batch as dimension 0, all zero at the start of a sample.
+    What it carries is a tuple of tensors with the batch as dimension 0. At the start of a sample all are zero, but for
+    the influence of parameters that the first state depends on.
     """
 
     def __init__(self, cell: nn.Module, batch_size: int, *, state: Tensor | None = None) -> None:
@@ -94,11 +96,30 @@ class InfluenceLearner(ReplayingLearner):
         """
         self._check_name(name)
         self._close()
+        self._take_first_influence()
         return self._by_name(self._dense())[name].clone()
 
     def _first(self) -> tuple[Tensor, ...]:
         """Return what is carried at the first step."""
         return (self._state.new_zeros(self.batch_size, self._size, self._n_theta),)
+
+    def _begin_block(self, step: RecordedStep) -> None:
+        super()._begin_block(step)
+        self._take_first_influence()
+
+    def _take_first_influence(self) -> None:
+        """Carry the influence of learned first states."""
+        if self._first_influence:
+            sizes = {name: p.numel() for name, p in self._parameters.items()}
+            zeros = self._state.new_zeros(self.batch_size, self._size, 1)
+            first = [self._first_influence.get(n, zeros.expand(-1, -1, size)) for n, size in sizes.items()]
+            self._carried = self._with_first(torch.cat(first, dim=2))
+            self._first_influence = {}
+
+    def _with_first(self, influence: Tensor) -> tuple[Tensor, ...]:
+        """Return what is carried once samples that have just restarted have this influence (B, H, P), zero for the
+        others."""
+        return (self._carried[0] + influence,)
 
     @abstractmethod
     def _advance(self, dynamics: Tensor, immediate: Tensor) -> tuple[Tensor, ...]:
@@ -150,7 +171,7 @@ class DenseRTRL(InfluenceLearner):
     """Real-time recurrent learning as in the textbook: carry the whole influence, by the whole Jacobians.
 
     Equation:
-        ``S_{t+1} = J_t S_t + B_t``, ``S_0 = 0``; ``dL/dθ = Σ_t ( ∂ℓ_t/∂θ + δ_t S_t )``.
+        ``S_{t+1} = J_t S_t + B_t``, ``S_0 = ∂h_0/∂θ``; ``dL/dθ = Σ_t ( ∂ℓ_t/∂θ + δ_t S_t )``.
 
     Law:
         Exact for every stream and any losses, resets and deliveries.

@@ -15,7 +15,14 @@ from rtrl._utils.functional_call import functional_call
 from rtrl.cells.protocol import Sparsity, call_cell
 from rtrl.errors import CellError, ConfigError, NonFiniteError
 from rtrl.learners.base import Learner
-from rtrl.learners.state import LearnerState, check_numbers, copy_like, step_from_plain, step_to_plain
+from rtrl.learners.state import (
+    LearnerState,
+    check_numbers,
+    copy_like,
+    first_from_plain,
+    step_from_plain,
+    step_to_plain,
+)
 
 
 class ParameterSnapshot:
@@ -72,9 +79,11 @@ class ReplayedStep(RecordedStep):
     Attributes:
         h_next: (B, n, ...), the state it reached.
         snapshot: the parameters it was taken with.
-        constant_state: Boolean (B,), the samples whose ``h`` is a constant.
+        constant_state: Boolean (B,), the samples whose ``h`` does not depend on the step before.
         replays: whether the cell takes the choices of ``sparsity`` as ``replay``; if not, ``sparsity`` is empty.
         adjoints: the gradients of its losses at ``outputs``.
+        first_influence: name → ``∂h/∂θ`` (B, H, P) of the samples that restart here, of the parameters that their first
+            state depends on.
     """
 
     h_next: Tensor
@@ -82,6 +91,7 @@ class ReplayedStep(RecordedStep):
     constant_state: Tensor
     replays: bool
     adjoints: list[Tensor | None] = field(default_factory=list)
+    first_influence: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -92,17 +102,19 @@ class ReplayedStep(RecordedStep):
         constant_state: Tensor,
         replays: bool,
         adjoints: Sequence[Tensor | None] = (),
+        first_influence: Mapping[str, Tensor] | None = None,
     ) -> "ReplayedStep":
         """Add what a step needs to be run once more; see the attributes."""
         sparsity = step.sparsity if replays else Sparsity()
         recorded = step.x, step.h, sparsity, step.outputs, step.number
-        return cls(*recorded, h_next, snapshot, constant_state, replays, list(adjoints))
+        return cls(*recorded, h_next, snapshot, constant_state, replays, list(adjoints), first_influence or {})
 
     @property
     def n_bytes(self) -> int:
         """Bytes held by this step alone."""
         adjoints = [adjoint for adjoint in self.adjoints if adjoint is not None]
-        return pytrees.n_bytes([self.x, self.h, self.outputs, adjoints, tuple(self.sparsity)])
+        held = [self.x, self.h, self.outputs, adjoints, tuple(self.sparsity), dict(self.first_influence)]
+        return pytrees.n_bytes(held)
 
     @property
     def has_pending_loss(self) -> bool:
@@ -185,12 +197,13 @@ class ReplayingLearner(Learner):
         step = self._replayed(self._open_steps[0])
         step.take_adjoints()
         self._process_step(step)
-        self._constant_state = torch.zeros_like(self._constant_state)
+        self._constant_state, self._first_influence = torch.zeros_like(self._constant_state), {}
 
     def _replayed(self, step: RecordedStep) -> ReplayedStep:
         """Return the open step, the newest one, as a step that can be run again."""
         assert self._snapshot is not None
-        return ReplayedStep.of(step, self._state, self._snapshot, self._constant_state, self._takes_replay)
+        start, first = self._constant_state, self._first_influence
+        return ReplayedStep.of(step, self._state, self._snapshot, start, self._takes_replay, first_influence=first)
 
     def _accumulate(self, gradients: Mapping[str, Tensor]) -> None:
         """Add gradients to those that are not yet delivered."""
@@ -221,6 +234,7 @@ class ReplayingLearner(Learner):
                 **step_to_plain(step),
                 "h_next": step.h_next.clone(),
                 "constant_state": step.constant_state.clone(),
+                "first_influence": {name: value.clone() for name, value in step.first_influence.items()},
                 "adjoints": [None if adjoint is None else adjoint.clone() for adjoint in step.adjoints],
                 "snapshot": indices[id(step.snapshot)],
             }
@@ -248,7 +262,8 @@ class ReplayingLearner(Learner):
             h_next = copy_like("next state of a step", plain["h_next"], self._state)
             constant_state = copy_like("constant_state of a step", plain["constant_state"], mask)
             snapshot = snapshots[plain["snapshot"]]
-            kept.append(ReplayedStep.of(step, h_next, snapshot, constant_state, self._takes_replay, adjoints))
+            first = first_from_plain(plain.get("first_influence", {}), self._state, self._guard.named)
+            kept.append(ReplayedStep.of(step, h_next, snapshot, constant_state, self._takes_replay, adjoints, first))
         check_numbers(kept, loaded.steps_taken - len(loaded.open_steps))
         return {
             "_constant_state": copy_like("constant_state", saved["constant_state"], mask),

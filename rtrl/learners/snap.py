@@ -20,7 +20,8 @@ class SnAp(InfluenceLearner):
         ``|B|`` say which entries of the Jacobians can be non-zero.
 
     The pattern is that of every entry seen to be non-zero so far, in any sample: it only grows, and within few steps
-    of a dense cell it is the structural one. So no random point has to be tried, and cells that route are covered.
+    of a dense cell it is the structural one. So no random point has to be tried, and cells that route are covered. What
+    a learned first state depends on counts as driven at once: its influence ``∂h₀/∂θ`` is kept whole.
 
     Law:
         Zero outside the mask; exact if ``order ≥ H``, or if ``order`` is at least the number of steps. For a dense
@@ -87,11 +88,16 @@ class SnAp(InfluenceLearner):
     def _arguments(self) -> dict[str, Any]:
         return {"order": self.order}
 
-    def _advance(self, dynamics: Tensor, immediate: Tensor) -> tuple[Tensor, ...]:
-        reaches = self._reaches | (dynamics != 0).any(dim=0)
-        drives = self._drives | (immediate != 0).any(dim=0)
+    def _with_first(self, influence: Tensor) -> tuple[Tensor, ...]:
+        self._widen(self._reaches, self._drives | (influence != 0).any(dim=0))
+        return super()._with_first(influence)
+
+    def _widen(self, reaches: Tensor, drives: Tensor) -> None:
         if not torch.equal(reaches, self._reaches) or not torch.equal(drives, self._drives):
             self._reaches, self._drives, self._mask = reaches, drives, within(reaches, drives, self.order)
+
+    def _advance(self, dynamics: Tensor, immediate: Tensor) -> tuple[Tensor, ...]:
+        self._widen(self._reaches | (dynamics != 0).any(dim=0), self._drives | (immediate != 0).any(dim=0))
         return ((dynamics @ self._carried[0] + immediate) * self._mask,)
 
 

@@ -26,6 +26,7 @@ class LearnerState:
     Attributes:
         layout: what a saved learner and the one that loads it must have in common, as plain values.
         state: (B, n, ...), the present state.
+        first_influence: of samples that have restarted since the last step, by parameter that their state depends on.
         steps_taken: the number of steps so far.
         open_steps: the newest steps, which still accept losses.
         pending_grads: gradients not yet delivered, by parameter.
@@ -34,6 +35,7 @@ class LearnerState:
 
     layout: Mapping[str, Any]
     state: Tensor
+    first_influence: dict[str, Tensor]
     steps_taken: int
     open_steps: list[RecordedStep]
     pending_grads: dict[str, Tensor]
@@ -46,6 +48,7 @@ def to_plain(learner: LearnerState) -> dict[str, Any]:
         "format": FORMAT,
         "layout": learner.layout,
         "state": learner.state.clone(),
+        "first_influence": {name: influence.clone() for name, influence in learner.first_influence.items()},
         "steps_taken": learner.steps_taken,
         "open_steps": [step_to_plain(step) for step in learner.open_steps],
         "pending_grads": {name: gradient.clone() for name, gradient in learner.pending_grads.items()},
@@ -79,7 +82,8 @@ def from_plain(saved: Any, present: LearnerState, named: Mapping[str, Tensor]) -
     state = copy_like("state", saved["state"], present.state)
     if not checks.finite(state):
         raise ConfigError("NaN or infinity in the saved state")
-    return LearnerState(present.layout, state, taken, steps, gradients, saved["buffers"])
+    first = first_from_plain(saved.get("first_influence", {}), state, named)
+    return LearnerState(present.layout, state, first, taken, steps, gradients, saved["buffers"])
 
 
 @contextmanager
@@ -117,8 +121,30 @@ def copy_like(what: str, value: Tensor, like: Tensor) -> Tensor:
     return value.detach().to(like.device, copy=True)
 
 
+def first_from_plain(saved: Mapping[str, Tensor], state: Tensor, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a copy of a saved influence of first states, by parameter name.
+
+    Raises:
+        ConfigError: it does not fit the state and the parameters.
+    """
+    size, entries = len(state), state[0].numel()
+    return {
+        name: copy_like(f"first influence of {name!r}", value, state.new_empty(size, entries, named[name].numel()))
+        for name, value in saved.items()
+    }
+
+
 def step_to_plain(step: RecordedStep) -> dict[str, Any]:
-    """Return a step, with the gradients of its losses, as plain values and copies of tensors."""
+    """Return a step, with the gradients of its losses, as plain values and copies of tensors.
+
+    Raises:
+        ConfigError: its x carries a graph, which cannot be saved.
+    """
+    if step.sources:
+        raise ConfigError(
+            f"the x of step {step.number} of the open block waits for its gradient (input_grad='block'), and its graph "
+            "cannot be saved or copied; call sync() first"
+        )
     return {
         "x": pytrees.map_tensors(Tensor.clone, step.x),
         "h": step.h.clone(),

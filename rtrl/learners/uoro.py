@@ -17,7 +17,8 @@ class UORO(InfluenceLearner):
         ``S̃_t = s̃_t ⊗ θ̃_t`` with ``s̃_{t+1} = ρ₀ J_t s̃_t + ρ₁ ν_t`` and
         ``θ̃_{t+1} = θ̃_t / ρ₀ + νᵀ_t B_t / ρ₁``, where the entries of ν are ±1 with equal chance,
         ``ρ₀ = √(‖θ̃_t‖ / ‖J_t s̃_t‖)`` and ``ρ₁ = √(‖νᵀ_t B_t‖ / ‖ν_t‖)`` balance the norms. A term that is zero is left
-        out (its ρ is 1); an ε is not needed.
+        out (its ρ is 1); an ε is not needed. A learned first state starts as ``s̃_0 = ρ₁ ν``,
+        ``θ̃_0 = νᵀ ∂h₀/∂θ / ρ₁``.
 
     Law:
         Unbiased, ``E S̃_t = S_t`` and so is each gradient, as long as parameters do not depend on the draws. The
@@ -92,11 +93,23 @@ class UORO(InfluenceLearner):
             torch.Generator().set_state(rng_state)  # raises an error if it is not the state of a generator
         return {**super()._load_buffers(loaded), "_rng_state": rng_state}
 
+    def _with_first(self, influence: Tensor) -> tuple[Tensor, ...]:
+        by_state, by_theta = self._carried  # zero for the samples that have restarted
+        signs = self._signs()
+        weighted = torch.einsum("bi,bip->bp", signs, influence)
+        rho = balance(weighted, signs)
+        restarted = influence.flatten(1).count_nonzero(dim=1)[:, None] > 0
+        return by_state + torch.where(restarted, rho * signs, 0.0), by_theta + weighted / rho
+
+    def _signs(self) -> Tensor:
+        by_state = self._carried[0]
+        device = "cpu" if self._generator is None else self._generator.device
+        return torch.randint(0, 2, by_state.shape, generator=self._generator, device=device).to(by_state) * 2 - 1
+
     def _advance(self, dynamics: Tensor, immediate: Tensor) -> tuple[Tensor, ...]:
         by_state, by_theta = self._carried
         moved = torch.einsum("bij,bj->bi", dynamics, by_state)
-        device = "cpu" if self._generator is None else self._generator.device
-        signs = torch.randint(0, 2, by_state.shape, generator=self._generator, device=device).to(by_state) * 2 - 1
+        signs = self._signs()
         immediate_sum = torch.einsum("bi,bip->bp", signs, immediate)
         rho_0, rho_1 = balance(by_theta, moved), balance(immediate_sum, signs)
         return rho_0 * moved + rho_1 * signs, by_theta / rho_0 + immediate_sum / rho_1

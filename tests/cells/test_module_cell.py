@@ -217,7 +217,7 @@ def test_dtype_and_device_are_those_of_the_parameters(name: str, device: torch.d
 
 
 def test_the_state_given_wins_over_the_modules_own_and_is_a_copy() -> None:
-    own = (torch.full((1, 3), 0.4, requires_grad=True), torch.arange(4.0).reshape(1, 2, 2))
+    own = (torch.full((1, 3), 0.4), torch.arange(4.0).reshape(1, 2, 2))
     cell = from_torch(Irregular(), state=own)
     with torch.no_grad():
         own[0].fill_(9.0)
