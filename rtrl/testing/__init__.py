@@ -15,9 +15,10 @@ from rtrl.testing.compare import (
     worst_difference,
 )
 from rtrl.testing.driver import Driver
-from rtrl.testing.laws import Exact, ExactWithin, Law, Masked, Truncated, Unbiased
+from rtrl.testing.laws import Exact, ExactWithin, Law, Truncated, Unbiased
 from rtrl.testing.learner_checks.listing import learner_checks
 from rtrl.testing.pytest_nodes import BoundCheck, bound_checks, parametrize_with_checks
+from rtrl.testing.recursion_laws import Masked, Recursion, RecursionStep
 from rtrl.testing.report import CheckFailed, Failure, Report
 from rtrl.testing.spec import CellSpec, ErrorInput, LearnerSpec
 from rtrl.testing.streams import Stream
@@ -38,6 +39,8 @@ __all__ = [
     "LearnerSpec",
     "Masked",
     "NotComparable",
+    "Recursion",
+    "RecursionStep",
     "Report",
     "Stream",
     "Truncated",

@@ -3,7 +3,6 @@ never gets a looser tolerance."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
@@ -13,8 +12,8 @@ from torch import Tensor
 
 import oracles
 from rtrl._utils import validation
-from rtrl._utils.functional_call import functional_call
 from rtrl.errors import ConfigError
+from rtrl.testing.linearized_steps import states_received
 from rtrl.testing.streams import Loss, Stream
 
 Gradients = dict[str, Tensor]
@@ -31,6 +30,10 @@ class Law(ABC):
     @abstractmethod
     def reference(self, stream: Stream, learner: Any) -> Gradients:
         """Return the gradients that the ``learner`` must have after this ``stream``, by parameter name."""
+
+    def variant(self) -> "Law | None":
+        """Return a law that is easily meant in place of this one; None by default."""
+        return None
 
     def reference_influence(self, stream: Stream, learner: Any) -> Gradients:
         """Return the influences ``(B, H, P)`` that the ``learner`` must have after this ``stream``.
@@ -103,7 +106,7 @@ class Truncated(Law):
     def reference(self, stream: Stream, learner: Any) -> Gradients:
         """Return the sum of one BPTT per loss of the ``stream``, each over its last steps, for any ``learner``."""
         total = {name: torch.zeros_like(p) for name, p in stream.cell.named_parameters() if p.requires_grad}
-        states = _states(stream)
+        states = states_received(stream)
         first = 0
         for t in range(stream.steps):
             if self.sliding:
@@ -114,7 +117,7 @@ class Truncated(Law):
                 stream.cell,
                 stream.xs[first : t + 1],
                 _only(stream.loss, t, first),
-                h0=states[first],
+                h0=states[first] if first else None,  # a learned first state gets its gradient
                 resets=None if stream.resets is None else stream.resets[first : t + 1],
                 offsets=None if stream.offsets is None else stream.offsets[first : t + 1],
             )
@@ -127,66 +130,6 @@ def _only(loss: Loss, t: int, first: int) -> Loss:
     return lambda i, y: loss(t, y) if first + i == t else None
 
 
-def _states(stream: Stream) -> list[Tensor]:
-    """The state that each step receives, before its resets, by forward passes only."""
-    states: list[Tensor] = []
-    with torch.no_grad():
-        h: Tensor = stream.cell.init_state(stream.batch_size)  # type: ignore[operator]
-        for t in range(stream.steps):
-            states.append(h)
-            if stream.resets is not None:
-                fresh: Tensor = stream.cell.init_state(stream.batch_size)  # type: ignore[operator]
-                h = torch.where(stream.resets[t].reshape(-1, *[1] * (h.ndim - 1)), fresh, h)
-            theta = {name: p.detach() for name, p in stream.cell.named_parameters()}
-            for name, offset in ({} if stream.offsets is None else stream.offsets[t]).items():
-                theta[name] = theta[name] + offset
-            h = functional_call(stream.cell, theta, (stream.xs[t], h))[1]
-    return states
-
-
-def _mask_of_learner(learner: Any, name: str) -> Tensor:
-    mask: Tensor = learner.mask(name)
-    return mask
-
-
-@dataclass(frozen=True)
-class Masked(Law):
-    """The influence is zero outside a mask, and inside it follows the masked recursion ``S ← M ∘ (J S + B)``.
-
-    Args:
-        mask: ``mask(learner, name)`` returns M, Boolean (H, P) in the order of the flattened state and parameter, after
-            the stream; ``learner.mask(name)`` by default. It must not change along the stream, except at entries that
-            were zero before.
-    """
-
-    mask: Callable[[Any, str], Tensor] = field(default=_mask_of_learner, repr=False)
-    covers_influence = True
-
-    def __post_init__(self) -> None:
-        if not callable(self.mask):
-            raise ConfigError(f"mask must be a function mask(learner, name), got {self.mask!r}")
-
-    def reference(self, stream: Stream, learner: Any) -> Gradients:
-        """Return the gradients of full RTRL on the ``stream``, with the mask of the ``learner`` after every step."""
-        return self._run(stream, learner)[0]
-
-    def reference_influence(self, stream: Stream, learner: Any) -> Gradients:
-        """Return the influences on the ``stream``, with the mask of the ``learner`` after every step."""
-        return self._run(stream, learner)[1][-1]
-
-    def _run(self, stream: Stream, learner: Any) -> tuple[Gradients, list[Gradients]]:
-        names = [name for name, p in stream.cell.named_parameters() if p.requires_grad]
-        return oracles.dense_rtrl(
-            stream.cell,
-            stream.xs,
-            stream.loss,
-            resets=stream.resets,
-            offsets=stream.offsets,
-            mask={name: self.mask(learner, name) for name in names},
-            return_influence=True,
-        )
-
-
 @dataclass(frozen=True)
 class Unbiased(Exact):
     """The mean of the gradient over independent draws is the exact one.
@@ -195,27 +138,45 @@ class Unbiased(Exact):
     every entry, and of the component along the exact gradient, must lie within z standard errors of the exact value;
     z is such that an unbiased learner with normal means is refused with a probability of at most ``false_alarm`` per
     stream (Student's t with ``draws − 1`` degrees of freedom, Bonferroni over entries). With a fixed seed the verdict
-    is always the same. A learner whose draws scatter so much that a gradient of zero would pass is refused, too,
-    because the draws do not test it.
+    is always the same. While the draws scatter so much that a gradient of zero would pass, up to four times as many are
+    taken; a learner for which that is not enough is refused, because the draws do not test it.
 
     Args:
         draws: the number of draws, at least 30.
         false_alarm: the probability of a wrong refusal, over the choice of the seed.
         horizon: the length of the longest stream to test on; the variance grows with it.
+        reach: tests one component more, that of the gradient from further back than this many steps. Without it, a
+            learner that forgets the past may pass on long streams, because the near past is most of the gradient. A
+            learner whose draws scatter so much that forgetting would pass is refused, too.
         scope: as in ``Exact``.
+
+    Raises:
+        ConfigError: a number is not of the right kind.
     """
 
     draws: int = 200
     false_alarm: float = 1e-6
     horizon: int = 3
+    reach: int | None = None
     covers_influence = False  # a single draw is not a mean
 
     def __post_init__(self) -> None:
         validation.integer("draws", self.draws, 30)
         validation.integer("horizon", self.horizon)
+        if self.reach is not None:
+            validation.integer("reach", self.reach)
         if not isinstance(self.false_alarm, float) or not 0 < self.false_alarm < 1:
             raise ConfigError(f"false_alarm must be a number between 0 and 1, got {self.false_alarm!r}")
         object.__setattr__(self, "steps", self.horizon)
+
+    def directions(self, stream: Stream) -> dict[str, Gradients]:
+        """Return the exact gradient, and with ``reach`` the part of it from further back, by what they are."""
+        exact = self.reference(stream, None)
+        found = {"the exact gradient": exact}
+        if self.reach is not None and self.reach < stream.steps:
+            near = Truncated(self.reach).reference(stream, None)
+            found[f"its part from more than {self.reach} steps back"] = {n: exact[n] - near[n] for n in exact}
+        return found
 
     def quantile(self, tests: int) -> float:
         """Return the number of standard errors that is allowed if ``tests`` values are tested at once.

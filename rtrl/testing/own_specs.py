@@ -13,7 +13,8 @@ import rtrl
 from rtrl import errors
 from rtrl.learners import BPTT, RFLO, TBPTT, UORO, DenseRTRL, DiagonalRTRL, SnAp
 from rtrl.testing.example_cells import Leaky, Ring, seeded
-from rtrl.testing.laws import Exact, ExactWithin, Masked, Truncated, Unbiased
+from rtrl.testing.laws import Exact, ExactWithin, Truncated, Unbiased
+from rtrl.testing.recursion_laws import Masked
 from rtrl.testing.spec import CellSpec, ErrorInput, LearnerSpec
 from rtrl.testing.streams import Stream, normal
 

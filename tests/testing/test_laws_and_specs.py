@@ -2,6 +2,7 @@
 
 import functools
 import unittest
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ from rtrl.testing import (
     parametrize_with_checks,
 )
 from rtrl.testing.laws import student
-from rtrl.testing.streams import dense_stream, normal
+from rtrl.testing.streams import dense_stream, layered_stream, normal
 
 
 def report_of(spec: Any, *checks: str, **options: Any) -> Report:
@@ -108,12 +109,13 @@ SHORT = dense_stream(0, batch=1)
 
 def test_unbiased_passes_the_unbiased_and_refuses_what_is_biased_by_much() -> None:
     law = Unbiased(draws=200)
-    assert report_of(own(UORO, law, SHORT), "own streams").passed
+    stream = replace(SHORT, loss=lambda t, y: SHORT.loss(t, y) if t == 2 else None)
+    assert report_of(own(UORO, law, stream), "own streams").passed
     for factor in (-1.0, 2.0):
-        (failure,) = report_of(own(_scaled(factor), law, SHORT), "own streams").failures
+        (failure,) = report_of(own(_scaled(factor), law, stream), "own streams").failures
         assert "mean of 200 draws" in failure.where
         assert "standard errors off" in failure.found
-        assert failure.step in (1, 2), "the first step's state has no influence yet"
+        assert failure.step == 2
 
 
 def test_unbiased_refuses_what_does_not_draw_at_all() -> None:
@@ -129,6 +131,51 @@ def test_unbiased_refuses_what_no_draw_can_tell_from_nothing() -> None:
     spec = LearnerSpec(gradients=wild, law=Unbiased(draws=60), streams=[SHORT])
     (failure,) = report_of(spec, "own streams").failures
     assert "use more draws" in failure.message
+
+
+def _scattered(law: Law, scatter: float) -> Any:
+    """A function whose mean is what a law requires, with a scatter relative to the norm of that."""
+    means: dict[int, Any] = {}
+
+    def gradients(cell: nn.Module, xs: Tensor, loss: Any) -> dict[str, Tensor]:
+        if len(xs) not in means:
+            means[len(xs)] = law.reference(Stream(cell, xs, loss), None)
+        size = torch.cat([g.flatten() for g in means[len(xs)].values()]).norm()
+        return {name: g + scatter * size * torch.randn_like(g) for name, g in means[len(xs)].items()}
+
+    return gradients
+
+
+def test_unbiased_sees_a_forgotten_past_that_is_small_beside_the_rest() -> None:
+    whole = layered_stream(0, steps=9).alone(0)  # its far past is spread over many entries
+    stream = replace(whole, loss=lambda t, y: whole.loss(t, y) if t > 6 else None)
+    directions = Unbiased(horizon=9, reach=3).directions(stream)
+    assert list(directions) == ["the exact gradient", "its part from more than 3 steps back"]
+    exact, past = (torch.cat([g.flatten() for g in part.values()]).norm() for part in directions.values())
+    far = float(past / exact)
+
+    def passes(mean: Law, scatter: float, reach: int | None) -> Report:
+        law = Unbiased(draws=60, horizon=9, reach=reach)
+        spec = LearnerSpec(gradients=_scattered(mean, scatter * far), law=law, streams=[stream], name="scattered")
+        return report_of(spec, "own streams")
+
+    assert passes(Truncated(3), 1.0, None).passed, "without reach it goes unseen"
+    (failure,) = passes(Truncated(3), 1.0, 3).failures
+    assert "along its part from more than 3 steps back" in failure.where
+    assert passes(Exact(), 1.0, 3).passed
+    (failure,) = passes(Exact(), 3.0, 3).failures
+    assert "without it would pass as well; use more draws" in failure.message
+    assert passes(Exact(), 3.0, 9).passed, "nothing is further back than the stream is long"
+
+
+def test_the_long_stream_of_an_unbiased_learner_asks_for_the_past() -> None:
+    def long(mean: Law) -> Report:
+        spec = LearnerSpec(gradients=_scattered(mean, 0.5), law=Unbiased(draws=40), name="scattered")
+        return report_of(spec, "long stream")
+
+    assert long(Exact()).passed
+    (failure,) = long(Truncated(3)).failures
+    assert "three horizons" in failure.message
 
 
 def test_an_unbiased_verdict_depends_on_the_seed_alone() -> None:
@@ -210,6 +257,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("no horizon", lambda: ExactWithin(0), "horizon must be a positive integer"),
     ("half a horizon", lambda: Truncated(1.5), "horizon must be a positive integer"),  # type: ignore[arg-type]
     ("too few draws", lambda: Unbiased(draws=5), "draws must be an integer of at least 30"),
+    ("no reach", lambda: Unbiased(reach=0), "reach must be a positive integer"),
     ("no rate", lambda: Unbiased(false_alarm=0.0), "false_alarm must be a number between 0 and 1"),
     ("a cell in place of its maker", lambda: CellSpec(nn.GRUCell(2, 3), []), "make_cell must be a function"),  # type: ignore[arg-type]
     ("an unknown check", lambda: check_learner(rtrl.BlockRTRL, checks=["dense"]), "no check 'dense'; there are: inter"),

@@ -55,14 +55,16 @@ for _name, _make, _sparse in (
 
 @check("long stream")
 def _long(subject: Subject) -> Iterator[Found]:
-    """Hundreds of steps with a loss at the end, or as many as the law covers."""
+    """Hundreds of steps with a loss at the end, or as many as the law covers; for an unbiased learner, whether the
+    past beyond its horizon counts."""
     law = subject.spec.law
     if isinstance(law, Unbiased):
-        longer = replace(streams.dense_stream(subject.seed, steps=3 * law.horizon, batch=1), name="three horizons")
+        slow, steps = streams.slow_stream(subject.seed), 3 * law.horizon
+        at_the_end = _only_at(streams.squares, (steps - 1).__eq__)
+        longer = replace(slow, xs=slow.xs[:steps, :1], loss=at_the_end, syncs=frozenset(), name="three horizons")
         subject.standard(longer)
-        yield from gradient_failures(
-            replace(subject.spec, law=replace(law, horizon=longer.steps)), longer, subject.seed
-        )
+        far = replace(law, horizon=steps, reach=law.reach or law.horizon)
+        yield from gradient_failures(replace(subject.spec, law=far), longer, subject.seed)
         return
     if law.steps is not None and law.steps <= _SHORT:
         raise NotJudged("because the law covers short streams only")
