@@ -138,6 +138,13 @@ class Driver:
             for name, p in trainable(self.cell).items():
                 p.copy_(self._start[name] + offset.get(name, 0.0))
 
+    def restore_parameters(self) -> None:
+        """Set the parameters to their first values, without a sync."""
+        self._offset = {}
+        with torch.no_grad():
+            for name, value in self._start.items():
+                self.cell.get_parameter(name).copy_(value)
+
     def save_and_load(self) -> None:
         """Replace the learner by a new one that has loaded its ``state_dict``."""
         with self.during("state_dict"):

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
+from rtrl._utils import validation
 from rtrl.errors import ConfigError
 from rtrl.testing.laws import Exact, Law
 from rtrl.testing.streams import Loss, Stream
@@ -51,6 +53,11 @@ class LearnerSpec:
         constant_memory: whether the bytes that it holds must not grow with the number of steps.
         plain_backward: whether ``loss.backward()`` may replace ``learner.backward(loss)``.
         copies_inputs: whether x may be overwritten after the losses of its step.
+        dtype: of the cells that the learner is for. In float32 it is held to the float64 gradient at the size of
+            float32's rounding.
+        losses: "own" for a learner that takes the losses of its streams only, one per step that has one; checks that
+            change the losses are not judged then.
+        batch: the batch size of a learner of one batch size; of any by default.
 
     Raises:
         ConfigError: an argument is of the wrong kind, or both or neither of the two forms is given. The names in
@@ -73,6 +80,9 @@ class LearnerSpec:
     constant_memory: bool = False
     plain_backward: bool = False
     copies_inputs: bool = False
+    dtype: torch.dtype = torch.float64
+    losses: Literal["any", "own"] = "any"
+    batch: int | None = None
 
     def __post_init__(self) -> None:
         made = self.make_learner if self.gradients is None else self.gradients
@@ -98,6 +108,18 @@ class LearnerSpec:
         ):
             if not isinstance(flag, bool):
                 raise ConfigError(f"{what} must be True or False, got {flag!r}")
+        if self.dtype not in (torch.float64, torch.float32):
+            raise ConfigError(f"dtype must be torch.float64 or torch.float32, got {self.dtype!r}")
+        if self.losses not in ("any", "own"):
+            raise ConfigError(f'losses must be "any" or "own", got {self.losses!r}')
+        if self.batch is not None:
+            validation.integer("batch", self.batch)
+            other = [stream for stream in self.streams if stream.batch_size != self.batch]
+            if other:
+                raise ConfigError(
+                    f"the learner is for batch={self.batch}, but the stream {other[0].name!r} has a batch of "
+                    f"{other[0].batch_size}; change one of them"
+                )
         if not isinstance(self.name, str):
             raise ConfigError(f"name must be a text, got {type(self.name).__name__}")
         if not self.name:

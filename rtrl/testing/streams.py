@@ -43,6 +43,7 @@ class Stream:
         name: in reports.
         syncs: the steps after which ``sync`` is called; the end is not one of them.
         resets: Boolean (T, B); these samples are reset before a step.
+        split_resets: the steps before which each sample is reset by a call of its own.
         offsets: one dict of constants per step, by which the parameters differ from those of the cell.
         pieces: the number of losses into which each loss is split.
         scattered: whether each x is a view that is not contiguous.
@@ -67,6 +68,7 @@ class Stream:
     name: str = "stream"
     syncs: frozenset[int] = frozenset()
     resets: Tensor | None = None
+    split_resets: frozenset[int] = frozenset()
     offsets: Sequence[Mapping[str, Tensor]] | None = None
     pieces: int = 1
     scattered: bool = False
@@ -122,19 +124,48 @@ class Stream:
         return replace(self, xs=self.xs[:, one], resets=None if self.resets is None else self.resets[:, one])
 
 
+    def resized(self, batch: int) -> "Stream":
+        """Return a stream of ``batch`` samples: the first ones, and beyond them the same ones shifted in time."""
+        if batch <= self.batch_size:
+            chosen = [self.xs[:, b] for b in range(batch)]
+        else:
+            chosen = [self.xs[:, b % self.batch_size].roll(b // self.batch_size, dims=0) for b in range(batch)]
+        resets = None
+        if self.resets is not None:
+            resets = self.resets[:, torch.arange(batch, device=self.resets.device) % self.batch_size]
+        return replace(self, xs=torch.stack(chosen, dim=1), resets=resets)
+
+
 def normal(seed: int, *shape: int) -> Tensor:
     """Standard normal numbers in float64 that depend on the seed alone."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def dense_stream(seed: int, steps: int = 14, batch: int = 3) -> Stream:
+def moved_parameters(stream: Stream, n: int, seed: int) -> list[dict[str, Tensor]]:
+    """No offset, and then ``n`` random offsets of all trainable parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    trained = {name: p for name, p in stream.cell.named_parameters() if p.requires_grad}
+    return [{}] + [
+        {
+            name: 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
+            for name, p in trained.items()
+        }
+        for _ in range(n)
+    ]
+
+
+def dense_stream(seed: int, steps: int = 14, batch: int = 5) -> Stream:
     """tanh units; y sees the state before and after the step."""
     return Stream(seeded(PlainRNN(2, 3, start=0.3), seed), normal(seed, steps, batch, 2), name="dense")
 
 
 def unusual_stream(seed: int, steps: int = 14) -> Stream:
-    """A normalisation, a transposed use, scales and a scalar; a state of two rows; y a tree."""
-    return Stream(seeded(OddCell(2, 3), seed), normal(seed, steps, 2, 2), name="unusual parameters")
+    """A normalisation, a transposed use, scales and a scalar; a state of two rows; y a tree, used by its names."""
+
+    def loss(t: int, y: Any) -> Tensor:
+        return squares(t, (y.value, y.extra["product"]))
+
+    return Stream(seeded(OddCell(2, 3), seed), normal(seed, steps, 2, 2), loss, name="unusual parameters")
 
 
 def shared_stream(seed: int, steps: int = 14) -> Stream:
@@ -192,17 +223,18 @@ def _sets(t: int, b: int, size: int, period: int) -> list[int]:
     return [int((t // period + 2 * i + b) % (size + 1) < 2) for i in range(size)]
 
 
-def scheduled_stream(seed: int, steps: int = 14, largest: float = 0.7) -> Stream:
+def scheduled_stream(seed: int, steps: int = 14, largest: float = 0.7, period: int = 4) -> Stream:
     """Rows read, rows written and slices used change from step to step and differ between samples.
 
     Args:
         seed: of the weights and inputs.
         steps: T.
         largest: the largest input; above 0.8 the cell declares all rows as read and written.
+        period: half the number of steps for which a slice is dormant.
     """
     rows, experts, batch = 4, 3, 2
     masks = [
-        [_sets(t, b, rows, 2) + _sets(t + 1, b + 1, rows, 3) + _sets(t, b, experts, 4) for b in range(batch)]
+        [_sets(t, b, rows, 2) + _sets(t + 1, b + 1, rows, 3) + _sets(t, b, experts, period) for b in range(batch)]
         for t in range(steps)
     ]
     features = normal(seed, steps, batch, 2).clamp(max=largest)

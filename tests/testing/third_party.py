@@ -4,6 +4,7 @@ get wrong. Nothing of ``rtrl`` is used; the tests copy this file to a folder of 
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 
 class Textbook:
@@ -20,6 +21,7 @@ class Textbook:
         self.taken = 0
 
     def step(self, x: Any) -> Any:
+        self.refuse_more_losses()
         self.h.requires_grad_()
         out = self.cell(x, self.h)
         self.y, self.h_next = out[0], out[1]
@@ -30,6 +32,16 @@ class Textbook:
         self.before, self.h = self.h, self.h_next.detach()
         self.taken += 1
         return self.y
+
+    def refuse_more_losses(self) -> None:
+        """A loss that reaches the y of an earlier step is an error."""
+
+        def refuse(gradient: torch.Tensor) -> None:
+            raise ValueError("a loss may reach the y of the last step only")
+
+        for leaf in tree_leaves(getattr(self, "y", None)):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                leaf.register_hook(refuse)
 
     def advanced(self, b: int, influence: torch.Tensor) -> torch.Tensor:
         dynamics, immediate = [], []

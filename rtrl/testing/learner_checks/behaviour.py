@@ -7,12 +7,14 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from rtrl._engine import checks
 from rtrl._utils import pytrees
@@ -26,7 +28,7 @@ from rtrl.testing.learner_checks.registry import NotJudged, Subject, check
 from rtrl.testing.learner_checks.verdict import compare
 from rtrl.testing.report import Found
 from rtrl.testing.spec import ErrorInput, LearnerSpec
-from rtrl.testing.streams import Stream
+from rtrl.testing.streams import Stream, moved_parameters
 
 _SINGLE = 1e-3  # relative, float32 against float64: shows that it is the same gradient, not how well it is rounded
 _MEMORY_STEPS = 56
@@ -52,15 +54,24 @@ def _interface(subject: Subject) -> Iterator[Found]:
         if bool((value != 0).any()):
             yield Found(f"sync() before the first step adds a gradient of {name!r}")
             return
-    outcome = drive(subject.spec, stream)
+    yield from _output_failures(subject.spec, stream)
+    if not subject.spec.streams:
+        named = subject.standard(streams.unusual_stream(subject.seed, steps=2))
+        yield from _output_failures(subject.spec, replace(named, loss=lambda t, y: None))
+
+
+def _output_failures(spec: LearnerSpec, stream: Stream) -> Iterator[Found]:
+    """Where the y of a step is not that of the cell, in its form or its values."""
+    outcome = drive(spec, stream)
     h = stream.cell.init_state(stream.batch_size)  # type: ignore[operator]
     for t, y in enumerate(outcome.outputs):
         with torch.no_grad():
             expected, h, _ = call_cell(stream.cell, stream.xs[t], h, None)
-        pairs = list(zip(pytrees.tensors(y), pytrees.tensors(expected), strict=False))
-        if len(pytrees.tensors(y)) != len(pytrees.tensors(expected)):
-            yield Found("step(x) does not return the y of the cell", t)
+        kinds = [str(pytree.tree_structure(tree)) for tree in (y, expected)]
+        if kinds[0] != kinds[1]:
+            yield Found("step(x) does not return the y of the cell", t, None, "the form of y", *kinds)
             return
+        pairs = zip(pytrees.tensors(y), pytrees.tensors(expected), strict=True)
         for number, (found_leaf, leaf) in enumerate(pairs):
             same_form = found_leaf.shape == leaf.shape and found_leaf.dtype == leaf.dtype
             if not same_form or not checks.nearly_equal(found_leaf, leaf):
@@ -71,12 +82,14 @@ def _interface(subject: Subject) -> Iterator[Found]:
 
 @check("save and load")
 def _saved(subject: Subject) -> Iterator[Found]:
-    """A learner that loads a ``state_dict()`` continues bit for bit as the saved one does, also from a file and after
-    other steps; saving does not change the saved one."""
+    """A learner that loads a ``state_dict()`` continues bit for bit as the saved one does: from memory and from a file,
+    after other steps, and once more from the same state. Syncs, a reset and a change of parameters follow the load.
+    Saving does not change the saved one."""
     subject.needs_learner("state_dict", "load_state_dict")
     subject.needs_steps()
-    for stream in subject.streams():
-        middle = stream.steps // 2
+    for plain in subject.streams():
+        middle = plain.steps // 2
+        stream = _eventful(subject, plain, middle)
         torch.manual_seed(subject.seed)
         driver = StreamDriver(subject.spec, stream)
         deque(islice(driver.steps(), middle), maxlen=0)
@@ -86,8 +99,15 @@ def _saved(subject: Subject) -> Iterator[Found]:
         held = {name: None if p.grad is None else p.grad.clone() for name, p in driver.cell.named_parameters()}
         through = _continued(driver, middle, subject.seed)
         file.seek(0)
-        for how, state in (("in memory", saved), ("from a file", torch.load(file, weights_only=False))):
-            resumed = _continued(_loaded(subject.spec, stream, state, held), middle, subject.seed)
+        other = StreamDriver(subject.spec, stream)
+        deque(islice(other.steps(), 2), maxlen=0)
+        for how, used, state in (
+            ("in memory", other, saved),
+            ("in memory, a second time", other, saved),
+            ("from a file", StreamDriver(subject.spec, stream), torch.load(file, weights_only=False)),
+        ):
+            used.load(state, held)
+            resumed = _continued(used, middle, subject.seed)
             for name, value in through.items():
                 if not torch.equal(value, resumed[name]):
                     bad = (value != resumed[name]).nonzero()[0].tolist()
@@ -102,21 +122,25 @@ def _saved(subject: Subject) -> Iterator[Found]:
                 return
 
 
+def _eventful(subject: Subject, stream: Stream, middle: int) -> Stream:
+    """The stream with a reset right after step ``middle`` begins, two syncs, a change of parameters, another reset."""
+    moved = moved_parameters(stream, 1, subject.seed)
+    flags = None
+    if subject.has("reset"):
+        flags = torch.zeros(stream.steps, stream.batch_size, dtype=torch.bool, device=stream.xs.device)
+        flags[middle, 0] = flags[middle + 3 :: 3, -1] = True
+    return replace(
+        stream,
+        syncs=frozenset({middle + 1, middle + 2}) & frozenset(range(stream.steps - 1)),
+        resets=flags,
+        offsets=[moved[t > middle + 2] for t in range(stream.steps)],
+    )
+
+
 def _continued(driver: StreamDriver, first: int, seed: int) -> dict[str, Tensor]:
     """The gradients after the rest of the stream; random draws are the same at each call."""
     torch.manual_seed(seed + 1)
     return driver.finish(first)
-
-
-def _loaded(spec: LearnerSpec, stream: Stream, saved: Any, gradients: dict[str, Tensor | None]) -> StreamDriver:
-    """A driver whose learner has taken other steps before it loads."""
-    driver = StreamDriver(spec, stream)
-    deque(islice(driver.steps(), 2), maxlen=0)
-    for name, p in driver.cell.named_parameters():
-        p.grad = None if gradients[name] is None else gradients[name].clone()  # type: ignore[union-attr]
-    with driver.during("load_state_dict(...)"):
-        driver.learner.load_state_dict(saved)
-    return driver
 
 
 @check("float32")

@@ -77,6 +77,14 @@ class StreamDriver(Driver):
             own_x.fill_(torch.nan)
         return y
 
+    def reset(self, samples: Tensor | None) -> None:
+        """Reset the samples, by one call each if the stream asks for it."""
+        if samples is None or self.step_index not in self._stream.split_resets:
+            super().reset(samples)
+            return
+        for b in samples.nonzero().flatten().tolist():
+            super().reset(torch.arange(len(samples), device=samples.device) == b)
+
     def add_loss(self, loss_fn: Callable[[Any], Tensor | None], y: Any) -> None:
         """Pass the loss in as many parts as the stream asks for."""
         if self._stream.pieces == 1:
@@ -91,6 +99,15 @@ class StreamDriver(Driver):
             loss.backward()
         else:
             super().backward(loss)
+
+    def load(self, saved: Any, gradients: Mapping[str, Tensor | None]) -> None:
+        """Load a state that was saved at the first parameters, when ``.grad`` held these gradients."""
+        self.restore_parameters()
+        for name, p in self.cell.named_parameters():
+            held = gradients[name]
+            p.grad = None if held is None else held.clone()
+        with self.during("load_state_dict(...)"):
+            self.learner.load_state_dict(saved)
 
     def sync_and_read(self) -> dict[str, Tensor]:
         """Sync, and return the ``.grad`` of every trainable parameter."""

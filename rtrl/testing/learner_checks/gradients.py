@@ -10,13 +10,12 @@ from torch import Tensor
 
 from rtrl._utils import pytrees
 from rtrl.testing import streams
-from rtrl.testing.driver import trainable
 from rtrl.testing.laws import Unbiased
 from rtrl.testing.learner_checks.driver import StreamDriver, drive
 from rtrl.testing.learner_checks.registry import Check, NotJudged, Subject, check
 from rtrl.testing.learner_checks.verdict import compare, gradient_failures, influence_failures
 from rtrl.testing.report import Found
-from rtrl.testing.streams import Loss, Stream
+from rtrl.testing.streams import Loss, Stream, moved_parameters
 
 _SHORT = 40  # the number of steps that the other checks cover
 _Modified = Iterator[tuple[Stream, str]]  # streams, and what was done to them
@@ -39,8 +38,24 @@ def _on_stream(make: Callable[[int], Stream], sparse: bool) -> Check:
     return run
 
 
+@check("dense cell")
+def _dense(subject: Subject) -> Iterator[Found]:
+    """Five samples; one sample; x that is zero at some steps."""
+    stream = subject.standard(streams.dense_stream(subject.seed))
+    failures = list(subject.gradient_failures(stream))
+    yield from failures
+    if failures or isinstance(subject.spec.law, Unbiased):
+        return
+    if subject.spec.batch is None:
+        lone = replace(streams.dense_stream(subject.seed, batch=1), name="dense, a batch of one")
+        yield from subject.gradient_failures(subject.standard(lone))
+    silent = stream.xs.clone()
+    silent[1 : stream.steps // 2] = 0.0
+    treatment = f"x zero at steps 1 to {stream.steps // 2 - 1}"
+    yield from subject.gradient_failures(replace(stream, xs=silent), treatment, stream)
+
+
 for _name, _make, _sparse in (
-    ("dense cell", streams.dense_stream, False),
     ("unusual parameters", streams.unusual_stream, False),
     ("shared parameters", streams.shared_stream, False),
     ("partly trained", streams.frozen_stream, False),
@@ -91,11 +106,14 @@ def _own(subject: Subject) -> Iterator[Found]:
         yield from subject.gradient_failures(stream)
 
 
-def _modified(name: str, *methods: str, learner: bool = False, steps: bool = False) -> Callable[[_Modify], _Modify]:
+def _modified(
+    name: str, *methods: str, losses: bool = False, learner: bool = False, steps: bool = False
+) -> Callable[[_Modify], _Modify]:
     """Register a check of the gradient on modified streams.
 
     Args:
         methods: what the learner must have; the check does not apply without them.
+        losses: the check does not apply to learners that take the streams' own losses only.
         learner: the check does not apply to functions of the whole stream.
         steps: the check does not apply to very short streams.
     """
@@ -104,6 +122,8 @@ def _modified(name: str, *methods: str, learner: bool = False, steps: bool = Fal
         def run(subject: Subject) -> Iterator[Found]:
             if learner or methods:
                 subject.needs_learner(*methods)
+            if losses:
+                subject.needs_any_loss()
             if steps:
                 subject.needs_steps()
             for stream in subject.streams():
@@ -116,18 +136,18 @@ def _modified(name: str, *methods: str, learner: bool = False, steps: bool = Fal
     return register
 
 
-@_modified("losses at some steps", steps=True)
+@_modified("losses at some steps", losses=True, steps=True)
 def _some_steps(subject: Subject, stream: Stream) -> _Modified:
     yield replace(stream, loss=_only_at(stream.loss, lambda t: t % 3 == 2)), "a loss at every third step"
 
 
-@_modified("one loss at the last step")
+@_modified("one loss at the last step", losses=True)
 def _at_the_end(subject: Subject, stream: Stream) -> _Modified:
     last = _only_at(stream.loss, (stream.steps - 1).__eq__)
     yield replace(stream, loss=last), "a loss at the last step only"
 
 
-@_modified("losses of single samples", steps=True)
+@_modified("losses of single samples", losses=True, steps=True)
 def _one_sample(subject: Subject, stream: Stream) -> _Modified:
     """Samples have their losses at different steps; each loss reaches its own sample only."""
 
@@ -138,9 +158,16 @@ def _one_sample(subject: Subject, stream: Stream) -> _Modified:
     yield replace(stream, loss=of_one), "a loss of one sample per step"
 
 
-@_modified("losses of all scales")
+@_modified("losses of all scales", losses=True)
 def _scales(subject: Subject, stream: Stream) -> _Modified:
-    """Losses a million times as large and as small: gradients are not clipped and not rounded to zero."""
+    """Losses a million times as large and as small: gradients are not clipped and not rounded to zero. Losses of value
+    zero, whose gradient is not."""
+
+    def vanishing(t: int, y: Any) -> Tensor | None:
+        value = stream.loss(t, y)
+        return None if value is None else value - value.detach()
+
+    yield replace(stream, loss=vanishing), "losses of value zero"
     for factor in (1e6, 1e-6):
 
         def scaled(t: int, y: Any, factor: float = factor) -> Tensor | None:
@@ -166,13 +193,14 @@ def _plain(subject: Subject, stream: Stream) -> _Modified:
     yield replace(stream, plain=True), "losses by their own backward()"
 
 
-@_modified("several losses per step", learner=True)
+@_modified("several losses per step", losses=True, learner=True)
 def _several(subject: Subject, stream: Stream) -> _Modified:
     yield replace(stream, pieces=2), "each loss in two parts"
 
 
 @check("no loss")
 def _no_loss(subject: Subject) -> Iterator[Found]:
+    subject.needs_any_loss()
     for stream in subject.streams():
         outcome = drive(subject.spec, replace(stream, loss=lambda t, y: None))
         for name, gradient in outcome.gradients.items():
@@ -219,18 +247,18 @@ def _accumulated(subject: Subject, stream: Stream) -> Iterator[Found]:
 
 @_modified("changed parameters", learner=True, steps=True)
 def _changed(subject: Subject, stream: Stream) -> _Modified:
-    """Parameters change after a sync, as by an optimizer; each step uses the parameters at which it was taken."""
-    third = max(1, stream.steps // 3)
-    generator = torch.Generator().manual_seed(subject.seed)
-    moved = [
-        {
-            name: 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
-            for name, p in trainable(stream.cell).items()
-        }
-        for _ in range(2)
-    ]
-    offsets = [[{}, *moved][min(t // third, 2)] for t in range(stream.steps)]
-    yield replace(stream, offsets=offsets), f"changes of parameters before steps {third} and {2 * third}"
+    """Parameters change after a sync, as by an optimizer, four times; each step uses the parameters at which it was
+    taken. One sample is reset right after a change, if the learner has resets."""
+    at = sorted({max(1, k * stream.steps // 5) for k in (1, 2, 3, 4)})
+    moved = moved_parameters(stream, 4, subject.seed)
+    offsets = [moved[sum(t >= change for change in at)] for t in range(stream.steps)]
+    treatment = f"changes of parameters before steps {', '.join(map(str, at))}"
+    flags = None
+    if subject.has("reset"):
+        flags = torch.zeros(stream.steps, stream.batch_size, dtype=torch.bool, device=stream.xs.device)
+        flags[at[-2], 0] = True
+        treatment += f", a reset right after the change before step {at[-2]}"
+    yield replace(stream, offsets=offsets, resets=flags), treatment
 
 
 @_modified("resets", "reset", steps=True)
@@ -247,16 +275,29 @@ def _one_by_one(stream: Stream) -> tuple[Tensor, list[int]]:
     return flags, at
 
 
+@_modified("resets at block borders", "reset", steps=True)
+def _border_resets(subject: Subject, stream: Stream) -> _Modified:
+    """One sample is reset at each border of blocks of many lengths: at the multiples of 8 and some others."""
+    if not subject.spec.streams and stream.name == "dense":
+        stream = subject.standard(streams.dense_stream(subject.seed, steps=66))
+    flags = torch.zeros(stream.steps, stream.batch_size, dtype=torch.bool, device=stream.xs.device)
+    at = [t for t in (2, 4, 8, 12, 16, 20, 24, 32, 40, 48, 64) if t < stream.steps]
+    for number, t in enumerate(at):
+        flags[t, number % stream.batch_size] = True
+    yield replace(stream, resets=flags), f"one sample reset before each of the steps {', '.join(map(str, at))}"
+
+
 @_modified("resets of several samples", "reset", steps=True)
 def _many_resets(subject: Subject, stream: Stream) -> _Modified:
-    """Resets before the first step, of some, of all, of no sample, twice in a row, right after a sync, and late; steps
-    without a loss in between."""
+    """Resets before the first step, of some, of all, of no sample, by one call or several, twice in a row, right after
+    a sync, and late; steps without a loss in between."""
     flags = torch.zeros(stream.steps, stream.batch_size, dtype=torch.bool, device=stream.xs.device)
     flags[0, -1] = flags[stream.steps // 2] = flags[stream.steps - 2, 0] = True
     flags[2:4, 1:] = True
     syncs, loss = frozenset({1, stream.steps // 2 - 1}), _only_at(stream.loss, lambda t: t % 4 != 1)
-    treatment = "resets of some, of all and of no sample, twice in a row, after syncs"
-    yield replace(stream, resets=flags, syncs=syncs, loss=loss), treatment
+    loss = stream.loss if subject.spec.losses == "own" else loss
+    treatment = "resets of some, of all and of no sample, by one call and by one each, twice in a row, after syncs"
+    yield replace(stream, resets=flags, split_resets=frozenset({2}), syncs=syncs, loss=loss), treatment
 
 
 @check("influence")

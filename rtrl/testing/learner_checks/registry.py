@@ -1,10 +1,11 @@
 """The register of the checks of a learner, and the subject that each of them checks."""
 
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rtrl.testing import streams
-from rtrl.testing.laws import shortened
+from rtrl.testing.laws import Unbiased, shortened
 from rtrl.testing.learner_checks.driver import StreamDriver
 from rtrl.testing.learner_checks.verdict import gradient_failures
 from rtrl.testing.report import Found
@@ -27,13 +28,10 @@ class Subject:
         """The streams that most checks modify: the spec's own, or a dense one and one with dormant slices."""
         if self.spec.streams:
             return [shortened(self.spec.law, stream) for stream in self.spec.streams]
-        chosen = [streams.dense_stream(self.seed)]
-        if self.spec.sparse:
-            chosen.append(streams.dormant_stream(self.seed))
-        return [shortened(self.spec.law, stream) for stream in chosen]
+        return [self._fitted(stream) for stream in _standard(self.seed)[: 2 if self.spec.sparse else 1]]
 
     def standard(self, stream: Stream, *, sparse: bool = False) -> Stream:
-        """Shorten a standard stream to what the law covers.
+        """Shorten a standard stream to what the law covers, with as many samples as the learner is for.
 
         Raises:
             NotJudged: the spec has streams of its own, or excludes sparse cells.
@@ -42,7 +40,29 @@ class Subject:
             raise NotJudged("because the spec has streams of its own")
         if sparse and not self.spec.sparse:
             raise NotJudged("because the learner is not for cells that declare a Sparsity (sparse=False)")
-        return shortened(self.spec.law, stream)
+        return self._fitted(stream)
+
+    def _fitted(self, stream: Stream) -> Stream:
+        batch = self.spec.batch
+        resized = stream if batch is None or batch == stream.batch_size else stream.resized(batch)
+        return shortened(self.spec.law, resized)
+
+    def needs_any_loss(self) -> None:
+        """Raise ``NotJudged`` if the learner takes no losses but those of the streams."""
+        if self.spec.losses == "own":
+            raise NotJudged('because the learner takes the losses of the streams only (losses="own")')
+
+    def needs_one_run(self) -> None:
+        """Raise ``NotJudged`` if the law says nothing about the gradient of a single run."""
+        if isinstance(self.spec.law, Unbiased):
+            raise NotJudged("because the law is about the mean over many runs")
+
+    def has(self, *methods: str) -> bool:
+        """Whether the learner has these methods."""
+        if self.spec.gradients is not None:
+            return False
+        learner = StreamDriver(self.spec, self.streams()[0]).learner
+        return all(callable(getattr(learner, method, None)) for method in methods)
 
     def needs_steps(self, least: int = 3) -> None:
         """Raise ``NotJudged`` if the law or a stream of the spec covers fewer steps."""
@@ -64,6 +84,13 @@ class Subject:
     def gradient_failures(self, stream: Stream, treatment: str = "", plain: Stream | None = None) -> Iterator[Found]:
         """What is wrong with the gradient on a stream."""
         return gradient_failures(self.spec, stream, self.seed, treatment, plain)
+
+
+@functools.lru_cache(maxsize=4)
+def _standard(seed: int) -> tuple[Stream, Stream]:
+    """The two streams that most checks modify; all learners that are checked with one seed share them."""
+    sparse = streams.scheduled_stream(seed, steps=20, period=5)
+    return streams.dense_stream(seed), replace(sparse, name="sparse rows and dormant slices")
 
 
 Check = Callable[[Subject], Iterator[Found]]
