@@ -123,7 +123,6 @@ class Stream:
         one = slice(sample, sample + 1)
         return replace(self, xs=self.xs[:, one], resets=None if self.resets is None else self.resets[:, one])
 
-
     def resized(self, batch: int) -> "Stream":
         """Return a stream of ``batch`` samples: the first ones, and beyond them the same ones shifted in time."""
         if batch <= self.batch_size:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from breaking import Break, replaced, swapped
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.functional import hardshrink
 
 from rtrl._engine.analytic import check_analytic_step
@@ -24,7 +25,7 @@ from rtrl._engine.contract import check_declared_columns, check_unwritten_rows
 from rtrl._engine.immediate import InfluenceWriter, _batches, active, immediate_terms
 from rtrl._engine.linearization import UnitwiseOutputJacobian
 from rtrl._engine.linearizer import Linearizer
-from rtrl._engine.losses import add_loss, loss_cotangents
+from rtrl._engine.losses import add_loss, check_loss, loss_cotangents
 from rtrl._engine.mixing import taps_mixing_samples
 from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._engine.recorded import join_steps
@@ -121,6 +122,30 @@ def transposes_dense_jacobians(reverse_sweep: Function) -> Function:
         return group if sparse else replace(group, state_jacobian=lambda *steps: group.state_jacobian(*steps).mT)
 
     return lambda groups, *rest: reverse_sweep([wrong_group(group) for group in groups], *rest)
+
+
+def keeps_of_the_leaves(keeps: Callable[[Tensor, bool], bool]) -> Callable[[Function], Function]:
+    """A loss counts at the leaves for which ``keeps(leaf, whether it is of this step's y)``."""
+
+    def make(check: Function) -> Function:
+        def wrong_check(loss: Tensor, outputs: list[Tensor], *rest: Any) -> list[Tensor]:
+            leaves = check(loss, outputs, *rest)
+            return [leaf for leaf in leaves if keeps(leaf, any(leaf is output for output in outputs))]
+
+        return wrong_check
+
+    return make
+
+
+def shares_influences(allocate: Function) -> Function:
+    made: dict[Any, Any] = {}
+
+    def wrong_allocate(self: Learner, sparsity: Any) -> None:
+        allocate(self, sparsity)
+        form = tuple((name, p.shape) for name, p in self._parameters.items())
+        self._influences = made.setdefault(form, self._influences)
+
+    return wrong_allocate
 
 
 def keeps_y(step: Function) -> Function:
@@ -870,5 +895,51 @@ if GRADIENT is not None:
         "adjoints of tiny losses are set to zero in large dense blocks",
         (swap(_one_by_one, "XS[..., :-1, :]", "XS"),),
         "tiny_losses",
+    ),
+    Bug(
+        84,
+        "a reset after a multiple of sixteen steps keeps the influence",
+        (
+            wrong(
+                Learner._clear,
+                lambda clear: lambda self, *args: None if self.steps_taken % 16 == 0 else clear(self, *args),
+            ),
+        ),
+        "learner: resets at block borders",
+    ),
+    Bug(
+        85,
+        "what a loss says of the parameters is dropped",
+        (wrong(check_loss, keeps_of_the_leaves(lambda leaf, of_y: of_y)),),
+        "learner: losses with a penalty",
+    ),
+    Bug(
+        86,
+        "of a loss over two steps only the newest y counts",
+        (wrong(check_loss, keeps_of_the_leaves(lambda leaf, of_y: of_y or isinstance(leaf, Parameter))),),
+        "learner: losses over two steps",
+    ),
+    Bug(
+        87,
+        "a loss after a sync is lost without a word",
+        (
+            wrong(
+                Learner.backward,
+                lambda backward: lambda self, loss: backward(self, loss) if self._open_steps else None,
+            ),
+        ),
+        "learner: syncs before the loss",
+    ),
+    Bug(
+        88,
+        "learners of cells of one form share their influences",
+        (wrong(Learner._allocate, shares_influences),),
+        "learner: two learners at once",
+    ),
+    Bug(
+        89,
+        "a save forgets what was delivered to dormant slices",
+        (wrong(Learner._buffers, lambda buffers: lambda self: {**buffers(self), "accumulated_until": 0}),),
+        "learner: drawn mixtures",
     ),
 ]

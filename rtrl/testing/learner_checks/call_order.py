@@ -1,6 +1,7 @@
 """Checks of calls in an unusual order, and of losses of more than the y of one step."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -18,7 +19,36 @@ from rtrl.testing.report import Found
 from rtrl.testing.streams import Stream
 
 _PENALTY = 0.1
-_REFUSED_OR_RIGHT = "it must be right or refused without a change"
+_REFUSED_OR_RIGHT = "such a loss must count in full, or be refused and change nothing"
+
+_OnStream = Callable[[Subject, Stream], Mismatch | None]
+
+
+def _on_each_stream(name: str, message: str, *, losses: bool = True) -> Callable[[_OnStream], _OnStream]:
+    """Register a check of a learner of single runs, which compares the gradient after one run on each stream.
+
+    Args:
+        name: of the check.
+        message: what is wrong if the gradient is.
+        losses: whether the check needs a learner that takes any loss.
+    """
+
+    def register(mismatch_on: _OnStream) -> _OnStream:
+        def run(subject: Subject) -> Iterator[Found]:
+            subject.needs_learner()
+            subject.needs_one_run()
+            subject.needs_steps()
+            if losses:
+                subject.needs_any_loss()
+            for stream in subject.streams():
+                wrong = mismatch_on(subject, stream)
+                if wrong is not None:
+                    yield wrong.as_found(f"{stream.name}: {message}")
+
+        check(name)(run)
+        return mismatch_on
+
+    return register
 
 
 def _is_accepted(driver: StreamDriver, loss: Tensor) -> bool:
@@ -30,7 +60,9 @@ def _is_accepted(driver: StreamDriver, loss: Tensor) -> bool:
     return True
 
 
-def _mismatch(subject: Subject, stream: Stream, driver: StreamDriver, extra: Gradients | None = None) -> Mismatch | None:
+def _mismatch(
+    subject: Subject, stream: Stream, driver: StreamDriver, extra: Gradients | None = None
+) -> Mismatch | None:
     """What is wrong with the gradient that the driver's learner delivers; ``extra`` is added to that of the stream."""
     expected = subject.spec.law.reference(stream, driver.learner)
     if extra is not None:
@@ -38,62 +70,49 @@ def _mismatch(subject: Subject, stream: Stream, driver: StreamDriver, extra: Gra
     return compare(driver.sync_and_read(), expected)
 
 
-def _needs(subject: Subject) -> None:
-    subject.needs_learner()
-    subject.needs_any_loss()
-    subject.needs_one_run()
-    subject.needs_steps()
-
-
-@check("losses with a penalty")
-def _penalty(subject: Subject) -> Iterator[Found]:
+@_on_each_stream(
+    "losses with a penalty",
+    f"with a penalty on the parameters in each loss, the gradient is wrong; {_REFUSED_OR_RIGHT}",
+)
+def _penalty(subject: Subject, stream: Stream) -> Mismatch | None:
     """Each loss has a term of the parameters themselves, whose gradient counts."""
-    _needs(subject)
-    for stream in subject.streams():
-        stream = replace(stream, syncs=frozenset(), offsets=None)
-        driver = StreamDriver(subject.spec, replace(stream, loss=lambda t, y: None))
-        parameters = trainable(driver.cell)
-        accepted = set()
-        for t, y in driver.steps():
-            loss = stream.loss(t, y)
-            squares = torch.stack([p.square().sum() for p in parameters.values()]).sum()
-            if loss is not None and _is_accepted(driver, loss + _PENALTY * squares):
-                accepted.add(t)
-        counted = replace(stream, loss=lambda t, y: stream.loss(t, y) if t in accepted else None)
-        penalties = {name: 2 * _PENALTY * len(accepted) * p.detach() for name, p in parameters.items()}
-        wrong = _mismatch(subject, counted, driver, penalties)
-        if wrong is not None:
-            yield wrong.as_found(
-                f"{stream.name}: with a penalty on the parameters in each loss, the gradient is wrong; {_REFUSED_OR_RIGHT}"
-            )
+    plain = replace(stream, syncs=frozenset(), offsets=None)
+    driver = StreamDriver(subject.spec, replace(plain, loss=lambda t, y: None))
+    parameters = trainable(driver.cell)
+    accepted = set()
+    for t, y in driver.steps():
+        loss = plain.loss(t, y)
+        penalty = _PENALTY * torch.stack([p.square().sum() for p in parameters.values()]).sum()
+        if loss is not None and _is_accepted(driver, loss + penalty):
+            accepted.add(t)
+    penalties = {name: 2 * _PENALTY * len(accepted) * p.detach() for name, p in parameters.items()}
+    counted = replace(plain, loss=lambda t, y: plain.loss(t, y) if t in accepted else None)
+    return _mismatch(subject, counted, driver, penalties)
 
 
-@check("losses over two steps")
-def _two_steps(subject: Subject) -> Iterator[Found]:
-    """One loss is a product of the y of two steps."""
-    _needs(subject)
-    for stream in subject.streams():
-        stream = replace(stream, syncs=frozenset())
-        seconds = set(range(2, stream.steps, 3))
-        single = replace(stream, loss=lambda t, y: None if t in seconds or t + 1 in seconds else stream.loss(t, y))
-        driver = StreamDriver(subject.spec, single)
-        weights: dict[int, list[Tensor]] = {}  # the gradient of the losses of two steps at each y
-        before: list[Tensor] = []
-        for t, y in driver.steps():
-            leaves = _floating(y)
-            if t in seconds and _is_accepted(driver, _product(before, leaves)):
-                weights[t - 1] = [leaf.detach().clone() for leaf in leaves]
-                weights[t] = [leaf.detach().clone() for leaf in before]
-            before = leaves
+@_on_each_stream(
+    "losses over two steps",
+    f"after losses of the y of two steps each, the gradient is wrong; {_REFUSED_OR_RIGHT}",
+)
+def _two_steps(subject: Subject, stream: Stream) -> Mismatch | None:
+    """Some losses are products of the y of two steps."""
+    plain = replace(stream, syncs=frozenset())
+    seconds = set(range(2, plain.steps, 3))
+    single = replace(plain, loss=lambda t, y: None if seconds & {t, t + 1} else plain.loss(t, y))
+    driver = StreamDriver(subject.spec, single)
+    weights: dict[int, list[Tensor]] = {}  # the gradients of the losses of two steps at each y
+    before: list[Tensor] = []
+    for t, y in driver.steps():
+        leaves = _floating(y)
+        if t in seconds and _is_accepted(driver, _product(before, leaves)):
+            weights[t - 1] = [leaf.detach().clone() for leaf in leaves]
+            weights[t] = [leaf.detach().clone() for leaf in before]
+        before = leaves
 
-        def weighted(t: int, y: Any) -> Tensor | None:
-            return _product(_floating(y), weights[t]) if t in weights else single.loss(t, y)
+    def weighted(t: int, y: Any) -> Tensor | None:
+        return _product(_floating(y), weights[t]) if t in weights else single.loss(t, y)
 
-        wrong = _mismatch(subject, replace(stream, loss=weighted), driver)
-        if wrong is not None:
-            yield wrong.as_found(
-                f"{stream.name}: after losses of the y of two steps each, the gradient is wrong; {_REFUSED_OR_RIGHT}"
-            )
+    return _mismatch(subject, replace(plain, loss=weighted), driver)
 
 
 def _floating(y: Any) -> list[Tensor]:
@@ -104,45 +123,37 @@ def _product(first: list[Tensor], second: list[Tensor]) -> Tensor:
     return torch.stack([(a * b).sum() for a, b in zip(first, second, strict=True)]).sum()
 
 
-@check("syncs before the loss")
-def _sync_first(subject: Subject) -> Iterator[Found]:
+@_on_each_stream(
+    "syncs before the loss",
+    f"after a sync() between a step and its loss, the gradient is wrong; {_REFUSED_OR_RIGHT}",
+)
+def _sync_first(subject: Subject, stream: Stream) -> Mismatch | None:
     """At some steps, ``sync`` is called between the step and its loss."""
-    _needs(subject)
-    for stream in subject.streams():
-        at = frozenset(range(1, stream.steps, 4))
-        others = replace(stream, loss=lambda t, y: None if t in at else stream.loss(t, y), syncs=at)
-        driver = StreamDriver(subject.spec, others)
-        refused = set()
-        for t, y in driver.steps():
-            if t in at and (loss := stream.loss(t, y)) is not None and not _is_accepted(driver, loss):
-                refused.add(t)
-        counted = replace(stream, loss=lambda t, y: None if t in refused else stream.loss(t, y))
-        wrong = _mismatch(subject, counted, driver)
-        if wrong is not None:
-            yield wrong.as_found(
-                f"{stream.name}: after a sync() between a step and its loss, the gradient is wrong; {_REFUSED_OR_RIGHT}"
-            )
+    late = frozenset(range(1, stream.steps, 4))
+    driver = StreamDriver(
+        subject.spec, replace(stream, loss=lambda t, y: None if t in late else stream.loss(t, y), syncs=late)
+    )
+    refused = set()
+    for t, y in driver.steps():
+        loss = stream.loss(t, y) if t in late else None
+        if loss is not None and not _is_accepted(driver, loss):
+            refused.add(t)
+    counted = replace(stream, loss=lambda t, y: None if t in refused else stream.loss(t, y))
+    return _mismatch(subject, counted, driver)
 
 
-@check("two learners at once")
-def _two_learners(subject: Subject) -> Iterator[Found]:
-    """Two learners on two copies of the cell take their steps in turn; the second is made in mid-stream."""
-    subject.needs_learner()
-    subject.needs_one_run()
-    subject.needs_steps()
-    for stream in subject.streams():
-        first = StreamDriver(subject.spec, stream)
-        steps = first.steps()
-        list(islice(steps, 2))
-        other = replace(stream, xs=stream.xs.flip(0))
-        second = StreamDriver(subject.spec, other)
-        for _ in second.steps():
-            next(steps, None)
-        for which, driver, own in (("first", first, stream), ("second", second, other)):
-            wrong = _mismatch(subject, own, driver)
-            if wrong is not None:
-                yield wrong.as_found(
-                    f"{stream.name}: of two learners that take their steps in turn, the {which} one is wrong; a learner "
-                    "must share no state with another"
-                )
-                break
+@_on_each_stream(
+    "two learners at once",
+    "of two learners that take their steps in turn, one is wrong; a learner must share no state with another",
+    losses=False,
+)
+def _two_learners(subject: Subject, stream: Stream) -> Mismatch | None:
+    """Two learners on two copies of the cell take their steps in turn; the second one is made in mid-stream."""
+    first = StreamDriver(subject.spec, stream)
+    steps = first.steps()
+    deque(islice(steps, 2), maxlen=0)
+    other = replace(stream, xs=stream.xs.flip(0))
+    second = StreamDriver(subject.spec, other)
+    for _ in second.steps():
+        next(steps, None)
+    return _mismatch(subject, stream, first) or _mismatch(subject, other, second)

@@ -279,7 +279,7 @@ def _one_by_one(stream: Stream) -> tuple[Tensor, list[int]]:
 def _border_resets(subject: Subject, stream: Stream) -> _Modified:
     """One sample is reset at each border of blocks of many lengths: at the multiples of 8 and some others."""
     if not subject.spec.streams and stream.name == "dense":
-        stream = subject.standard(streams.dense_stream(subject.seed, steps=66))
+        stream = subject.standard(streams.dense_stream(subject.seed, steps=66, batch=2))
     flags = torch.zeros(stream.steps, stream.batch_size, dtype=torch.bool, device=stream.xs.device)
     at = [t for t in (2, 4, 8, 12, 16, 20, 24, 32, 40, 48, 64) if t < stream.steps]
     for number, t in enumerate(at):

@@ -1,7 +1,12 @@
 """The list of the checks of a learner, and how one is run."""
 
 from rtrl._utils.formatting import first_line
-from rtrl.testing.learner_checks import behaviour, call_order, gradients, mixture  # importing them registers their checks
+from rtrl.testing.learner_checks import (
+    behaviour,
+    call_order,
+    gradients,
+    mixture,
+)  # importing them registers their checks
 from rtrl.testing.learner_checks.driver import LearnerFailed
 from rtrl.testing.learner_checks.registry import CHECKS, NotJudged, Subject
 from rtrl.testing.report import Failure

@@ -70,7 +70,9 @@ def drawn(stream: Stream, kinds: Sequence[str], seed: int, *, length: int, gap: 
         events.append(Event("step", number % stream.steps, losses=generator.choice((0, 1, 1, 2))))
         some = tuple(sorted(generator.sample(others, min(len(others), generator.choice((1, 1, 2))))))
         for kind in order[start if gap == 1 else max(0, start - length + 1) : start + gap]:
-            samples = everyone if not some or (gap == 1 and generator.random() < 0.1) else some[: generator.choice((1, 2))]
+            samples = (
+                everyone if not some or (gap == 1 and generator.random() < 0.1) else some[: generator.choice((1, 2))]
+            )
             events.append(Event(kind, generator.randrange(1, _OFFSETS + 1), samples=samples))
     return [*events, Event("step", 0), Event("step", 1)]
 
@@ -96,7 +98,7 @@ def equivalent(stream: Stream, schedule: Schedule, offsets: Sequence[dict[str, T
     """The stream of which a schedule is one form: with the same steps, losses, resets and parameters."""
     steps = [event for event in schedule if _is_step(event)]
     flags = torch.zeros(len(steps), stream.batch_size, dtype=torch.bool, device=stream.xs.device)
-    parameters = []
+    parameters: list[dict[str, Tensor]] = []
     offset = offsets[0]
     for event in schedule:
         if event.kind == "change":
@@ -146,10 +148,16 @@ def _run(subject: Subject, stream: Stream, schedule: Schedule, offsets: Sequence
 
 
 def shrunk(schedule: Schedule, fails: Callable[[Schedule], bool]) -> list[Event]:
-    """Remove events, many at once and then one by one, as long as what is left fails."""
-    kept, runs = list(schedule), 0
+    """Cut a failing schedule off where it fails, and remove events, many at once and then one by one, as long as what
+    is left fails."""
+    right, wrong, runs = 0, len(schedule), 0
+    while wrong - right > 1:
+        middle = (right + wrong) // 2
+        runs += 1
+        right, wrong = (right, middle) if fails(schedule[:middle]) else (middle, wrong)
+    kept = list(schedule[:wrong])
     size = len(kept) // 2
-    while size:
+    while size and runs < _MOST_RUNS:
         start, removed = 0, False
         while start < len(kept) and runs < _MOST_RUNS:
             candidate = kept[:start] + kept[start + size :]
@@ -158,7 +166,7 @@ def shrunk(schedule: Schedule, fails: Callable[[Schedule], bool]) -> list[Event]
                 kept, removed = candidate, True
             else:
                 start += size
-        size = size if removed and size == 1 and runs < _MOST_RUNS else size // 2
+        size = size if removed and size == 1 else size // 2
     return kept
 
 
@@ -173,18 +181,27 @@ def _mixtures(subject: Subject) -> Iterator[Found]:
     methods = {"reset": ("reset",), "save": ("state_dict", "load_state_dict")}
     kinds = [kind for kind in ("reset", "sync", "change", "save") if subject.has(*methods.get(kind, ()))]
     for stream in subject.streams():
-        offsets = moved_parameters(stream, _OFFSETS, subject.seed)
         for length, gap in ((3, 4), (2, 1)):
             schedule = drawn(stream, kinds, subject.seed, length=length, gap=gap)
-            if _run(subject, stream, schedule, offsets) is None:
-                continue
-            shortest = shrunk(
-                schedule, lambda part, stream=stream, offsets=offsets: _run(subject, stream, part, offsets) is not None
-            )
-            mismatch = _run(subject, stream, shortest, offsets)
-            assert mismatch is not None
-            words = "; ".join(map(str, shortest))
-            what = mismatch.message or "the gradient is wrong"
-            message = f"{stream.name}: {what} after a drawn schedule; the shortest one found is: {words}; sync"
-            yield mismatch.as_found(message, mismatch.step)
-            break
+            found = _shortest_failure(subject, stream, schedule)
+            if found is not None:
+                yield found
+                break
+
+
+def _shortest_failure(subject: Subject, stream: Stream, schedule: Schedule) -> Found | None:
+    offsets = moved_parameters(stream, _OFFSETS, subject.seed)
+
+    def mismatch_after(part: Schedule) -> Mismatch | None:
+        return _run(subject, stream, part, offsets)
+
+    if mismatch_after(schedule) is None:
+        return None
+    shortest = shrunk(schedule, lambda part: mismatch_after(part) is not None)
+    mismatch = mismatch_after(shortest)
+    if mismatch is None:
+        raise LearnerFailed("the learner does not give the same gradient twice for the same calls")
+    what = mismatch.message or "the gradient is wrong"
+    words = "; ".join(map(str, shortest))
+    message = f"{stream.name}: {what} after a drawn schedule; the shortest one found is: {words}; sync"
+    return mismatch.as_found(message, mismatch.step)
