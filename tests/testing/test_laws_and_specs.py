@@ -311,7 +311,7 @@ def test_expectations_without_check_or_reason_are_errors(reasons: Any) -> None:
 
 
 def _refuses_nan(learner: Any) -> None:
-    learner.step(torch.full((3, 2), float("nan"), dtype=torch.float64))
+    learner.step(torch.full((learner.batch_size, 2), float("nan"), dtype=torch.float64))
 
 
 def test_error_inputs_must_be_refused_as_declared_and_nothing_lost() -> None:
