@@ -14,7 +14,7 @@ from rtrl._engine.mixing import normal_like, perturb
 from rtrl._engine.recorded import StepBatch
 from rtrl._engine.taps import Tap, TapRecorder
 from rtrl._utils import pytrees
-from rtrl._utils.functional_call import functional_call
+from rtrl._utils.functional_call import Substitution, functional_call
 from rtrl.cells.analytic import AnalyticStep
 from rtrl.errors import CellError
 
@@ -34,9 +34,7 @@ class AnalyticLinearization:
         self.parameters, self.batch = parameters, batch
         self.recorder = TapRecorder(parameters, batch.h.shape[0], untapped, copy=True)
         with torch.enable_grad(), self.recorder:
-            self.step: AnalyticStep | None = cell.analytic_step(batch.x, batch.h)  # type: ignore[operator]
-        if self.step is not None and any(not isinstance(tap.weight, nn.Parameter) for tap in self.step.taps):
-            self.step = None  # a weight that is computed from parameters cannot be named here
+            self.step = _step_of(cell, batch.x, batch.h)
 
     def linearize(self) -> Linearization:
         """Take all derivatives.
@@ -157,10 +155,13 @@ def check_analytic_step(
     Cost: two forward passes and two backward passes.
     """
     generator = torch.Generator().manual_seed(1)  # not the user's, whose random numbers stay as they are
-    theta = {name: perturb(p, generator).requires_grad_(name in parameters) for name, p in cell.named_parameters()}
+    named = dict(cell.named_parameters())
+    theta = {name: perturb(p, generator).requires_grad_(name in parameters) for name, p in named.items()}
+    substitution = Substitution({id(p): theta[name] for name, p in named.items()})
     h = perturb(h, generator).requires_grad_()
     y, h_next = functional_call(cell, theta, (x, h))[:2]
-    step = functional_call(_StepModule(cell), {f"cell.{name}": p for name, p in theta.items()}, (x, h))
+    with substitution:
+        step = _step_of(cell, x, h)
     if step is None:
         return
     outputs, analytic_outputs = ([t for t in pytrees.tensors(tree) if t.is_floating_point()] for tree in (y, step.y))
@@ -175,13 +176,23 @@ def check_analytic_step(
     targets = [h, *(theta[name] for name in names)]
     expected = _grads([h_next, *outputs], targets, weights)
     at_next, *through_y = _grads(analytic_outputs, [step.h_next, *targets], weights[1:])
-    through_state = _grads([_first_order(step, h)], targets, [weights[0] + at_next])
+    with substitution:
+        first_order = _first_order(step, h)
+    through_state = _grads([first_order], targets, [weights[0] + at_next])
     grads = [a + b for a, b in zip(through_y, through_state, strict=True)]
     for name, grad, reference in zip(["the state", *map(repr, names)], grads, expected, strict=True):
         if not checks.nearly_equal(grad.flatten()[None], reference.flatten()[None]):
             raise CellError(
                 f"step {number}: analytic_step gives another derivative with respect to {name} than autograd does"
             )
+
+
+def _step_of(cell: nn.Module, x: Any, h: Tensor) -> AnalyticStep | None:
+    """The cell's analytic step; None if it has none, or if a weight or bias is computed from parameters: it cannot be
+    named."""
+    step: AnalyticStep | None = cell.analytic_step(x, h)  # type: ignore[operator]
+    used = () if step is None else [t for tap in step.taps for t in (tap.weight, tap.bias) if t is not None]
+    return step if all(isinstance(t, nn.Parameter) for t in used) else None
 
 
 def _grads(heads: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -203,15 +214,3 @@ def _first_order(step: AnalyticStep, h: Tensor) -> Tensor:
             z = z + F.linear(parts[:, tap.part], tap.weight.detach())
         out = out + torch.einsum("nsgi,ngi->nsi", tap.response.detach(), z.unflatten(1, (-1, parts.shape[2])))
     return out.view(step.h_next.shape)
-
-
-class _StepModule(nn.Module):
-    """A cell's ``analytic_step`` as a forward pass, so that it can be run with other parameters."""
-
-    def __init__(self, cell: nn.Module) -> None:
-        super().__init__()
-        self.cell = cell
-
-    def forward(self, x: Any, h: Tensor) -> AnalyticStep | None:
-        step: AnalyticStep | None = self.cell.analytic_step(x, h)  # type: ignore[operator]
-        return step

@@ -41,12 +41,16 @@ class AutogradLinearization:
         }
 
     def _run(self, untapped: Iterable[str]) -> tuple[Any, Tensor, TapRecorder]:
-        batch = self.batch
-        for copy in (False, True):
-            recorder = TapRecorder(self.parameters, batch.h.shape[0], untapped, copy=copy)
+        batch, names, copy = self.batch, set(untapped), False
+        while True:
+            recorder = TapRecorder(self.parameters, batch.h.shape[0], names, copy=copy)
             with torch.enable_grad(), recorder:
                 y, h_next, sparsity = call_cell(self.cell, batch.x, batch.h, batch.replay)
-            if not recorder.changed_in_place:
+            if recorder.inner_gradient and not names >= self.parameters.keys():
+                names = set(self.parameters)
+            elif recorder.changed_in_place and not copy:
+                copy = True
+            else:
                 break
         contract.check_same_choices(batch, sparsity)
         return y, h_next, recorder
@@ -60,7 +64,7 @@ class AutogradLinearization:
 
         Cost: ``w·slot_size`` backward passes over the batch, batched, and one for the losses.
         """
-        batch, cell, untapped = self.batch, self.cell, self.untapped
+        batch, cell, untapped, by_sample = self.batch, self.cell, self.untapped, self.recorder.inner_gradient
         touched = self._touched()
         inputs = [batch.h, *(taps[0].output for taps in self.recorder.by_output)]
         jacobian, *output_jacobians = jacobian_rows(self.written, inputs)
@@ -87,7 +91,9 @@ class AutogradLinearization:
             untapped=untapped,
             has_losses=batch.has_losses,
             gradients=gradients,
-            untapped_jacobians=lambda weights: weighted_jacobians(cell, untapped, weights, x, h, replay, written),
+            untapped_jacobians=lambda weights: weighted_jacobians(
+                cell, untapped, weights, x, h, replay, written, by_sample=by_sample
+            ),
         )
 
     def _touched(self) -> Tensor | None:

@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rtrl._engine import checks
 from rtrl._engine.recorded import StepBatch
+from rtrl._engine.surroundings import RefuseUnsupported
 from rtrl._utils import index_sets, pytrees
 from rtrl.cells.protocol import OTHER_CHOICES, Sparsity, call_cell, same_choices
+from rtrl.cells.supported import original
 from rtrl.errors import CellError, NonFiniteError, SparsityError
 
 
@@ -47,8 +49,9 @@ def _generator_states(generator: torch.Generator | None) -> list[Tensor]:
 
 
 def check_purity(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) -> None:
-    """Run the cell once on copies; refuse it, and restore it, if it draws random numbers or changes its input, state,
-    buffers or parameters."""
+    """Run the cell once on copies; refuse it, and restore it, if it draws random numbers, changes its input, state,
+    buffers or parameters, or does what ``RefuseUnsupported`` lists."""
+    cell = original(cell)
     x, h = pytrees.map_tensors(torch.clone, x), h.clone()
     held = [*cell.parameters(), *cell.buffers()]
     saved = [value.detach().clone() for value in held]
@@ -56,7 +59,7 @@ def check_purity(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) ->
     watched = {"x": pytrees.tensors(x), "the state h": [h], "a parameter or buffer of its own": held}
     versions = {what: [t._version for t in tensors] for what, tensors in watched.items()}
     try:
-        with _NoRandomness():  # type: ignore[no-untyped-call]
+        with RefuseUnsupported(), _NoRandomness():  # type: ignore[no-untyped-call]
             call_cell(cell, x, h, replay)
         for what, tensors in watched.items():
             if [t._version for t in tensors] != versions[what]:

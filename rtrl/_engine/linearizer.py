@@ -18,6 +18,7 @@ from rtrl._engine.mixing import taps_mixing_samples
 from rtrl._engine.recorded import RecordedStep, StepBatch, join_steps
 from rtrl.cells.analytic import HasAnalyticStep
 from rtrl.cells.protocol import takes_replay
+from rtrl.cells.supported import runs_as_written
 from rtrl.errors import CellError
 
 
@@ -71,7 +72,7 @@ class Linearizer:
             ) from error
 
     def _linearize(self, kind: tuple[Any, ...], batch: StepBatch) -> Linearization:
-        analytic = self._has_analytic_step and batch.steps[0].dense
+        analytic = self._has_analytic_step and batch.steps[0].dense and runs_as_written(self._cell)
         if kind not in self._verified:
             self._verify(batch, analytic)
             self._verified.add(kind)

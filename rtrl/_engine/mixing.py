@@ -36,6 +36,7 @@ class _Run:
 
     Attributes:
         taps: the recorded uses of parameters.
+        inner_gradient: see ``TapRecorder``.
         h_next: the next states.
         heads: the written slots of the next states, (N, w·slot_size), and the floating-point tensors of y.
     """
@@ -43,6 +44,7 @@ class _Run:
     theta: Mapping[str, Tensor]
     h: Tensor
     taps: list[Tap]
+    inner_gradient: bool
     h_next: Tensor
     heads: list[Tensor]
 
@@ -50,7 +52,8 @@ class _Run:
 def taps_mixing_samples(
     cell: nn.Module, parameters: Mapping[str, nn.Parameter], batch: StepBatch, untapped: Iterable[str]
 ) -> set[str]:
-    """The parameters with a tap whose dimension 0 does not run over the samples, found at a perturbed point.
+    """The parameters with a tap whose dimension 0 does not run over the samples, found at a perturbed point; all, if
+    the cell takes a gradient of its own.
 
     Raises:
         CellError: a sample computes something else alone than in the batch, or depends on another one.
@@ -67,13 +70,13 @@ def taps_mixing_samples(
     except RuntimeError:  # the perturbed point may lie outside the cell's domain
         run = _run(cell, parameters, batch, untapped, lambda value: value.detach().clone())
     checks.check_copied(run.h.detach(), run.h_next.detach(), batch.sparsity.writes, step)
+    mixing = set(parameters) if run.inner_gradient else set()
     if size == 1:
-        return set()
+        return mixing
     for i in (0, size - 1):
         if not checks.nearly_equal(_written_alone(cell, batch, run, i), run.heads[0][i : i + 1].detach()):
             raise CellError(f"step {step}: the cell mixes samples: one computes something else alone than in a batch")
     live = [head for head in run.heads if head.requires_grad and head.numel()]
-    mixing: set[str] = set()
     for subset in _separating_subsets(size, batch.h.device) if live else ():
         state_grad, *tap_grads = torch.autograd.grad(
             live,
@@ -103,7 +106,7 @@ def _run(
         y, h_next, sparsity = call_with(cell, theta, batch.x, h, batch.replay)
     contract.check_same_choices(batch, sparsity)
     outputs = [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
-    return _Run(theta, h, recorder.taps, h_next, [batch.written(h_next), *outputs])
+    return _Run(theta, h, recorder.taps, recorder.inner_gradient, h_next, [batch.written(h_next), *outputs])
 
 
 def _written_alone(cell: nn.Module, batch: StepBatch, run: _Run, i: int) -> Tensor:

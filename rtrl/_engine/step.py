@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rtrl._engine import checks
 from rtrl._engine.contract import check_purity
 from rtrl._engine.recorded import RecordedStep
+from rtrl._engine.surroundings import check_surroundings
 from rtrl._utils import pytrees
 from rtrl.cells.protocol import Sparsity, call_cell, check_input, check_sparsity, own_copy, same_choices
 from rtrl.errors import CellError, ConfigError, RTRLError, ShapeError, SparsityError
@@ -54,6 +55,7 @@ def take(
     Cost: one forward pass; elsewhere than on a CPU, one transfer for x and one for y and the next state, and two more
         where there is sparsity.
     """
+    check_surroundings()
     grad = torch.is_grad_enabled()
     torch._C._set_grad_enabled(False)  # a torch.no_grad() block costs several times as much
     try:
@@ -71,6 +73,9 @@ def take(
         y = pytrees.map_tensors(torch.clone, y)
         outputs = [leaf.requires_grad_() for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
         return RecordedStep(x, h, own_copy(sparsity), outputs, number, sources=sources), y, h_next
+    except (ShapeError, CellError) as error:
+        _check_state_beside_parameters(h, named, error)
+        raise
     finally:
         torch._C._set_grad_enabled(grad)
 
@@ -110,6 +115,17 @@ def _with_graph(x: Any, number: int, input_grad: bool) -> list[Tensor]:
             "which gives x the gradient of the losses inside the block"
         )
     return leaves
+
+
+def _check_state_beside_parameters(h: Tensor, named: Mapping[str, Tensor], error: Exception) -> None:
+    """Say so if the parameters were converted or moved since the learner was made: no x would do."""
+    forms = {(p.dtype, p.device) for p in named.values() if p.is_floating_point()}
+    if forms and (h.dtype, h.device) not in forms:
+        found = " and ".join(sorted(f"{dtype} on {device}" for dtype, device in forms))
+        raise ShapeError(
+            f"the learner's state is {h.dtype} on {h.device}, the cell's parameters are {found}: make a new learner, "
+            "or convert this one by learner.to(...)"
+        ) from error
 
 
 def _checked_copy(x: Any, h: Tensor, number: int) -> Any:

@@ -51,6 +51,8 @@ class TapRecorder(TorchFunctionMode):
 
     Attributes:
         by_output: the taps, those of one output z together: a weight and its bias.
+        inner_gradient: whether the cell took a gradient by autograd. A tap cuts its parameter out of that gradient's
+            graph, so that none may be recorded then.
     """
 
     def __init__(
@@ -61,12 +63,16 @@ class TapRecorder(TorchFunctionMode):
         self._names = {id(p): name for name, p in parameters.items() if name not in skipped}
         self.batch, self._copy = batch, copy
         self.by_output: list[list[Tap]] = []
+        self.inner_gradient = False
         self._versions: list[int] = []
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         rule = _RULES.get(func)
-        if rule is not None and torch.is_grad_enabled():
+        if rule is None:
+            self.inner_gradient |= func in _GRADIENTS
+        # Inside torch.func, dimension 0 need not run over the samples, and nothing may be kept.
+        elif torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
             out = rule(self, *args, **kwargs)
             if out is not NotImplemented:
                 return out
@@ -190,6 +196,7 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     grouped_linear: _grouped_linear,
     F.embedding: _embedding,
 }
+_GRADIENTS: set[Callable[..., Any]] = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
 def segment_products(left: Tensor, right: Tensor | None, segment: Tensor, count: int) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from rtrl._utils import index_sets, pytrees
-from rtrl._utils.functional_call import functional_call
+from rtrl._utils.formatting import first_line
+from rtrl._utils.functional_call import NotSubstitutedError, check_substituted, functional_call
 from rtrl.cells.protocol import Sparsity, call_cell
-from rtrl.errors import PerformanceWarning
+from rtrl.errors import PerformanceWarning, RTRLError
 
 _CHUNK = 2**23  # numbers of a Jacobian that are pulled back at a time
 
@@ -31,52 +32,66 @@ def weighted_jacobians(
     h: Tensor,
     replay: Sparsity | None,
     writes: Tensor | None,
+    *,
+    by_sample: bool = False,
 ) -> dict[str, Tensor]:
     """Weighted immediate Jacobians ``Σ_τ cotangents_τ · ∂h_next[writes]_τ/∂θ``, separately for each sample.
 
     From cotangents (B, U, m, w·slot_size) and N = B·m samples (see ``StepBatch``) to name → (B, U, *shape), for the
     parameters named ``untapped`` and all their uses.
 
+    Args:
+        by_sample: run the cell itself sample by sample, because it takes a gradient of its own.
+
     Cost: per sample, a forward pass and U backward passes, all under ``torch.func.vmap``; a cell that does not run
         there is taken sample by sample, with a ``PerformanceWarning``.
     """
     size, _, m, _ = cotangents.shape
-    fixed = {name: p.detach() for name, p in cell.named_parameters() if name not in untapped}
-    theta = {name: dict(cell.named_parameters())[name].detach() for name in untapped}
+    named = dict(cell.named_parameters())
+    fixed = {name: p.detach() for name, p in named.items() if name not in untapped}
     leaves, rebuild = pytrees.flatten((x, h, replay, writes))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[i].detach().reshape(size, m, *leaves[i].shape[1:]) for i in places]
 
-    def written(values: dict[str, Tensor], of_sample: Sequence[Tensor]) -> Tensor:
-        """h_next[writes] of one sample's steps, (m, w·slot_size), with these values of the untapped parameters."""
+    def written(values: dict[str, Tensor] | None, of_sample: Sequence[Tensor]) -> Tensor:
+        """h_next[writes] of one sample's steps, (m, w·slot_size), with these values of the untapped parameters, or with
+        the parameters themselves."""
         sample = list(leaves)
         for i, leaf in zip(places, of_sample, strict=True):
             sample[i] = leaf
         x, h, replay, writes = rebuild(sample)
-        h_next = call_with(cell, {**fixed, **values}, x, h, replay)[1]
+        if values is None:
+            h_next = call_cell(cell, x, h, replay)[1]
+        else:
+            h_next = call_with(cell, {**fixed, **values}, x, h, replay)[1]
+            check_substituted(h_next)
         return index_sets.gather(h_next.reshape(m, h_next.shape[1], h[0, 0].numel()), writes).flatten(1)
 
     def of_one_sample(cotangents: Tensor, *of_sample: Tensor) -> dict[str, Tensor]:
+        theta = {name: named[name].detach() for name in untapped}
         vjp = torch.func.vjp(lambda values: written(values, of_sample), theta)[1]
         jacobians: dict[str, Tensor] = torch.func.vmap(lambda cotangent: vjp(cotangent)[0])(cotangents)
         return jacobians
 
     try:
-        with _ignoring_slow_batching():
+        if by_sample:
+            raise NotSubstitutedError("it takes a gradient inside its forward")
+        with torch.enable_grad(), _ignoring_slow_batching():
             if size == 1:
                 lone = of_one_sample(cotangents[0], *(t[0] for t in tensors))
                 return {name: value.unsqueeze(0) for name, value in lone.items()}
             jacobians: dict[str, Tensor] = torch.func.vmap(of_one_sample)(cotangents, *tensors)
             return jacobians
-    except RuntimeError as error:
+    except RTRLError:
+        raise
+    except Exception as error:  # of any kind: the cell was not written for torch.func
         _warn_slow(f"the cell does not run under torch.func; {untapped} are linearised sample by sample", error)
     rows: list[list[Tensor]] = []
     for b in range(size):
-        values = {name: value.clone().requires_grad_() for name, value in theta.items()}
         with torch.enable_grad():
-            head = written(values, [t[b] for t in tensors])
-        rows.append(pull_rows(head, list(values.values()), cotangents[b]))
-    return {name: torch.stack([of_sample[i] for of_sample in rows]) for i, name in enumerate(theta)}
+            head = written(None, [t[b] for t in tensors])
+        rows.append(pull_rows(head, [named[name] for name in untapped], cotangents[b]))
+    return {name: torch.stack([of_sample[i] for of_sample in rows]) for i, name in enumerate(untapped)}
 
 
 def jacobian_rows(head: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -123,5 +138,5 @@ def _ignoring_slow_batching() -> Iterator[None]:
         yield
 
 
-def _warn_slow(what: str, error: RuntimeError) -> None:
-    warnings.warn(f"{what} ({str(error).splitlines()[0]})", PerformanceWarning, stacklevel=3)
+def _warn_slow(what: str, error: Exception) -> None:
+    warnings.warn(f"{what} ({first_line(error)})", PerformanceWarning, stacklevel=3)

@@ -1,17 +1,48 @@
 """Call a module with other values of its parameters, without changing it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class Substitution(TorchFunctionMode):
+    """While it is entered, every function of PyTorch that is given one of some tensors gets its value in its place.
+
+    So each use is reached, by whatever name, list, dict or closure the tensor is held. Code that PyTorch does not
+    dispatch from Python is not: a scripted module, or the ``apply`` of an ``autograd.Function``, whose forward pass
+    gets the values while its derivative goes to the tensor itself.
+
+    Args:
+        values: id of a tensor → its value.
+    """
+
+    def __init__(self, values: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._values = values
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args = [self._replaced(value) for value in args]
+        return func(*args, **{name: self._replaced(value) for name, value in (kwargs or {}).items()})
+
+    def _replaced(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._values.get(id(value), value)
+        if type(value) in (list, tuple):
+            return type(value)(map(self._replaced, value))
+        if type(value) is dict:
+            return {name: self._replaced(part) for name, part in value.items()}
+        return value
 
 
 def functional_call(module: nn.Module, values: Mapping[str, Tensor], args: Any, kwargs: Any = None) -> Any:
-    """Call ``torch.func.functional_call`` for any sharing: tensors of several modules, modules under several names.
+    """Call a module with other values of its parameters and buffers; see ``Substitution`` for what that reaches.
 
-    Each tensor is replaced once in each module that owns it. By default PyTorch replaces it once per name, and then a
-    module with two names keeps the replacement.
+    Tensors that the module stores under its own attributes meanwhile, such as a weight that a hook computes, are put
+    back.
 
     Args:
         module: whose parameters and buffers are replaced.
@@ -21,10 +52,40 @@ def functional_call(module: nn.Module, values: Mapping[str, Tensor], args: Any, 
     """
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     new = {id(tensors[name]): value for name, value in values.items() if name in tensors}
-    everywhere = {
-        f"{prefix}.{name}" if prefix else name: new[id(tensor)]
-        for prefix, owner in module.named_modules()  # each once
-        for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]
-        if id(tensor) in new
-    }
-    return torch.func.functional_call(module, everywhere, args, kwargs, tie_weights=False)
+    with _attributes_kept(module), Substitution(new):
+        return module(*args, **(kwargs or {}))
+
+
+class NotSubstitutedError(RuntimeError):
+    """A tensor was used itself, and not the value in its place."""
+
+
+def check_substituted(result: Tensor) -> None:
+    """Check a result inside ``torch.func``, computed from values that require no grad outside it, with grad enabled.
+
+    Raises:
+        NotSubstitutedError: it depends on a tensor that does, so that this one was not substituted.
+    """
+    while torch._C._functorch.is_functorch_wrapped_tensor(result):
+        result = torch._C._functorch.get_unwrapped(result)
+    if result.requires_grad:
+        raise NotSubstitutedError("a parameter is used by code that PyTorch does not dispatch from Python")
+
+
+@contextmanager
+def _attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Put back every tensor that a module or its parts hold as an attribute, parameter or buffer."""
+    tables: list[dict[str, Any]] = []
+    for part in module.modules():
+        tables += (part.__dict__, part._parameters, part._buffers)
+    before = [{name: value for name, value in table.items() if isinstance(value, Tensor)} for table in tables]
+    try:
+        yield
+    finally:
+        for table, kept in zip(tables, before, strict=True):
+            now = {name: value for name, value in table.items() if isinstance(value, Tensor)}
+            for name in now.keys() - kept.keys():
+                del table[name]
+            for name, value in kept.items():
+                if now.get(name) is not value:
+                    table[name] = value

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from rtrl.cells.supported import original
 from rtrl.errors import CellError, ConfigError, ShapeError, SparsityError
 
 
@@ -65,9 +66,19 @@ def first_state(cell: nn.Module, batch_size: int) -> Tensor:
 
 
 def takes_replay(cell: nn.Module) -> bool:
-    """Whether ``cell.forward`` accepts a ``replay`` argument."""
+    """Whether ``cell.forward`` accepts a ``replay`` argument.
+
+    One that takes any keyword (``**kwargs``) does if it names ``replay`` itself, or passes it on to a part that takes
+    it.
+    """
+    cell = original(cell)
     parameters = inspect.signature(cell.forward).parameters
-    return "replay" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if "replay" in parameters:
+        return True
+    if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+        return False
+    code = getattr(inspect.unwrap(cell.forward), "__code__", None)
+    return "replay" in getattr(code, "co_consts", ()) or any(map(takes_replay, cell.children()))
 
 
 def call_cell(cell: Callable[..., Any], x: Any, h: Tensor, replay: Sparsity | None) -> tuple[Any, Tensor, Sparsity]:

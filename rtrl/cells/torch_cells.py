@@ -6,10 +6,12 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from rtrl.cells.analytic import AnalyticStep
 from rtrl.cells.module_cell import ModuleCell, PackedCell, Packing, ReplayingModuleCell
 from rtrl.cells.protocol import takes_replay
+from rtrl.cells.supported import original, runs_as_written
 from rtrl.cells.torch_equations import derivatives, mode_of, step, weights_of
 from rtrl.errors import ConfigError
 
@@ -39,13 +41,15 @@ class TorchCell(nn.Module):
         cell: Any = self._modules["cell"]
         readout: Any = self._modules["readout"]
         mode = mode_of(cell)
-        after = step(mode, x, h.unbind(dim=1) if mode == "LSTM" else (h,), weights_of(cell))
+        before = h.unbind(dim=1) if mode == "LSTM" else (h,)
+        after = step(mode, x, before, weights_of(cell)) if runs_as_written(cell) else _called(cell, x, before)
         y = after[0] if _unseen_identity(readout) else readout(after[0])
         return y, torch.stack(after, dim=1) if mode == "LSTM" else after[0]
 
     def analytic_step(self, x: Tensor, h: Tensor) -> AnalyticStep | None:
-        """Take one step with its derivatives; return None for a subclass with another ``forward``."""
-        if type(self).forward is not TorchCell.forward:
+        """Take one step with its derivatives; return None for a subclass with another ``forward``, or with hooks on the
+        module."""
+        if type(self).forward is not TorchCell.forward or not runs_as_written(self.cell):
             return None
         mode = mode_of(self.cell)
         with torch.no_grad():
@@ -82,21 +86,42 @@ class TorchLayers(PackedCell):
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step of all layers from x (B, input_size) and the state (B, N); return y and the next state."""
-        after = []
-        for k, (mode, before) in enumerate(zip(self._modes, self.unpack(h), strict=True)):
-            listed = isinstance(self.cell, nn.ModuleList)
-            weights = weights_of(self.cell[k]) if listed else weights_of(self.cell, f"_l{k}")
-            now = step(mode, x, before if isinstance(before, tuple) else (before,), weights)
+        listed = isinstance(self.cell, nn.ModuleList)
+        befores = [before if isinstance(before, tuple) else (before,) for before in self.unpack(h)]
+        if not listed and not runs_as_written(self.cell):
+            x, after = _called_in_layers(self.cell, x, befores)
+            return self.readout(x), self._packing.pack(after, h.shape[0])
+        layers = []
+        for k, (mode, before) in enumerate(zip(self._modes, befores, strict=True)):
+            if not listed:
+                now = step(mode, x, before, weights_of(self.cell, f"_l{k}"))
+            elif runs_as_written(self.cell[k]):
+                now = step(mode, x, before, weights_of(self.cell[k]))
+            else:
+                now = _called(self.cell[k], x, before)
             x = now[0]
-            after.append(_state(now))
-        return self.readout(x), self._packing.pack(tuple(after), h.shape[0])
+            layers.append(_state(now))
+        return self.readout(x), self._packing.pack(tuple(layers), h.shape[0])
+
+
+def _called(cell: Any, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The next state by a call of one of PyTorch's cells, with all its hooks, in the form of the state."""
+    after = cell(x, state[0] if len(state) == 1 else state)
+    return (after,) if len(state) == 1 else after
+
+
+def _called_in_layers(module: Any, x: Tensor, states: list[tuple[Tensor, ...]]) -> tuple[Tensor, tuple[Any, ...]]:
+    """The output and the states of all layers by a call of a layered module, with all its hooks, on one time step."""
+    stacked = tuple(torch.stack(parts) for parts in zip(*states, strict=True))
+    time = 1 if module.batch_first else 0
+    out, after = module(x.unsqueeze(time), stacked[0] if len(stacked) == 1 else stacked)
+    parts = (after,) if len(stacked) == 1 else after
+    return out.squeeze(time), tuple(_state(layer) for layer in zip(*parts, strict=True))
 
 
 def _unseen_identity(module: nn.Module) -> bool:
-    """Whether a module is an identity without hooks, whose call would only cost time."""
-    return type(module) is nn.Identity and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    """Whether a module is an identity whose call would only cost time."""
+    return type(module) is nn.Identity and runs_as_written(module)
 
 
 def _widths(module: Any) -> tuple[int, ...]:
@@ -129,7 +154,8 @@ def from_torch(cell: Any, readout: nn.Module | None = None, *, state: Any = None
     names, and take ``replay=`` if it routes. It cannot declare reads or writes, because a packed state has no rows.
 
     Equation:
-        ``nn.RNNCell``, ``nn.GRUCell``, ``nn.LSTMCell``: the module's own equations; ``y = readout(h')``.
+        ``nn.RNNCell``, ``nn.GRUCell``, ``nn.LSTMCell``: the module's own equations; ``y = readout(h')``. A module with
+        hooks (pruning, the older ``weight_norm``) is called itself; parametrizations may be registered at any time.
 
         A sequence or ``nn.ModuleList`` of these, which may be mixed: layer k's h' is layer k + 1's x.
 
@@ -171,14 +197,17 @@ def from_torch(cell: Any, readout: nn.Module | None = None, *, state: Any = None
         >>> below.shape, h.shape, c.shape
         (torch.Size([4, 5]), torch.Size([4, 4]), torch.Size([4, 4]))
     """
-    if state is not None and (_is_list(cell) or type(cell) in _CELLS + _LAYERED):
+    kind = _kind(cell)
+    if kind in _CELLS + _LAYERED:
+        cell = original(cell)
+    if state is not None and (_is_list(cell) or kind in _CELLS + _LAYERED):
         raise ConfigError(
             "state= is for other modules; PyTorch's own start from zeros, or from the state= of the learner"
         )
     readout = nn.Identity() if readout is None else readout
-    if type(cell) in _CELLS:
+    if kind in _CELLS:
         return TorchCell(cell, readout)
-    if type(cell) in _LAYERED:
+    if kind in _LAYERED:
         _check_layered(cell)
         return TorchLayers(cell, readout)
     if _is_list(cell):
@@ -190,6 +219,11 @@ def from_torch(cell: Any, readout: nn.Module | None = None, *, state: Any = None
             f"module with init_state(batch_size) or state=..., got {type(cell).__name__}"
         )
     return (ReplayingModuleCell if takes_replay(cell) else ModuleCell)(cell, readout, state)
+
+
+def _kind(cell: Any) -> type:
+    """The class of a module as it was written, before ``torch.compile`` and parametrizations."""
+    return parametrize.type_before_parametrizations(original(cell)) if isinstance(cell, nn.Module) else type(cell)
 
 
 def _is_list(cell: Any) -> bool:
@@ -210,7 +244,7 @@ def _check_layers(cells: list[Any]) -> None:
     if not cells:
         raise ConfigError("from_torch needs at least one layer, got an empty sequence")
     for k, cell in enumerate(cells):
-        if type(cell) not in _CELLS:
+        if _kind(cell) not in _CELLS:
             raise ConfigError(
                 f"layers must be nn.RNNCell, nn.GRUCell or nn.LSTMCell, but layer {k} is {type(cell).__name__}; other "
                 "cells are layered by rtrl.cells.Stack"

@@ -15,10 +15,12 @@ from rtrl._engine import checks, losses
 from rtrl._engine import step as forward_step
 from rtrl._engine.first_influence import check_constant, first_influence, replace_samples
 from rtrl._engine.parameter_guard import ParameterGuard
-from rtrl._engine.parameter_hooks import deliver, hooks_suspended
+from rtrl._engine.parameter_hooks import deliver
 from rtrl._engine.recorded import RecordedStep
+from rtrl._engine.surroundings import linearizing
 from rtrl._utils import pytrees, validation
 from rtrl.cells.protocol import Cell, Sparsity, first_state, takes_replay
+from rtrl.cells.supported import check_supported, original
 from rtrl.errors import ConfigError, NonFiniteError, ShapeError
 from rtrl.learners import state as saved_state
 from rtrl.learners.state import LearnerState
@@ -39,12 +41,13 @@ class Learner(ABC):
             parameters: they get its gradient.
 
     Attributes:
-        cell: the cell.
+        cell: the cell; the original of a module that ``torch.compile`` made, which takes the steps itself.
         batch_size: B.
         block: the number of steps that are processed together; 1 unless the learner says otherwise.
 
     Raises:
-        ConfigError: ``batch_size`` is not a positive integer, or the cell has no trainable parameter or no first state.
+        ConfigError: ``batch_size`` is not a positive integer, or the cell has no trainable parameter or no first state,
+            or cannot be linearised (a complex or lazy parameter, a scripted part, a sparse embedding).
         ShapeError: the first state has the wrong shape, dtype or device.
     """
 
@@ -55,7 +58,10 @@ class Learner(ABC):
         validation.integer("batch_size", batch_size)
         if not isinstance(cell, nn.Module):
             raise ConfigError(f"cell must be a torch.nn.Module, got {type(cell).__name__}")
-        self.cell, self.batch_size = cell, batch_size
+        check_supported(cell)
+        self._stepping = cell  # takes the steps, compiled as it may be; all else is done with the module as written
+        self.cell, self.batch_size = original(cell), batch_size
+        cell = self.cell
         self._guard = ParameterGuard(cell)
         self._parameters = self._guard.parameters
         self._takes_replay = takes_replay(cell)
@@ -115,7 +121,9 @@ class Learner(ABC):
         if replay is not None:
             forward_step.check_replay(replay, self._takes_replay, self._state, named)
         first = number == 0
-        taken, y, h_next = forward_step.take(self.cell, x, self._state, replay, number, first, named, self._keeps_x)
+        taken, y, h_next = forward_step.take(
+            self._stepping, x, self._state, replay, number, first, named, self._keeps_x
+        )
         if taken.sources:
             losses.check_no_feedback(taken.sources, self._open_steps, number)
         if len(self._open_steps) >= self.block:
@@ -173,7 +181,7 @@ class Learner(ABC):
             The processing of the open steps; the learner says what it adds.
         """
         self._close()
-        with hooks_suspended(self._parameters.values()):
+        with linearizing(self._parameters.values()):
             self._flush(dormant)
         for name, gradient in self._pending_grads.items():
             if not checks.finite(gradient):
@@ -246,7 +254,7 @@ class Learner(ABC):
         check_constant(state)
         like = None if samples is None else self._state
         beside = next(iter(self._parameters.values())) if like is None else like
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), linearizing(self._parameters.values()):
             if state is not None:
                 if like is None and isinstance(self.cell, Cell):
                     like = checks.checked_state(first_state(self.cell, self.batch_size), self.batch_size, beside)
@@ -328,7 +336,7 @@ class Learner(ABC):
         """Process the open steps. They accept no more losses then."""
         self._check_parameters()
         if self._open_steps:
-            with torch.no_grad(), hooks_suspended(self._parameters.values()):
+            with torch.no_grad(), linearizing(self._parameters.values()):
                 self._process()
             self._give_up_block()
 

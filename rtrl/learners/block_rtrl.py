@@ -96,7 +96,7 @@ class BlockRTRL(Learner):
             block = choose_block(cell, batch_size, state=state)
         self.block, self.window = validation.integer("block", block), validation.integer("window", window)
         self.lazy = bool(lazy)
-        self._linearizer = Linearizer(cell, self._parameters)
+        self._linearizer = Linearizer(self.cell, self._parameters)
         self._accumulated_until = 0  # the gradients of dormant slices are accumulated for the blocks before this one
         self._influences: dict[str, ParameterInfluence] = {}  # filled at the first step, when the sparsity is known
         self._history: History | None = None

@@ -1,6 +1,7 @@
 """Backpropagation through time, full and truncated, with the interface of an online learner."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,35 +22,54 @@ def unrolled_gradient(steps: Sequence[ReplayedStep]) -> dict[str, Tensor]:
     Cost:
         A forward and a backward pass through the steps; the graph of all of them exists for as long.
     """
-    if not any(step.has_pending_loss for step in steps):
-        return {}
+    gradient: dict[str, Tensor] = {}
+    adjoint: Tensor | None = None  # of all later losses, at the state before the steps that are done
+    for run in reversed(_runs_of_one_snapshot(steps)):
+        if adjoint is None and not any(step.has_pending_loss for step in run):
+            continue
+        with run[0].snapshot.applied():
+            adjoint = _add_run(run, run[0] is steps[0], adjoint, gradient)
+    return gradient
+
+
+def _runs_of_one_snapshot(steps: Sequence[ReplayedStep]) -> list[list[ReplayedStep]]:
+    """Steps in order, split wherever the parameters changed."""
+    return [list(run) for _, run in groupby(steps, key=lambda step: id(step.snapshot))]
+
+
+def _add_run(
+    steps: Sequence[ReplayedStep], is_first: bool, adjoint: Tensor | None, gradient: dict[str, Tensor]
+) -> Tensor | None:
+    """Add to a gradient what steps of one snapshot contribute, given the adjoint of the state after them; return the
+    adjoint of the state before them, which is None if nothing reaches it or if it ``is_first`` and held fixed."""
+    before = steps[0].h.clone().requires_grad_(not is_first)
     heads: list[tuple[Tensor, Tensor]] = []
-    h, starts = steps[0].h, []
+    h, starts = before, []
     for step in steps:
         start = step.h
         if step.first_influence:
             start = step.h.clone().requires_grad_()
             starts.append((start, step.first_influence))
-        if step is steps[0]:
+        if is_first and step is steps[0]:
             h = start
         elif bool(step.constant_state.any()):
             h = torch.where(step.constant_state.reshape(-1, *[1] * (h.ndim - 1)), start, h)
         pairs, h = step.rerun(h)
         heads += pairs
+    if adjoint is not None and h.requires_grad:
+        heads.append((h, adjoint))
     if not heads:
-        return {}
-    snapshots = {id(step.snapshot): step.snapshot for step in steps}.values()  # shared until a parameter changes
-    leaves = [(name, leaf) for snapshot in snapshots for name, leaf in snapshot.trainable.items()]
+        return None
+    leaves = steps[0].snapshot.trainable
+    targets = [*leaves.values(), *(start for start, _ in starts), *([] if is_first else [before])]
     ys, adjoints = zip(*heads, strict=True)
-    targets = [*(leaf for _, leaf in leaves), *(start for start, _ in starts)]
     parts = torch.autograd.grad(ys, targets, adjoints, materialize_grads=True)
-    gradient: dict[str, Tensor] = {}
-    for (name, _), part in zip(leaves, parts, strict=False):
+    for (name, _), part in zip(leaves.items(), parts, strict=False):
         gradient[name] = gradient[name] + part if name in gradient else part.clone()
-    for (_, influences), adjoint in zip(starts, parts[len(leaves) :], strict=True):
+    for (_, influences), part in zip(starts, parts[len(leaves) :], strict=False):
         for name, influence in influences.items():
-            gradient[name] += torch.einsum("bh,bhp->p", adjoint.flatten(1), influence).reshape(gradient[name].shape)
-    return gradient
+            gradient[name] += torch.einsum("bh,bhp->p", part.flatten(1), influence).reshape(gradient[name].shape)
+    return None if is_first else parts[-1]
 
 
 class _Unrolled(ReplayingLearner):

@@ -43,22 +43,23 @@ def step_jacobians(step: ReplayedStep) -> StepJacobians:
     samples, size, n_theta = len(step.h), step.h[0].numel(), sum(p.numel() for p in theta)
     dynamics, immediate = step.h.new_zeros(samples, size, size), step.h.new_zeros(samples, size, n_theta)
     adjoint, direct = step.h.new_zeros(samples, size), step.h.new_zeros(n_theta)
-    for b in range(samples):
-        h = step.h[b : b + 1].clone().requires_grad_()
-        pairs, h_next = step.rerun(h, b)
-        if pairs:
-            ys, gs = zip(*pairs, strict=True)
-            by_h, *by_theta = torch.autograd.grad(ys, [h, *theta], gs, retain_graph=True, materialize_grads=True)
-            adjoint[b] = by_h.flatten()
-            direct += torch.cat([g.flatten() for g in by_theta])
-        if not h_next.requires_grad:
-            continue
-        with torch.enable_grad():
-            entries = h_next.flatten().unbind()
-        for i, entry in enumerate(entries):
-            by_h, *by_theta = torch.autograd.grad(entry, [h, *theta], retain_graph=True, materialize_grads=True)
-            dynamics[b, i] = by_h.flatten()
-            immediate[b, i] = torch.cat([g.flatten() for g in by_theta])
+    with step.snapshot.applied():
+        for b in range(samples):
+            h = step.h[b : b + 1].clone().requires_grad_()
+            pairs, h_next = step.rerun(h, b)
+            if pairs:
+                ys, gs = zip(*pairs, strict=True)
+                by_h, *by_theta = torch.autograd.grad(ys, [h, *theta], gs, retain_graph=True, materialize_grads=True)
+                adjoint[b] = by_h.flatten()
+                direct += torch.cat([g.flatten() for g in by_theta])
+            if not h_next.requires_grad:
+                continue
+            with torch.enable_grad():
+                entries = h_next.flatten().unbind()
+            for i, entry in enumerate(entries):
+                by_h, *by_theta = torch.autograd.grad(entry, [h, *theta], retain_graph=True, materialize_grads=True)
+                dynamics[b, i] = by_h.flatten()
+                immediate[b, i] = torch.cat([g.flatten() for g in by_theta])
     for what, value in (("dynamics", dynamics), ("immediate", immediate)):
         checks.check_finite(f"the {what} Jacobian", value, step.number)
     return StepJacobians(dynamics, immediate, adjoint, direct)

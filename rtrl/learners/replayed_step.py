@@ -1,7 +1,8 @@
 """Steps that are run once more under a graph, with the parameters they were taken with, and learners that do so."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from rtrl._engine import checks
 from rtrl._engine.recorded import RecordedStep
 from rtrl._utils import pytrees
-from rtrl._utils.functional_call import functional_call
 from rtrl.cells.protocol import Sparsity, call_cell
 from rtrl.errors import CellError, ConfigError, NonFiniteError
 from rtrl.learners.base import Learner
@@ -26,14 +26,15 @@ from rtrl.learners.state import (
 
 
 class ParameterSnapshot:
-    """A copy of a cell's parameters and buffers at one moment; the trainable ones are leaves.
+    """A copy of a cell's parameters and buffers at one moment.
 
     Args:
         cell: the cell.
         values: its parameters and buffers by name, if not those that the cell has now.
 
     Attributes:
-        trainable: name → leaf (the parameter's shape), in the order of the cell's own parameters.
+        trainable: name → parameter of the cell itself, in the cell's own order: what a step that is run again depends
+            on.
 
     Raises:
         ConfigError: ``values`` are not those of such a cell.
@@ -47,25 +48,44 @@ class ParameterSnapshot:
             raise ConfigError("the saved parameters are not those of this cell")
         self._cell = cell
         self._values = {name: values[name].detach().to(value.device, copy=True) for name, value in now.items()}
-        self.trainable = {n: self._values[n].requires_grad_() for n, p in cell.named_parameters() if p.requires_grad}
+        self.trainable = {name: p for name, p in cell.named_parameters() if p.requires_grad}
 
     def copies(self) -> dict[str, Tensor]:
         """Return name → a copy of the value."""
-        return {name: value.detach().clone() for name, value in self._values.items()}
+        return {name: value.clone() for name, value in self._values.items()}
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All values."""
-        return list(self._values.values())
+        """The cell's own parameters and buffers."""
+        return list(_values_of(self._cell).values())
 
     def matches(self, cell: nn.Module) -> bool:
         """Return whether the cell still has these values."""
         now = _values_of(cell)
         return now.keys() == self._values.keys() and all(torch.equal(now[n], v) for n, v in self._values.items())
 
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Give the cell these values for as long as the context lasts, in place, so that every use of a parameter is
+        reached. Backward passes belong inside.
+
+        No version counter moves, and the present values are put back in any case.
+        """
+        changed = []
+        for name, tensor in _values_of(self._cell).items():
+            if not torch.equal(tensor, self._values[name]):
+                changed.append((tensor.data, tensor.detach().clone(), self._values[name]))
+        try:
+            for present, _, value in changed:
+                present.copy_(value)
+            yield
+        finally:
+            for present, kept, _ in changed:
+                present.copy_(kept)
+
     def __call__(self, x: Any, h: Tensor, **replay: Sparsity) -> Any:
-        """Take one step of the cell with these values."""
-        return functional_call(self._cell, self._values, (x, h), replay)
+        """Take one step of the cell, which must have these values: see ``applied``."""
+        return self._cell(x, h, **replay)
 
 
 def _values_of(cell: nn.Module) -> dict[str, Tensor]:
@@ -137,7 +157,7 @@ class ReplayedStep(RecordedStep):
         self.adjoints = [None] * len(self.adjoints)
 
     def rerun(self, h: Tensor, sample: int | None = None) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """Run the step once more with a graph.
+        """Run the step once more with a graph, inside ``snapshot.applied()``.
 
         Args:
             h: the state to begin at, (B, n, ...), or (1, n, ...) if one sample alone is run.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rtrl._engine import checks
 from rtrl._utils import pytrees, validation
 from rtrl.cells.protocol import first_state
+from rtrl.cells.supported import check_supported, original
 from rtrl.errors import ConfigError
 from rtrl.testing.cell_checks.core import run_checks
 from rtrl.testing.cell_checks.points import copied, probe
@@ -42,7 +43,8 @@ def check_cell(
         The report of all checks.
 
     Raises:
-        ConfigError: an argument is of the wrong kind.
+        ConfigError: an argument is of the wrong kind, or no learner takes this cell (a complex or lazy parameter, a
+            scripted part, a sparse embedding).
         CheckFailed: something failed and ``on_fail`` is ``"raise"``; its ``report`` has all failures.
 
     Cost:
@@ -56,7 +58,7 @@ def check_cell(
     """
     steps = _checked(cell, inputs, seed, on_fail)
     with preserve_global_state(seed):
-        own = copied(cell)
+        own = copied(original(cell))
         first = _first_state(own, steps[0], state)
         call = f"check_cell(make_cell(), inputs, {'' if state is None else 'state=state, '}seed={seed})"
         script = f"from rtrl.testing import check_cell\n{call}"
@@ -70,8 +72,7 @@ def _checked(cell: Any, inputs: Any, seed: Any, on_fail: Any) -> list[Any]:
     """Check the arguments but the state, and return the inputs as a list of detached copies."""
     if not isinstance(cell, nn.Module):
         raise ConfigError(f"cell must be a torch.nn.Module, got {type(cell).__name__}")
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in cell.parameters()):
-        raise ConfigError("the cell has parameters without a shape yet; run it once before it is checked")
+    check_supported(cell)
     if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence) or isinstance(inputs, str | bytes):
         raise ConfigError(
             f"inputs must be a sequence of the x of each step, got {type(inputs).__name__}; for one step give [x]"

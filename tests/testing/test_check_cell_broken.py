@@ -89,8 +89,28 @@ class _Old(torch.autograd.Function):
         return grad
 
 
+class _WrongVmap(torch.autograd.Function):
+    """An identity whose own rule for vmap doubles."""
+
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, value: Tensor) -> Any:
+        return 2 * value, in_dims[0]
+
+
 class Aliased(nn.Module):
-    """Uses a second reference to its parameter, which functional_call does not substitute."""
+    """Uses a second reference to its parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,8 +276,7 @@ BROKEN: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
         lambda: broken(dense(lambda n: n @ torch.eye(2, dtype=F64))),
         "does not run in torch.float32",
     ),
-    "old-style function": ("torch.func", lambda: broken(dense(_Old.apply)), "setup_context|autograd.Function"),
-    "aliased": ("torch.func", Aliased, "functional_call gives another h_next"),
+    "wrong vmap rule": ("torch.func", lambda: broken(dense(_WrongVmap.apply)), "under torch.func.vmap a sample"),
     "half a derivative": ("analytic step", lambda: Known(0.5), "another derivative with respect to the state"),
     "another value": ("analytic step", lambda: Known(1.0, 1e-3), "another value of the next state"),
 }
@@ -275,6 +294,16 @@ def test_a_broken_cell_is_caught_by_exactly_its_check(name: str) -> None:
 
 def test_every_check_catches_a_broken_cell() -> None:
     assert {check for check, _, _ in BROKEN.values()} == set(cell_checks())
+
+
+def test_a_cell_that_torch_func_refuses_passes_with_a_note() -> None:
+    report = check_cell(broken(dense(_Old.apply)), XS)
+    assert any("does not run under torch.func" in note and "setup_context" in note for note in report.notes)
+
+
+def test_a_parameter_in_a_list_is_substituted() -> None:
+    report = check_cell(Aliased(), XS, state=torch.ones(3, 4, dtype=F64))
+    assert not report.notes
 
 
 def test_derivatives_in_closed_form_that_are_right_pass() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rtrl._utils import index_sets, pytrees
 from rtrl._utils.formatting import first_line
-from rtrl._utils.functional_call import functional_call
+from rtrl._utils.functional_call import check_substituted, functional_call
 from rtrl.cells.protocol import Sparsity, call_cell, own_copy, same_choices
 from rtrl.testing.cell_checks.compare import STATE, differs, gradients, must_be_zero, only
 from rtrl.testing.cell_checks.points import EvaluationPoint, Heads, Subject, leaves
@@ -162,7 +162,8 @@ def _as_one_batch(group: list[EvaluationPoint]) -> Iterator[Found]:
 
 
 def torch_func_failures(subject: Subject) -> Iterator[Found]:
-    """``functional_call`` substitutes every parameter; ``vjp`` and ``vmap`` over cotangents agree with autograd."""
+    """Every parameter can be substituted; ``vjp`` and ``vmap`` agree with autograd, or the cell does not run there,
+    which only costs time."""
     given = [p for p in subject.points if not p.perturbed]
     for point in (p.with_own_cell() for p in subject.points):
         batch = point.h.shape[0]
@@ -171,10 +172,18 @@ def torch_func_failures(subject: Subject) -> Iterator[Found]:
         theta = {name: p.detach() for name, p in point.cell.named_parameters()}
         called = _Functional(replace(point, cell=copy.deepcopy(given[0].cell)), list(direct))
         for what, value in zip(direct, called(theta, point.h), strict=True):
-            message = f"torch.func.functional_call gives another {what}: a parameter is used that was not substituted"
+            message = f"with other values of its parameters, the cell gives another {what}: it keeps values of its own"
             yield from differs(message, point, value, direct[what], what)
-        yield from _vjp(subject, point, called, direct, theta)
-        yield from _vmap(subject, point, called, direct, theta)
+        for check in (_vjp, _vmap):
+            try:
+                found = list(check(subject, point, called, direct, theta))
+            except Exception as error:
+                subject.notes.append(
+                    f"the cell does not run under torch.func ({first_line(error)}); parameters without a linear use "
+                    "are then linearized sample by sample: exact, but slow"
+                )
+                return
+            yield from found
 
 
 class _Functional:
@@ -194,6 +203,8 @@ class _Functional:
 
         x, replay = (self.point.x, self.point.replay) if x is None else (x, replay)
         y, h_next, _ = call_cell(substituted, pytrees.map_tensors(torch.clone, x), h.clone(), replay)
+        if torch._C._functorch.is_functorch_wrapped_tensor(h_next):
+            check_substituted(h_next)
         found = {"h_next": h_next, **leaves(y, h.shape[0])}
         return [found[name] for name in self.names]
 
@@ -221,7 +232,7 @@ def _vjp(
 def _vmap(
     subject: Subject, point: EvaluationPoint, called: _Functional, direct: Heads, theta: dict[str, Tensor]
 ) -> Iterator[Found]:
-    """The cell gives the same per sample under vmap, or does not run there, which only costs time."""
+    """The cell gives the same per sample under vmap."""
     flat, refill = pytrees.flatten((point.x, point.h, point.replay))
     places = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
 
@@ -232,14 +243,7 @@ def _vmap(
         x, h, replay = refill(refilled)
         return called(theta, h, x, replay)
 
-    try:
-        found = torch.func.vmap(one_sample)(*(flat[i].unsqueeze(1) for i in places))
-    except Exception as error:
-        subject.notes.append(
-            f"the cell does not run under torch.func.vmap ({first_line(error)}); parameters without a linear use are "
-            "then linearized sample by sample: exact, but slow"
-        )
-        return
+    found = torch.func.vmap(one_sample)(*(flat[i].unsqueeze(1) for i in places))
     for i in range(point.h.shape[0]):
         y, h_next, _ = point.sample(i).run()  # not the batch: another check reports interactions
         alone = {"h_next": h_next, **leaves(y, 1)}
