@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 class Substitution(TorchFunctionMode):
     """While it is entered, every function of PyTorch that is given one of some tensors gets its value in its place.
 
-    So each use is reached, by whatever name, list, dict or closure the tensor is held. Code that PyTorch does not
+    So each use is reached, by any name, list, dict or closure that holds the tensor. Code that PyTorch does not
     dispatch from Python is not: a scripted module, or the ``apply`` of an ``autograd.Function``, whose forward pass
     gets the values while its derivative goes to the tensor itself.
 
