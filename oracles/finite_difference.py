@@ -76,8 +76,7 @@ class _Passes:
         return value, 64 * EPS * abs(value)
 
     def _number(self, value: Tensor) -> Tensor:
-        """The value without its graph, complex where the passes are."""
-        value = value.detach()
+        """The value, complex where the passes are."""
         return value.to(torch.complex128) if self.complex and value.is_floating_point() else value
 
 

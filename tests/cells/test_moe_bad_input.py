@@ -46,6 +46,12 @@ CALLS = [
         "replay writes a slot that it does not read",
     ),
     (
+        "one write of two not read",
+        (X, H, MIXTURE.choices(PAIR, torch.tensor([[0, 2], [2, 3]]), PAIR)),
+        SparsityError,
+        "replay writes a slot that it does not read",
+    ),
+    (
         "reads out of range",
         (X, H, MIXTURE.choices(PAIR + 1, PAIR + 1, PAIR)),
         SparsityError,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adversarial_inputs import D_IN, F64, NAN, B, Breakable, Step, check, make, refused, rows, stream
+from helpers.adversarial_inputs import D_IN, F64, NAN, B, Breakable, Plain, Step, check, make, refused, rows, stream
 from torch import Tensor, nn
 
 import rtrl
@@ -304,6 +304,34 @@ def test_a_zero_parameter_that_moves_an_undeclared_row_is_found_at_the_first_blo
 @pytest.mark.parametrize("block", [1, 3])
 def test_a_sample_that_depends_on_the_one_before_it_is_found_at_the_first_block(block):
     check(_whole(lambda c, x, h: h.cumsum(0)), CellError, "mixes samples", at=0, block=block, closing=True)
+
+
+def test_a_first_sample_that_depends_on_a_later_one_in_derivative_alone_is_found():
+    """Its value is the same alone and in a batch; only a probe of the first sample without the second shows it."""
+
+    class Leaning(Plain):
+        def forward(self, x, h):
+            y, h_next = super().forward(x, h)
+            later = h[1:] - h[1:].detach()
+            return y, h_next + torch.cat([later, torch.zeros_like(h[:1])])
+
+    learner = rtrl.BlockRTRL(Leaning(), B, block=1)
+    learner.step(stream()[0])
+    with refused(learner, CellError, "depends on the state of another"):
+        learner.sync()
+
+
+def test_a_state_that_is_another_by_a_hundred_thousandth_is_refused():
+    class Drifting(Plain):
+        def forward(self, x, h):
+            y, h = super().forward(x, h)
+            return y, h + (1e-5 if len(x) > B else 0.0)
+
+    learner = rtrl.BlockRTRL(Drifting(), B, block=2)
+    for x in stream()[:2]:
+        learner.step(x)
+    with refused(learner, CellError, "mixes samples|a different state"):
+        learner.sync()
 
 
 def test_a_step_that_branches_is_found_beside_a_large_entry():

@@ -116,6 +116,38 @@ def test_the_step_and_the_sample_at_fault_are_named(how: str, block: int) -> Non
     assert type(caught.value) is error
 
 
+def test_of_several_places_at_fault_the_earliest_step_is_named() -> None:
+    xs = normal(1, 3, BATCH, 2)
+    xs[2, 0, 1] = xs[1, SAMPLE, 1] = 1e3
+    learner = rtrl.BlockRTRL(Flagged("h of Jacobian"), BATCH, block=3)
+    for x in xs:
+        learner.step(x)
+    with pytest.raises(NonFiniteError, match="step 1, sample 2"):
+        learner.sync()
+
+
+class TwoScales(nn.Module):
+    """The influence of a stays moderate, that of b overflows in the sum over a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2, dtype=F64), nn.Parameter(torch.zeros(2, 2, dtype=F64))
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return torch.zeros(batch_size, 2, dtype=F64)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.a(x)) + 1e200 * nn.functional.linear(1e200 * x, self.b)
+        return h, h
+
+
+def test_an_influence_that_overflows_in_the_second_linear_map_is_refused() -> None:
+    learner = rtrl.BlockRTRL(TwoScales(), 2, block=2)
+    learner.step(normal(1, 2, 2))
+    with pytest.raises(NonFiniteError, match="influence of parameter 'b'"):
+        learner.sync()
+
+
 class Undecided(nn.Module):
     """Writes the first row of a single sample and the last row of those of a larger batch; once stubborn, it
     ignores the replay."""

@@ -81,6 +81,19 @@ def test_products_of_a_long_dense_block_do_not_linger_as_subnormal_numbers(
     assert few < many / 20
 
 
+def test_a_scan_leaves_no_subnormal_numbers() -> None:
+    cell = seeded(rtrl.cells.from_torch(nn.RNNCell(2, 6)), 0).float()
+    with torch.no_grad():
+        cell.cell.weight_hh.mul_(0.05)
+    steps, state = taken(cell, normal(0, 100, 1, 2).float())
+    groups = linearizer.Linearizer(cell, dict(cell.named_parameters()))(steps, state)
+    with torch.no_grad():
+        (cotangents,) = reverse_sweep.reverse_sweep(groups, state, ReusableBuffer(0)).cotangents
+    products = cotangents[..., :-1, :]
+    assert not bool(products[:, 0].any()), "the control: they sink to zero on the way"
+    assert not bool(((products != 0) & (products.abs() < torch.finfo(torch.float32).tiny)).any())
+
+
 def taken(cell: nn.Module, xs: torch.Tensor) -> tuple[list[RecordedStep], torch.Tensor]:
     """The steps of a stream, and the state after them."""
     steps, h = [], cell.init_state(xs.shape[1])

@@ -359,6 +359,18 @@ def test_a_saved_history_plans_as_the_one_it_was_taken_of() -> None:
     assert plans[0][0] == plans[1][0] < fresh.cost
 
 
+def test_a_saved_history_knows_the_product_of_its_oldest_blocks() -> None:
+    held = History(4, ROWS, ROWS, torch.zeros(BATCH, ROWS, WIDTH, dtype=torch.float64))
+    for step in range(4):
+        held.append(leaf("dense", step))
+    for _ in range(2):
+        held.products(held.plan({0: 2}))
+    again = History.from_state_dict(held.state_dict(), torch.zeros(BATCH, ROWS, WIDTH, dtype=torch.float64))
+    known = again.planner.state_dict()
+    assert known == held.planner.state_dict()
+    assert any(start == 0 for start, _ in known["composed"]) or any(start == 0 for _, start, _ in known["credits"])
+
+
 def test_patterns_are_planned_without_a_product() -> None:
     held = history("sparse")
 

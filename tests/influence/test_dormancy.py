@@ -117,3 +117,15 @@ def test_a_slice_that_was_never_active_takes_no_memory() -> None:
     row = sum(8 * (cell.init_state(1).numel() * p + 3) for p in sizes)
     assert held[3] - held[1] == 2 * row
     assert held[EXPERTS] - held[3] == 2 * (EXPERTS - 3) * row
+
+
+def test_a_reset_of_all_samples_accumulates_what_dormant_slices_have_pending() -> None:
+    """Expert 0 is used at steps 0 and 7 of twelve; the reset of all falls before step 7."""
+    moe = rtrl.RecurrentMoE(2, 2, d_model=4, n_slots=3, n_experts=4, topk=1, expert_hidden=2, ffn_hidden=2)
+    cell = seeded(ForcedMoE(moe, (2, 1, 1)), 5)
+    chosen = [[[t % 3, (t + 1) % 3, t % 3, 0 if t in (0, 7) else 1]] * 2 for t in range(12)]
+    xs = torch.cat([normal(0, 12, 2, 2), torch.tensor(chosen, dtype=torch.float64)], dim=-1)
+    resets = torch.zeros(12, 2, dtype=torch.bool)
+    resets[7] = True
+    found = run(cell, xs, every, resets=resets, block=2, window=4)
+    assert_gradients_equal(found.gradients, oracles.bptt(cell, xs, every, resets=resets))

@@ -185,3 +185,15 @@ def test_adding_reaches_the_rows_named_and_no_others(make: Any, samples: list[in
         expected[row, at] += immediate[i]
     influence.add(named, block, immediate)
     torch.testing.assert_close(influence.values, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("keys", [[0, 1, 2], [0, 1, 3], [1, 3, 4], [0, 2, 1]], ids=str)
+def test_products_are_added_to_the_rows_named_in_one_piece_or_not(keys: list[int]) -> None:
+    influence = filled([0, 1, 2, 3, 4, 5])
+    rows = influence.allocate(torch.tensor(keys), 0)
+    left, right = normal(7, len(keys), 3, STATE), normal(8, len(keys), 3, WIDTH)
+    expected = influence.values.clone()
+    for i, row in enumerate(rows.tolist()):
+        expected[row] += left[i].T @ right[i]
+    influence.add_products(rows, transition(None), left, right, False)
+    torch.testing.assert_close(influence.values, expected, rtol=1e-12, atol=1e-12)

@@ -198,6 +198,18 @@ def test_products_of_contracting_jacobians_never_become_subnormal(dtype: torch.d
     assert not product.jacobian.count_nonzero()
 
 
+@pytest.mark.parametrize("kinds", ["sparse sparse", "sparse dense", "dense sparse"])
+def test_products_of_sparse_transitions_never_become_subnormal(kinds: str) -> None:
+    def item(kind: str) -> Transition:
+        size, rows = (4, None) if kind == "dense" else (2, torch.tensor([[0, 1]]))
+        jacobian = 1e-20 * normal(size, 1, size, size).float()
+        return Transition(rows, rows, jacobian, torch.zeros(1, size), 4, 1)
+
+    first, second = map(item, kinds.split())
+    product = compose(first, second).jacobian
+    assert not bool(((product != 0) & (product.abs() < torch.finfo(torch.float32).tiny)).any())
+
+
 def test_flushing_hides_neither_nan_nor_infinity() -> None:
     values = torch.tensor([math.nan, math.inf, -math.inf, 1.0, 1e-40, -1e-38, 0.0])
     out = flush_subnormals(values)

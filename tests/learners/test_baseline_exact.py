@@ -10,7 +10,7 @@ from helpers.baseline_cells import Leaky, Ring, delivered, differ, normal, squar
 from helpers.running import run
 from helpers.strategies import Case, cases, dense, forced_moe, resets, scheduled
 from helpers.tolerances import assert_gradients_equal, assert_influences_equal
-from helpers.toy_cells import seeded
+from helpers.toy_cells import PlainRNN, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -110,3 +110,20 @@ def _by_hand(cell: Any, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     for i in range(size):
         immediate[i, i] = slope[i] * cell.ring[i] * h[0]
     return slope[:, None] * weight, immediate.reshape(size, -1)
+
+
+class TwoOutputs(PlainRNN):
+    """The squares of the next state beside the output."""
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:  # type: ignore[override]
+        y, h_next = super().forward(x, h)
+        return (y, h_next.square()), h_next
+
+
+@pytest.mark.parametrize("output", [0, 1])
+@pytest.mark.parametrize("make", EXACT)
+def test_a_loss_of_one_of_two_outputs_counts(make: Make, output: int) -> None:
+    cell, xs = seeded(TwoOutputs(2, 3), 1), normal(2, 4, 2, 2)
+    loss = lambda t, y: y[output].square().sum() if t % 2 else None
+    found = run(cell, xs, loss, influences=False, make=make)
+    assert_gradients_equal(found.gradients, oracles.bptt(cell, xs, loss), may_be_zero=True)

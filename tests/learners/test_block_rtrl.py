@@ -116,6 +116,15 @@ def test_the_state_is_a_copy_and_y_a_leaf() -> None:
     assert torch.equal(learner.state, before)
 
 
+def test_what_is_done_to_y_does_not_reach_the_state() -> None:
+    learner = rtrl.BlockRTRL(rtrl.cells.from_torch(nn.GRUCell(2, 3)).double(), 2, block=3)  # y is the state
+    y = learner.step(normal(1, 2, 2))
+    before = learner.state
+    with torch.no_grad():
+        y.zero_()
+    assert torch.equal(learner.state, before) and bool(before.any())
+
+
 def test_a_reset_takes_the_given_state_for_the_named_samples_only() -> None:
     learner = plain(block=2)
     learner.step(normal(1, 2, 2))

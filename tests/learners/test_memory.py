@@ -100,6 +100,11 @@ def test_memory_that_large_blocks_use_again_is_counted_and_kept() -> None:
         assert held == [0, lent, lent]
         assert len(places) == 1
         assert learner.retained_bytes()["scratch"] == lent
+        patch.setattr(buffers, "_LEAST_BYTES", 1)
+        learner, xs = dense_learner(block=64)  # whose buffer would be larger than the influence
+        for t in range(66):
+            learner.backward(learner.step(xs[t % len(xs)]).square().sum())
+        assert learner.retained_bytes()["scratch"] == 0
         patch.setattr(buffers, "_LEAST_BYTES", lent + 1)
         learner, xs = dense_learner(block=4)
         for t in range(5):

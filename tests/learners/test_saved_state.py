@@ -159,3 +159,15 @@ def test_what_was_saved_is_not_changed_by_a_learner_that_loads_it(make: Make) ->
     assert all(
         torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two for one, two in zip(*leaves, strict=True)
     )
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_what_was_saved_is_not_changed_by_losses_that_come_later(make: Make) -> None:
+    learner = make(seeded(PlainRNN(2, 3), 0), 2)
+    y = learner.step(normal(1, 2, 2))
+    y.sum().backward(retain_graph=True)
+    saved = learner.state_dict()
+    kept = copy.deepcopy(saved)
+    y.square().sum().backward()
+    for one, two in zip(pytree.tree_leaves(saved), pytree.tree_leaves(kept), strict=True):
+        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two

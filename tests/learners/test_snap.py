@@ -73,3 +73,19 @@ def test_a_dense_cell_is_exact_from_order_two_on() -> None:
     expected = oracles.bptt(cell, xs, squares)
     assert differ(delivered(SnAp(cell, 2, 1), xs, squares), expected)
     assert_gradients_equal(delivered(SnAp(cell, 2, 2), xs, squares), expected)
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_the_mask_is_that_of_all_samples(silent: int) -> None:
+    """A sample whose x is zero drives nothing through the input weights."""
+    xs = normal(0, 2, 2, 2)
+    xs[:, silent] = 0.0
+    learner = SnAp(seeded(Ring(2, HIDDEN), 0), 2, 2)
+    for x in xs:
+        learner.step(x)
+    alone = SnAp(seeded(Ring(2, HIDDEN), 0), 1, 2)
+    for x in xs:
+        alone.step(x[1 - silent : 2 - silent])
+    for name in ("inward", "recurrent"):
+        assert torch.equal(learner.mask(name), alone.mask(name)) and bool(learner.mask(name).any())
+    assert bool(learner.influence("inward")[1 - silent].any())

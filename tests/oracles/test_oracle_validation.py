@@ -65,7 +65,7 @@ def test_bad_input(oracle: Any, match: str, changes: dict[str, Any]) -> None:
 
 def test_samples_that_meet_in_the_state_have_no_influence_each() -> None:
     cell = Fixed(lambda x, h: (h, torch.tanh(h + h.mean(0))))
-    with pytest.raises(ValueError, match="another sample"):
+    with pytest.raises(ValueError, match="of sample 0 depends on another sample"):
         oracles.dense_rtrl(cell, CASE.xs, lambda t, y: y.sum())
 
 

@@ -14,7 +14,7 @@ from report_samples import MEMORY, RASTER, nasty, sample, written
 
 from rtrl.errors import ConfigError
 from rtrl.report import Plot, Record, draw_pictures, load_record, outdated_pictures
-from rtrl.report.draw import runs
+from rtrl.report.draw import _bands, runs
 from rtrl.report.load import record as read
 from rtrl.report.pictures import describe, digest, inline, names, note
 from rtrl.report.style import DARK, LIGHT, MARKS, NEUTRAL, PAPER
@@ -131,6 +131,26 @@ def test_numbers_behind_lines() -> None:
     assert len(many[0].rows) == 200
     assert many[1] == "One row in 5 of 1000; the results file has them all."
     assert len(numbers(plot_of(MEMORY, series=series(list(range(201)), [0] * 201)))[0].rows) == 101
+
+
+def test_bands_of_several_series_lie_beside_one_another() -> None:
+    """Three series at the same places: each has its own share of the height and its own colour."""
+    from matplotlib.figure import Figure
+
+    plot = plot_of(RASTER)
+    alike = [replace(plot.series[0], name=name, x=[0.0, 1.0, 5.0], y=[0.0, 0.0, 1.0]) for name in "abc"]
+    axes = Figure().add_subplot()
+    _bands(axes, replace(plot, series=alike), PAPER)
+    assert len({patch.get_facecolor() for patch in axes.patches}) == 3
+    spans = []
+    for patch in axes.patches:
+        heights = patch.get_path().vertices[:, 1]
+        for y in (0.0, 1.0):
+            own = heights[abs(heights - y) < 0.5]
+            spans.append((float(own.min()), float(own.max())))
+    spans.sort()
+    assert all(stop <= start + 1e-9 for (_, stop), (start, _) in itertools.pairwise(spans))
+    assert len(spans) == 6 and all(stop - start == pytest.approx(0.8 / 3) for start, stop in spans)
 
 
 @pytest.mark.parametrize("kind", ["line", "raster"])

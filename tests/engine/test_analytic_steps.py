@@ -1,0 +1,82 @@
+"""Analytic steps beyond PyTorch's cells: several kinds in a block, several maps of one part, several readouts."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.plain_autograd import assert_exact
+from helpers.strategies import normal
+from helpers.toy_cells import seeded
+from torch import Tensor, nn
+
+import rtrl
+from rtrl.cells import AnalyticStep, UnitTap
+
+
+class TwoMaps(nn.Module):
+    """``tanh(x + A h) + ½ sin(B h)``, y of the state before and after; x may be of any dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3, bias=False)
+        self.before, self.after = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return self.a.weight.new_full((batch_size, 3), 0.3)
+
+    def readout(self, h: Tensor, h_next: Tensor) -> Any:
+        return self.before(h), self.after(h_next).square(), self.after(h * h_next)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Any, Tensor]:
+        h_next = torch.tanh(x.to(h.dtype) + self.a(h)) + 0.5 * torch.sin(self.b(h))
+        return self.readout(h, h_next), h_next
+
+    def analytic_step(self, x: Tensor, h: Tensor) -> AnalyticStep:
+        with torch.no_grad():
+            first, second = torch.tanh(x.to(h.dtype) + self.a(h)), self.b(h)
+            h_next = first + 0.5 * torch.sin(second)
+            slopes = [s[:, None, None] for s in (1 - first.square(), 0.5 * torch.cos(second))]
+        h_next.requires_grad_()
+        taps = [
+            UnitTap(self.a.weight, self.a.bias, h.detach(), slopes[0], 0),
+            UnitTap(self.b.weight, None, h.detach(), slopes[1], 0),
+        ]
+        return AnalyticStep(self.readout(h, h_next), h_next, taps)
+
+
+@pytest.mark.parametrize("block", [1, 3, 7])
+def test_two_maps_of_one_part_of_the_state_are_exact(block: int) -> None:
+    assert_exact(seeded(TwoMaps(), 3), list(normal(1, 7, 2, 3)), 2, block=block)
+
+
+def test_analytic_steps_of_several_kinds_in_a_block_are_exact() -> None:
+    """Losses reach the next state: what they leave there joins the adjoint between groups."""
+    xs = [x if t % 3 else (3 * x).round().long() for t, x in enumerate(normal(1, 8, 2, 3))]
+    assert_exact(seeded(TwoMaps(), 3), xs, 2, block=4)
+
+
+class TwoHeads(nn.Module):
+    """Two linear readouts of equal shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, h: Tensor) -> dict[str, Tensor]:
+        return {"one": self.one(h), "two": 3 * self.two(h)}
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_each_of_two_readouts_is_given_the_weights_of_its_own_loss(block: int) -> None:
+    cell = seeded(rtrl.cells.from_torch(nn.GRUCell(2, 3), TwoHeads()), 1)
+    loss = lambda y: y["one"].square().sum() + y["two"].sin().sum()
+    assert_exact(cell, list(normal(2, 6, 2, 2)), 2, block=block, loss=loss)
+
+
+def test_the_slope_of_relu_at_zero_is_that_of_autograd() -> None:
+    cell = rtrl.cells.from_torch(nn.RNNCell(2, 3, nonlinearity="relu")).double()
+    with torch.no_grad():
+        for name, p in cell.named_parameters():
+            p.copy_(normal(1, *p.shape) if name == "cell.weight_ih" else torch.zeros_like(p))
+        cell.cell.weight_ih[1] = 0.0
+    assert_exact(cell, list(normal(2, 6, 2, 2)), 2, block=3)
