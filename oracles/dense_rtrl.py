@@ -67,7 +67,9 @@ def _check_linear(output: Tensor, inputs: Sequence[Tensor], jacobian: Sequence[T
     for scale in _SCALES:
         cotangent = scale * direction
         found = torch.cat([g.flatten() for g in _grad(output, inputs, cotangent.reshape(output.shape))])
-        if bool(((found - cotangent @ rows).abs() > _LINEAR * (cotangent.abs() @ rows.abs())).any()):
+        size = cotangent.abs() @ rows.abs()
+        rounding = torch.finfo(rows.dtype).eps ** 0.5 * size.max()  # an entry may be zero but for rounding
+        if bool(((found - cotangent @ rows).abs() > _LINEAR * size + rounding).any()):
             raise ValueError(
                 "the backward pass of the cell is not linear in the gradient that it receives (a hook or a function "
                 "that clips it, for example), so that no Jacobian expresses it; use oracles.bptt"
