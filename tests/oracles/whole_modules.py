@@ -165,7 +165,7 @@ class Noisy(Cell):
 
 
 def parametrized(kind: str) -> Cell:
-    cell = Wrapped(nn.GRUCell(2, 3, dtype=F64), 3)
+    cell = Wrapped(nn.RNNCell(2, 3, dtype=F64), 3)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the first vectors of spectral_norm
         getattr(parametrizations, kind)(cell.inner, "weight_hh")
