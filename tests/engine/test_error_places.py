@@ -127,7 +127,8 @@ def test_of_several_places_at_fault_the_earliest_step_is_named() -> None:
 
 
 class TwoScales(nn.Module):
-    """The influence of a stays moderate, that of b overflows in the sum over a block."""
+    """The influence of a is large but finite, though its largest factors, of two samples, do not show it; that of b
+    overflows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,13 +138,15 @@ class TwoScales(nn.Module):
         return torch.zeros(batch_size, 2, dtype=F64)
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        h = torch.tanh(self.a(x)) + 1e200 * nn.functional.linear(1e200 * x, self.b)
+        first = (x[:, :1] > 0).to(F64)
+        h = (1 + 1e200 * first) * self.a(x * (1 + 1e150 * (1 - first)))
+        h = h + 1e200 * nn.functional.linear(1e200 * x, self.b)
         return h, h
 
 
 def test_an_influence_that_overflows_in_the_second_linear_map_is_refused() -> None:
     learner = rtrl.BlockRTRL(TwoScales(), 2, block=2)
-    learner.step(normal(1, 2, 2))
+    learner.step(torch.tensor([[1.0, 0.5], [-1.0, 0.5]], dtype=F64))
     with pytest.raises(NonFiniteError, match="influence of parameter 'b'"):
         learner.sync()
 

@@ -84,7 +84,7 @@ def test_products_of_a_long_dense_block_do_not_linger_as_subnormal_numbers(
 def test_a_scan_leaves_no_subnormal_numbers() -> None:
     cell = seeded(rtrl.cells.from_torch(nn.RNNCell(2, 6)), 0).float()
     with torch.no_grad():
-        cell.cell.weight_hh.mul_(0.05)
+        cell.cell.weight_hh.mul_(0.2)
     steps, state = taken(cell, normal(0, 100, 1, 2).float())
     groups = linearizer.Linearizer(cell, dict(cell.named_parameters()))(steps, state)
     with torch.no_grad():

@@ -363,12 +363,15 @@ def test_a_saved_history_knows_the_product_of_its_oldest_blocks() -> None:
     held = History(4, ROWS, ROWS, torch.zeros(BATCH, ROWS, WIDTH, dtype=torch.float64))
     for step in range(4):
         held.append(leaf("dense", step))
-    for _ in range(2):
-        held.products(held.plan({0: 2}))
-    again = History.from_state_dict(held.state_dict(), torch.zeros(BATCH, ROWS, WIDTH, dtype=torch.float64))
-    known = again.planner.state_dict()
-    assert known == held.planner.state_dict()
-    assert any(start == 0 for start, _ in known["composed"]) or any(start == 0 for _, start, _ in known["credits"])
+    for load in (2, 2, 400):
+        held.products(held.plan({0: load}))
+        again = History.from_state_dict(held.state_dict(), torch.zeros(BATCH, ROWS, WIDTH, dtype=torch.float64))
+        assert again.planner.state_dict() == held.planner.state_dict()
+        (whole,) = held.tree.nodes(0, 4)
+        for node in (whole, *whole.halves):
+            assert again.tree.is_held(node) == held.tree.is_held(node)
+            assert again.planner.credit(node) == held.planner.credit(node)
+    assert held.tree.is_held(whole)
 
 
 def test_patterns_are_planned_without_a_product() -> None:

@@ -101,6 +101,12 @@ def test_memory_that_large_blocks_use_again_is_counted_and_kept() -> None:
         assert len(places) == 1
         assert learner.retained_bytes()["scratch"] == lent
         patch.setattr(buffers, "_LEAST_BYTES", 1)
+        learner, xs = dense_learner(block=4)
+        for t in range(10):
+            learner.backward(learner.step(xs[t]).square().sum())
+            if t in (4, 5):
+                learner.sync()  # a block of one step takes a part of the same buffer
+                assert learner.retained_bytes()["scratch"] == lent
         learner, xs = dense_learner(block=64)  # whose buffer would be larger than the influence
         for t in range(66):
             learner.backward(learner.step(xs[t % len(xs)]).square().sum())
