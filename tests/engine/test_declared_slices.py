@@ -167,7 +167,6 @@ class Embedded(Cell):
         return h, h
 
 
-@pytest.mark.xfail(strict=False, reason="frequencies are still counted over the block")
 @pytest.mark.parametrize("block", [1, 2])
 def test_an_embedding_that_scales_by_frequency_is_exact_or_refused(block: int) -> None:
     """Frequencies belong to one call of the cell; those of a block that is run as one batch are others."""
