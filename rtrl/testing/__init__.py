@@ -22,6 +22,7 @@ from rtrl.testing.recursion_laws import Masked, Recursion, RecursionStep
 from rtrl.testing.report import CheckFailed, Failure, Report
 from rtrl.testing.spec import CellSpec, ErrorInput, LearnerSpec
 from rtrl.testing.streams import Stream
+from rtrl.testing.streams_for import streams_for
 
 __all__ = [
     "Alignment",
@@ -56,5 +57,6 @@ __all__ = [
     "check_monoid",
     "learner_checks",
     "parametrize_with_checks",
+    "streams_for",
     "worst_difference",
 ]

@@ -14,6 +14,24 @@ RELATIVE = 1e-10
 FLOOR = 1e-4
 """The smallest scale of a group of entries, relative to the largest entry of its tensor."""
 
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """The errors that count as rounding.
+
+    Attributes:
+        relative: the largest relative error.
+        floor: the smallest scale of a group of entries, relative to the largest entry of its tensor.
+    """
+
+    relative: float
+    floor: float
+
+
+FLOAT64 = Tolerance(RELATIVE, FLOOR)
+FLOAT32 = Tolerance(1e-3, 0.1)
+"""Of a learner in float32 against a reference in float64; it shows a wrong gradient, not a badly rounded one."""
+
 Group = Literal["slice", "column", "tensor"]
 """Entries that share a scale: a slice of dimension 0, a column along dimension 1, or the whole tensor."""
 

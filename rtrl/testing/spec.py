@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rtrl._utils import validation
 from rtrl.errors import ConfigError
+from rtrl.testing.compare import FLOAT32, FLOAT64, Tolerance
 from rtrl.testing.laws import Exact, Law
 from rtrl.testing.streams import Loss, Stream
 
@@ -83,6 +84,11 @@ class LearnerSpec:
     dtype: torch.dtype = torch.float64
     losses: Literal["any", "own"] = "any"
     batch: int | None = None
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """What counts as rounding in the learner's dtype."""
+        return FLOAT32 if self.dtype == torch.float32 else FLOAT64
 
     def __post_init__(self) -> None:
         made = self.make_learner if self.gradients is None else self.gradients

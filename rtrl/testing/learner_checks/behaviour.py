@@ -23,7 +23,7 @@ from rtrl.cells.protocol import call_cell
 from rtrl.testing import streams
 from rtrl.testing.compare import worst_difference
 from rtrl.testing.laws import Unbiased, shortened
-from rtrl.testing.learner_checks.driver import StreamDriver, drive
+from rtrl.testing.learner_checks.driver import LearnerFailed, StreamDriver, drive, in_dtype
 from rtrl.testing.learner_checks.registry import NotJudged, Subject, check
 from rtrl.testing.learner_checks.verdict import compare
 from rtrl.testing.report import Found
@@ -32,6 +32,10 @@ from rtrl.testing.streams import Stream, moved_parameters
 
 _SINGLE = 1e-3  # relative, float32 against float64: shows that it is the same gradient, not how well it is rounded
 _MEMORY_STEPS = 56
+_ONE_CELL = (
+    "make_learner(cell, batch_size) must use the cell that it is given; if the learner is made for one kind of cell "
+    "only, give it streams of that cell: LearnerSpec(..., streams=rtrl.testing.streams_for(make_cell))"
+)
 
 
 @check("interface")
@@ -45,7 +49,8 @@ def _interface(subject: Subject) -> Iterator[Found]:
         if names - found.keys():
             yield Found(f"the gradients of {', '.join(sorted(names - found.keys()))} are missing")
         return
-    driver = StreamDriver(subject.spec, stream)
+    with _of_one_cell(subject):
+        driver = StreamDriver(subject.spec, stream)
     missing = [name for name in ("step", "backward", "sync") if not callable(getattr(driver.learner, name, None))]
     if missing:
         yield Found(f"a learner must have step(x), backward(loss) and sync(); {', '.join(missing)} is missing")
@@ -54,30 +59,49 @@ def _interface(subject: Subject) -> Iterator[Found]:
         if bool((value != 0).any()):
             yield Found(f"sync() before the first step adds a gradient of {name!r}")
             return
-    yield from _output_failures(subject.spec, stream)
+    with _of_one_cell(subject):
+        yield from _output_failures(subject, stream)
     if not subject.spec.streams:
         named = subject.standard(streams.unusual_stream(subject.seed, steps=2))
-        yield from _output_failures(subject.spec, replace(named, loss=lambda t, y: None))
+        named = named if subject.spec.losses == "own" else replace(named, loss=lambda t, y: None)
+        yield from _output_failures(subject, named)
 
 
-def _output_failures(spec: LearnerSpec, stream: Stream) -> Iterator[Found]:
-    """Where the y of a step is not that of the cell, in its form or its values."""
-    outcome = drive(spec, stream)
-    h = stream.cell.init_state(stream.batch_size)  # type: ignore[operator]
+@contextmanager
+def _of_one_cell(subject: Subject) -> Iterator[None]:
+    """Add to what a learner raises before its first step is over what to do if it is made for one cell."""
+    try:
+        yield
+    except LearnerFailed as failed:
+        if failed.step or subject.spec.streams:
+            raise
+        raise LearnerFailed(f"{failed}; {_ONE_CELL}", failed.step) from failed.__cause__
+
+
+def _output_failures(subject: Subject, stream: Stream) -> Iterator[Found]:
+    """Where the y of a step is not that of the cell, in its form or its values, and whether any gradient arrives."""
+    outcome = drive(subject.spec, stream)
+    hint = "" if subject.spec.streams else f"; {_ONE_CELL}"
+    cell, xs = in_dtype(copy.deepcopy(stream.cell), subject.spec), in_dtype(stream.xs, subject.spec)
+    h = cell.init_state(stream.batch_size)
     for t, y in enumerate(outcome.outputs):
         with torch.no_grad():
-            expected, h, _ = call_cell(stream.cell, stream.xs[t], h, None)
+            expected, h, _ = call_cell(cell, xs[t], h, None)
         kinds = [str(pytree.tree_structure(tree)) for tree in (y, expected)]
         if kinds[0] != kinds[1]:
-            yield Found("step(x) does not return the y of the cell", t, None, "the form of y", *kinds)
+            yield Found(f"step(x) does not return the y of the cell{hint}", t, None, "the form of y", *kinds)
             return
         pairs = zip(pytrees.tensors(y), pytrees.tensors(expected), strict=True)
         for number, (found_leaf, leaf) in enumerate(pairs):
             same_form = found_leaf.shape == leaf.shape and found_leaf.dtype == leaf.dtype
             if not same_form or not checks.nearly_equal(found_leaf, leaf):
                 values = [f"{v.flatten()[:3].tolist()} … {tuple(v.shape)} {v.dtype}" for v in (found_leaf, leaf)]
-                yield Found("step(x) does not return the y of the cell", t, None, f"tensor {number} of y", *values)
+                message = f"step(x) does not return the y of the cell{hint}"
+                yield Found(message, t, None, f"tensor {number} of y", *values)
                 return
+    has_loss = any(stream.loss(t, y) is not None for t, y in enumerate(outcome.outputs))
+    if has_loss and all(p.grad is None for p in outcome.cell.parameters()):
+        yield Found(f"after losses and sync(), no parameter of the cell given to make_learner has a .grad{hint}")
 
 
 @check("save and load")
@@ -116,7 +140,7 @@ def _saved(subject: Subject) -> Iterator[Found]:
                     yield Found(f"{stream.name}: {message}", None, None, f"parameter {name}{bad}", *values)
                     return
         if not isinstance(subject.spec.law, Unbiased):
-            wrong = compare(through, subject.spec.law.reference(stream, driver.learner))
+            wrong = compare(through, subject.spec.law.reference(stream, driver.learner), subject.spec.tolerance)
             if wrong is not None:
                 yield wrong.as_found(f"{stream.name}: after state_dict() in mid-stream, the gradient is wrong")
                 return
@@ -146,6 +170,8 @@ def _continued(driver: StreamDriver, first: int, seed: int) -> dict[str, Tensor]
 @check("float32")
 def _single(subject: Subject) -> Iterator[Found]:
     """With a cell in float32, y and gradients are in float32."""
+    if subject.spec.dtype != torch.float64:
+        raise NotJudged("because all checks run in float32 (dtype=torch.float32)")
     stream = subject.streams()[0]
     single = copy.copy(stream)
     object.__setattr__(single, "cell", copy.deepcopy(stream.cell).float())
@@ -173,9 +199,11 @@ def _leaves_cell_unchanged(subject: Subject) -> Iterator[Found]:
     slow = [] if subject.spec.streams else [shortened(subject.spec.law, streams.slow_stream(subject.seed, 14))]
     for stream in [*subject.streams(), *slow]:
         driver = None if subject.spec.make_learner is None else StreamDriver(subject.spec, stream)
-        cell = copy.deepcopy(stream.cell) if driver is None else driver.cell
-        before = _snapshot(stream.cell)
-        xs = stream.xs.clone()
+        original = in_dtype(copy.deepcopy(stream.cell), subject.spec)
+        cell = copy.deepcopy(original) if driver is None else driver.cell
+        before = _snapshot(original)
+        original_xs = in_dtype(stream.xs, subject.spec)
+        xs = original_xs.clone()
         settings = torch.get_default_dtype(), torch.is_grad_enabled(), torch.random.get_rng_state()
         if driver is None:
             assert subject.spec.gradients is not None
@@ -187,9 +215,9 @@ def _leaves_cell_unchanged(subject: Subject) -> Iterator[Found]:
                 if loss is not None:
                     driver.learner.backward(loss)
             driver.sync_and_read()
-        if not torch.equal(xs, stream.xs):
+        if not torch.equal(xs, original_xs):
             yield Found(f"{stream.name}: the learner changes x in place")
-        kept = _values(stream.cell)
+        kept = _values(original)
         for name, value in _values(cell).items():
             if name not in kept or not torch.equal(value, kept[name]):
                 yield Found(f"{stream.name}: the learner changes {name!r} of the cell")
@@ -321,7 +349,7 @@ def _errors(subject: Subject) -> Iterator[Found]:
                 yield from _refusal_failures(driver.learner, bad, t)
         if isinstance(subject.spec.law, Unbiased):
             continue
-        wrong = compare(driver.sync_and_read(), subject.spec.law.reference(stream, driver.learner))
+        wrong = subject.mismatch(stream, driver)
         if wrong is not None:
             yield wrong.as_found(f"{bad.name}: after it was refused, the gradient is wrong", middle)
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rtrl._utils import pytrees
 from rtrl.testing.driver import trainable
-from rtrl.testing.laws import Gradients
 from rtrl.testing.learner_checks.driver import StreamDriver
 from rtrl.testing.learner_checks.registry import Subject, check
 from rtrl.testing.learner_checks.verdict import Mismatch, compare
@@ -60,16 +59,6 @@ def _is_accepted(driver: StreamDriver, loss: Tensor) -> bool:
     return True
 
 
-def _mismatch(
-    subject: Subject, stream: Stream, driver: StreamDriver, extra: Gradients | None = None
-) -> Mismatch | None:
-    """What is wrong with the gradient that the driver's learner delivers; ``extra`` is added to that of the stream."""
-    expected = subject.spec.law.reference(stream, driver.learner)
-    if extra is not None:
-        expected = {name: value + extra[name] for name, value in expected.items()}
-    return compare(driver.sync_and_read(), expected)
-
-
 @_on_each_stream(
     "losses with a penalty",
     f"with a penalty on the parameters in each loss, the gradient is wrong; {_REFUSED_OR_RIGHT}",
@@ -87,7 +76,9 @@ def _penalty(subject: Subject, stream: Stream) -> Mismatch | None:
             accepted.add(t)
     penalties = {name: 2 * _PENALTY * len(accepted) * p.detach() for name, p in parameters.items()}
     counted = replace(plain, loss=lambda t, y: plain.loss(t, y) if t in accepted else None)
-    return _mismatch(subject, counted, driver, penalties)
+    of_the_losses = subject.spec.law.reference(counted, driver.learner)
+    expected = {name: value + penalties[name] for name, value in of_the_losses.items()}
+    return compare(driver.sync_and_read(), expected, subject.spec.tolerance)
 
 
 @_on_each_stream(
@@ -112,7 +103,7 @@ def _two_steps(subject: Subject, stream: Stream) -> Mismatch | None:
     def weighted(t: int, y: Any) -> Tensor | None:
         return _product(_floating(y), weights[t]) if t in weights else single.loss(t, y)
 
-    return _mismatch(subject, replace(plain, loss=weighted), driver)
+    return subject.mismatch(replace(plain, loss=weighted), driver)
 
 
 def _floating(y: Any) -> list[Tensor]:
@@ -139,7 +130,7 @@ def _sync_first(subject: Subject, stream: Stream) -> Mismatch | None:
         if loss is not None and not _is_accepted(driver, loss):
             refused.add(t)
     counted = replace(stream, loss=lambda t, y: None if t in refused else stream.loss(t, y))
-    return _mismatch(subject, counted, driver)
+    return subject.mismatch(counted, driver)
 
 
 @_on_each_stream(
@@ -156,4 +147,4 @@ def _two_learners(subject: Subject, stream: Stream) -> Mismatch | None:
     second = StreamDriver(subject.spec, other)
     for _ in second.steps():
         next(steps, None)
-    return _mismatch(subject, stream, first) or _mismatch(subject, other, second)
+    return subject.mismatch(stream, first) or subject.mismatch(other, second)

@@ -45,9 +45,9 @@ class StreamDriver(Driver):
 
     def __init__(self, spec: LearnerSpec, stream: Stream) -> None:
         assert spec.make_learner is not None
-        cell = copy.deepcopy(stream.cell)
+        cell = in_dtype(copy.deepcopy(stream.cell), spec)
         cell.zero_grad()
-        self._stream = stream
+        self._spec, self._stream = spec, stream
         super().__init__(spec.make_learner, cell, stream.batch_size)
 
     @contextmanager
@@ -71,7 +71,7 @@ class StreamDriver(Driver):
 
     def step(self, x: Tensor, loss_fn: Callable[[Any], Tensor | None]) -> Any:
         """Take a step on a copy of x, in the form that the stream asks for."""
-        own_x = _not_contiguous(x) if self._stream.scattered else x.clone()
+        own_x = in_dtype(_not_contiguous(x) if self._stream.scattered else x.clone(), self._spec)
         y = super().step(own_x, loss_fn)
         if self._stream.overwritten and own_x.is_floating_point():
             own_x.fill_(torch.nan)
@@ -125,14 +125,21 @@ def drive(spec: LearnerSpec, stream: Stream) -> Outcome:
         driver = StreamDriver(spec, stream)
         outputs = [pytrees.map_tensors(lambda leaf: leaf.detach().clone(), y) for _, y in driver.steps()]
         return Outcome(driver.sync_and_read(), driver.cell, driver.learner, outputs)
-    cell = copy.deepcopy(stream.cell)
+    cell = in_dtype(copy.deepcopy(stream.cell), spec)
     try:
-        found = spec.gradients(cell, stream.xs.clone(), stream.loss)
+        found = spec.gradients(cell, in_dtype(stream.xs.clone(), spec), stream.loss)
     except Exception as error:
         raise LearnerFailed(f"gradients(cell, xs, loss_fn) raised {first_line(error)}") from error
     if not isinstance(found, Mapping):
         raise LearnerFailed(f"gradients(cell, xs, loss_fn) must return a mapping by name, got {type(found).__name__}")
     return Outcome(_checked(dict(found), cell), cell)
+
+
+def in_dtype(value: Any, spec: LearnerSpec) -> Any:
+    """A cell or an x, which are in float64, in the dtype that the spec's learner is for."""
+    if spec.dtype == torch.float64 or (isinstance(value, Tensor) and not value.is_floating_point()):
+        return value
+    return value.to(spec.dtype)
 
 
 def _scaled(loss: Tensor | None, weight: float) -> Tensor | None:

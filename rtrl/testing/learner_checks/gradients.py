@@ -102,7 +102,7 @@ def _long_dormancy(subject: Subject) -> Iterator[Found]:
 def _own(subject: Subject) -> Iterator[Found]:
     if not subject.spec.streams:
         raise NotJudged("because the spec has no streams of its own")
-    for stream in subject.streams():
+    for stream in subject.own_streams():
         yield from subject.gradient_failures(stream)
 
 
@@ -226,7 +226,7 @@ def _accumulated(subject: Subject, stream: Stream) -> Iterator[Found]:
     """``sync`` adds to what ``.grad`` holds; a second sync adds nothing."""
     driver = StreamDriver(subject.spec, stream)
     gradients = driver.finish()
-    difference = compare(driver.sync_and_read(), gradients)
+    difference = compare(driver.sync_and_read(), gradients, subject.spec.tolerance)
     if difference is not None:
         message = f"{stream.name}: a second sync() without a step in between changes the gradient"
         yield difference.as_found(message, stream.steps - 1)
@@ -239,7 +239,7 @@ def _accumulated(subject: Subject, stream: Stream) -> Iterator[Found]:
         if t in stream.syncs or t == stream.steps - 1:
             total = {name: total.get(name, 0.0) + value for name, value in driver.sync_and_read().items()}
             driver.take_gradients()
-    difference = compare(total, {name: value + 1 for name, value in gradients.items()})
+    difference = compare(total, {name: value + 1 for name, value in gradients.items()}, subject.spec.tolerance)
     if difference is not None:
         message = f"{stream.name}: sync() does not add to .grad, or what it adds depends on what .grad holds"
         yield difference.as_found(message, stream.steps - 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rtrl.testing.learner_checks.driver import LearnerFailed, StreamDriver
 from rtrl.testing.learner_checks.registry import Subject, check
-from rtrl.testing.learner_checks.verdict import Mismatch, compare
+from rtrl.testing.learner_checks.verdict import Mismatch
 from rtrl.testing.report import Found
 from rtrl.testing.streams import Stream, moved_parameters
 
@@ -142,7 +142,7 @@ def _run(subject: Subject, stream: Stream, schedule: Schedule, offsets: Sequence
                 driver.change_parameters(offsets[event.number])
             else:
                 driver.save_and_load()
-        return compare(driver.sync_and_read(), subject.spec.law.reference(plain, driver.learner))
+        return subject.mismatch(plain, driver)
     except LearnerFailed as failed:
         return Mismatch("", "", "", failed.step, str(failed))
 
@@ -175,7 +175,6 @@ def _mixtures(subject: Subject) -> Iterator[Found]:
     """Two schedules of all events that the learner takes: every three in a row, and every two with a step in between. A
     schedule that fails is made as short as possible."""
     subject.needs_learner()
-    subject.needs_any_loss()
     subject.needs_one_run()
     subject.needs_steps(6)
     methods = {"reset": ("reset",), "save": ("state_dict", "load_state_dict")}
@@ -183,6 +182,8 @@ def _mixtures(subject: Subject) -> Iterator[Found]:
     for stream in subject.streams():
         for length, gap in ((3, 4), (2, 1)):
             schedule = drawn(stream, kinds, subject.seed, length=length, gap=gap)
+            if subject.spec.losses == "own":
+                schedule = [replace(event, losses=1) for event in schedule]
             found = _shortest_failure(subject, stream, schedule)
             if found is not None:
                 yield found

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from rtrl.testing import streams
 from rtrl.testing.laws import Unbiased, shortened
 from rtrl.testing.learner_checks.driver import StreamDriver
-from rtrl.testing.learner_checks.verdict import gradient_failures
+from rtrl.testing.learner_checks.verdict import Mismatch, compare, gradient_failures
 from rtrl.testing.report import Found
 from rtrl.testing.spec import LearnerSpec
 from rtrl.testing.streams import Stream
+
+_SHORT = 40  # the number of steps of the longest stream that is modified, if there are shorter ones
 
 
 class NotJudged(Exception):
@@ -27,8 +29,24 @@ class Subject:
     def streams(self) -> list[Stream]:
         """The streams that most checks modify: the spec's own, or a dense one and one with dormant slices."""
         if self.spec.streams:
-            return [shortened(self.spec.law, stream) for stream in self.spec.streams]
+            usable = self.own_streams()
+            return [stream for stream in usable if stream.steps <= _SHORT] or usable
         return [self._fitted(stream) for stream in _standard(self.seed)[: 2 if self.spec.sparse else 1]]
+
+    def own_streams(self) -> list[Stream]:
+        """The spec's streams that the learner can take, each as long as the law covers.
+
+        Raises:
+            NotJudged: all of them have resets, and the learner has none.
+        """
+        may_reset = self.spec.gradients is None and any(stream.resets is not None for stream in self.spec.streams)
+        if may_reset:
+            learner = StreamDriver(self.spec, self.spec.streams[0]).learner
+            may_reset = callable(getattr(learner, "reset", None))
+        usable = [stream for stream in self.spec.streams if may_reset or stream.resets is None]
+        if not usable:
+            raise NotJudged("because all streams of the spec have resets, and the learner has no reset")
+        return [shortened(self.spec.law, stream) for stream in usable]
 
     def standard(self, stream: Stream, *, sparse: bool = False) -> Stream:
         """Shorten a standard stream to what the law covers, with as many samples as the learner is for.
@@ -80,6 +98,11 @@ class Subject:
         missing = [method for method in methods if not callable(getattr(learner, method, None))]
         if missing:
             raise NotJudged(f"because the learner has no {' and no '.join(missing)}")
+
+    def mismatch(self, stream: Stream, driver: StreamDriver) -> Mismatch | None:
+        """What is wrong with the gradient that the driver's learner delivers now, if it has taken this stream."""
+        gradients = driver.sync_and_read()
+        return compare(gradients, self.spec.law.reference(stream, driver.learner), self.spec.tolerance)
 
     def gradient_failures(self, stream: Stream, treatment: str = "", plain: Stream | None = None) -> Iterator[Found]:
         """What is wrong with the gradient on a stream."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rtrl._utils.formatting import first_line
 from rtrl.cells.protocol import call_cell
-from rtrl.testing.compare import RELATIVE, worst_difference
+from rtrl.testing.compare import FLOAT64, RELATIVE, Tolerance, worst_difference
 from rtrl.testing.driver import trainable
 from rtrl.testing.laws import Exact, Gradients, Law, Unbiased, shortened
 from rtrl.testing.learner_checks.diagnosis import diagnose
@@ -38,10 +38,10 @@ class Mismatch:
         return Found(message, step, None, self.where, self.found, self.expected)
 
 
-def compare(found: Gradients, expected: Gradients) -> Mismatch | None:
+def compare(found: Gradients, expected: Gradients, tolerance: Tolerance = FLOAT64) -> Mismatch | None:
     """The entry with the largest error, if it is larger than rounding explains."""
-    worst = worst_difference(found, expected, floor_of_all=_FLOOR_OF_ALL, nonzero="none")
-    if worst.error <= RELATIVE:
+    worst = worst_difference(found, expected, floor=tolerance.floor, floor_of_all=_FLOOR_OF_ALL, nonzero="none")
+    if worst.error <= tolerance.relative:
         return None
     return Mismatch(f"parameter {worst.place}", f"{worst.actual:.17g}", f"{worst.expected:.17g}")
 
@@ -55,7 +55,7 @@ def evaluate(
             return _evaluate_mean(law, spec, stream, seed)
         outcome = drive(spec, stream)
         expected = law.reference(stream, outcome.learner) if reference is None else reference
-        return compare(outcome.gradients, expected)
+        return compare(outcome.gradients, expected, spec.tolerance)
     except LearnerFailed as failed:
         return Mismatch("", "", "", failed.step, str(failed))
 
@@ -148,20 +148,21 @@ def gradient_failures(
     steps, first = _first_wrong(lambda n: evaluate(law, spec, stream.prefix(n), seed), _steps_with_loss(stream), whole)
     shortest = stream.prefix(steps)
     sample, about_samples = None, ""
-    if shortest.batch_size > 1:
+    if shortest.batch_size > 1 and spec.batch is None:
         alone = [evaluate(law, spec, shortest.alone(b), seed) for b in range(shortest.batch_size)]
-        sample = next((b for b, mismatch in enumerate(alone) if mismatch is not None), None)
-        if sample is None:
+        tried = not any(mismatch is not None and mismatch.message for mismatch in alone)
+        sample = next((b for b, mismatch in enumerate(alone) if mismatch is not None), None) if tried else None
+        if tried and sample is None:
             about_samples = (
                 "; each sample alone is right, so the error is in the batch: samples interact, or are not summed"
             )
-        else:
+        elif sample is not None:
             first = alone[sample] or first
     variant = law.variant()
     diagnosis = ""
     if variant is not None and evaluate(variant, spec, stream, seed) is None:
         diagnosis = f"; {variant} holds"
-    if isinstance(law, Exact) and not isinstance(law, Unbiased):
+    if isinstance(law, Exact) and not isinstance(law, Unbiased) and spec.dtype == torch.float64:
         # More steps tell more mistakes apart, fewer hide a second mistake.
         diagnosis = diagnose(spec, stream.prefix(max(steps, _DIAGNOSED)))
         if not diagnosis and (early := diagnose(spec, shortest)):
@@ -221,13 +222,13 @@ def influence_failures(spec: LearnerSpec, stream: Stream) -> Iterator[Found]:
         if t + 1 not in (stream.steps // 2, stream.steps):
             continue
         for name, expected in spec.law.reference_influence(stream.prefix(t + 1), learner).items():
-            failure = _influence_failure(_influence(learner, name, t), expected)
+            failure = _influence_failure(_influence(learner, name, t), expected, spec.tolerance)
             if failure is not None:
                 message = f"{stream.name}: the influence is not that of the law on the state after {t + 1} steps"
                 sample, where, *values = failure
                 yield Found(message, t, sample, f"parameter {name}{where}", *values)
                 return
-    mismatch = compare(driver.sync_and_read(), spec.law.reference(stream, learner))
+    mismatch = compare(driver.sync_and_read(), spec.law.reference(stream, learner), spec.tolerance)
     if mismatch is not None:
         message = f"{stream.name}: after influence() was called in mid-stream, the gradient is wrong"
         yield mismatch.as_found(message, stream.steps - 1)
@@ -243,12 +244,14 @@ def _influence(learner: Any, name: str, step: int | None) -> Tensor:
     return found.detach().clone()
 
 
-def _influence_failure(found: Tensor, expected: Tensor) -> tuple[int | None, str, str, str] | None:
+def _influence_failure(
+    found: Tensor, expected: Tensor, tolerance: Tolerance
+) -> tuple[int | None, str, str, str] | None:
     """The sample, the place and both values of the worst entry, if one is wrong."""
     if found.shape != expected.shape:
         return None, "", f"shape {tuple(found.shape)}", f"shape {tuple(expected.shape)}"
-    worst = worst_difference({"": found}, {"": expected}, group="column", nonzero="none")
-    if worst.error <= RELATIVE:
+    worst = worst_difference({"": found}, {"": expected}, group="column", floor=tolerance.floor, nonzero="none")
+    if worst.error <= tolerance.relative:
         return None
     b, i, p = worst.index
     where = f", entry {i} of the state, entry {p} of the parameter"
