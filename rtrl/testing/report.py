@@ -1,6 +1,6 @@
 """The result of a run of checks, and its text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ class Failure:
         where: the row, entry or parameter.
         found: the wrong value.
         expected: the right value.
+        traceback: where an exception was raised, one line per call.
     """
 
     check: str
@@ -28,6 +29,7 @@ class Failure:
     where: str = ""
     found: str = ""
     expected: str = ""
+    traceback: str = ""
 
     @property
     def place(self) -> str:
@@ -37,10 +39,41 @@ class Failure:
         return ", ".join([*parts, *([self.where] if self.where else [])])
 
     def __str__(self) -> str:
-        """Return two lines: what is wrong, and the place with both values."""
+        """Return what is wrong, the place with both values, and where an exception was raised."""
         values = f"found {self.found}, expected {self.expected}" if self.found or self.expected else ""
         detail = ": ".join(part for part in (self.place, values) if part)
-        return f"FAIL {self.check}: {self.message}" + (f"\n     {detail}" if detail else "")
+        lines = [f"FAIL {self.check}: {self.message}", *([detail] if detail else []), *self.traceback.splitlines()]
+        return "\n     ".join(lines)
+
+    @property
+    def root(self) -> str:
+        """What failures of one cause share: the place of the exception, or the likely mistake; empty if unknown."""
+        return self.traceback or self.message.partition(LIKELY)[2].partition(", up to step")[0]
+
+
+LIKELY = "it looks as if "
+"""The words before the likely mistake in a message."""
+
+
+def failure_texts(failures: Sequence[Failure]) -> list[str]:
+    """Return the text of each failure; of failures of one cause only the first, and the names of the other checks.
+
+    Example:
+        >>> failures = [Failure(name, "step raised ValueError", traceback="learner.py:7 in step") for name in "abc"]
+        >>> print(failure_texts(failures)[0])
+        FAIL a: step raised ValueError
+             learner.py:7 in step
+             2 more fail like this: b, c
+    """
+    like: dict[str, list[Failure]] = {}
+    for number, failure in enumerate(failures):
+        like.setdefault(failure.root or str(number), []).append(failure)
+    texts = []
+    for first, *others in like.values():
+        names = ", ".join(dict.fromkeys(failure.check for failure in others))
+        verb = "fails" if len(others) == 1 else "fail"
+        texts.append(str(first) + (f"\n     {len(others)} more {verb} like this: {names}" if others else ""))
+    return texts
 
 
 class Found(NamedTuple):
@@ -52,6 +85,7 @@ class Found(NamedTuple):
     where: str = ""
     found: str = ""
     expected: str = ""
+    traceback: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +129,14 @@ class Report:
         return not self.failures
 
     def __str__(self) -> str:
-        """Return the count, every failure, what was skipped, the notes, and how to repeat the checks."""
+        """Return the count, the failures, those of one cause once, what was skipped, the notes, and how to repeat the
+        checks."""
         failed = {failure.check for failure in self.failures}
         lines = [
             f"{self.name}{': ' if self.name else ''}{len(failed)} of {len(failed.union(self.checks))} checks failed "
             f"(seed {self.seed})"
         ]
-        lines += [str(failure) for failure in self.failures]
+        lines += failure_texts(self.failures)
         if self.skipped:
             reasons: dict[str, list[str]] = {}
             for name, reason in self.skipped.items():

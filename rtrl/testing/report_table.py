@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rtrl.testing.pytest_nodes import BoundCheck
-from rtrl.testing.report import Report
+from rtrl.testing.report import Failure, Report, failure_texts
 
 
 class CheckResult:
@@ -60,11 +60,11 @@ def table(results: Sequence[CheckResult]) -> Table:
 
 
 def failures(results: Sequence[CheckResult]) -> str:
-    """Return every failure in full."""
-    texts = []
+    """Return the failures of each spec in full, those of one cause once."""
+    by_spec: dict[str, list[Failure]] = {}
     for result in results:
-        texts += [f"{result.spec}: {failure}" for failure in result.failures]
-    return "\n".join(texts)
+        by_spec.setdefault(result.spec, []).extend(result.failures)
+    return "\n".join(f"{spec}: {text}" for spec, failed in by_spec.items() for text in failure_texts(failed))
 
 
 def summary(results: Sequence[CheckResult]) -> str:

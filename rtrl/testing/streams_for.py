@@ -38,7 +38,7 @@ def streams_for(
         >>> from rtrl.testing import LearnerSpec, check_learner, streams_for
         >>> streams = streams_for(lambda: rtrl.cells.from_torch(torch.nn.GRUCell(3, 4)))
         >>> [(stream.name, stream.steps, stream.batch_size) for stream in streams][:2]
-        [('ModuleCell', 14, 3), ('ModuleCell, five samples', 8, 5)]
+        [('TorchCell', 14, 3), ('TorchCell, five samples', 8, 5)]
         >>> check_learner(LearnerSpec(rtrl.BlockRTRL, streams=streams), checks=["own streams"]).passed
         True
     """

@@ -1,6 +1,7 @@
 """What ``check_learner`` says of a wrong learner: the check, the first bad step, where, both values, the mistake."""
 
 import copy
+import inspect
 import pickle
 import random
 from typing import Any
@@ -204,6 +205,28 @@ def test_what_raises_is_a_failure_with_the_step() -> None:
     (failure,) = report_of(Tired, "dense cell").failures
     assert failure.message.endswith("step raised OverflowError: too tired")
     assert failure.step == 3
+
+
+def test_the_root_failure_is_shown_once_with_the_line_that_raised() -> None:
+    class Broken(third_party.Textbook):
+        def step(self, x: Any) -> Any:
+            raise OverflowError("always")
+
+    report = report_of(LearnerSpec(Broken, sparse=False), "dense cell", "layers", "losses at some steps")
+    assert len(report.failures) == 3
+    text = str(report)
+    assert text.count("OverflowError: always") == 1
+    assert "2 more fail like this: layers, losses at some steps" in text
+    line = inspect.getsourcelines(Broken)[1] + 2
+    assert f'{__file__}:{line} in step: raise OverflowError("always")' in text
+    assert "learner_checks" not in text, "the frames of the checks are left out"
+
+
+def test_failures_of_one_likely_mistake_are_shown_once_and_others_by_themselves() -> None:
+    text = str(report_of(third_party.off_by_one, "dense cell", "layers", "changed parameters"))
+    assert text.count("off by one step") == 1
+    assert "1 more fails like this: layers" in text
+    assert "FAIL changed parameters" in text
 
 
 def test_streams_that_prove_nothing_are_refused() -> None:

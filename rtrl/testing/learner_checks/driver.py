@@ -1,9 +1,11 @@
 """Drive a learner along a stream of the checks, and report what it raises with the step and the action."""
 
 import copy
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from rtrl._utils.formatting import first_line
 from rtrl.testing.driver import Driver, trainable
 from rtrl.testing.spec import LearnerSpec
 from rtrl.testing.streams import Stream
+
+_TESTING = Path(__file__).parent.parent
+_CALLS = 6  # the number of innermost calls in a report
 
 
 class LearnerFailed(Exception):
@@ -26,6 +31,18 @@ class LearnerFailed(Exception):
     def __init__(self, message: str, step: int | None = None) -> None:
         super().__init__(message)
         self.step = step
+
+    @property
+    def traceback(self) -> str:
+        """Where the exception of the learner was raised; empty if there was none."""
+        return "" if self.__cause__ is None else calls_of(self.__cause__)
+
+
+def calls_of(error: BaseException) -> str:
+    """The calls in which an exception was raised, the innermost one last; those of these checks are left out."""
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [frame for frame in frames if not Path(frame.filename).is_relative_to(_TESTING)] or frames[-1:]
+    return "\n".join(f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in outside[-_CALLS:])
 
 
 @dataclass(eq=False)

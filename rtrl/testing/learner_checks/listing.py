@@ -7,7 +7,7 @@ from rtrl.testing.learner_checks import (
     gradients,
     mixture,
 )  # importing them registers their checks
-from rtrl.testing.learner_checks.driver import LearnerFailed
+from rtrl.testing.learner_checks.driver import LearnerFailed, calls_of
 from rtrl.testing.learner_checks.registry import CHECKS, NotJudged, Subject
 from rtrl.testing.report import Failure
 from rtrl.testing.spec import LearnerSpec
@@ -36,9 +36,9 @@ def run_check(name: str, spec: LearnerSpec, seed: int) -> list[Failure]:
         for found in CHECKS[name](Subject(spec, seed)):
             failures.setdefault(found.message, Failure(name, *found))
     except LearnerFailed as failed:
-        failures.setdefault(str(failed), Failure(name, str(failed), failed.step))
+        failures.setdefault(str(failed), Failure(name, str(failed), failed.step, traceback=failed.traceback))
     except NotJudged:
         raise
     except Exception as error:  # of the learner, its cell, its mask or its loss; the other checks still run
-        failures.setdefault("", Failure(name, f"it raised {first_line(error)}"))
+        failures.setdefault("", Failure(name, f"it raised {first_line(error)}", traceback=calls_of(error)))
     return list(failures.values())

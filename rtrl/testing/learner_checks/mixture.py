@@ -144,7 +144,7 @@ def _run(subject: Subject, stream: Stream, schedule: Schedule, offsets: Sequence
                 driver.save_and_load()
         return subject.mismatch(plain, driver)
     except LearnerFailed as failed:
-        return Mismatch("", "", "", failed.step, str(failed))
+        return Mismatch("", "", "", failed.step, str(failed), failed.traceback)
 
 
 def shrunk(schedule: Schedule, fails: Callable[[Schedule], bool]) -> list[Event]:

@@ -32,10 +32,11 @@ class Mismatch:
     expected: str
     step: int | None = None
     message: str = ""
+    traceback: str = ""
 
     def as_found(self, message: str, step: int | None = None) -> Found:
         """What a check reports of it."""
-        return Found(message, step, None, self.where, self.found, self.expected)
+        return Found(message, step, None, self.where, self.found, self.expected, self.traceback)
 
 
 def compare(found: Gradients, expected: Gradients, tolerance: Tolerance = FLOAT64) -> Mismatch | None:
@@ -57,7 +58,7 @@ def evaluate(
         expected = law.reference(stream, outcome.learner) if reference is None else reference
         return compare(outcome.gradients, expected, spec.tolerance)
     except LearnerFailed as failed:
-        return Mismatch("", "", "", failed.step, str(failed))
+        return Mismatch("", "", "", failed.step, str(failed), failed.traceback)
 
 
 def _evaluate_mean(law: Unbiased, spec: LearnerSpec, stream: Stream, seed: int) -> Mismatch | None:
