@@ -5,26 +5,35 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rtrl._engine.optimizer_watch import OptimizerWatch
 from rtrl.errors import ConfigError, ParameterChangedError
 
 
 class ParameterGuard:
     """Remembers a cell's trainable parameters, and from ``begin`` on the versions of its parameters and buffers.
 
+    Args:
+        cell: the cell.
+        values: whether parameters must keep their values while steps are open.
+
     Attributes:
         parameters: name → parameter, those that require a gradient.
         named: name → parameter, all of them, as the last ``begin`` or ``check`` found them.
+        toggled: whether the last ``check`` found parameters frozen or unfrozen, which ``adopt`` takes note of.
+        optimizers: what optimizers did with the parameters.
 
     Raises:
         ConfigError: no parameter requires a gradient.
     """
 
-    def __init__(self, cell: nn.Module) -> None:
-        self._cell = cell
-        self.named = dict(cell.named_parameters())
-        self.parameters = {name: p for name, p in self.named.items() if p.requires_grad}
+    def __init__(self, cell: nn.Module, values: bool = True) -> None:
+        self._cell, self._values = cell, values
+        self.parameters = self.trainable()
         if not self.parameters:
             raise ConfigError("the cell has no parameter that requires a gradient")
+        self.toggled = False
+        self.optimizers = OptimizerWatch(self.parameters)
+        self._all = self.named
         self._versions: dict[str, tuple[int, int]] = {}
         self._fingerprint: _Fingerprint | None = None
 
@@ -33,13 +42,14 @@ class ParameterGuard:
         same = self._same_parameters()
         self._versions = {name: (value.data_ptr(), value._version) for name, value in self._held()}
         self._fingerprint = _Fingerprint(self._cell) if same else None  # else ``check`` must refuse them
+        self.optimizers.updated.clear()
 
     def unchanged(self) -> bool:
         """Whether nothing has changed since the last ``begin``, so that ``check`` would find nothing.
 
         Cost: a few comparisons per module and parameter.
         """
-        return self._fingerprint is not None and self._fingerprint.matches()
+        return self._fingerprint is not None and not self.optimizers.updated and self._fingerprint.matches()
 
     def check(self, open_steps: list[int]) -> None:
         """Refuse parameters that were replaced, or that changed while the steps of a block are open.
@@ -52,17 +62,18 @@ class ParameterGuard:
         Raises:
             ParameterChangedError: naming them.
         """
+        self.toggled = False
         if self.unchanged():
             return
         if not self._same_parameters():
-            raise ParameterChangedError(
-                "the cell's trainable parameters are no longer those that the learner was made for: one was replaced, "
-                "added, frozen or unfrozen; make a new learner"
-            )
-        if not open_steps:
+            self._refuse_others(open_steps)
+            self.toggled = True
+        if self.toggled or not open_steps or not self._values:
             return
         changed = [
-            name for name, value in self._held() if self._versions.get(name) != (value.data_ptr(), value._version)
+            name
+            for name, value in self._held()
+            if self._versions.get(name) != (value.data_ptr(), value._version) or name in self.optimizers.updated
         ]
         if changed:
             raise ParameterChangedError(
@@ -71,9 +82,46 @@ class ParameterGuard:
                 "Put the old value back, or discard the block by reset(discard=True)"
             )
 
-    def _same_parameters(self) -> bool:
+    def adopt(self) -> list[str]:
+        """Take the parameters that require a gradient now as the trainable ones; return the names of the frozen ones.
+
+        ``parameters`` changes in place.
+        """
+        now = self.trainable()
+        frozen = [name for name in self.parameters if name not in now]
+        self.toggled = False
+        self.parameters.clear()
+        self.parameters.update(now)
+        return frozen
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that require a gradient now, by name."""
         self.named = dict(self._cell.named_parameters())
-        now = {name: p for name, p in self.named.items() if p.requires_grad}
+        return {name: p for name, p in self.named.items() if p.requires_grad}
+
+    def find_toggled(self) -> bool:
+        """Return, and keep as ``toggled``, whether parameters were frozen or unfrozen, and nothing else."""
+        now = self.trainable()
+        known = self.named.keys() == self._all.keys() and all(self.named[name] is p for name, p in self._all.items())
+        self.toggled = known and bool(now) and now.keys() != self.parameters.keys()
+        return self.toggled
+
+    def _refuse_others(self, open_steps: list[int]) -> None:
+        """Refuse trainable parameters that differ, unless some were frozen or unfrozen and no step is open."""
+        toggled, self.toggled = self.find_toggled(), False
+        if not toggled:
+            raise ParameterChangedError(
+                "the cell's parameters are no longer those that the learner was made for: one was replaced, added or "
+                "removed, or none is left that requires a gradient; make a new learner"
+            )
+        if open_steps:
+            raise ParameterChangedError(
+                f"a parameter was frozen or unfrozen inside the open block of steps {open_steps[0]} … {open_steps[-1]};"
+                " undo that, call sync(), and then do it"
+            )
+
+    def _same_parameters(self) -> bool:
+        now = self.trainable()
         return now.keys() == self.parameters.keys() and all(now[name] is p for name, p in self.parameters.items())
 
     def _held(self) -> list[tuple[str, Tensor]]:

@@ -53,6 +53,7 @@ class Learner(ABC):
 
     block: int = 1
     _keeps_x: bool = False  # whether an x that requires grad is taken, and gets its gradient
+    _guards_values: bool = True  # whether parameters must keep their values inside a block
 
     def __init__(self, cell: nn.Module, batch_size: int, *, state: Tensor | None = None) -> None:
         validation.integer("batch_size", batch_size)
@@ -62,7 +63,7 @@ class Learner(ABC):
         self._stepping = cell  # takes the steps, compiled as it may be; all else is done with the module as written
         self.cell, self.batch_size = original(cell), batch_size
         cell = self.cell
-        self._guard = ParameterGuard(cell)
+        self._guard = ParameterGuard(cell, self._guards_values)
         self._parameters = self._guard.parameters
         self._takes_replay = takes_replay(cell)
         self._state, self._first_influence = self._start(state)
@@ -128,7 +129,11 @@ class Learner(ABC):
             losses.check_no_feedback(taken.sources, self._open_steps, number)
         if len(self._open_steps) >= self.block:
             self._close()
+            if self._pending_grads:
+                self._guard.optimizers.check_idle()
         if not self._open_steps:
+            if self._guard.toggled:
+                self._adopt_parameters()
             self._begin_block(taken)
         self._open_steps.append(taken)
         self._state = h_next
@@ -180,6 +185,7 @@ class Learner(ABC):
         Cost:
             The processing of the open steps; the learner says what it adds.
         """
+        self._guard.optimizers.idle = 0
         self._close()
         with linearizing(self._parameters.values()):
             self._flush(dormant)
@@ -190,6 +196,7 @@ class Learner(ABC):
                 )
         deliver(self._parameters, self._pending_grads)
         self._pending_grads = {}
+        self._guard.optimizers.delivered()
 
     @torch.inference_mode(False)
     def reset(
@@ -260,9 +267,8 @@ class Learner(ABC):
                     like = checks.checked_state(first_state(self.cell, self.batch_size), self.batch_size, beside)
                 return checks.checked_state(state, self.batch_size, beside, like), {}
             first = first_state(self.cell, self.batch_size)
-            return checks.checked_state(first, self.batch_size, beside, like), first_influence(
-                first, self._parameters, samples
-            )
+            checked = checks.checked_state(first, self.batch_size, beside, like)
+            return checked, first_influence(first, self._guard.trainable(), samples) if first.requires_grad else {}
 
     def retained_bytes(self) -> dict[str, int]:
         """Return the bytes held between steps, by part: gradients not yet delivered, state, and those of the rule."""
@@ -277,6 +283,8 @@ class Learner(ABC):
         Save the cell's parameters beside it. Add the losses of a step before saving it: the ``y`` of a step taken
         before the save accepts no more losses after a load.
         """
+        if not self._open_steps and self._guard.find_toggled():
+            self._adopt_parameters()
         return saved_state.to_plain(self._learner_state(self._buffers()))
 
     @torch.inference_mode(False)
@@ -332,9 +340,30 @@ class Learner(ABC):
         if name not in self._parameters:
             raise ConfigError(f"no trainable parameter is called {name!r}; there are {', '.join(self._parameters)}")
 
+    def _close_for(self, name: str) -> None:
+        """Process the open steps, to look at one parameter; an unknown name is refused before and after."""
+        if name not in self._guard.trainable():
+            self._check_name(name)
+        self._close()
+        self._check_name(name)
+
+    def _adopt_parameters(self) -> None:
+        """Take note that parameters were frozen or unfrozen, at the end of a block.
+
+        What a frozen one has earned and not been given is dropped with its influence; that of an unfrozen one begins at
+        zero.
+        """
+        before = {name: parameter.numel() for name, parameter in self._parameters.items()}
+        for name in self._guard.adopt():
+            self._pending_grads.pop(name, None)
+            self._first_influence.pop(name, None)
+        self._adopt(before)
+
     def _close(self) -> None:
         """Process the open steps. They accept no more losses then."""
         self._check_parameters()
+        if self._guard.toggled:
+            self._adopt_parameters()
         if self._open_steps:
             with torch.no_grad(), linearizing(self._parameters.values()):
                 self._process()
@@ -356,6 +385,10 @@ class Learner(ABC):
     def _process(self) -> None:
         """Process the open steps, of which there is at least one. Everything that can fail comes before the first
         change."""
+
+    def _adopt(self, before: Mapping[str, int]) -> None:
+        """Carry on with the present ``_parameters``; before they were these, by name and size."""
+        return
 
     def _flush(self, dormant: bool) -> None:
         """Accumulate gradients that are still pending elsewhere, before a delivery."""

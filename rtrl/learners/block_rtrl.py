@@ -96,10 +96,14 @@ class BlockRTRL(Learner):
             block = choose_block(cell, batch_size, state=state)
         self.block, self.window = validation.integer("block", block), validation.integer("window", window)
         self.lazy = bool(lazy)
-        self._linearizer = Linearizer(self.cell, self._parameters)
+        self._prepare()
         self._accumulated_until = 0  # the gradients of dormant slices are accumulated for the blocks before this one
         self._influences: dict[str, ParameterInfluence] = {}  # filled at the first step, when the sparsity is known
         self._history: History | None = None
+
+    def _prepare(self) -> None:
+        """Make what depends on which parameters are trainable, and on the state's dtype."""
+        self._linearizer = Linearizer(self.cell, self._parameters)
         count = sum(p.numel() for p in self._parameters.values())
         self._scratch = ReusableBuffer(count * self._state.numel() * self._state.element_size())  # the influence's size
 
@@ -124,14 +128,15 @@ class BlockRTRL(Learner):
         Cost:
             The update of every dormant slice of the parameter, and B·H·P numbers.
         """
-        self._check_name(name)
-        self._close()
+        self._close_for(name)
         self._take_first_influence()
+        first = self._first_influence_of(name)
         if name not in self._influences:
-            return self._first_influence_of(name)
+            return first
         influence = self._influences[name]
-        self._advance({name: influence.active_rows()})
-        value = influence.to_dense()
+        if self._history is not None:
+            self._advance({name: influence.active_rows()})
+        value = influence.to_dense() + first
         if not checks.finite(value):
             raise NonFiniteError(
                 f"NaN or infinity in the influence of parameter {name!r} on the state after step "
@@ -191,8 +196,13 @@ class BlockRTRL(Learner):
         sliced = {name for name in sparsity.active if name in self._parameters}
         writes = n if sparsity.writes is None else sparsity.writes.shape[1]
         reads = n if sparsity.reads is None else sparsity.reads.shape[1]
+        sliced |= {name for name, influence in self._influences.items() if influence.sliced}
         written, touched = min(n, self.block * writes), min(n, self.block * (reads + writes))
-        self._influences = {name: self._empty_influence(name, name in sliced) for name in self._parameters}
+        known = self._influences  # up to date, if parameters were frozen or unfrozen
+        self._influences = {
+            name: known[name] if name in known else self._empty_influence(name, name in sliced)
+            for name in self._parameters
+        }
         self._history = History(self.window if self.lazy and sliced else 1, written, touched, self._state)
 
     def _take_first_influence(self) -> None:
@@ -313,6 +323,19 @@ class BlockRTRL(Learner):
         for influence in self._influences.values():
             influence.clear_samples(samples)
 
+    def _bring_up_to_date(self) -> None:
+        """Bring all dormant slices up to date, and forget the history; the next step begins another one."""
+        if self._history is not None:
+            self._advance({name: self._influences[name].active_rows() for name in self._sliced()})
+            for influence in self._influences.values():
+                influence.last_block.zero_()
+            self._accumulated_until, self._history = 0, None
+
+    def _adopt(self, before: Mapping[str, int]) -> None:
+        self._influences = {n: influence for n, influence in self._influences.items() if n in self._parameters}
+        self._bring_up_to_date()
+        self._prepare()
+
     # ------------------------------------------------------------------ saving
 
     def _arguments(self) -> dict[str, Any]:
@@ -327,7 +350,10 @@ class BlockRTRL(Learner):
 
     def _load_buffers(self, loaded: LearnerState) -> dict[str, Any]:
         saved, accumulated_until = loaded.buffers["influences"], loaded.buffers["accumulated_until"]
-        if saved and saved.keys() != self._parameters.keys():
+        unknown = saved.keys() ^ self._parameters.keys()
+        if saved and loaded.buffers["history"] is None:  # influences that have not begun
+            unknown -= self._parameters.keys()
+        if saved and unknown:
             raise ConfigError("the saved influences are not those of this learner's parameters")
         influences = {name: self._empty_influence(name, held["sliced"]) for name, held in saved.items()}
         for name, influence in influences.items():
@@ -337,9 +363,10 @@ class BlockRTRL(Learner):
             history = History.from_state_dict(history, self._state)
             sliced = any(influence.sliced for influence in influences.values())
             _check_times(influences, history, self.window if sliced else 1)
-        begun = [loaded.steps_taken > 0, bool(influences), history is not None]
+        begun = loaded.steps_taken > 0 and not loaded.open_steps  # then there may be no history: see _bring_up_to_date
         closed = 0 if history is None else history.now
-        if len(set(begun)) > 1 or type(accumulated_until) is not int or not 0 <= accumulated_until <= closed:
+        fits = bool(influences) == (loaded.steps_taken > 0) and (begun or (history is not None) == bool(influences))
+        if not fits or type(accumulated_until) is not int or not 0 <= accumulated_until <= closed:
             raise ConfigError("the parts of the saved learner do not fit together")
         return {"_accumulated_until": accumulated_until, "_influences": influences, "_history": history}
 

@@ -62,6 +62,8 @@ def _add_run(
         return None
     leaves = steps[0].snapshot.trainable
     targets = [*leaves.values(), *(start for start, _ in starts), *([] if is_first else [before])]
+    if not targets:  # all that were trainable then are frozen by now
+        return None
     ys, adjoints = zip(*heads, strict=True)
     parts = torch.autograd.grad(ys, targets, adjoints, materialize_grads=True)
     for (name, _), part in zip(leaves.items(), parts, strict=False):

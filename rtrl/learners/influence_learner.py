@@ -1,6 +1,7 @@
 """Learners that carry an influence forward by the full Jacobians of each step, and textbook RTRL, the plainest one."""
 
 from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -95,8 +96,7 @@ class InfluenceLearner(ReplayingLearner):
             ConfigError: no trainable parameter has this name.
             RTRLError: the newest step cannot be processed; see ``sync``.
         """
-        self._check_name(name)
-        self._close()
+        self._close_for(name)
         self._take_first_influence()
         return self._by_name(self._dense())[name].clone()
 
@@ -138,6 +138,22 @@ class InfluenceLearner(ReplayingLearner):
         """Split the last dimension, P, by parameter."""
         parts = flat.split([p.numel() for p in self._parameters.values()], dim=-1)
         return dict(zip(self._parameters, parts, strict=True))
+
+    def _adopt(self, before: Mapping[str, int]) -> None:
+        super()._adopt(before)
+
+        def by_present(value: Tensor) -> Tensor:
+            """Keep the columns (..., P) of parameters that are trainable still; those of others are zero."""
+            old = dict(zip(before, value.split(list(before.values()), dim=-1), strict=True))
+            zeros = {n: value.new_zeros(*value.shape[:-1], p.numel()) for n, p in self._parameters.items()}
+            return torch.cat([old.get(name, zeros[name]) for name in zeros], dim=-1)
+
+        self._n_theta = sum(p.numel() for p in self._parameters.values())
+        self._adopt_columns(by_present)
+
+    def _adopt_columns(self, by_present: Callable[[Tensor], Tensor]) -> None:
+        """Change all that is kept by parameter, (..., P)."""
+        self._carried = (*self._carried[:-1], by_present(self._carried[-1]))
 
     def _process_step(self, step: ReplayedStep) -> None:
         jacobians = step_jacobians(step)

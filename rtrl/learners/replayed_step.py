@@ -1,7 +1,7 @@
 """Steps that are run once more under a graph, with the parameters they were taken with, and learners that do so."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,7 @@ class ParameterSnapshot:
     Args:
         cell: the cell.
         values: its parameters and buffers by name, if not those that the cell has now.
+        trainable: names of the parameters that were trainable; all that require a gradient now, by default.
 
     Attributes:
         trainable: name → parameter of the cell itself, in the cell's own order: what a step that is run again depends
@@ -40,7 +41,9 @@ class ParameterSnapshot:
         ConfigError: ``values`` are not those of such a cell.
     """
 
-    def __init__(self, cell: nn.Module, values: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, cell: nn.Module, values: Mapping[str, Tensor] | None = None, trainable: Collection[str] | None = None
+    ) -> None:
         now = _values_of(cell)
         values = now if values is None else values
         form = {name: (value.shape, value.dtype) for name, value in values.items()}
@@ -48,7 +51,15 @@ class ParameterSnapshot:
             raise ConfigError("the saved parameters are not those of this cell")
         self._cell = cell
         self._values = {name: values[name].detach().to(value.device, copy=True) for name, value in now.items()}
-        self.trainable = {name: p for name, p in cell.named_parameters() if p.requires_grad}
+        self.trainable = {
+            name: p
+            for name, p in cell.named_parameters()
+            if p.requires_grad and (trainable is None or name in trainable)
+        }
+
+    def freeze(self, kept: Collection[str]) -> None:
+        """Hold all parameters fixed but those named."""
+        self.trainable = {name: p for name, p in self.trainable.items() if name in kept}
 
     def copies(self) -> dict[str, Tensor]:
         """Return name → a copy of the value."""
@@ -196,6 +207,8 @@ class ReplayingLearner(Learner):
     A step accepts losses until the next ``step``, ``sync`` or ``reset``. Parameters may change at any moment.
     """
 
+    _guards_values = False
+
     def __init__(self, cell: nn.Module, batch_size: int, *, state: Tensor | None = None) -> None:
         super().__init__(cell, batch_size, state=state)
         self._constant_state = torch.ones(batch_size, dtype=torch.bool, device=self._state.device)
@@ -206,8 +219,11 @@ class ReplayingLearner(Learner):
     def _process_step(self, step: ReplayedStep) -> None:
         """Process a step that accepts no more losses. Everything that can fail comes before the first change."""
 
-    def _check_parameters(self) -> None:
-        self._guard.check([])  # values may change inside a block
+    def _adopt(self, before: Mapping[str, int]) -> None:
+        for step in self._kept_steps:
+            step.snapshot.freeze(self._parameters)
+            step.first_influence = {n: value for n, value in step.first_influence.items() if n in self._parameters}
+        self._snapshot = None  # the next step takes one of the present leaves
 
     def _begin_block(self, step: RecordedStep) -> None:
         if self._snapshot is None or not self._snapshot.matches(self.cell):
@@ -263,13 +279,16 @@ class ReplayingLearner(Learner):
         return {
             "constant_state": self._constant_state.clone(),
             "snapshots": [snapshot.copies() for snapshot in snapshots.values()],
+            "trainable": [list(snapshot.trainable) for snapshot in snapshots.values()],
             "snapshot": None if self._snapshot is None else indices[id(self._snapshot)],
             "kept_steps": steps,
         }
 
     def _load_buffers(self, loaded: LearnerState) -> dict[str, Any]:
         saved, mask = loaded.buffers, self._constant_state
-        snapshots = [ParameterSnapshot(self.cell, values) for values in saved["snapshots"]]
+        trainable = saved.get("trainable", [None] * len(saved["snapshots"]))
+        pairs = zip(saved["snapshots"], trainable, strict=True)
+        snapshots = [ParameterSnapshot(self.cell, values, names) for values, names in pairs]
         if loaded.open_steps and saved["snapshot"] is None:
             raise ConfigError("the saved learner has an open step without the parameters that it was taken with")
         kept = []

@@ -1,5 +1,6 @@
 """The sparse n-step approximation of the influence."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,6 +92,10 @@ class SnAp(InfluenceLearner):
     def _with_first(self, influence: Tensor) -> tuple[Tensor, ...]:
         self._widen(self._reaches, self._drives | (influence != 0).any(dim=0))
         return super()._with_first(influence)
+
+    def _adopt_columns(self, by_present: Callable[[Tensor], Tensor]) -> None:
+        super()._adopt_columns(by_present)
+        self._drives, self._mask = by_present(self._drives), by_present(self._mask)
 
     def _widen(self, reaches: Tensor, drives: Tensor) -> None:
         if not torch.equal(reaches, self._reaches) or not torch.equal(drives, self._drives):

@@ -159,13 +159,14 @@ def _hidden(cell: nn.Module) -> None:
     cell.inner.more = nn.Linear(1, 1)
 
 
-STRANGE = "replaced, added, frozen or unfrozen; make a new learner"
+STRANGE = "replaced, added or removed.*make a new learner"
+TOGGLED = r"frozen or unfrozen inside the open block.*call sync\(\)"
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an equal parameter": (_equal, STRANGE),
     "another name": (lambda cell: _rename(cell.enter), STRANGE),
     "an equal module": (lambda cell: setattr(cell, "enter", copy.deepcopy(cell.enter)), STRANGE),
-    "frozen": (lambda cell: cell.recur.weight.requires_grad_(False), STRANGE),
-    "unfrozen": (lambda cell: cell.head.bias.requires_grad_(), STRANGE),
+    "frozen": (lambda cell: cell.recur.weight.requires_grad_(False), TOGGLED),
+    "unfrozen": (lambda cell: cell.head.bias.requires_grad_(), TOGGLED),
     "a parameter more": (lambda cell: setattr(cell, "extra", nn.Parameter(torch.ones(1))), STRANGE),
     "a module more": (lambda cell: setattr(cell, "extra", nn.Linear(1, 1)), STRANGE),
     "a module more in an empty one": (_hidden, STRANGE),
