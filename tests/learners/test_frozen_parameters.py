@@ -177,3 +177,21 @@ def test_a_parameter_toggled_inside_an_open_block_is_refused_and_may_be_put_back
     toggle(cell, "", "mix")  # the step that failed has dropped nothing
     if hasattr(learner, "influence"):
         assert bool(learner.influence("mix").any())
+
+
+def test_steps_of_which_no_parameter_is_trainable_any_more() -> None:
+    cell = Table()
+    toggle(cell, "table bias h0", "")
+    learner = BPTT(cell, 2)
+    learner.backward(loss(0, learner.step(XS[0])))
+    learner.sync()
+    toggle(cell, "mix", "bias")
+    learner.backward(loss(1, learner.step(XS[1])))
+    learner.sync()
+    dense = DenseRTRL(cell, 2, state=learner._kept_steps[1].h)
+    expected = cell.bias.grad
+    cell.zero_grad()
+    dense.backward(loss(1, dense.step(XS[1])))
+    dense.sync()
+    assert expected is not None and cell.bias.grad is not None
+    assert_gradients_equal({"bias": expected}, {"bias": cell.bias.grad})
