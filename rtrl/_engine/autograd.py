@@ -10,7 +10,7 @@ from rtrl._engine import checks, contract
 from rtrl._engine.linearization import DenseOutputJacobian, Linearization, LinearizedTap
 from rtrl._engine.losses import loss_cotangents
 from rtrl._engine.recorded import StepBatch
-from rtrl._engine.taps import TapRecorder
+from rtrl._engine.taps import TapRecorder, record_taps
 from rtrl._engine.untapped import jacobian_rows, weighted_jacobians
 from rtrl._utils import index_sets, pytrees
 from rtrl.cells.protocol import call_cell
@@ -41,16 +41,17 @@ class AutogradLinearization:
         }
 
     def _run(self, untapped: Iterable[str]) -> tuple[Any, Tensor, TapRecorder]:
-        batch, names, copy = self.batch, set(untapped), False
-        while True:
-            recorder = TapRecorder(self.parameters, batch.h.shape[0], names, copy=copy)
-            with torch.enable_grad(), recorder:
-                y, h_next, sparsity = call_cell(self.cell, batch.x, batch.h, batch.replay)
-            if recorder.inner_gradient and not names >= self.parameters.keys():
-                names = set(self.parameters)
-            elif recorder.changed_in_place and not copy:
-                copy = True
-            else:
+        batch = self.batch
+        for copy in (False, True):
+            with torch.enable_grad():
+                (y, h_next, sparsity), recorder = record_taps(
+                    lambda: call_cell(self.cell, batch.x, batch.h, batch.replay),
+                    self.parameters,
+                    batch.h.shape[0],
+                    untapped,
+                    copy=copy,
+                )
+            if not recorder.changed_in_place:
                 break
         contract.check_same_choices(batch, sparsity)
         return y, h_next, recorder

@@ -58,6 +58,7 @@ def check_purity(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) ->
     rng_state = torch.get_rng_state()
     watched = {"x": pytrees.tensors(x), "the state h": [h], "a parameter or buffer of its own": held}
     versions = {what: [t._version for t in tensors] for what, tensors in watched.items()}
+    grads = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in cell.parameters()]
     try:
         with RefuseUnsupported(), _NoRandomness():  # type: ignore[no-untyped-call]
             call_cell(cell, x, h, replay)
@@ -66,12 +67,21 @@ def check_purity(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) ->
                 raise CellError(
                     f"the cell changes {what} in place; a cell must be a pure function of (x, h, parameters)"
                 )
+        if not all(_same_grad(p, grad, values) for p, grad, values in grads):
+            raise CellError(
+                "the cell changes the .grad of a parameter of its own; take gradients inside a cell by "
+                "torch.autograd.grad(..., create_graph=True)"
+            )
         if [id(t) for t in held] != [id(t) for t in (*cell.parameters(), *cell.buffers())]:
             raise CellError(
                 "the cell replaces a parameter or buffer of its own; a cell must be a pure function of (x, h, "
                 "parameters)"
             )
     except CellError:
+        for p, grad, values in grads:
+            p.grad = grad
+            if grad is not None and values is not None:
+                grad.copy_(values)
         for value, kept in zip(held, saved, strict=True):
             if not torch.equal(value, kept):
                 value.copy_(kept)
@@ -81,6 +91,11 @@ def check_purity(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) ->
             cell.get_submodule(owner)._buffers[leaf] = buffer
         torch.set_rng_state(rng_state)
         raise
+
+
+def _same_grad(parameter: Tensor, grad: Tensor | None, values: Tensor | None) -> bool:
+    """Whether the ``.grad`` of a parameter is the same tensor with the same values."""
+    return parameter.grad is grad and (grad is None or values is None or torch.equal(grad, values))
 
 
 def check_same_choices(batch: StepBatch, sparsity: Sparsity) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rtrl._engine import checks, contract
 from rtrl._engine.recorded import StepBatch
-from rtrl._engine.taps import Tap, TapRecorder
+from rtrl._engine.taps import Tap, record_taps
 from rtrl._engine.untapped import call_with
 from rtrl._utils import index_sets, pytrees
 from rtrl.errors import CellError, RTRLError
@@ -102,8 +102,13 @@ def _run(
 ) -> _Run:
     theta = {name: move(p).requires_grad_(name in parameters) for name, p in cell.named_parameters()}
     h = move(batch.h).requires_grad_()
-    with TapRecorder({name: theta[name] for name in parameters}, h.shape[0], untapped, copy=True) as recorder:
-        y, h_next, sparsity = call_with(cell, theta, batch.x, h, batch.replay)
+    (y, h_next, sparsity), recorder = record_taps(
+        lambda: call_with(cell, theta, batch.x, h, batch.replay),
+        {name: theta[name] for name in parameters},
+        h.shape[0],
+        untapped,
+        copy=True,
+    )
     contract.check_same_choices(batch, sparsity)
     outputs = [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
     return _Run(theta, h, recorder.taps, recorder.inner_gradient, h_next, [batch.written(h_next), *outputs])

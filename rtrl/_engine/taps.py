@@ -7,7 +7,7 @@ parameters) matrix is written per step. A use that no rule covers stays in the g
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from rtrl.cells.grouped_linear import frozen_grouped_linear, grouped_linear
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,28 @@ class TapRecorder(TorchFunctionMode):
         if len(leading) == 1 and leading[0] % self.batch == 0:
             return leading[0] // self.batch
         return None
+
+
+def record_taps(
+    call: Callable[[], _T], parameters: Mapping[str, Tensor], batch: int, untapped: Iterable[str], *, copy: bool = False
+) -> tuple[_T, TapRecorder]:
+    """Call a function under a ``TapRecorder``; without any tap if it takes a gradient by autograd.
+
+    Returns:
+        What the function returns, and the recorder.
+    """
+    recorder, result = TapRecorder(parameters, batch, untapped, copy=copy), None
+    try:
+        with recorder:
+            result = call()
+    except RuntimeError:
+        if not recorder.inner_gradient:
+            raise
+    if recorder.inner_gradient:
+        recorder = TapRecorder(parameters, batch, parameters, copy=copy)
+        with recorder:
+            result = call()
+    return result, recorder  # type: ignore[return-value]
 
 
 def _linear(recorder: TapRecorder, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
