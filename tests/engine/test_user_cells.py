@@ -3,10 +3,14 @@
 The reference is the module itself, unrolled step by step under autograd: no line of the engine.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from helpers.user_cells import D_IN, EXACT, F64, HELD, REFUSED, H, of, tanh_of
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import rtrl
 import rtrl.testing
@@ -107,11 +111,65 @@ def test_it_is_refused_and_changes_nothing(name):
             rtrl.testing.check_cell(cell, [stream(1, 1)[0]], state=state)
 
 
+class Scalar(nn.Module):
+    """One number per sample: ``h' = step(cell, h) + x``."""
+
+    def __init__(self, step: Callable[["Scalar", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([[0.5]], dtype=F64))
+        self.step, self.held = step, [self.a]
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return torch.zeros(batch_size, 1, dtype=F64)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.step(self, h) + x
+        return h, h
+
+
+def _relaxed(cell: Scalar, h: Tensor) -> Tensor:
+    with torch.enable_grad():
+        z = h if h.requires_grad else h.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(0.5 * F.linear(z, cell.a).square().sum(), z, create_graph=True)
+        return h - slope
+
+
+def _pruned_relu() -> nn.Module:
+    cell = nn.RNNCell(1, 1, bias=False, nonlinearity="relu").double()
+    nn.init.constant_(cell.weight_ih, 1.0)
+    nn.init.constant_(cell.weight_hh, 0.5)
+    prune.identity(cell, "weight_hh")
+    return rtrl.from_torch(cell)
+
+
+BY_HAND = {
+    "in a list": (lambda: Scalar(lambda c, h: c.held[0] * h), "a", 3.0),
+    "an inner gradient": (lambda: Scalar(_relaxed), "a", -3.5),
+    "pruned": (_pruned_relu, "cell.weight_hh_orig", 3.0),
+}
+
+
+@pytest.mark.filterwarnings("ignore::rtrl.errors.PerformanceWarning")
+@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("learner", ["BlockRTRL", "BPTT", "TBPTT", "DenseRTRL", "SnAp"])
+def test_the_gradient_is_that_worked_out_by_hand(learner, name):
+    """Three steps of x = 1, and the loss is the sum of all h."""
+    make, parameter, expected = BY_HAND[name]
+    cell = make()
+    makers = {**EXACT_LEARNERS, "BlockRTRL": lambda cell, batch: rtrl.BlockRTRL(cell, batch, block=2)}
+    tried = makers[learner](cell, 1)
+    for _ in range(3):
+        tried.backward(tried.step(torch.ones(1, 1, dtype=F64)).sum())
+    tried.sync()
+    grad = cell.get_parameter(parameter).grad
+    torch.testing.assert_close(grad, torch.full_like(grad, expected), **TIGHT)
+
+
 EXACT_LEARNERS = {
-    "BPTT": lambda cell: BPTT(cell, B),
-    "TBPTT": lambda cell: TBPTT(cell, B, horizon=20),
-    "DenseRTRL": lambda cell: DenseRTRL(cell, B),
-    "SnAp": lambda cell: SnAp(cell, B, order=4),
+    "BPTT": BPTT,
+    "TBPTT": lambda cell, batch: TBPTT(cell, batch, horizon=20),
+    "DenseRTRL": DenseRTRL,
+    "SnAp": lambda cell, batch: SnAp(cell, batch, order=4),
 }
 KINDS = [*HELD, "an inner gradient", "an inner torch.func.grad", "a cell, then pruned", "a scripted function"]
 
@@ -123,7 +181,7 @@ def test_baselines_use_the_parameters_of_each_step(learner, kind):
     """Parameters change in mid-stream. The reference: a learner of each step's own block, which sees no change."""
     torch.manual_seed(0)
     cell = EXACT[kind]()
-    rival = EXACT_LEARNERS[learner](cell)
+    rival = EXACT_LEARNERS[learner](cell, B)
     exact = rtrl.BlockRTRL(cell, B, block=1)
     total: dict[str, Tensor] = {}
     for t, x in enumerate(stream(1, 4)):
