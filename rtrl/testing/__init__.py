@@ -19,7 +19,7 @@ from rtrl.testing.laws import Exact, ExactWithin, Law, Truncated, Unbiased
 from rtrl.testing.learner_checks.listing import learner_checks
 from rtrl.testing.pytest_nodes import BoundCheck, bound_checks, parametrize_with_checks
 from rtrl.testing.recursion_laws import Masked, Recursion, RecursionStep
-from rtrl.testing.report import CheckFailed, Failure, Report
+from rtrl.testing.report import CheckFailed, Failure, ParameterVerdict, Report
 from rtrl.testing.spec import CellSpec, ErrorInput, LearnerSpec
 from rtrl.testing.streams import Stream
 from rtrl.testing.streams_for import streams_for
@@ -40,6 +40,7 @@ __all__ = [
     "LearnerSpec",
     "Masked",
     "NotComparable",
+    "ParameterVerdict",
     "Recursion",
     "RecursionStep",
     "Report",

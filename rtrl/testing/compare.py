@@ -102,10 +102,24 @@ def worst_difference(
         >>> difference.place, difference.error
         ('w[1]', 0.25)
     """
+    found = differences(actual, expected, group=group, floor=floor, floor_of_all=floor_of_all, nonzero=nonzero)
+    return max(found.values(), key=lambda difference: difference.error)
+
+
+def differences(
+    actual: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    *,
+    group: Group | Callable[[str], Group] = "slice",
+    floor: float = FLOOR,
+    floor_of_all: float = 0.0,
+    nonzero: Literal["any", "each", "none"] = "any",
+) -> dict[str, Difference]:
+    """Find the entry with the largest relative error of each tensor, as ``worst_difference`` does of all."""
     _check_comparable(actual, expected, nonzero)
     top = max(_largest(value) for value in expected.values())
-    worst: Difference | None = None
     n_compared = sum(int(value.count_nonzero()) for value in expected.values())
+    found: dict[str, Difference] = {}
     for name, reference in expected.items():
         if not reference.numel():
             continue
@@ -114,13 +128,12 @@ def worst_difference(
         by_group = _group_largest(size, group if isinstance(group, str) else group(name))
         scale = by_group.clamp(min=max(floor * float(size.max()), floor_of_all * top))
         errors = torch.where(gap == 0, 0.0, gap / scale).nan_to_num(nan=torch.inf, posinf=torch.inf)
-        error = float(errors.max())
-        if worst is None or error > worst.error:
-            index = tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape))
-            worst = Difference(error, name, index, actual[name][index].item(), reference[index].item(), n_compared)
-    if worst is None:
+        index = tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape))
+        values = actual[name][index].item(), reference[index].item()
+        found[name] = Difference(float(errors.max()), name, index, *values, n_compared)
+    if not found:
         raise NotComparable("all tensors of the reference are empty: there is nothing to compare")
-    return worst
+    return found
 
 
 def assert_gradients_equal(

@@ -8,6 +8,33 @@ from rtrl.errors import ConfigError, RTRLError
 
 
 @dataclass(frozen=True, slots=True)
+class ParameterVerdict:
+    """Whether the gradient of one parameter is right.
+
+    Attributes:
+        name: of the parameter.
+        error: the largest relative error after the whole stream.
+        step: the first step after which it is wrong; None if it is right.
+        factor: found / expected of a wrong parameter, if the ratio is the same for all entries.
+    """
+
+    name: str
+    error: float
+    step: int | None = None
+    factor: float | None = None
+
+    def __str__(self) -> str:
+        """Return the parameter, the first wrong step, the error and a constant factor."""
+        if self.step is None:
+            return self.name
+        times = "" if self.factor is None else f", × {self.factor:.6g} everywhere"
+        return f"{self.name} from step {self.step} on (error {self.error:.2g}{times})"
+
+
+_SHOWN = 6  # the number of parameters that a failure names
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """One way in which a cell or a learner breaks a promise, at the first place that shows it.
 
@@ -20,6 +47,7 @@ class Failure:
         found: the wrong value.
         expected: the right value.
         traceback: where an exception was raised, one line per call.
+        parameters: what is right and wrong, by parameter, where that is known.
     """
 
     check: str
@@ -30,6 +58,7 @@ class Failure:
     found: str = ""
     expected: str = ""
     traceback: str = ""
+    parameters: tuple[ParameterVerdict, ...] = ()
 
     @property
     def place(self) -> str:
@@ -39,16 +68,20 @@ class Failure:
         return ", ".join([*parts, *([self.where] if self.where else [])])
 
     def __str__(self) -> str:
-        """Return what is wrong, the place with both values, and where an exception was raised."""
+        """Return what is wrong, the place with both values, the wrong and the right parameters, and where an exception
+        was raised, on lines of their own."""
         values = f"found {self.found}, expected {self.expected}" if self.found or self.expected else ""
         detail = ": ".join(part for part in (self.place, values) if part)
-        lines = [f"FAIL {self.check}: {self.message}", *([detail] if detail else []), *self.traceback.splitlines()]
-        return "\n     ".join(lines)
+        wrong = sorted((p for p in self.parameters if p.step is not None), key=lambda p: (p.step, -p.error))
+        right = [p for p in self.parameters if p.step is None]
+        lines = [detail, _listed("wrong", wrong), _listed("right", right), *self.traceback.splitlines()]
+        return "\n     ".join([f"FAIL {self.check}: {self.message}", *(line for line in lines if line)])
 
     @property
     def root(self) -> str:
         """What failures of one cause share: the place of the exception, or the likely mistake; empty if unknown."""
-        return self.traceback or self.message.partition(LIKELY)[2].partition(", up to step")[0]
+        mistake = self.message.partition(LIKELY)[2]
+        return self.traceback or mistake.partition(", up to step")[0].partition(" (in sample")[0]
 
 
 LIKELY = "it looks as if "
@@ -76,6 +109,11 @@ def failure_texts(failures: Sequence[Failure]) -> list[str]:
     return texts
 
 
+def _listed(what: str, parameters: Sequence[ParameterVerdict]) -> str:
+    more = f", and {len(parameters) - _SHOWN} more" if len(parameters) > _SHOWN else ""
+    return f"{what}: {', '.join(map(str, parameters[:_SHOWN]))}{more}" if parameters else ""
+
+
 class Found(NamedTuple):
     """The fields of a ``Failure`` without the name of the check, which yields it."""
 
@@ -86,6 +124,7 @@ class Found(NamedTuple):
     found: str = ""
     expected: str = ""
     traceback: str = ""
+    parameters: tuple[ParameterVerdict, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

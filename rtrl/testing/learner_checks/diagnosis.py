@@ -1,180 +1,182 @@
-"""Diagnose a wrong gradient: compute what each common mistake gives, and compare."""
+"""Diagnose a wrong gradient: compute what each known mistake gives, and compare."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from rtrl._utils.functional_call import functional_call
-from rtrl.cells.protocol import call_cell
+from rtrl.testing.compare import RELATIVE
 from rtrl.testing.learner_checks.driver import LearnerFailed, drive
+from rtrl.testing.learner_checks.mistakes import Mistake, gradient, mistakes
+from rtrl.testing.linearized_steps import LinearizedStream, linearized
+from rtrl.testing.report import LIKELY
 from rtrl.testing.spec import LearnerSpec
 from rtrl.testing.streams import Stream
 
 _ALIKE = 1e-7  # relative; it tells two mistakes apart and ignores rounding
+_ROUNDED = 1e-5  # relative; a smaller error is none of the mistakes, but may be the rounding of float32
+_PAIRS = 14  # the number of steps on which two mistakes at once are tried
 
 
-_Mistake = tuple[str, Iterable[tuple[int, Tensor]]]
+class _Case:
+    """What a learner delivers on a stream, and what is exact, for all parameters or one."""
+
+    def __init__(self, linear: LinearizedStream, found: Tensor) -> None:
+        self.linear, self.found = linear, found
+        self.exact = gradient(linear)
+        self.scale = float(self.exact.abs().max())
+        self.comparable = bool(self.scale) and bool(torch.isfinite(found).all())
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.linear.steps[0].adjoint)
+
+    @property
+    def error(self) -> float:
+        return float((self.found - self.exact).abs().max()) / self.scale
+
+    def fits(self, mistaken: Tensor) -> bool:
+        """Whether a mistaken gradient is what was found, and is not the exact one."""
+        differs = float((mistaken - self.exact).abs().max()) > 1e3 * _ALIKE * self.scale
+        return differs and float((mistaken - self.found).abs().max()) <= _ALIKE * self.scale
+
+    def of_parameters(self) -> Iterator[tuple[str, "_Case"]]:
+        """The case of each parameter by itself."""
+        stop = 0
+        for name, shape in self.linear.shapes.items():
+            part = slice(stop, stop := stop + shape.numel())
+            steps = [
+                replace(
+                    step,
+                    immediate=step.immediate[..., part],
+                    direct=step.direct[part],
+                    fresh_influence=step.fresh_influence[..., part],
+                )
+                for step in self.linear.steps
+            ]
+            yield (
+                name,
+                _Case(LinearizedStream({name: shape}, steps, self.linear.first_influence[..., part]), self.found[part]),
+            )
 
 
-@dataclass(frozen=True, slots=True)
-class _LinearizedStep:
-    """J (B, H, H), B (B, H, P), the adjoint (B, H), the direct part of the gradient (P,), and the entries of θ that a
-    sample uses, Boolean (B, P)."""
-
-    dynamics: Tensor
-    immediate: Tensor
-    adjoint: Tensor
-    direct: Tensor
-    active: Tensor
+def _case(spec: LearnerSpec, stream: Stream) -> _Case:
+    linear = linearized(stream)
+    return _Case(linear, linear.joined(drive(spec, stream).gradients))
 
 
-def diagnose(spec: LearnerSpec, stream: Stream) -> str:
-    """Words that name the mistake, if the whole gradient is what one known mistake gives on this stream; else none."""
-    if stream.offsets is not None or stream.resets is not None:
-        return ""
+def diagnose(spec: LearnerSpec, stream: Stream, sample: int | None = None) -> str:
+    """Name the mistakes that give the whole gradient found on a stream, in words that follow the message, or none.
+
+    One mistake is looked for in the batch, then in the failing sample alone, then two mistakes at once, then one
+    mistake of each parameter.
+    """
     try:
-        gradients = drive(spec, stream).gradients
-        steps = _linearized(stream)
+        case = _case(spec, stream)
+        if not case.comparable:
+            return ""
+        if case.error <= _ROUNDED:
+            return _looks(_rounding(case))
+        words = _single(case)
+        if not words and sample is not None and stream.batch_size > 1:
+            words = _in_the_sample(_case(spec, stream.alone(sample)), case, sample)
+        if not words:
+            words = _pair(case if stream.steps <= _PAIRS else _case(spec, stream.prefix(_PAIRS)))
     except (LearnerFailed, RuntimeError):
         return ""
-    found = torch.cat([value.flatten() for value in gradients.values()])
-    exact = _gradient(steps)
-    scale = float(exact.abs().max())
-    if not scale or not bool(torch.isfinite(found).all()):
+    return _looks(words or _by_parameter(case))
+
+
+def _looks(words: str) -> str:
+    return f"; {LIKELY}{words}" if words else ""
+
+
+def _single(case: _Case) -> str:
+    return next((words for _, words in _matches(case)), "")
+
+
+def _matches(case: _Case) -> Iterator[tuple[Mistake, str]]:
+    """Every kind that fits, in words with its numbers."""
+    for mistake in mistakes(case.linear, case.found):
+        numbers = [k for k, mistaken in mistake.gradients() if case.fits(mistaken)]
+        if numbers:
+            yield mistake, _worded(mistake, numbers)
+
+
+def _worded(mistake: Mistake, numbers: Iterable[float]) -> str:
+    """The words with a constant, or with all the numbers that may be meant."""
+    numbers = list(numbers)
+    if isinstance(numbers[0], float):
+        return mistake.words.format(k=numbers[0])
+    return mistake.words.format(k=" or ".join(map(str, numbers)) if len(numbers) < 4 else "n")
+
+
+def _in_the_sample(alone: _Case, case: _Case, sample: int) -> str:
+    """The mistake of the failing sample alone, and whether averaging makes it that of the batch."""
+    if not alone.comparable or alone.error <= _ROUNDED:
         return ""
-    numbers: list[int] = []
-    for words, candidates in _mistakes(steps, exact, found):
-        for k, mistaken in candidates:
-            differs = float((mistaken - exact).abs().max()) > 1e3 * _ALIKE * scale
-            if differs and float((mistaken - found).abs().max()) <= _ALIKE * scale:
-                numbers.append(k)
-        if numbers:  # the first kind that fits; any of its numbers may be meant
-            return f"; it looks as if {words.format(k=' or '.join(map(str, numbers)) if len(numbers) < 4 else 'n')}"
+    for mistake, words in _matches(alone):
+        if any(case.fits(gradient(case.linear, **o) / case.batch_size) for o in mistake.options.values()):
+            return f"{words}, and samples were averaged, not summed"
+        return f"{words} (in sample {sample} alone)"
     return ""
 
 
-def _mistakes(steps: list[_LinearizedStep], exact: Tensor, found: Tensor) -> Iterator[_Mistake]:
-    """Each kind of mistake, in words with a number k, and the gradients that it gives; the most specific kind first."""
-    n_steps, batch = len(steps), steps[0].adjoint.shape[0]
-
-    def one(**mistake: Any) -> Iterator[tuple[int, Tensor]]:
-        yield 0, _gradient(steps, **mistake)
-
-    yield "nothing were delivered", [(0, torch.zeros_like(exact))]
-    yield "the influence advanced before the adjoint met it: off by one step", one(after=True)
-    yield "the state's past were left out: no influence is carried", one(carry=lambda t: False)
-    yield "the loss's direct path to the parameters were dropped", one(direct=False)
-    yield "losses at dormant steps of a slice were dropped", one(active_only=True)
-    yield (
-        "the carry were dropped at the borders of blocks of {k} steps: truncated BPTT",
-        ((k, _gradient(steps, carry=lambda t, k=k: (t + 1) % k != 0)) for k in range(2, n_steps)),  # type: ignore[misc]
-    )
-    yield "each loss were pulled back through {k} steps only: truncated BPTT", _sliding(steps)
-    yield "the dynamics Jacobian were transposed", one(change=lambda j: j.mT)
-    diagonal = one(change=lambda j: torch.diag_embed(j.diagonal(dim1=1, dim2=2)))
-    yield "only the diagonal of the dynamics Jacobian were used", diagonal
-    if batch > 1:
-        yield "samples were averaged, not summed", [(0, exact / batch)]
-    parts = [_gradient(steps, only=t) for t in range(n_steps)]
-    yield "the loss of step {k} were dropped", ((t, exact - part) for t, part in enumerate(parts))
-    yield "the loss of step {k} were counted twice", ((t, exact + part) for t, part in enumerate(parts))
-    factor = float(found @ exact / (exact @ exact))
-    yield f"the whole gradient were multiplied by {factor:.6g}", [(0, factor * exact)]
+def _pair(case: _Case) -> str:
+    """Two mistakes in different parts of the recursion, or one and a constant factor of all."""
+    if not case.comparable or case.error <= _ROUNDED:
+        return ""
+    kinds = [mistake for mistake in mistakes(case.linear, case.found) if mistake.options]
+    for first, second in itertools.combinations(kinds, 2):
+        if first.part == second.part:
+            continue
+        for (k, one), (j, other) in itertools.product(first.options.items(), second.options.items()):
+            if case.fits(gradient(case.linear, **one, **other)):
+                return f"{_worded(first, [k])}, and {_worded(second, [j])}"
+    for mistake in kinds:
+        for k, options in mistake.options.items():
+            mistaken = gradient(case.linear, **options)
+            size = float(mistaken @ mistaken)
+            factor = float(case.found @ mistaken) / size if size else 0.0
+            if factor and case.fits(factor * mistaken):
+                return f"{_worded(mistake, [k])}, and the whole gradient were multiplied by {factor:.6g}"
+    return ""
 
 
-def _gradient(
-    steps: list[_LinearizedStep],
-    *,
-    after: bool = False,
-    direct: bool = True,
-    active_only: bool = False,
-    carry: Callable[[int], bool] = lambda t: True,
-    change: Callable[[Tensor], Tensor] = lambda j: j,
-    only: int | None = None,
-) -> Tensor:
-    """``Σ_t ( direct + δ_t S_t )`` with mistakes.
-
-    Args:
-        after: multiply δ_t by S_{t+1}.
-        direct: include the direct part.
-        active_only: a loss reaches only the entries that its step uses.
-        carry: whether the influence is kept after step t.
-        change: is applied to J.
-        only: use the loss of this step only.
-    """
-    influence = torch.zeros_like(steps[0].immediate)
-    total = torch.zeros_like(steps[0].direct)
-    for t, step in enumerate(steps):
-        advanced = change(step.dynamics) @ influence + step.immediate
-        if only is None or only == t:
-            through_state = torch.einsum("bh,bhp->bp", step.adjoint, advanced if after else influence)
-            if active_only:
-                through_state = through_state * step.active
-            total = total + through_state.sum(dim=0) + (step.direct if direct else 0)
-        influence = advanced if carry(t) else torch.zeros_like(advanced)
-    return total
+def _by_parameter(case: _Case) -> str:
+    """One mistake for each wrong parameter, if every one of them has one."""
+    by_words: dict[str, list[str]] = {}
+    for name, part in case.of_parameters():
+        if float((part.found - part.exact).abs().max()) <= RELATIVE * (part.scale or case.scale):
+            continue
+        words = _single(part) if part.comparable else ""
+        if not words:
+            return ""
+        by_words.setdefault(words, []).append(name)
+    return ", and ".join(f"of {' and '.join(names)}, {words}" for words, names in by_words.items())
 
 
-def _sliding(steps: list[_LinearizedStep]) -> Iterator[tuple[int, Tensor]]:
-    """Each horizon k from 2 on, and the gradient if every loss is pulled back through its last k steps only."""
-    by_horizon = [torch.zeros_like(steps[0].direct) for _ in steps]
-    for t, step in enumerate(steps):
-        adjoint, gradient = step.adjoint, step.direct
-        for past, total in enumerate(by_horizon):
-            if 0 < past <= t:
-                earlier = steps[t - past]
-                gradient = gradient + torch.einsum("bh,bhp->p", adjoint, earlier.immediate)
-                adjoint = torch.einsum("bh,bhi->bi", adjoint, earlier.dynamics)
-            total += gradient
-    yield from ((k, by_horizon[k - 1]) for k in range(2, len(steps)))
+def _rounding(case: _Case) -> str:
+    """Float32, or a factor close to 1, for an error that is small."""
+    found, exact = case.found, case.exact
+    factor = float(found @ exact) / float(exact @ exact)
+    gap = float((found - exact).abs().max())
+    if float((found - factor * exact).abs().max()) <= 1e-3 * gap:
+        return f"the whole gradient were multiplied by {factor:.12g}"
+    if torch.equal(found, found.float().double()):
+        return "the gradient were in float32"
+    single = gradient(_in_single(case.linear)).double()
+    rounded = float((single - exact).abs().max())
+    nonzero = exact != 0
+    hit = (found - exact).abs()[nonzero] > 1e-12 * exact.abs()[nonzero]
+    if rounded / 100 <= gap <= 100 * rounded and float(hit.double().mean()) >= 0.5:
+        return "something were computed in float32"
+    return ""
 
 
-def _linearized(stream: Stream) -> list[_LinearizedStep]:
-    """Linearize every step by autograd, row by row."""
-    names = [name for name, p in stream.cell.named_parameters() if p.requires_grad]
-    values = dict(stream.cell.named_parameters())
-    h: Tensor = stream.cell.init_state(stream.batch_size)  # type: ignore[operator]
-    found = []
-    for t in range(stream.steps):
-        theta = {name: values[name].detach().clone().requires_grad_() for name in names}
-        h = h.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            y, h_next, sparsity = call_cell(
-                lambda *args, theta=theta, **kwargs: functional_call(stream.cell, theta, args, kwargs),
-                stream.xs[t],
-                h,
-                None,
-            )
-            loss = stream.loss(t, y)
-        inputs = [h, *theta.values()]
-
-        def pulled(value: Tensor, inputs: list[Tensor] = inputs) -> tuple[Tensor, Tensor]:
-            by_state, *by_theta = torch.autograd.grad(value, inputs, retain_graph=True, materialize_grads=True)
-            return by_state.flatten(1), torch.cat([g.flatten() for g in by_theta])
-
-        batch, size = h.flatten(1).shape
-        dynamics = h.new_zeros(batch, size, size)
-        immediate = h.new_zeros(batch, size, sum(values[name].numel() for name in names))
-        for b in range(batch):
-            for i in range(size):
-                by_state, by_theta = pulled(h_next.flatten(1)[b, i])
-                dynamics[b, i], immediate[b, i] = by_state[b], by_theta
-        adjoint, direct = torch.zeros_like(dynamics[:, 0]), torch.zeros_like(immediate[0, 0])
-        if loss is not None and loss.requires_grad:
-            adjoint, direct = pulled(loss)
-        active = torch.ones_like(immediate[:, 0], dtype=torch.bool)
-        offset = 0
-        for name in names:
-            shape = values[name].shape
-            if name in sparsity.active:
-                used = torch.zeros(batch, shape[0], dtype=torch.bool, device=h.device)
-                used.scatter_(1, sparsity.active[name], True)
-                each = shape.numel() // shape[0]
-                active[:, offset : offset + shape.numel()] = used.repeat_interleave(each, dim=1)
-            offset += shape.numel()
-        found.append(_LinearizedStep(dynamics, immediate, adjoint.detach(), direct.detach(), active))
-        h = h_next
-    return found
+def _in_single(linear: LinearizedStream) -> LinearizedStream:
+    fields = ("dynamics", "immediate", "adjoint", "direct", "fresh_influence")
+    steps = [replace(step, **{name: getattr(step, name).float() for name in fields}) for step in linear.steps]
+    return replace(linear, steps=steps, first_influence=linear.first_influence.float())

@@ -12,8 +12,9 @@ from rtrl._utils import pytrees
 from rtrl.testing import streams
 from rtrl.testing.laws import Unbiased
 from rtrl.testing.learner_checks.driver import StreamDriver, drive
+from rtrl.testing.learner_checks.influence_verdict import influence_failures
 from rtrl.testing.learner_checks.registry import Check, NotJudged, Subject, check
-from rtrl.testing.learner_checks.verdict import compare, gradient_failures, influence_failures
+from rtrl.testing.learner_checks.verdict import compare, gradient_failures
 from rtrl.testing.report import Found
 from rtrl.testing.streams import Loss, Stream, moved_parameters
 
