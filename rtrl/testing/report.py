@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rtrl.errors import ConfigError, RTRLError
 
@@ -124,7 +124,7 @@ class Found(NamedTuple):
     found: str = ""
     expected: str = ""
     traceback: str = ""
-    parameters: tuple[ParameterVerdict, ...] = ()
+    parameters: Any = ()  # a tuple of ParameterVerdict
 
 
 @dataclass(frozen=True, slots=True)

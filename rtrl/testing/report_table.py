@@ -1,6 +1,7 @@
 """Render reports as a table for the shell, and as a record for a program."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,8 +41,18 @@ class CheckResult:
             "outcome": self.outcome,
             "detail": self.detail,
             "seed": self.seed,
-            "failures": [dataclasses.asdict(failure) for failure in self.failures],
+            "failures": [_record(failure) for failure in self.failures],
         }
+
+
+def _record(failure: Failure) -> dict[str, Any]:
+    """A failure as JSON values; an error that is not finite is None."""
+    record = dataclasses.asdict(failure)
+    for verdict in record["parameters"]:
+        for key in ("error", "factor"):
+            if verdict[key] is not None and not math.isfinite(verdict[key]):
+                verdict[key] = None
+    return record
 
 
 _COLOURS = {"passed": "green", "failed": "bold red", "expected failure": "yellow", "not judged": "dim"}

@@ -91,7 +91,7 @@ def mistakes(linear: LinearizedStream, found: Tensor) -> Iterator[Mistake]:
     yield one("the loss's direct path to the parameters were dropped", "direct", direct=0.0)
     if any(step.sparsity.active for step in steps):
         yield one("losses at dormant steps of a slice were dropped", "losses", active_only=True)
-    blocks = {k: {"carry": lambda t, k=k: (t + 1) % k != 0} for k in range(2, len(steps))}
+    blocks: dict[int, dict[str, Any]] = {k: {"carry": _cut_at_borders(k)} for k in range(2, len(steps))}
     yield Mistake(
         "the carry were dropped at the borders of blocks of {k} steps: truncated BPTT",
         lambda: ((k, gradient(linear, **options)) for k, options in blocks.items()),
@@ -127,6 +127,10 @@ def mistakes(linear: LinearizedStream, found: Tensor) -> Iterator[Mistake]:
         "identity",
         lambda: _searched(found, 0.0, lambda k: gradient(linear, change=lambda step: _shifted(step, k))),
     )
+
+
+def _cut_at_borders(k: int) -> Callable[[int], bool]:
+    return lambda t: (t + 1) % k != 0
 
 
 def _fitted(found: Tensor, base: Tensor, direction: Tensor) -> Numbered:
