@@ -223,10 +223,18 @@ def test_the_root_failure_is_shown_once_with_the_line_that_raised() -> None:
 
 
 def test_failures_of_one_likely_mistake_are_shown_once_and_others_by_themselves() -> None:
-    text = str(report_of(third_party.off_by_one, "dense cell", "layers", "changed parameters"))
+    class AlsoWithoutLoss(third_party.OffByOne):
+        """Delivers a gradient where there was no loss, too."""
+
+        def sync(self) -> None:
+            self.gradient = self.gradient + (not bool(self.gradient.any()))
+            super().sync()
+
+    spec = LearnerSpec(AlsoWithoutLoss, sparse=False)
+    text = str(report_of(spec, "dense cell", "layers", "no loss", "changed parameters"))
     assert text.count("off by one step") == 1
-    assert "1 more fails like this: layers" in text
-    assert "FAIL changed parameters" in text
+    assert "2 more fail like this: layers, changed parameters" in text
+    assert "FAIL no loss" in text
 
 
 def test_streams_that_prove_nothing_are_refused() -> None:
