@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rtrl.testing.compare import RELATIVE
+from rtrl.testing.laws import Gradients
 from rtrl.testing.learner_checks.driver import LearnerFailed, drive
 from rtrl.testing.learner_checks.mistakes import Mistake, gradient, mistakes
 from rtrl.testing.linearized_steps import LinearizedStream, linearized
@@ -62,19 +63,19 @@ class _Case:
             )
 
 
-def _case(spec: LearnerSpec, stream: Stream) -> _Case:
+def _case(spec: LearnerSpec, stream: Stream, found: Gradients | None = None) -> _Case:
     linear = linearized(stream)
-    return _Case(linear, linear.joined(drive(spec, stream).gradients))
+    return _Case(linear, linear.joined(drive(spec, stream).gradients if found is None else found))
 
 
-def diagnose(spec: LearnerSpec, stream: Stream, sample: int | None = None) -> str:
+def diagnose(spec: LearnerSpec, stream: Stream, sample: int | None = None, found: Gradients | None = None) -> str:
     """Name the mistakes that give the whole gradient found on a stream, in words that follow the message, or none.
 
     One mistake is looked for in the batch, then in the failing sample alone, then two mistakes at once, then one
-    mistake of each parameter.
+    mistake of each parameter. ``found`` is what the learner delivers on the stream, if it is known already.
     """
     try:
-        case = _case(spec, stream)
+        case = _case(spec, stream, found)
         if not case.comparable:
             return ""
         if case.error <= _ROUNDED:

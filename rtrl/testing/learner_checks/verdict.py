@@ -98,7 +98,7 @@ def gradient_failures(
             about_samples = (
                 "; each sample alone is right, so the error is in the batch: samples interact, or are not summed"
             )
-    diagnosis = _diagnosis(spec, stream, steps, sample, seed)
+    diagnosis = _diagnosis(spec, stream, search, sample, seed)
     required = "BPTT gives" if type(law) is Exact else f"{law} requires"
     if plain is not None and evaluate(law, spec, plain.prefix(steps), seed) is not None:
         name = f"{stream.name} (as without {treatment})"
@@ -116,7 +116,7 @@ def _wrong_sample(spec: LearnerSpec, stream: Stream, seed: int) -> tuple[int | N
     return None, None, True
 
 
-def _diagnosis(spec: LearnerSpec, stream: Stream, steps: int, sample: int | None, seed: int) -> str:
+def _diagnosis(spec: LearnerSpec, stream: Stream, search: "_Search", sample: int | None, seed: int) -> str:
     """Words about a known mistake, or about another law that holds, or none."""
     variant = spec.law.variant()
     if variant is not None and evaluate(variant, spec, stream, seed) is None:
@@ -124,10 +124,14 @@ def _diagnosis(spec: LearnerSpec, stream: Stream, steps: int, sample: int | None
     if not isinstance(spec.law, Exact) or isinstance(spec.law, Unbiased) or spec.dtype != torch.float64:
         return ""
     # More steps tell more mistakes apart, fewer hide a second mistake.
-    diagnosis = diagnose(spec, stream.prefix(max(steps, _DIAGNOSED)), sample)
-    if not diagnosis and steps < stream.steps and (early := diagnose(spec, stream.prefix(steps), sample)):
-        return f"{early}, up to step {steps - 1}"
-    return diagnosis
+    steps, _ = search.first_wrong()
+    for n, words in ((max(steps, _DIAGNOSED), ""), (steps, f", up to step {steps - 1}")):
+        diagnosis = diagnose(spec, stream.prefix(n), sample, search.found(min(n, stream.steps)))
+        if diagnosis:
+            return diagnosis + words
+        if steps == stream.steps:
+            break
+    return ""
 
 
 def _steps_with_loss(stream: Stream) -> list[int]:
@@ -164,6 +168,11 @@ class _Search:
         wrong = [name for name in self._whole.wrong if self._whole.is_wrong(name)]
         first = {name: self._first(lambda outcome, name=name: outcome.is_wrong(name)) - 1 for name in wrong}  # type: ignore[misc]
         return parameter_verdicts(*self._whole.parameters, first, self._spec.tolerance)
+
+    def found(self, steps: int) -> Gradients | None:
+        """What the learner delivers after these steps, if it is known."""
+        known = self._known.get(steps)
+        return None if known is None or known.parameters is None else known.parameters[0]
 
     def _after(self, steps: int) -> _Outcome:
         if steps not in self._known:
