@@ -22,11 +22,11 @@ from rtrl._engine.autograd import AutogradLinearization
 from rtrl._engine.block import _accumulate_losses, close_block
 from rtrl._engine.checks import check_copied, check_finite
 from rtrl._engine.contract import check_declared_columns, check_unwritten_rows
-from rtrl._engine.immediate import InfluenceWriter, _batches, active, immediate_terms
+from rtrl._engine.immediate import InfluenceWriter, _batches, _used_slices, active, immediate_terms
 from rtrl._engine.linearization import UnitwiseOutputJacobian
 from rtrl._engine.linearizer import Linearizer
 from rtrl._engine.losses import add_loss, check_loss, loss_cotangents
-from rtrl._engine.mixing import taps_mixing_samples
+from rtrl._engine.mixing import _separating_subsets, taps_mixing_samples
 from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._engine.recorded import join_steps
 from rtrl._engine.reverse_sweep import (
@@ -35,9 +35,11 @@ from rtrl._engine.reverse_sweep import (
     _one_by_one,
     _per_step_adjoints,
     _scan,
+    _sparse,
     reverse_sweep,
 )
 from rtrl._engine.step import _checked_copy, take
+from rtrl._engine.taps import _matmul
 from rtrl._engine.untapped import pull_rows
 from rtrl._influence.catch_up import SampleHops
 from rtrl._influence.history import History
@@ -49,6 +51,7 @@ from rtrl.cells import RecurrentMoE, Stack
 from rtrl.cells.torch_equations import derivatives
 from rtrl.errors import NonFiniteError
 from rtrl.learners.block_rtrl import BlockRTRL as Learner
+from rtrl.learners.replayed_step import ReplayedStep
 from rtrl.learners.state import step_to_plain
 
 Function = Callable[..., Any]
@@ -941,5 +944,65 @@ if GRADIENT is not None:
         "a save forgets what was delivered to dormant slices",
         (wrong(Learner._buffers, lambda buffers: lambda self: {**buffers(self), "accumulated_until": 0}),),
         "learner: drawn mixtures",
+    ),
+    Bug(
+        90,
+        "slices met by a matrix product are taken for rows of its output",
+        (swap(_matmul, "RECORDER.record(OUT, SHAPE, USES, transposed=True)", "RECORDER.record(OUT, SHAPE, USES)"),),
+        "declared_slices",
+    ),
+    Bug(
+        91,
+        "the active slices of a weight serve its bias",
+        (
+            swap(
+                immediate_terms,
+                "torch.equal(INDEX, USED) and torch.equal(ACTIVE, KEYS[TAP.name])",
+                "torch.equal(INDEX, USED)",
+            ),
+        ),
+        "declared_slices",
+    ),
+    Bug(
+        92,
+        "undeclared slices of a whole product pass",
+        (swap(_used_slices, "int(VALUES.count_nonzero()) != INSIDE", "False"),),
+        "declared_slices",
+    ),
+    Bug(
+        93,
+        "a readout is given the weights of another readout's loss",
+        (
+            swap(
+                _accumulate_losses,
+                "(id(TAP.output_jacobian), id(TAP.grad_output), STATE)",
+                "(id(TAP.output_jacobian), TAP.grad_output is None, STATE)",
+            ),
+        ),
+        "analytic_steps_of_several_kinds",
+    ),
+    Bug(
+        94,
+        "the adjoint at a step's next state is dropped between groups",
+        (swap(_sparse, "if GROUP.adjoint_next is not None:\n    ...", ""),),
+        "analytic_steps_of_several_kinds",
+    ),
+    Bug(
+        95,
+        "rows that begin in one piece are taken to lie in one piece",
+        (swap(Influence.add_products, "bool((ROWS == ALL).all())", "bool((ROWS == ALL).any())"),),
+        "rows_in_pieces",
+    ),
+    Bug(
+        96,
+        "a probe of samples holds the last one every time",
+        (wrong(_separating_subsets, lambda subsets: lambda *args: subsets(*args)[: len(subsets(*args)) // 2]),),
+        "leaning_samples_are_found",
+    ),
+    Bug(
+        97,
+        "a loss counts only if every output has one",
+        (swap(ReplayedStep.has_pending_loss, "any(...)", "all(...)"),),
+        "losses_of_the_second_output",
     ),
 ]

@@ -4,10 +4,14 @@ and cell, and a few of things that only the package has. Each passes on the code
 import copy
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from helpers.analytic_cells import TwoMaps
+from helpers.plain_autograd import assert_exact
 from helpers.running import run
+from helpers.sliced_cells import MatmulSlices, WeightAndBias, turns
 from helpers.strategies import normal
 from helpers.tolerances import assert_gradients_equal, assert_influences_equal
 from helpers.toy_cells import PlainRNN, seeded
@@ -18,7 +22,9 @@ import oracles
 import rtrl
 from rtrl._engine import buffers, immediate, reverse_sweep, untapped
 from rtrl._influence import store
+from rtrl._influence.transition import Transition
 from rtrl.errors import CellError, ParameterChangedError, SparsityError
+from rtrl.learners import BPTT
 from rtrl.testing import LearnerSpec, cell_checks, check_cell, check_learner, learner_checks
 from rtrl.testing.own_specs import ERRORS, PROMISES
 from rtrl.testing.streams import dense_stream, dormant_stream, scheduled_stream, unusual_stream
@@ -143,6 +149,55 @@ def samples_apart() -> None:
         learner.sync()
 
 
+def leaning_samples_are_found() -> None:
+    """The first of two samples depends on the other in derivative alone."""
+
+    class Leaning(PlainRNN):
+        def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            y, h_next = super().forward(x, h)
+            return y, h_next + torch.cat([h[1:] - h[1:].detach(), torch.zeros_like(h[:1])])
+
+    learner = rtrl.BlockRTRL(seeded(Leaning(2, 3), 1), 2)
+    learner.step(normal(1, 2, 2))
+    with pytest.raises(CellError, match="depends on the state of another"):
+        learner.sync()
+
+
+def declared_slices() -> None:
+    """Slices met by a matrix product, slices of a weight and its bias declared apart, and slices not declared."""
+    for tokens in (1, 2):
+        assert_exact(seeded(MatmulSlices(tokens), 2), turns(2, 4), 2, block=3, window=2)
+    for bias in ("all", "not declared", "computed"):
+        assert_exact(seeded(WeightAndBias(bias), 2), turns(1, 3), 2, block=3, window=2)
+
+    class Undeclared(MatmulSlices):
+        def forward(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor, rtrl.Sparsity]:
+            y, h, sparsity = super().forward(*args, **options)
+            return y, h, rtrl.Sparsity(active={"w": sparsity.active["w"][:, :1]})
+
+    learner = rtrl.BlockRTRL(seeded(Undeclared(1), 2), 2)
+    learner.step(turns(2, 4)[0])
+    with pytest.raises(SparsityError, match="does not declare"):
+        learner.sync()
+
+
+def analytic_steps_of_several_kinds() -> None:
+    """Two kinds in a block, two maps of the state, three readouts, two of them with one weight."""
+    xs = [x if t % 3 else (3 * x).round().long() for t, x in enumerate(normal(1, 8, 2, 3))]
+    assert_exact(seeded(TwoMaps(), 3), xs, 2, block=4)
+
+
+def rows_in_pieces() -> None:
+    """Products for rows of an influence that begin in one piece and do not go on so."""
+    like = torch.zeros(0, dtype=torch.float64)
+    influence = store.ParameterInfluence(torch.Size([6, 2]), True, 1, 4, like)
+    influence.allocate(torch.arange(6), 0)
+    block = Transition(None, None, normal(4, 1, 4, 4), normal(5, 1, 4), 2, 2)
+    left, right, rows = normal(7, 3, 3, 4), normal(8, 3, 3, 2), torch.tensor([0, 1, 3])
+    influence.add_products(rows, block, left, right, False)
+    torch.testing.assert_close(influence.values[rows], left.mT @ right)
+
+
 def whatever_the_default_device() -> None:
     stream = scheduled_stream(0)
     cell, xs = stream.cell, stream.xs
@@ -167,8 +222,9 @@ class _Heads(PlainRNN):
 def losses_of_the_second_output() -> None:
     cell, xs = seeded(_Heads(2, 3), 1), normal(2, 7, 2, 2)
     loss = lambda t, y: y[1].square().sum() if t % 2 else None
-    found = run(cell, xs, loss, block=3, influences=False)
-    assert_gradients_equal(found.gradients, oracles.bptt(cell, xs, loss))
+    expected = oracles.bptt(cell, xs, loss)
+    assert_gradients_equal(run(cell, xs, loss, block=3, influences=False).gradients, expected)
+    assert_gradients_equal(run(cell, xs, loss, influences=False, make=BPTT).gradients, expected)
 
 
 TORCH_CELLS: dict[str, Callable[[int, int], nn.Module]] = {
@@ -306,6 +362,10 @@ CHECKS: dict[str, Check] = {
             under_declared,
             parameters_changed_in_an_open_block,
             samples_apart,
+            leaning_samples_are_found,
+            declared_slices,
+            analytic_steps_of_several_kinds,
+            rows_in_pieces,
             whatever_the_default_device,
             losses_of_the_second_output,
             analytic_steps,
