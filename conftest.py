@@ -6,6 +6,8 @@ import hypothesis
 import pytest
 import torch
 
+from rtrl import BlockRTRL
+
 hypothesis.settings.register_profile("dev", max_examples=10, deadline=None)
 hypothesis.settings.register_profile(
     "ci", max_examples=40, derandomize=True, deadline=None, print_blob=True, database=None
@@ -36,6 +38,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # The oracles find what is wrong; an audit would find it before they do. Its own tests ask for it.
+    learner_defaults = BlockRTRL.__init__.__kwdefaults__
+    assert learner_defaults is not None
+    learner_defaults["audit"] = 1 if config.getoption("hypothesis_profile", None) == "nightly" else "off"
     if not config.getoption("benchmark_only", False):
         torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 

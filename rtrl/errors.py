@@ -21,6 +21,10 @@ class SparsityError(CellError):
     """A declared ``Sparsity`` is malformed, out of range, or does not cover what the cell really does."""
 
 
+class AuditError(CellError):
+    """A block's derivatives are not those that plain autograd gives for the cell; nothing was delivered."""
+
+
 class LossError(RTRLError, ValueError):
     """A loss does not belong to this step, or was already given."""
 

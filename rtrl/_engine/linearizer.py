@@ -21,15 +21,29 @@ from rtrl.cells.protocol import takes_replay
 from rtrl.cells.supported import runs_as_written
 from rtrl.errors import CellError
 
+WAYS = (
+    "all steps of a kind in one batch, linear uses of parameters recorded",
+    "all steps of a kind in one batch, no use of a parameter recorded",
+    "each step by itself, no use of a parameter recorded",
+)
+"""The ways to linearise a block, from the fastest to the one that assumes least of the cell."""
+
 
 class Linearizer:
-    """Linearises recorded steps of a cell for its trainable parameters; remembers only what it has verified."""
+    """Linearises recorded steps of a cell for its trainable parameters; remembers only what it has verified.
+
+    Attributes:
+        way: the index in ``WAYS`` of the way that is taken.
+        found_new_kind: whether the last call met steps of a kind, or a number of them, that it had not met before.
+    """
 
     def __init__(self, cell: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self._cell, self._parameters = cell, dict(parameters)
         self._takes_replay = takes_replay(cell)
         self._untapped: set[str] = set()  # parameters with a tap that was found to mix samples
         self._verified: set[tuple[Any, ...]] = set()
+        self.way = 0
+        self.found_new_kind = False
         self._has_analytic_step = isinstance(cell, HasAnalyticStep)
         if not self._has_analytic_step and callable(getattr(cell, "linearize", None)):
             warnings.warn(
@@ -53,17 +67,18 @@ class Linearizer:
 
         Cost: one forward pass and ``w·slot_size`` batched backward passes over the N samples of a group.
         """
+        self.found_new_kind = False
         groups: dict[tuple[Any, ...], list[int]] = {}
         for time, step in enumerate(steps):
-            groups.setdefault(step.kind(), []).append(time)
+            groups.setdefault((step.kind(), time if self.way == 2 else None), []).append(time)
         next_states = [step.h for step in steps[1:]] + [last]
         try:
             return [
                 self._linearize(
-                    (*kind, len(times)),
+                    (*kind, len(times), self.way),
                     join_steps(times, [steps[t] for t in times], [next_states[t] for t in times], self._takes_replay),
                 )
-                for kind, times in groups.items()
+                for (kind, _), times in groups.items()
             ]
         except CheckpointError as error:
             raise CellError(
@@ -72,16 +87,18 @@ class Linearizer:
             ) from error
 
     def _linearize(self, kind: tuple[Any, ...], batch: StepBatch) -> Linearization:
-        analytic = self._has_analytic_step and batch.steps[0].dense and runs_as_written(self._cell)
+        analytic = self._has_analytic_step and batch.steps[0].dense and runs_as_written(self._cell) and self.way == 0
         if kind not in self._verified:
             self._verify(batch, analytic)
             self._verified.add(kind)
+            self.found_new_kind = True
         batch.h.requires_grad_()
         if analytic:
             by_cell = AnalyticLinearization(self._cell, self._parameters, batch, self._untapped)
             if by_cell.step is not None:
                 return by_cell.linearize()
-        return AutogradLinearization(self._cell, self._parameters, batch, self._untapped).linearize()
+        untapped = self._untapped if self.way == 0 else self._parameters
+        return AutogradLinearization(self._cell, self._parameters, batch, untapped).linearize()
 
     def _verify(self, batch: StepBatch, analytic: bool) -> None:
         """Check what a block of this kind and length lets a cell do wrong, once."""

@@ -21,7 +21,7 @@ from rtrl._engine.surroundings import linearizing
 from rtrl._utils import pytrees, validation
 from rtrl.cells.protocol import Cell, Sparsity, first_state, takes_replay
 from rtrl.cells.supported import check_supported, original
-from rtrl.errors import ConfigError, NonFiniteError, ShapeError
+from rtrl.errors import ConfigError, NonFiniteError, RTRLError, ShapeError
 from rtrl.learners import state as saved_state
 from rtrl.learners.state import LearnerState
 
@@ -71,6 +71,7 @@ class Learner(ABC):
         self._open_steps: list[RecordedStep] = []  # these still accept losses
         self._seen_losses: list[weakref.ref[Tensor]] = []  # of the newest step
         self._pending_grads: dict[str, Tensor] = {}  # by parameter, not yet delivered to .grad
+        self._damage: str | None = None  # why the learner refuses to go on
 
     # ------------------------------------------------------------------ steps and losses
 
@@ -243,6 +244,7 @@ class Learner(ABC):
         first, influence = self._start(state, samples)
         if discard:
             self._give_up_block()
+            self._damage = None
         self._close()
         self._clear(samples, discard)
         if discard:
@@ -283,6 +285,7 @@ class Learner(ABC):
         Save the cell's parameters beside it. Add the losses of a step before saving it: the ``y`` of a step taken
         before the save accepts no more losses after a load.
         """
+        self._check_intact()
         if not self._open_steps and self._guard.find_toggled():
             self._adopt_parameters()
         return saved_state.to_plain(self._learner_state(self._buffers()))
@@ -304,6 +307,7 @@ class Learner(ABC):
                 raise ConfigError(f"the saved learner has {len(loaded.open_steps)} open steps, but block={self.block}")
             buffers = self._load_buffers(loaded)
         self._give_up_block()
+        self._damage = None
         self._state, self._steps_taken = loaded.state, loaded.steps_taken
         self._first_influence = loaded.first_influence
         self._open_steps, self._pending_grads = loaded.open_steps, loaded.pending_grads
@@ -336,6 +340,11 @@ class Learner(ABC):
             return self._first_influence[name].clone()
         return self._state.new_zeros(self.batch_size, self._state[0].numel(), self._parameters[name].numel())
 
+    def _check_intact(self) -> None:
+        """Refuse to go on from values that a failure has left half changed."""
+        if self._damage is not None:
+            raise RTRLError(self._damage)
+
     def _check_name(self, name: str) -> None:
         if name not in self._parameters:
             raise ConfigError(f"no trainable parameter is called {name!r}; there are {', '.join(self._parameters)}")
@@ -361,6 +370,7 @@ class Learner(ABC):
 
     def _close(self) -> None:
         """Process the open steps. They accept no more losses then."""
+        self._check_intact()
         self._check_parameters()
         if self._guard.toggled:
             self._adopt_parameters()

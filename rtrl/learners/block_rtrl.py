@@ -1,6 +1,7 @@
 """Exact RTRL in blocks of steps, with dormant slices brought up to date lazily."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -17,9 +18,11 @@ from rtrl._influence.history import History
 from rtrl._influence.store import ParameterInfluence
 from rtrl._utils import pytrees, validation
 from rtrl.cells.protocol import Sparsity
-from rtrl.errors import ConfigError, NonFiniteError, SparsityError
+from rtrl.errors import AuditError, ConfigError, NonFiniteError, SparsityError
+from rtrl.learners.audit import AuditMode, Auditor, Audits, BlockAudit
 from rtrl.learners.base import Learner
 from rtrl.learners.state import LearnerState
+from rtrl.learners.witness import YOURS_IS_RIGHT, DormantWitness, ResetCheck, StoreCheck
 
 
 class BlockRTRL(Learner):
@@ -49,6 +52,8 @@ class BlockRTRL(Learner):
             block began with a constant. What computes x learns by it, truncated at the block.
         state: (B, n, ...), the first state, a constant. By default ``cell.init_state(batch_size)``, which may depend on
             parameters: their influence then begins as ``∂h₀/∂θ``.
+        audit: which blocks are checked against plain autograd of the cell, unrolled step by step: "first" the first one
+            of each kind; a number n every n-th one as well; "off" none.
 
     Raises:
         ConfigError: a size is not a positive integer, or the cell has no trainable parameter or no first state.
@@ -86,10 +91,13 @@ class BlockRTRL(Learner):
         lazy: bool = True,
         input_grad: Literal["block"] | None = None,
         state: Tensor | None = None,
+        audit: AuditMode = 256,
     ) -> None:
         validation.choice("input_grad", input_grad, [None, "block"])
         super().__init__(cell, batch_size, state=state)
         self._keeps_x = input_grad is not None
+        self._auditor = Auditor(audit, self.cell, self._parameters)
+        self._witness: DormantWitness | None = None
         if block == "auto":
             from rtrl.costs import choose_block  # it needs what this module is made of
 
@@ -97,6 +105,7 @@ class BlockRTRL(Learner):
         self.block, self.window = validation.integer("block", block), validation.integer("window", window)
         self.lazy = bool(lazy)
         self._prepare()
+        self._processed = 0  # how many steps have been
         self._accumulated_until = 0  # the gradients of dormant slices are accumulated for the blocks before this one
         self._influences: dict[str, ParameterInfluence] = {}  # filled at the first step, when the sparsity is known
         self._history: History | None = None
@@ -108,6 +117,11 @@ class BlockRTRL(Learner):
         self._scratch = ReusableBuffer(count * self._state.numel() * self._state.element_size())  # the influence's size
 
     # ------------------------------------------------------------------ inspection
+
+    @property
+    def audits(self) -> Audits:
+        """The audits made so far; see the argument ``audit``."""
+        return self._auditor.audits
 
     @torch.inference_mode(False)
     def influence(self, name: str) -> Tensor:
@@ -134,8 +148,12 @@ class BlockRTRL(Learner):
         if name not in self._influences:
             return first
         influence = self._influences[name]
-        if self._history is not None:
-            self._advance({name: influence.active_rows()})
+        with self._refusing_after_failure(f"the influence of parameter {name!r} could not be brought up to date"):
+            rows = influence.active_rows()
+            if self._history is not None:
+                self._advance({name: rows})
+            if self._witness is not None:
+                self._witness.check_rows(name, influence, rows)
         value = influence.to_dense() + first
         if not checks.finite(value):
             raise NonFiniteError(
@@ -226,17 +244,32 @@ class BlockRTRL(Learner):
 
     def _process(self) -> None:
         assert self._history is not None
-        span = f"steps {self._open_steps[0].number} … {self._open_steps[-1].number}"
-        with torch.enable_grad():
-            groups = self._linearizer(self._open_steps, self._state)
-        sliced = self._sliced()
-        try:
-            result = close_block(groups, self._state, self._parameters, sliced, self._scratch)
-        except SparsityError as error:
-            raise SparsityError(f"{span}: {error}") from error
-        del groups  # and with it the graph
-        self._check_result(result, span)
+        first, newest = self._open_steps[0].number, self._open_steps[-1].number
+        self._check_none_is_lost(first)
+        span = f"steps {first} … {newest}"
+        result, audit = self._linearized(span), None
+        if self._auditor.is_due(self._linearizer.found_new_kind, bool(result.gradient)):
+            result, audit = self._auditor.examine(
+                result,
+                self._linearizer,
+                lambda: self._linearized(span),
+                self._open_steps,
+                self._state,
+                self._sliced(),
+            )
+        with self._refusing_after_failure(f"the block of {span} could not be added"):
+            self._apply(result, audit)
+        self._processed = newest + 1
 
+    def _check_none_is_lost(self, step: int) -> None:
+        """Refuse to go on with a step if those before it have not all been processed."""
+        if step != self._processed:
+            raise AuditError(f"the learner lost the steps {self._processed} … {step - 1}. {YOURS_IS_RIGHT}")
+
+    def _apply(self, result: BlockResult, audit: BlockAudit | None) -> None:
+        """Add a block to what is carried."""
+        assert self._history is not None
+        sliced, check = self._sliced(), None
         oldest, now = self._history.next_overwritten, self._history.now
         if oldest is not None:
             held = {name: self._influences[name].active_rows() for name in sliced}
@@ -244,17 +277,56 @@ class BlockRTRL(Learner):
                 {name: rows[self._influences[name].last_block[rows] <= oldest] for name, rows in held.items()}
             )
         self._history.append(result.transition)
+        if self._witness is not None:
+            self._witness.append(result.transition)
         known = {name: influence.values.shape[0] for name, influence in self._influences.items()}
         active = {name: influence.allocate(result.keys[name], now) for name, influence in self._influences.items()}
         self._advance({name: active[name] if self.lazy else self._influences[name].active_rows() for name in sliced})
+        if audit is not None:
+            check = StoreCheck(self._influences, result.transition, audit.cotangent, self._auditor.draw)
+        before = {} if check is None else {name: self._grad_buffer(name).clone() for name in self._influences}
         for name, influence in self._influences.items():
             if not influence.sliced:  # it is never dormant
                 if known[name]:
                     influence.advance(result.transition, self._grad_buffer(name))
                 influence.last_block[active[name]] = self._history.now
+        if check is not None:
+            check.check_advanced({name: (value, self._grad_buffer(name)) for name, value in before.items()}, active)
         result.add_immediate(self._influences, active)
         for name, gradient in result.gradient.items():
             self._grad_buffer(name).add_(gradient)
+        if check is not None and audit is not None:
+            check.check_added(audit.immediate, active)
+            if sliced:
+                self._witness = self._witness or DormantWitness(self._state, self._auditor.draw)
+                self._witness.follow(self._influences, {name: active[name] for name in sliced})
+        elif self._witness is not None:
+            for name in sliced:
+                self._witness.forget(name, active[name])
+
+    @contextmanager
+    def _refusing_after_failure(self, what: str) -> Iterator[None]:
+        """Refuse all that follows if an error leaves what is carried half changed."""
+        try:
+            yield
+        except BaseException as error:
+            self._damage = (
+                f"{what} ({type(error).__name__}: {error}), and what the learner carries was left half changed. Load "
+                "a saved learner, or start again by reset(discard=True)"
+            )
+            raise
+
+    def _linearized(self, span: str) -> BlockResult:
+        """Linearise the open steps; nothing is changed."""
+        with torch.enable_grad():
+            groups = self._linearizer(self._open_steps, self._state)
+        try:
+            result = close_block(groups, self._state, self._parameters, self._sliced(), self._scratch)
+        except SparsityError as error:
+            raise SparsityError(f"{span}: {error}") from error
+        del groups  # and with it the graph
+        self._check_result(result, span)
+        return result
 
     def _sliced(self) -> list[str]:
         return [name for name, influence in self._influences.items() if influence.sliced]
@@ -277,10 +349,24 @@ class BlockRTRL(Learner):
         assert self._history is not None
         if not rows:
             return
-        self._accumulate_pending(rows)
+        self._accumulate(rows)
         catch_up(self._history, [(self._influences[n], r) for n, r in rows.items() if self._influences[n].sliced])
         for name, own in rows.items():
             self._influences[name].last_block[own] = self._history.now
+            if self._witness is not None:
+                self._witness.check_rows(name, self._influences[name], own)
+
+    def _accumulate(self, rows: Mapping[str, Tensor]) -> None:
+        """Accumulate the pending gradients of rows of influences, by parameter; where a witness follows them, check
+        what was added."""
+        if self._witness is None:
+            self._accumulate_pending(rows)
+            return
+        before = {name: self._grad_buffer(name).clone() for name in rows}
+        self._accumulate_pending(rows)
+        now = 0 if self._history is None else self._history.now
+        for name, own in rows.items():
+            self._witness.check_gradient(name, self._influences[name], own, now, before[name], self._grad_buffer(name))
 
     def _accumulate_pending(self, rows: Mapping[str, Tensor]) -> None:
         """Accumulate the gradients of rows of influences, by parameter, for all blocks since their last update that
@@ -308,20 +394,31 @@ class BlockRTRL(Learner):
         return self._pending_grads[name]
 
     def _flush(self, dormant: bool) -> None:
+        self._check_none_is_lost(self._steps_taken)
         if dormant and self._history is not None:
-            self._accumulate_pending({name: self._influences[name].active_rows() for name in self._sliced()})
-            self._accumulated_until = self._history.now
+            with self._refusing_after_failure("the gradients of dormant slices could not be accumulated"):
+                self._accumulate({name: self._influences[name].active_rows() for name in self._sliced()})
+                self._accumulated_until = self._history.now
 
     def _clear(self, samples: Tensor, discard: bool) -> None:
         samples = samples.cpu()
-        if self._history is not None and not discard:
-            rows = {}
+        rows = {}
+        for name, influence in self._influences.items():
+            held = influence.active_rows()
+            rows[name] = held[samples[influence.sample[held.to(influence.sample.device)].cpu()]]
+        with self._refusing_after_failure("the influence of samples that restart could not be cleared"):
+            if self._history is not None and not discard:
+                self._accumulate(rows)
+            check = None
+            if self._influences and self._auditor.is_reset_due(not bool(samples.all())):
+                check = ResetCheck(self._influences, samples, self._auditor.draw)
             for name, influence in self._influences.items():
-                held = influence.active_rows()
-                rows[name] = held[samples[influence.sample[held.to(influence.sample.device)].cpu()]]
-            self._accumulate_pending(rows)
-        for influence in self._influences.values():
-            influence.clear_samples(samples)
+                if self._witness is not None:
+                    self._witness.forget(name, rows[name])
+                influence.clear_samples(samples)
+            if check is not None:
+                check.check(self._influences)
+        self._processed = self._steps_taken
 
     def _bring_up_to_date(self) -> None:
         """Bring all dormant slices up to date, and forget the history; the next step begins another one."""
@@ -329,7 +426,7 @@ class BlockRTRL(Learner):
             self._advance({name: self._influences[name].active_rows() for name in self._sliced()})
             for influence in self._influences.values():
                 influence.last_block.zero_()
-            self._accumulated_until, self._history = 0, None
+            self._accumulated_until, self._history, self._witness = 0, None, None
 
     def _adopt(self, before: Mapping[str, int]) -> None:
         self._influences = {n: influence for n, influence in self._influences.items() if n in self._parameters}
@@ -368,7 +465,13 @@ class BlockRTRL(Learner):
         fits = bool(influences) == (loaded.steps_taken > 0) and (begun or (history is not None) == bool(influences))
         if not fits or type(accumulated_until) is not int or not 0 <= accumulated_until <= closed:
             raise ConfigError("the parts of the saved learner do not fit together")
-        return {"_accumulated_until": accumulated_until, "_influences": influences, "_history": history}
+        return {
+            "_accumulated_until": accumulated_until,
+            "_influences": influences,
+            "_history": history,
+            "_witness": None,
+            "_processed": loaded.steps_taken - len(loaded.open_steps),
+        }
 
 
 def _check_times(influences: Mapping[str, ParameterInfluence], history: History, window: int) -> None:

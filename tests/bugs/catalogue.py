@@ -322,11 +322,13 @@ BUGS = [
         "the immediate Jacobian is added before catching up",
         (
             swap(
-                Learner._process,
+                Learner._apply,
                 """
 for NAME, INFLUENCE in INFLUENCES.items():
     if not INFLUENCE.sliced:
         ...
+if CHECK is not None:
+    CHECK.check_advanced(GRADIENTS, ROWS)
 RESULT.add_immediate(INFLUENCES, ROWS)
 """,
                 """
@@ -596,7 +598,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         44,
         "an influence is handed out without catching up",
-        (swap(Learner.influence, "self.ADVANCE({NAME: INFLUENCE.active_rows()})", ""),),
+        (swap(Learner.influence, "self.ADVANCE({NAME: ROWS})", ""),),
         "learner: influence",
     ),
     Bug(
@@ -785,8 +787,8 @@ if GRADIENT is not None:
         (
             swap(
                 Learner.reset,
-                "if discard:\n    self.GIVE_UP()\nself.CLOSE()",
-                "if discard:\n    self.GIVE_UP()",
+                "if discard:\n    self.GIVE_UP()\n    self._damage = None\nself.CLOSE()",
+                "if discard:\n    self.GIVE_UP()\n    self._damage = None",
             ),
         ),
         "learner: resets of several samples",

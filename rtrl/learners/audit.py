@@ -1,0 +1,243 @@
+"""The audit of a learner: blocks are checked, now and then, against plain autograd of the user's own module."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rtrl._engine.block import BlockResult
+from rtrl._engine.linearizer import WAYS, Linearizer
+from rtrl._engine.projected import pull_back_result
+from rtrl._engine.recorded import RecordedStep
+from rtrl._engine.unrolled import PulledBlock, pull_back_unrolled
+from rtrl._utils import validation
+from rtrl.errors import AuditError, ConfigError, PerformanceWarning, RTRLError
+
+AuditMode = Literal["first", "off"] | int
+"""When blocks are audited."""
+
+_FLOOR = 100  # rounding errors of the largest number of a block: below them, a difference says nothing
+_SHAKES = 2
+_SPREAD = 100  # how many times the differences that rounding errors make are accepted
+
+
+@dataclass(frozen=True, slots=True)
+class Audits:
+    """The audits that a learner has made of itself.
+
+    Attributes:
+        count: the number of blocks that were audited.
+        worst_error: the largest relative error that was accepted, of the state's or any parameter's gradient.
+        fallback: the way in which the cell is linearised since an audit found that a faster one does not fit it; None
+            if none did.
+    """
+
+    count: int = 0
+    worst_error: float = 0.0
+    fallback: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A difference that rounding errors do not explain.
+
+    Attributes:
+        name: the parameter, or "" for the state.
+        error: the largest difference, relative to the largest number of the right gradient.
+    """
+
+    name: str
+    error: float
+
+    def __str__(self) -> str:
+        what = f"the gradient of parameter {self.name!r}" if self.name else "the gradient of the block's first state"
+        return f"{what} differs by {self.error:.1e} relative to its largest entry"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockAudit:
+    """A block that was found to be right, for the checks of what is then done with it.
+
+    Attributes:
+        cotangent: (B, H), drawn for its last state.
+        immediate: parameter name → ``w Σ_τ C_τ B_τ``.
+    """
+
+    cotangent: Tensor
+    immediate: dict[str, Tensor]
+
+
+class Auditor:
+    """Decides which blocks are audited, and compares their derivatives with plain autograd of the cell.
+
+    Args:
+        mode: "first" audits the first block of each kind; a number n every n-th block as well; "off" none.
+        cell: the cell.
+        parameters: its trainable parameters.
+
+    Attributes:
+        audits: what was found so far.
+
+    Raises:
+        ConfigError: the mode is something else.
+    """
+
+    def __init__(self, mode: AuditMode, cell: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        if isinstance(mode, str) and mode not in ("first", "off"):
+            raise ConfigError(f"audit must be 'first', 'off' or a number of blocks, got {mode!r}")
+        self.mode: AuditMode = mode if isinstance(mode, str) else validation.integer("audit", mode)
+        self.audits = Audits()
+        self._cell, self._parameters = cell, parameters
+        self._generator = torch.Generator().manual_seed(0)  # not the user's, whose random numbers stay as they are
+        self._blocks = self._resets = 0
+        self._unfinished = False  # a block that is due stays due until it was found to be right
+        self._seen_losses = self._seen_reset_of_some = False
+
+    def is_due(self, new_kind: bool, has_losses: bool) -> bool:
+        """Return whether the block that is being closed is to be audited; to be asked once per block."""
+        if self.mode == "off":
+            return False
+        first_losses = has_losses and not self._seen_losses
+        self._seen_losses |= has_losses
+        self._blocks += 1
+        every = isinstance(self.mode, int) and self._blocks % self.mode == 0
+        self._unfinished = self._unfinished or new_kind or first_losses or every
+        return self._unfinished
+
+    def is_reset_due(self, some: bool) -> bool:
+        """Return whether a reset, of some of the samples or of all, is to be checked; to be asked once per reset."""
+        if self.mode == "off":
+            return False
+        self._resets += 1
+        first_of_some = some and not self._seen_reset_of_some
+        self._seen_reset_of_some |= some
+        return self._resets == 1 or first_of_some or (isinstance(self.mode, int) and self._resets % self.mode == 0)
+
+    def draw(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Draw normal numbers of a shape, with the dtype and device of ``like``."""
+        return torch.randn(tuple(shape), generator=self._generator, dtype=torch.float64, device="cpu").to(like)
+
+    def examine(
+        self,
+        result: BlockResult,
+        linearizer: Linearizer,
+        linearize: Callable[[], BlockResult],
+        steps: Sequence[RecordedStep],
+        last: Tensor,
+        sliced: Sequence[str],
+    ) -> tuple[BlockResult, BlockAudit]:
+        """Compare a block's derivatives with plain autograd of the cell. If they differ, linearise it in the next way,
+        until one agrees.
+
+        Args:
+            result: the block.
+            linearizer: whose way is changed.
+            linearize: linearises the block again.
+            steps: its steps.
+            last: (B, n, ...), the state that they reached.
+            sliced: the parameters whose influence is kept slice by slice.
+
+        Returns:
+            The block, linearised in a way that agrees.
+
+        Raises:
+            AuditError: no way agrees. The linearizer goes its former way then.
+
+        Cost:
+            One forward and one backward pass over the steps, and their graph.
+        """
+        span = f"steps {steps[0].number} … {steps[-1].number}"
+        cotangent = self.draw((last.shape[0], last[0].numel()), last)
+        right = pull_back_unrolled(self._cell, self._parameters, steps, last, cotangent)
+        former_way, first_mismatch = linearizer.way, None
+        try:
+            while True:
+                found, immediate = pull_back_result(result, cotangent, self._parameters, sliced)
+                mismatch, worst = self._compare(found, right, steps, last, cotangent)
+                if mismatch is None:
+                    break
+                first_mismatch = first_mismatch or mismatch
+                result = _in_the_next_way(linearizer, linearize, _explanation(first_mismatch, span))
+        except BaseException:
+            linearizer.way = former_way
+            raise
+        self._unfinished = False
+        way = linearizer.way
+        if first_mismatch is not None:
+            warnings.warn(
+                f"{span}: {first_mismatch}, compared with plain autograd of the cell. From now on the cell is "
+                f"linearised in a slower way, which agrees: {WAYS[way]}",
+                PerformanceWarning,
+                stacklevel=6,
+            )
+        fallback = WAYS[way] if way else None
+        self.audits = Audits(self.audits.count + 1, max(self.audits.worst_error, worst), fallback)
+        return result, BlockAudit(cotangent, immediate)
+
+    def _compare(
+        self,
+        found: PulledBlock,
+        right: PulledBlock,
+        steps: Sequence[RecordedStep],
+        last: Tensor,
+        cotangent: Tensor,
+    ) -> tuple[Mismatch | None, float]:
+        """The worst difference that counts, None if there is none; and the largest relative error.
+
+        A difference counts if it is larger than the square root of the dtype's rounding error, and than a hundred
+        times what rounding errors of the inputs change.
+        """
+        eps = torch.finfo(last.dtype).eps
+        errors = _errors(found, right)
+        scales = {name: _largest(value) for name, value in right.items()}
+        floor = _FLOOR * eps * max(scales.values())
+        doubts = {name for name, error in errors.items() if not error <= eps**0.5 * scales[name] + floor}
+        spread = dict.fromkeys(doubts, 0.0)
+        for _ in range(_SHAKES if doubts else 0):
+            shaken = pull_back_unrolled(self._cell, self._parameters, steps, last, cotangent, self._generator)
+            changes = _errors(shaken, right)
+            spread = {name: max(spread[name], changes[name]) for name in doubts}
+        relative = {name: error / max(scales[name], floor, 1e-300) for name, error in errors.items()}
+        bad = [name for name in doubts if not errors[name] <= _SPREAD * spread[name]]
+        if bad:
+            name = max(bad, key=lambda each: (relative[each] != relative[each], relative[each]))
+            return Mismatch(name, relative[name]), relative[name]
+        return None, max(relative.values())
+
+
+def _in_the_next_way(linearizer: Linearizer, linearize: Callable[[], BlockResult], message: str) -> BlockResult:
+    """Linearise a block in the next way that does not fail.
+
+    Raises:
+        AuditError: with this message, if there is none.
+    """
+    while linearizer.way + 1 < len(WAYS):
+        linearizer.way += 1
+        with suppress(RTRLError):
+            return linearize()
+    raise AuditError(message)
+
+
+def _errors(found: PulledBlock, right: PulledBlock) -> dict[str, float]:
+    theirs = dict(right.items())
+    return {name: _largest(value - theirs[name]) for name, value in found.items()}
+
+
+def _largest(value: Tensor) -> float:
+    return value.abs().max().item() if value.numel() else 0.0
+
+
+def _explanation(mismatch: Mismatch, span: str) -> str:
+    """Return the message for a block that no way of linearising gets right."""
+    return (
+        f"{span}: {mismatch}, compared with plain autograd of the cell, called step by step. No way of linearising the "
+        "block agrees, so nothing was delivered. Likely reasons: a backward pass that is not linear or is not the "
+        "derivative of its forward (a clamped or hooked gradient, an autograd.Function of one's own); gradients that "
+        "depend on the whole batch (Embedding(scale_grad_by_freq=True), batch normalisation); a state of the cell "
+        "outside h; a parameter that changes while the block is open. Mend the cell, or give the block up by "
+        "reset(discard=True)"
+    )

@@ -1,0 +1,264 @@
+"""The learner audits itself: wrong derivatives are mended by another way, or refused; and it refuses what it stored
+wrongly."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers.strategies import normal
+from helpers.toy_cells import PlainRNN, seeded
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rtrl
+from rtrl._engine import taps
+from rtrl._influence.store import ParameterInfluence
+from rtrl.errors import AuditError, ConfigError, PerformanceWarning, RTRLError
+from rtrl.learners import block_rtrl
+from rtrl.testing.streams import dormant_stream
+
+F64 = torch.float64
+SLOW = pytest.mark.filterwarnings("ignore:the cell does not run under torch.func")
+
+
+class OneUnit(nn.Module):
+    """A cell with one unit and a bias; subclasses say how the state goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1, dtype=F64))
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return torch.zeros(batch_size, 1, dtype=F64)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.carried(h) + x + self.bias
+        return h, h
+
+    def carried(self, h: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _Clamped(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, h: Tensor) -> Tensor:
+        return h.clone()
+
+    @staticmethod
+    def backward(context: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.clamp(-1, 1)
+
+
+class ClampsTheGradient(OneUnit):
+    def carried(self, h: Tensor) -> Tensor:
+        return _Clamped.apply(h)  # type: ignore[no-any-return]
+
+
+class HooksTheGradient(OneUnit):
+    def carried(self, h: Tensor) -> Tensor:
+        h = h * 1.0
+        if h.requires_grad:
+            h.register_hook(lambda grad: grad.clamp(-1, 1))
+        return h
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, h: Tensor) -> Tensor:
+        return h.clone()
+
+    @staticmethod
+    def backward(context: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad / len(grad)
+
+
+class SharesTheGradient(OneUnit):
+    """A gradient that is divided by the size of the batch."""
+
+    def carried(self, h: Tensor) -> Tensor:
+        return 0.5 * h + _Shared.apply(self.bias.expand_as(h))
+
+
+def drive(learner: rtrl.BlockRTRL, steps: int, x: Tensor, scale: float = 1.0) -> None:
+    for _ in range(steps):
+        learner.backward(scale * learner.step(x).sum())
+    learner.sync()
+
+
+ONES = torch.ones(1, 1, dtype=F64)
+
+
+@SLOW
+@pytest.mark.parametrize("cell", [ClampsTheGradient, HooksTheGradient])
+@pytest.mark.parametrize("block", [2, 4])
+def test_a_backward_pass_that_is_not_linear_is_refused_before_anything_changes(
+    cell: Callable[[], nn.Module], block: int
+) -> None:
+    learner = rtrl.BlockRTRL(cell(), 1, block=block, audit="first")
+    with pytest.raises(AuditError, match=r"steps 0 … \d: the gradient of .* No way .* a backward pass that is not"):
+        drive(learner, 4, ONES, scale=3.0)
+    assert all(p.grad is None for p in learner.cell.parameters())
+    with pytest.raises(AuditError):
+        learner.sync()
+    learner.reset(discard=True)
+    assert learner.audits.count == 0
+
+
+def plain_gradients(cell: nn.Module, xs: Tensor) -> dict[str, Tensor]:
+    """By autograd alone, unrolled."""
+    h, total = cell.init_state(xs.shape[1]), torch.zeros((), dtype=F64)
+    for x in xs:
+        y, h = cell(x, h)
+        total = total + y.square().sum()
+    return dict(zip(dict(cell.named_parameters()), torch.autograd.grad(total, list(cell.parameters())), strict=True))
+
+
+def learn(learner: rtrl.BlockRTRL, xs: Tensor) -> dict[str, Tensor]:
+    for x in xs:
+        learner.backward(learner.step(x).square().sum())
+    learner.sync()
+    return {name: p.grad for name, p in learner.cell.named_parameters() if p.grad is not None}
+
+
+def assert_exact(found: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert found.keys() == right.keys()
+    for name, value in right.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-13)
+
+
+@SLOW
+def test_a_gradient_that_depends_on_the_batch_is_exact_step_by_step_or_refused() -> None:
+    cell, xs = SharesTheGradient(), normal(1, 7, 1, 1)
+    learner = rtrl.BlockRTRL(cell, 1, block=3, audit="first")
+    with pytest.warns(PerformanceWarning, match="linearised in a slower way, which agrees: each step by itself"):
+        found = learn(learner, xs)
+    assert learner.audits.fallback is not None
+    assert_exact(found, plain_gradients(cell, xs))
+    learner = rtrl.BlockRTRL(SharesTheGradient(), 2, block=3, audit="first")
+    with pytest.raises(AuditError, match="parameter 'bias'"):
+        learn(learner, normal(1, 7, 2, 1))
+
+
+def test_a_use_that_is_recorded_wrongly_is_mended_by_recording_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = taps._RULES[F.linear]
+
+    def wrong(recorder: taps.TapRecorder, input: Tensor, *rest: Any) -> Any:
+        out = rule(recorder, input, *rest)
+        if out is not NotImplemented:
+            recorder.by_output[-1] = [
+                tap if tap.inputs is None else replace(tap, inputs=2 * tap.inputs) for tap in recorder.by_output[-1]
+            ]
+        return out
+
+    monkeypatch.setitem(taps._RULES, F.linear, wrong)
+    cell, xs = seeded(PlainRNN(2, 3), 1), normal(1, 7, 2, 2)
+    right = plain_gradients(cell, xs)
+    unaudited = learn(rtrl.BlockRTRL(cell, 2, block=3, audit="off"), xs)
+    assert not torch.allclose(unaudited["inward.weight"], right["inward.weight"])
+    cell.zero_grad()
+    learner = rtrl.BlockRTRL(cell, 2, block=3, audit="first")
+    with pytest.warns(PerformanceWarning, match="no use of a parameter recorded"):
+        found = learn(learner, xs)
+    assert_exact(found, right)
+
+
+# ---------------------------------------------------------------------- what is stored
+
+
+def applied_twice(catch_up: Callable[..., int]) -> Callable[..., int]:
+    def wrong(history: Any, outdated: Any) -> int:
+        catch_up(history, outdated)
+        return catch_up(history, outdated)
+
+    return wrong
+
+
+def test_a_wrong_catch_up_is_refused_and_so_is_all_that_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = dormant_stream(0)
+    monkeypatch.setattr(block_rtrl, "catch_up", applied_twice(block_rtrl.catch_up))
+    learner = rtrl.BlockRTRL(stream.cell, stream.batch_size, block=2, audit=1)
+    with pytest.raises(AuditError, match=r"the influence of dormant slices .* The fault is in the learner"):
+        learn(learner, stream.xs)
+    for refused in (learner.sync, learner.state_dict, learner.reset, lambda: learner.influence("cell.router.weight")):
+        with pytest.raises(RTRLError, match=r"left half changed. Load a saved learner"):
+            refused()
+    assert all(p.grad is None for p in stream.cell.parameters())
+    monkeypatch.undo()
+    learner.reset(discard=True)
+    found = []
+    for one in (learner, rtrl.BlockRTRL(stream.cell, stream.batch_size, block=2)):
+        stream.cell.zero_grad()
+        found.append(learn(one, stream.xs[:7]))
+    assert_exact(*found)
+
+
+def test_an_influence_added_in_the_wrong_place_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = ParameterInfluence.add_products
+
+    def wrong(self: ParameterInfluence, *rest: Any) -> None:
+        add(self, *rest)
+        self.values.copy_(self.values.roll(1, dims=1))
+
+    monkeypatch.setattr(ParameterInfluence, "add_products", wrong)
+    learner = rtrl.BlockRTRL(seeded(PlainRNN(2, 3), 1), 2, block=3, audit="first")
+    with pytest.raises(AuditError, match="after the block"):
+        learn(learner, normal(1, 7, 2, 2))
+
+
+# ---------------------------------------------------------------------- when, and at what price
+
+
+@pytest.mark.parametrize(("audit", "count"), [("off", 0), ("first", 2), (2, 6), (1, 10), (256, 2)])
+def test_which_blocks_are_audited(audit: Any, count: int) -> None:
+    learner = rtrl.BlockRTRL(seeded(PlainRNN(2, 3), 1), 2, block=3, audit=audit)
+    learner.step(normal(0, 2, 2))
+    learner.sync()  # a block of one step, of another kind
+    learn(learner, normal(1, 27, 2, 2))
+    assert learner.audits.count == count
+    assert learner.audits.worst_error < 1e-13
+
+
+def test_the_first_losses_are_audited_though_blocks_came_before() -> None:
+    learner = rtrl.BlockRTRL(seeded(PlainRNN(2, 3), 1), 2, block=3, audit="first")
+    for x in normal(0, 6, 2, 2):
+        learner.step(x)
+    learner.sync()
+    assert learner.audits.count == 1
+    learn(learner, normal(1, 6, 2, 2))
+    assert learner.audits.count == 2
+
+
+@pytest.mark.parametrize("audit", [0, -1, "always", 1.5, None, True])
+def test_an_unknown_mode_is_refused(audit: Any) -> None:
+    with pytest.raises(ConfigError, match="audit"):
+        rtrl.BlockRTRL(seeded(PlainRNN(2, 3), 1), 2, audit=audit)
+
+
+def test_an_audit_changes_nothing_and_draws_from_no_generator_of_the_user() -> None:
+    xs, found = normal(1, 20, 2, 2), []
+    for audit in ("off", 1):
+        learner = rtrl.BlockRTRL(seeded(PlainRNN(2, 3), 1), 2, block=3, audit=audit)  # type: ignore[arg-type]
+        torch.manual_seed(3)
+        found.append((learn(learner, xs), torch.rand(1), learner.state_dict()))
+    (first, draw, saved), (second, other_draw, other_saved) = found
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(draw, other_draw)
+    assert str(saved) == str(other_saved)
+
+
+@pytest.mark.parametrize("gain", [0.3, 1.0, 4.0])
+def test_rounding_in_single_precision_is_no_mismatch(gain: float) -> None:
+    """Contracting, critical and chaotic units, in blocks long enough for rounding errors to grow."""
+    cell = rtrl.cells.from_torch(nn.RNNCell(1, 12))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in cell.parameters():
+            p.copy_(torch.randn_like(p) * gain / 12**0.5)
+    learner = rtrl.BlockRTRL(cell, 2, block=100, audit=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PerformanceWarning)
+        learn(learner, normal(1, 300, 2, 1).float())
+    assert learner.audits.count == 3
