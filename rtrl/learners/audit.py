@@ -92,7 +92,7 @@ class Auditor:
         self.mode: AuditMode = mode if isinstance(mode, str) else validation.integer("audit", mode)
         self.audits = Audits()
         self._cell, self._parameters = cell, parameters
-        self._generator = torch.Generator().manual_seed(0)  # not the user's, whose random numbers stay as they are
+        self._draws = 0
         self._blocks = self._resets = 0
         self._unfinished = False  # a block that is due stays due until it was found to be right
         self._seen_losses = self._seen_reset_of_some = False
@@ -119,7 +119,12 @@ class Auditor:
 
     def draw(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Draw normal numbers of a shape, with the dtype and device of ``like``."""
-        return torch.randn(tuple(shape), generator=self._generator, dtype=torch.float64, device="cpu").to(like)
+        return torch.randn(tuple(shape), generator=self._fresh_generator(), dtype=torch.float64, device="cpu").to(like)
+
+    def _fresh_generator(self) -> torch.Generator:
+        """A generator for each use: not the user's, whose random numbers stay as they are, and nothing to save."""
+        self._draws += 1
+        return torch.Generator().manual_seed(self._draws)
 
     def examine(
         self,
@@ -198,7 +203,7 @@ class Auditor:
         doubts = {name for name, error in errors.items() if not error <= eps**0.5 * scales[name] + floor}
         spread = dict.fromkeys(doubts, 0.0)
         for _ in range(_SHAKES if doubts else 0):
-            shaken = pull_back_unrolled(self._cell, self._parameters, steps, last, cotangent, self._generator)
+            shaken = pull_back_unrolled(self._cell, self._parameters, steps, last, cotangent, self._fresh_generator())
             changes = _errors(shaken, right)
             spread = {name: max(spread[name], changes[name]) for name in doubts}
         relative = {name: error / max(scales[name], floor, 1e-300) for name, error in errors.items()}
