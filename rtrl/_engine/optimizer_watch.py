@@ -20,7 +20,7 @@ class OptimizerWatch:
         parameters: name → parameter; the mapping is kept, and may change.
 
     Attributes:
-        updated: names of the parameters that an optimizer stepped with a gradient; whoever reads them clears them.
+        updated: names of the parameters that an optimizer stepped with a gradient since they were cleared.
         lost: how often gradients were delivered and erased before the next optimizer step; None once some were used.
         idle: the number of optimizer steps since the last ``sync`` that found no gradient.
     """

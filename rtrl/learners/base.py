@@ -359,8 +359,8 @@ class Learner(ABC):
     def _adopt_parameters(self) -> None:
         """Take note that parameters were frozen or unfrozen, at the end of a block.
 
-        What a frozen one has earned and not been given is dropped with its influence; that of an unfrozen one begins at
-        zero.
+        The gradient of a frozen one that is not yet delivered is dropped with its influence; the influence of an
+        unfrozen one begins at zero.
         """
         before = {name: parameter.numel() for name, parameter in self._parameters.items()}
         for name in self._guard.adopt():
