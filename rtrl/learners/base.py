@@ -1,11 +1,12 @@
 """The base class of all learners: everything that does not depend on how a gradient is computed."""
 
+import copy
 import inspect
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -294,6 +295,9 @@ class Learner(ABC):
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from where ``state_dict`` was taken, with the same cell, parameters and arguments.
 
+        ``block``, ``window`` and ``lazy`` of ``BlockRTRL`` may differ if no step was open: after a ``sync``. Dormant
+        slices are then brought up to date, and the gradient is the same up to rounding.
+
         Args:
             saved: what ``state_dict`` returned.
 
@@ -302,7 +306,8 @@ class Learner(ABC):
                 another cell or other arguments. Nothing has changed.
         """
         with saved_state.damage_reported():
-            loaded = saved_state.from_plain(saved, self._learner_state({}), self._guard.named)
+            present = self._learner_state({})
+            loaded = saved_state.from_plain(saved, present, self._guard.named, self._adaptable)
             if len(loaded.open_steps) > self.block:
                 raise ConfigError(f"the saved learner has {len(loaded.open_steps)} open steps, but block={self.block}")
             buffers = self._load_buffers(loaded)
@@ -314,6 +319,79 @@ class Learner(ABC):
         for attribute, value in buffers.items():
             setattr(self, attribute, value)
         self._guard.begin()
+        if loaded.layout != present.layout:
+            self._adapt()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what ``copy.deepcopy`` and ``pickle`` need. A copy has a cell of its own, and continues bit for bit,
+        an open block included; a y of the original does not reach it.
+
+        Raises:
+            ParameterChangedError: a parameter changed inside the open block.
+            ConfigError: an x of the open block waits for its gradient, see ``input_grad`` of ``BlockRTRL``.
+        """
+        if self._open_steps:
+            self._check_parameters()
+        attributes = {name: value for name, value in vars(self).items() if name not in self._rebuilt}
+        return {"attributes": attributes, "saved": self.state_dict()}
+
+    @torch.inference_mode(False)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+    @torch.inference_mode(False)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state["attributes"])
+        self._guard = ParameterGuard(self.cell, self._guards_values)
+        self._parameters = self._guard.parameters
+        self._open_steps, self._seen_losses, self._pending_grads, self._first_influence = [], [], {}, {}
+        self._prepare()
+        self.load_state_dict(state["saved"])
+
+    @torch.inference_mode(False)
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the learner and its cell to another device or floating-point dtype, in place.
+
+        The open block is closed first, as by ``sync``. The cell is moved by ``cell.to``, so that its parameters stay
+        the same objects for an optimizer. A cell that was moved before, when no step was open, stays as it is.
+
+        Args:
+            *args: as for ``torch.nn.Module.to``: a device, a dtype, both, or a tensor that has them.
+            **kwargs: as for ``torch.nn.Module.to``.
+
+        Returns:
+            The learner itself.
+
+        Raises:
+            ConfigError: the dtype is not a real floating-point one; or BPTT or TBPTT hold steps of another dtype.
+            NonFiniteError: the state overflows in this dtype. Nothing has changed but that the block is closed.
+            RTRLError: the open block cannot be closed; see ``sync``.
+        """
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None and not dtype.is_floating_point:
+            raise ConfigError(f"a learner can only be moved to a real floating-point dtype, got {dtype}")
+
+        def moved(value: Tensor) -> Tensor:
+            if isinstance(value, nn.Parameter):
+                return value
+            to_dtype = dtype if dtype is not None and value.is_floating_point() else value.dtype
+            return value.to(device or value.device, to_dtype, non_blocking)
+
+        self._close()
+        if dtype not in (None, self._state.dtype):
+            self._check_dtype_may_change()
+        if not checks.finite(moved(self._state)):
+            raise NonFiniteError(f"the state has values that {dtype} cannot hold")
+        saved = pytrees.map_tensors(moved, self.state_dict())
+        self.cell.to(*args, **kwargs)
+        for name, value in list(vars(self).items()):
+            if name not in self._rebuilt:
+                setattr(self, name, pytrees.map_tensors(moved, value))
+        self._prepare()
+        self.load_state_dict({**saved, "layout": self._learner_state({}).layout})
+        return self
 
     def _learner_state(self, buffers: Mapping[str, Any]) -> LearnerState:
         ours = [kind for kind in type(self).__mro__ if kind.__module__.startswith("rtrl.learners.")]
@@ -386,6 +464,23 @@ class Learner(ABC):
         losses.close_leaves(closed)
 
     # ------------------------------------------------------------------ what a rule supplies
+
+    _adaptable: Collection[str] = ()  # arguments in which a learner and the saved one that it loads may differ
+    _rebuilt: tuple[str, ...] = (  # attributes that a copy does not take over: it loads what the original saves
+        *("_guard", "_parameters", "_open_steps", "_seen_losses", "_pending_grads", "_first_influence"),
+    )
+
+    def _prepare(self) -> None:
+        """Make what depends on which parameters are trainable, and on their dtype and device."""
+        return
+
+    def _check_dtype_may_change(self) -> None:
+        """Refuse another dtype, if what is held depends on the present one."""
+        return
+
+    def _adapt(self) -> None:
+        """Carry on after loading what a learner with other ``_adaptable`` arguments saved, at the end of a block."""
+        return
 
     def _begin_block(self, step: RecordedStep) -> None:
         """Prepare for a block, of which this is the first step."""

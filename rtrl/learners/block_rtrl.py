@@ -428,12 +428,18 @@ class BlockRTRL(Learner):
                 influence.last_block.zero_()
             self._accumulated_until, self._history, self._witness = 0, None, None
 
+    def _adapt(self) -> None:
+        self._bring_up_to_date()
+
     def _adopt(self, before: Mapping[str, int]) -> None:
         self._influences = {n: influence for n, influence in self._influences.items() if n in self._parameters}
         self._bring_up_to_date()
         self._prepare()
 
     # ------------------------------------------------------------------ saving
+
+    _adaptable = ("block", "window", "lazy")
+    _rebuilt = (*Learner._rebuilt, "_linearizer", "_scratch", "_influences", "_history")
 
     def _arguments(self) -> dict[str, Any]:
         return {"block": self.block, "window": self.window, "lazy": self.lazy}
@@ -459,10 +465,10 @@ class BlockRTRL(Learner):
         if history is not None:
             history = History.from_state_dict(history, self._state)
             sliced = any(influence.sliced for influence in influences.values())
-            _check_times(influences, history, self.window if sliced else 1)
-        begun = loaded.steps_taken > 0 and not loaded.open_steps  # then there may be no history: see _bring_up_to_date
-        closed = 0 if history is None else history.now
-        fits = bool(influences) == (loaded.steps_taken > 0) and (begun or (history is not None) == bool(influences))
+            _check_times(influences, history, loaded.layout["window"] if sliced else 1)
+        begun, closed = loaded.steps_taken > 0, 0 if history is None else history.now
+        between = begun and history is None and not loaded.open_steps  # see _bring_up_to_date
+        fits = between or len({begun, bool(influences), history is not None}) == 1
         if not fits or type(accumulated_until) is not int or not 0 <= accumulated_until <= closed:
             raise ConfigError("the parts of the saved learner do not fit together")
         return {
@@ -477,7 +483,7 @@ class BlockRTRL(Learner):
 def _check_times(influences: Mapping[str, ParameterInfluence], history: History, window: int) -> None:
     """Refuse influences that the blocks of a history cannot bring up to date."""
     if history.capacity not in (1, window):
-        raise ConfigError(f"the saved history holds {history.capacity} blocks, this learner's {window}")
+        raise ConfigError(f"the saved history holds {history.capacity} blocks, not the window of {window}")
     for name, influence in influences.items():
         times = influence.last_block[influence.active_rows()]
         if times.numel() and (int(times.max()) > history.now or int(times.min()) < history.oldest):

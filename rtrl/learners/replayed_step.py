@@ -208,6 +208,7 @@ class ReplayingLearner(Learner):
     """
 
     _guards_values = False
+    _rebuilt = (*Learner._rebuilt, "_snapshot", "_kept_steps")
 
     def __init__(self, cell: nn.Module, batch_size: int, *, state: Tensor | None = None) -> None:
         super().__init__(cell, batch_size, state=state)
@@ -218,6 +219,14 @@ class ReplayingLearner(Learner):
     @abstractmethod
     def _process_step(self, step: ReplayedStep) -> None:
         """Process a step that accepts no more losses. Everything that can fail comes before the first change."""
+
+    def _check_dtype_may_change(self) -> None:
+        if self._kept_steps:
+            raise ConfigError(
+                f"the {len(self._kept_steps)} steps that are held were taken in {self._state.dtype}, and run again in "
+                "another dtype they would differ; call sync(), then reset(state=learner.state, discard=True), which "
+                "makes the present state a constant"
+            )
 
     def _adopt(self, before: Mapping[str, int]) -> None:
         for step in self._kept_steps:

@@ -1,7 +1,7 @@
 """A learner's state as tensors, numbers and containers of these, and back: all of it, so that a loaded learner
 continues bit for bit."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -56,20 +56,26 @@ def to_plain(learner: LearnerState) -> dict[str, Any]:
     }
 
 
-def from_plain(saved: Any, present: LearnerState, named: Mapping[str, Tensor]) -> LearnerState:
+def from_plain(
+    saved: Any, present: LearnerState, named: Mapping[str, Tensor], adaptable: Collection[str] = ()
+) -> LearnerState:
     """Return the state that ``to_plain`` gave, checked against the learner that is to load it.
 
     Args:
         saved: what ``to_plain`` returned. Its buffers are passed on unchecked.
         present: the state of the learner that is to load it, without buffers; it is not changed.
         named: all parameters of the cell, by name.
+        adaptable: parts of the layout that may differ as long as no step is open.
+
+    Returns:
+        The state, with the layout of the saved learner.
 
     Raises:
         ConfigError: it is not a saved learner of this format, or it does not fit the learner.
         RTRLError: it is damaged; so do the errors of Python that ``damage_reported`` turns into a ``ConfigError``.
     """
     _check_format(saved)
-    _check_layout(saved["layout"], present.layout)
+    _check_layout(saved["layout"], present.layout, () if saved["open_steps"] else adaptable, adaptable)
     taken = saved["steps_taken"]
     if type(taken) is not int or taken < 0:
         raise ConfigError(f"'steps_taken' of the saved learner must be a count, got {taken!r}")
@@ -83,7 +89,7 @@ def from_plain(saved: Any, present: LearnerState, named: Mapping[str, Tensor]) -
     if not checks.finite(state):
         raise ConfigError("NaN or infinity in the saved state")
     first = first_from_plain(saved.get("first_influence", {}), state, named)
-    return LearnerState(present.layout, state, first, taken, steps, gradients, saved["buffers"])
+    return LearnerState(saved["layout"], state, first, taken, steps, gradients, saved["buffers"])
 
 
 @contextmanager
@@ -198,7 +204,10 @@ def _check_format(saved: Any) -> None:
         )
 
 
-def _check_layout(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+def _check_layout(
+    saved: Mapping[str, Any], present: Mapping[str, Any], free: Collection[str], adaptable: Collection[str]
+) -> None:
+    """Refuse a saved layout that differs, but for the parts that are ``free``."""
     for name, expected in present.items():
         value = saved[name]
         if isinstance(value, Mapping):  # name only the parameters that differ
@@ -206,5 +215,7 @@ def _check_layout(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
                 {key: one[key] for key in one if one[key] != other.get(key)}
                 for one, other in ((value, expected), (expected, value))
             )
-        if value != expected:
-            raise ConfigError(f"the saved learner has {name}={value!r}, this one {expected!r}")
+        if value == expected or name in free:
+            continue
+        remedy = ", and an open block; call sync() before saving it" if name in adaptable else ""
+        raise ConfigError(f"the saved learner has {name}={value!r}, this one {expected!r}{remedy}")

@@ -89,6 +89,7 @@ class UORO(InfluenceLearner):
 
     def _load_buffers(self, loaded: LearnerState) -> dict[str, Any]:
         rng_state = loaded.buffers["rng_state"]
+        rng_state = rng_state.cpu() if isinstance(rng_state, Tensor) else rng_state
         if rng_state is not None:
             torch.Generator().set_state(rng_state)  # raises an error if it is not the state of a generator
         return {**super()._load_buffers(loaded), "_rng_state": rng_state}
