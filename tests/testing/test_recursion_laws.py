@@ -129,7 +129,7 @@ def test_the_learners_of_this_package_obey_recursions() -> None:
 
 @pytest.mark.parametrize("before_loss", [False, True])
 def test_the_recursion_of_rtrl_is_exact_through_resets_and_changed_parameters(before_loss: bool) -> None:
-    plain = dense_stream(0, steps=5)
+    plain = dense_stream(0, steps=5, batch=3)
     resets = torch.tensor([[0, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0], [1, 1, 1]]).bool()
     offsets = [{}, {}, {"recurrent": torch.full((3, 3), 0.1).double()}, {}, {"head.bias": torch.ones(2).double()}]
     stream = Stream(plain.cell, plain.xs, name="all", resets=resets, offsets=offsets)

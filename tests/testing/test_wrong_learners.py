@@ -308,7 +308,12 @@ def promising(make: type[Whole] | type[DenseRTRL], check: str) -> LearnerSpec:
     return LearnerSpec(make, sparse=sparse, constant_memory=True, copies_inputs=True)
 
 
-SLOW = {ForgetsLongDormancy}  # the catalogue of bugs has a fault for this check, too
+SLOW = {
+    ForgetsLongDormancy,
+    ForgetsLate,
+    HoldsArrays,
+    HoldsTensors,
+}  # others of these, and the catalogue of bugs, have a fault for the same check
 
 
 @pytest.mark.parametrize(
