@@ -191,7 +191,7 @@ def jax_learner(
 ) -> LearnerSpec:
     """Make a spec of a learner that is written as pure functions on JAX's arrays.
 
-    The functions run in float64, whatever JAX's own setting is; it is left as it is. They may be jitted.
+    The functions run in float64 under any setting of JAX, which is left as it is. They may be jitted.
 
     Args:
         init: as of ``numpy_learner``.
