@@ -170,7 +170,11 @@ class Unbiased(Exact):
         object.__setattr__(self, "steps", self.horizon)
 
     def directions(self, stream: Stream) -> dict[str, Gradients]:
-        """Return the exact gradient, and with ``reach`` the part of it from further back, by what they are."""
+        """Return the exact gradient, and with ``reach`` the part of it from further back, by what they are.
+
+        Args:
+            stream: on which the learner is tested.
+        """
         exact = self.reference(stream, None)
         found = {"the exact gradient": exact}
         if self.reach is not None and self.reach < stream.steps:

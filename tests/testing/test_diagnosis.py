@@ -13,6 +13,7 @@ from third_party import Textbook
 from torch import Tensor, nn
 
 from rtrl.testing import Failure, LearnerSpec, ParameterVerdict, Report, Stream, bound_checks, check_learner
+from rtrl.testing.learner_checks import diagnosis
 from rtrl.testing.report_table import CheckResult
 from rtrl.testing.streams import dense_stream, normal, scheduled_stream
 
@@ -335,6 +336,16 @@ class TransposedSibling(Wrong):
         super().backward(loss)
         parts = self.gradient.split([p.numel() for p in self.theta])
         type(self).gradients = dict(zip(self.names, parts, strict=True))
+
+
+def test_a_cell_that_cannot_be_linearised_gets_a_verdict_without_a_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(stream: Stream) -> None:
+        raise ValueError("not this one")
+
+    monkeypatch.setattr(diagnosis, "linearized", refuse)
+    (failure,) = report_of(HalfDirect, DENSE).failures
+    assert "the gradient is not what BPTT gives" in failure.message
+    assert "looks as if" not in failure.message
 
 
 # ---------------------------------------------------------------- the verdict per parameter
