@@ -271,6 +271,9 @@ class _Session:
                 typer.echo(f"held out: {task.measure} {score:.4g}")
             except RTRLError as error:
                 typer.echo(f"held out: not measured, {error}", err=True)
+        audits = getattr(trainer.learner, "audits", None)
+        if audits is not None:
+            typer.echo(f"audits: {audits}")
         typer.echo(f"saved: {self._checkpoint}; rows: {self._notes['log']}")
 
     def _how_to_continue(self) -> str:

@@ -89,6 +89,7 @@ def _list() -> None:
 
 def _measure(only: list[str], full: bool, seed: int, device: str, json_path: str | None, resume: bool) -> None:
     """Measure the claims; print a line and write the results as each is done."""
+    from rtrl.learners import audits_in_this_process
     from rtrl.verification import record, registry, runner  # the oracles are needed here and nowhere else
     from rtrl.verification.claim import Settings
     from rtrl.verification.harness.problems import usable_device
@@ -127,6 +128,7 @@ def _measure(only: list[str], full: bool, seed: int, device: str, json_path: str
     counts = {name: sum(entry.verdict == name for entry in final.claims) for name in _STYLES}
     counted = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
     failed = record.failures(final.claims)
+    typer.echo(f"audits: {audits_in_this_process()}", err=results.to_stdout)
     opening = f"FAIL: {len(failed)} failures, first: {failed[0]}; " if failed else "PASS: "
     typer.echo(f"{opening}{len(final.claims)} claims: {counted} ({duration_s:.0f} s)", err=results.to_stdout)
     raise typer.Exit(1 if failed else 0)

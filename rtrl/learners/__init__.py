@@ -3,6 +3,7 @@
 Those beside ``BlockRTRL`` are written to be read, not to be fast.
 """
 
+from rtrl.learners.audit import Audits, audits_in_this_process
 from rtrl.learners.base import Learner
 from rtrl.learners.block_rtrl import BlockRTRL
 from rtrl.learners.bptt import BPTT, TBPTT
@@ -11,4 +12,16 @@ from rtrl.learners.local import RFLO, DiagonalRTRL
 from rtrl.learners.snap import SnAp
 from rtrl.learners.uoro import UORO
 
-__all__ = ["BPTT", "RFLO", "TBPTT", "UORO", "BlockRTRL", "DenseRTRL", "DiagonalRTRL", "Learner", "SnAp"]
+__all__ = [
+    "BPTT",
+    "RFLO",
+    "TBPTT",
+    "UORO",
+    "Audits",
+    "BlockRTRL",
+    "DenseRTRL",
+    "DiagonalRTRL",
+    "Learner",
+    "SnAp",
+    "audits_in_this_process",
+]

@@ -40,6 +40,27 @@ class Audits:
     worst_error: float = 0.0
     fallback: str | None = None
 
+    def __str__(self) -> str:
+        text = f"{self.count} blocks audited, worst relative error {self.worst_error:.1e}"
+        return text if self.fallback is None else f"{text}; linearised in a slower way: {self.fallback}"
+
+    def with_one_more(self, error: float, fallback: str | None) -> "Audits":
+        """Return what was found, and one more audit."""
+        return Audits(self.count + 1, max(self.worst_error, error), fallback)
+
+
+_in_this_process = Audits()
+
+
+def audits_in_this_process() -> Audits:
+    """Return the audits of all learners since the process began."""
+    return _in_this_process
+
+
+def _note(error: float) -> None:
+    global _in_this_process
+    _in_this_process = _in_this_process.with_one_more(error, None)
+
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
@@ -179,8 +200,8 @@ class Auditor:
                 PerformanceWarning,
                 stacklevel=6,
             )
-        fallback = WAYS[way] if way else None
-        self.audits = Audits(self.audits.count + 1, max(self.audits.worst_error, worst), fallback)
+        self.audits = self.audits.with_one_more(worst, WAYS[way] if way else None)
+        _note(worst)
         return result, BlockAudit(cotangent, immediate)
 
     def _compare(

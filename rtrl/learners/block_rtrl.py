@@ -91,7 +91,7 @@ class BlockRTRL(Learner):
         lazy: bool = True,
         input_grad: Literal["block"] | None = None,
         state: Tensor | None = None,
-        audit: AuditMode = 256,
+        audit: AuditMode = 1000,
     ) -> None:
         validation.choice("input_grad", input_grad, [None, "block"])
         super().__init__(cell, batch_size, state=state)
@@ -300,6 +300,8 @@ class BlockRTRL(Learner):
             if sliced:
                 self._witness = self._witness or DormantWitness(self._state, self._auditor.draw)
                 self._witness.follow(self._influences, {name: active[name] for name in sliced})
+        elif self._witness is not None and self._witness.age > self.window:
+            self._witness = None  # what was dormant has left the window meanwhile, and was brought up to date
         elif self._witness is not None:
             for name in sliced:
                 self._witness.forget(name, active[name])
@@ -359,14 +361,21 @@ class BlockRTRL(Learner):
     def _accumulate(self, rows: Mapping[str, Tensor]) -> None:
         """Accumulate the pending gradients of rows of influences, by parameter; where a witness follows them, check
         what was added."""
-        if self._witness is None:
+        witness = self._witness
+        if witness is None or self._history is None:
             self._accumulate_pending(rows)
             return
-        before = {name: self._grad_buffer(name).clone() for name in rows}
-        self._accumulate_pending(rows)
-        now = 0 if self._history is None else self._history.now
+        checked = {}
         for name, own in rows.items():
-            self._witness.check_gradient(name, self._influences[name], own, now, before[name], self._grad_buffer(name))
+            slices = witness.slices_of(name, self._influences[name], own, self._history.now)
+            if slices.numel():
+                checked[name] = slices, witness.along(name, self._grad_buffer(name), slices)
+        self._accumulate_pending(rows)
+        for name, (slices, before) in checked.items():
+            gradient = self._grad_buffer(name)
+            witness.check_gradient(name, self._influences[name], rows[name], slices, before, gradient)
+        for name, own in rows.items():
+            witness.settle(name, own)
 
     def _accumulate_pending(self, rows: Mapping[str, Tensor]) -> None:
         """Accumulate the gradients of rows of influences, by parameter, for all blocks since their last update that

@@ -89,10 +89,13 @@ class DormantWitness:
     Args:
         state: (B, n, ...), any state.
         draw: draws normal numbers of a shape, like a tensor.
+
+    Attributes:
+        age: the number of blocks since the last audited one.
     """
 
     def __init__(self, state: Tensor, draw: Draw) -> None:
-        self._draw = draw
+        self._draw, self.age = draw, 0
         self._directions: dict[str, Tensor] = {}
         self._places: dict[str, Tensor] = {}  # row of the influence → place among the witnesses, -1 if not followed
         size, numbers = state.shape[0], state[0].numel()
@@ -102,6 +105,7 @@ class DormantWitness:
 
     def follow(self, influences: Mapping[str, ParameterInfluence], rows: Mapping[str, Tensor]) -> None:
         """Follow rows (by parameter, LongTensors on the CPU) that are up to date, beside those followed so far."""
+        self.age = 0
         size, device = self._value.shape[0], self._value.device
         former, samples = [], []
         for name, own in rows.items():
@@ -145,6 +149,7 @@ class DormantWitness:
 
     def append(self, block: Transition) -> None:
         """Bring all witnesses up to date with one more block."""
+        self.age += 1
         if not self._value.numel():
             return
         change, shaken_change = (apply_block(block, value) for value in (self._value, self._shaken))
@@ -176,43 +181,62 @@ class DormantWitness:
         what = f"the influence of dormant slices of parameter {name!r}, brought up to date,"
         check(what, found, right, peak, (shaken - right).abs().amax(dim=1, keepdim=True))
 
-    def check_gradient(
-        self, name: str, influence: ParameterInfluence, rows: Tensor, now: int, before: Tensor, after: Tensor
-    ) -> None:
-        """Check the gradient that was accumulated for these rows up to block ``now``: a parameter's gradients before
-        and after.
+    def slices_of(self, name: str, influence: ParameterInfluence, rows: Tensor, now: int) -> Tensor:
+        """Return the slices whose gradient ``check_gradient`` can check when these rows (CPU) are accumulated up to
+        block ``now``: no row of theirs is dormant and not followed."""
+        followed, _ = self._followed(name, rows)
+        if not bool(followed.any()):
+            return rows[:0]
+        slices = influence.slice.cpu()[rows]
+        unknown = slices[~followed & (influence.last_block[rows] < now)]
+        known: Tensor = slices[followed].unique()
+        return known.masked_select(~torch.isin(known, unknown))
 
-        Slices with a row that is dormant and not followed are passed over.
+    def along(self, name: str, gradient: Tensor, slices: Tensor) -> Tensor:
+        """Return a parameter's gradient in these slices (CPU), along the direction of its witnesses."""
+        direction = self._directions[name]
+        return gradient.reshape(-1, direction.numel())[slices.to(gradient.device)] @ direction
+
+    def check_gradient(
+        self,
+        name: str,
+        influence: ParameterInfluence,
+        rows: Tensor,
+        slices: Tensor,
+        before: Tensor,
+        gradient: Tensor,
+    ) -> None:
+        """Check the gradient that was accumulated for these rows.
+
+        Args:
+            name: the parameter.
+            influence: its influence.
+            rows: LongTensor, CPU, the rows.
+            slices: what ``slices_of`` returned for them.
+            before: what ``along`` returned for the gradient before.
+            gradient: the parameter's gradient now.
 
         Raises:
             AuditError: it is not what the blocks since the last accumulation contribute.
         """
         followed, places = self._followed(name, rows)
-        if not places.numel():
-            return
+        own = influence.slice[rows[followed].to(places.device)]
         device = places.device
-        slices = influence.slice[rows.to(device)]
-        complete = torch.ones(influence.slices, dtype=torch.bool, device=device)
-        unknown = ~followed & (influence.last_block[rows] < now)
-        complete[slices[unknown.to(device)]] = False
-        complete_rows = complete[slices[followed.to(device)]]
-        own, places = slices[followed.to(device)][complete_rows], places[complete_rows]
-        values = (self._gradient, self._shaken_gradient, self._gradient_peak)
-        right, shaken, peak = (
-            value.new_zeros(influence.slices).index_add_(0, own, value.flatten()[places]) for value in values
-        )
-        change = (after - before).reshape(influence.slices, -1)
-        held = after.abs().reshape(influence.slices, -1).amax(dim=1)
-        used = own.unique()
-        check(
-            f"the gradient that dormant slices of parameter {name!r} contribute",
-            (change @ self._directions[name])[used, None],
-            right[used, None],
-            (peak + held * self._directions[name].abs().sum())[used, None],
-            (shaken - right).abs()[used, None],
-        )
-        for gradient in values:
-            gradient.view(-1)[self._followed(name, rows)[1]] = 0.0
+        sums = [
+            value.new_zeros(influence.slices).index_add_(0, own, value.flatten()[places])[slices.to(device), None]
+            for value in (self._gradient, self._shaken_gradient, self._gradient_peak)
+        ]
+        right, shaken, peak = sums
+        held = gradient.abs().max() * self._directions[name].abs().sum()
+        change = (self.along(name, gradient, slices) - before).unsqueeze(1)
+        what = f"the gradient that dormant slices of parameter {name!r} contribute"
+        check(what, change, right, peak + held, (shaken - right).abs())
+
+    def settle(self, name: str, rows: Tensor) -> None:
+        """Take note that the gradient of these rows (CPU) is accumulated up to now."""
+        _, places = self._followed(name, rows)
+        for value in (self._gradient, self._shaken_gradient, self._gradient_peak):
+            value.view(-1)[places] = 0.0
 
     def forget(self, name: str, rows: Tensor) -> None:
         """Follow these rows (CPU) no longer."""
