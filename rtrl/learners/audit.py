@@ -118,6 +118,12 @@ class Auditor:
         self._unfinished = False  # a block that is due stays due until it was found to be right
         self._seen_losses = self._seen_reset_of_some = False
 
+    def attach(self, parameters: Mapping[str, nn.Parameter], linearizer: Linearizer) -> None:
+        """Go on with other trainable parameters, or those of a copied cell, and in the way found before."""
+        self._parameters = parameters
+        if self.audits.fallback is not None:
+            linearizer.way = WAYS.index(self.audits.fallback)
+
     def is_due(self, new_kind: bool, has_losses: bool) -> bool:
         """Return whether the block that is being closed is to be audited; to be asked once per block."""
         if self.mode == "off":

@@ -113,6 +113,7 @@ class BlockRTRL(Learner):
     def _prepare(self) -> None:
         """Make what depends on which parameters are trainable, and on the state's dtype."""
         self._linearizer = Linearizer(self.cell, self._parameters)
+        self._auditor.attach(self._parameters, self._linearizer)
         count = sum(p.numel() for p in self._parameters.values())
         self._scratch = ReusableBuffer(count * self._state.numel() * self._state.element_size())  # the influence's size
 
@@ -448,7 +449,7 @@ class BlockRTRL(Learner):
     # ------------------------------------------------------------------ saving
 
     _adaptable = ("block", "window", "lazy")
-    _rebuilt = (*Learner._rebuilt, "_linearizer", "_scratch", "_influences", "_history")
+    _rebuilt = (*Learner._rebuilt, "_linearizer", "_scratch", "_influences", "_history", "_witness")
 
     def _arguments(self) -> dict[str, Any]:
         return {"block": self.block, "window": self.window, "lazy": self.lazy}

@@ -290,3 +290,14 @@ def test_steps_that_are_held_keep_their_dtype(make: Make) -> None:
     found, expected = gradients(learner.cell), gradients(one_go.cell)
     assert all(bool(value.any()) for name, value in found.items() if name != "h0")
     torch.testing.assert_close(found, expected)  # a sliding window adds in another order
+
+
+def test_a_copy_audits_itself_and_its_own_parameters() -> None:
+    learner = rtrl.BlockRTRL(Rows(), 2, block=2, audit=1)
+    along(learner, 0, 5)
+    other = copy.deepcopy(learner)
+    other.sync()
+    other.cell.table.requires_grad_(False)
+    along(other, 6, 11)
+    other.sync()
+    assert learner.audits.count == 2 and other.audits.count == 6 and other.cell.mix.grad is not None
