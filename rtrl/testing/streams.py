@@ -44,6 +44,7 @@ class Stream:
         syncs: the steps after which ``sync`` is called; the end is not one of them.
         resets: Boolean (T, B); these samples are reset before a step.
         split_resets: the steps before which each sample is reset by a call of its own.
+        saves: the steps after which the learner is saved, and a new learner loads its state and goes on.
         offsets: one dict of constants per step, by which the parameters differ from those of the cell.
         pieces: the number of losses into which each loss is split.
         scattered: whether each x is a view that is not contiguous.
@@ -69,6 +70,7 @@ class Stream:
     syncs: frozenset[int] = frozenset()
     resets: Tensor | None = None
     split_resets: frozenset[int] = frozenset()
+    saves: frozenset[int] = frozenset()
     offsets: Sequence[Mapping[str, Tensor]] | None = None
     pieces: int = 1
     scattered: bool = False

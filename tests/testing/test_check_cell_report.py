@@ -147,7 +147,7 @@ def test_what_is_raised_travels_between_processes() -> None:
 GRU = rtrl.cells.from_torch(nn.GRUCell(3, 4)).double()
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("no module", {"cell": lambda x, h: (x, h)}, "torch.nn.Module, got function"),
-    ("a lazy module", {"cell": nn.LazyLinear(3)}, "without a shape yet"),
+    ("a lazy module", {"cell": nn.LazyLinear(3)}, "has no shape yet"),
     ("one tensor", {"inputs": XS[0]}, r"sequence of the x of each step, got Tensor; .*\[x\]"),
     ("a generator", {"inputs": iter(XS)}, "sequence of the x"),
     ("no inputs", {"inputs": []}, "at least one step"),

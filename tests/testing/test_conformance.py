@@ -11,7 +11,7 @@ import pytest
 import third_party
 
 import rtrl
-from rtrl.testing import LearnerSpec, bound_checks, cell_checks, learner_checks
+from rtrl.testing import LearnerSpec, bound_checks, cell_checks, check_learner, learner_checks
 from rtrl.testing.own_specs import ALL, BASELINES, BLOCK_RTRL
 
 OTHERS = [
@@ -79,6 +79,13 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize("check", cases())
 def test_conformance(check: Callable[[], None]) -> None:
     check()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(1, 11))
+@pytest.mark.parametrize("spec", [*BLOCK_RTRL, *BASELINES], ids=lambda spec: spec.name)
+def test_drawn_mixtures_of_other_seeds(spec: LearnerSpec, seed: int) -> None:
+    check_learner(spec, checks=["drawn mixtures"], seed=seed)
 
 
 def test_every_learner_of_the_package_has_a_spec() -> None:

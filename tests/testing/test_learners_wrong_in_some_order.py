@@ -10,6 +10,7 @@ from test_wrong_learners import Whole, promising
 from torch import Tensor
 
 from rtrl._utils import pytrees
+from rtrl.learners import DenseRTRL
 from rtrl.testing import check_learner
 
 
@@ -208,7 +209,70 @@ class EarlierStepsAreForgotten(Whole):
         return
 
 
-CASES: list[tuple[type[Whole], str]] = [
+class OutputIsUsedAgain(Whole):
+    """Returns the same memory at each step."""
+
+    def step(self, x: Any) -> Any:
+        y = super().step(x)
+        if not isinstance(y, Tensor):
+            return y
+        self.memory: Any = getattr(self, "memory", torch.empty_like(y, requires_grad=False))
+        self.memory.copy_(y.detach())
+        return _InMemory.apply(y, self.memory)
+
+
+class _InMemory(torch.autograd.Function):
+    """Its first argument, in the memory of the second one."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, memory: Tensor) -> Tensor:
+        return memory.view_as(memory)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class MaskIsKept(Whole):
+    """Resets at the next step, by the mask that it was given."""
+
+    mask: Any = None
+
+    def reset(self, rows: Tensor) -> None:
+        if self.mask is not None:
+            super().reset(self.mask)
+        self.mask = rows
+
+    def step(self, x: Any) -> Any:
+        if self.mask is not None:
+            super().reset(self.mask)
+        self.mask = None
+        return super().step(x)
+
+
+class InfluenceOfTheFirstParameters(DenseRTRL):
+    """The influence is cleared by a change of parameters, where it is shown."""
+
+    def influence(self, name: str) -> Tensor:
+        values = torch.cat([p.detach().flatten() for p in self.cell.parameters()])
+        first = self.__dict__.setdefault("first", values)
+        return super().influence(name) * float(torch.equal(first, values))
+
+
+class InfluenceIsNotSaved(DenseRTRL):
+    """After a load, the influence is shown without what came before it."""
+
+    loaded = False
+
+    def load_state_dict(self, saved: Any) -> None:
+        super().load_state_dict(saved)
+        self.loaded = True
+
+    def influence(self, name: str) -> Tensor:
+        return super().influence(name) * float(not self.loaded)
+
+
+CASES: list[tuple[type[Whole] | type[DenseRTRL], str]] = [
     (ResetLostAtBordersOf8, "resets at block borders"),
     (ResetLostAtBordersOf16, "resets at block borders"),
     (ResetLostAtBordersOf64, "resets at block borders"),
@@ -227,6 +291,10 @@ CASES: list[tuple[type[Whole], str]] = [
     (StateIsShared, "two learners at once"),
     (LossAfterASyncIsLost, "syncs before the loss"),
     (EarlierStepsAreForgotten, "losses over two steps"),
+    (OutputIsUsedAgain, "interface"),
+    (MaskIsKept, "views as inputs"),
+    (InfluenceOfTheFirstParameters, "influence"),
+    (InfluenceIsNotSaved, "influence"),
 ]
 
 
@@ -240,7 +308,7 @@ SLOW = {ResetLostAtBordersOf8, ResetLostAtBordersOf64}
         for make, check in CASES
     ],
 )
-def test_it_is_refused(make: type[Whole], check: str) -> None:
+def test_it_is_refused(make: type[Whole] | type[DenseRTRL], check: str) -> None:
     report = check_learner(promising(make, check), checks=[check], on_fail="return")
     assert {failure.check for failure in report.failures} == {check}
 

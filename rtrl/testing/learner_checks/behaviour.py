@@ -79,12 +79,18 @@ def _of_one_cell(subject: Subject) -> Iterator[None]:
 
 
 def _output_failures(subject: Subject, stream: Stream) -> Iterator[Found]:
-    """Where the y of a step is not that of the cell, in its form or its values, and whether any gradient arrives."""
-    outcome = drive(subject.spec, stream)
+    """Where the y of a step is not that of the cell, in its form or its values, or changes later; and whether any
+    gradient arrives."""
+    driver = StreamDriver(subject.spec, stream)
+    returned = [(y, pytrees.map_tensors(lambda leaf: leaf.detach().clone(), y)) for _, y in driver.steps()]
+    driver.sync_and_read()
     hint = "" if subject.spec.streams else f"; {_ONE_CELL}"
     cell, xs = in_dtype(copy.deepcopy(stream.cell), subject.spec), in_dtype(stream.xs, subject.spec)
     h = cell.init_state(stream.batch_size)
-    for t, y in enumerate(outcome.outputs):
+    for t, (later, y) in enumerate(returned):
+        if not all(torch.equal(a.detach(), b) for a, b in zip(pytrees.tensors(later), pytrees.tensors(y), strict=True)):
+            yield Found("the y of a step has other values after later steps; step(x) must return tensors of its own", t)
+            return
         with torch.no_grad():
             expected, h, _ = call_cell(cell, xs[t], h, None)
         kinds = [str(pytree.tree_structure(tree)) for tree in (y, expected)]
@@ -99,8 +105,7 @@ def _output_failures(subject: Subject, stream: Stream) -> Iterator[Found]:
                 message = f"step(x) does not return the y of the cell{hint}"
                 yield Found(message, t, None, f"tensor {number} of y", *values)
                 return
-    has_loss = any(stream.loss(t, y) is not None for t, y in enumerate(outcome.outputs))
-    if has_loss and all(p.grad is None for p in outcome.cell.parameters()):
+    if driver.n_losses and all(p.grad is None for p in driver.cell.parameters()):
         yield Found(f"after losses and sync(), no parameter of the cell given to make_learner has a .grad{hint}")
 
 

@@ -78,7 +78,8 @@ class StreamDriver(Driver):
     def steps(self, first: int = 0) -> Iterator[tuple[int, Any]]:
         """Drive the learner along the stream, from step ``first`` on; yield the number and the y of each step."""
         s = self._stream
-        return self.along(s.xs, s.loss, first=first, syncs=s.syncs, resets=s.resets, offsets=s.offsets)
+        events: dict[str, Any] = {"syncs": s.syncs, "resets": s.resets, "offsets": s.offsets, "saves": s.saves}
+        return self.along(s.xs, s.loss, first=first, **events)
 
     def finish(self, first: int = 0) -> dict[str, Tensor]:
         """Drive the learner to the end of the stream, and return its gradients."""
@@ -95,9 +96,11 @@ class StreamDriver(Driver):
         return y
 
     def reset(self, samples: Tensor | None) -> None:
-        """Reset the samples, by one call each if the stream asks for it."""
+        """Reset the samples, by one call each if the stream asks for it; the mask may change afterwards like x."""
         if samples is None or self.step_index not in self._stream.split_resets:
             super().reset(samples)
+            if samples is not None and self._stream.overwritten:
+                samples.logical_not_()
             return
         for b in samples.nonzero().flatten().tolist():
             super().reset(torch.arange(len(samples), device=samples.device) == b)

@@ -183,7 +183,10 @@ def _views(subject: Subject, stream: Stream) -> _Modified:
     """x is a view that is not contiguous; if the spec allows it, x is overwritten after the losses of the step."""
     overwritten = subject.spec.copies_inputs
     treatment = "x not contiguous" + (", and overwritten after the step" if overwritten else "")
-    yield replace(stream, scattered=True, overwritten=overwritten), treatment
+    resets = stream.resets
+    if overwritten and stream.steps > 2 and subject.has("reset"):
+        resets, treatment = _one_by_one(stream)[0], f"{treatment}, like the masks of resets"
+    yield replace(stream, scattered=True, overwritten=overwritten, resets=resets), treatment
 
 
 @_modified("plain backward", learner=True)
@@ -310,6 +313,17 @@ def _influence(subject: Subject) -> Iterator[Found]:
     for stream in subject.streams():
         yield from influence_failures(subject.spec, stream)
     stream = subject.streams()[0]
-    if callable(getattr(StreamDriver(subject.spec, stream).learner, "reset", None)) and stream.steps > 2:
-        flags, _ = _one_by_one(stream)
-        yield from influence_failures(subject.spec, replace(stream, resets=flags, syncs=frozenset({1})))
+    if stream.steps < 6:
+        return
+    moved = moved_parameters(stream, 1, subject.seed)
+    yield from influence_failures(
+        subject.spec,
+        replace(
+            stream,
+            name=f"{stream.name}, with resets, a sync, a load and a change of parameters",
+            resets=_one_by_one(stream)[0] if subject.has("reset") else None,
+            saves=frozenset({stream.steps // 2 - 2} if subject.has("state_dict", "load_state_dict") else ()),
+            offsets=[moved[3 * t >= 2 * stream.steps] for t in range(stream.steps)],
+            syncs=frozenset({1}),
+        ),
+    )

@@ -21,22 +21,21 @@ def influence_failures(spec: LearnerSpec, stream: Stream) -> Iterator[Found]:
     sync; and what reading them does to the gradient."""
     stream = shortened(spec.law, stream)
     driver = StreamDriver(spec, stream)
-    learner = driver.learner
     for name in trainable(driver.cell):
-        if bool((_influence(learner, name, None) != 0).any()):
+        if bool((_influence(driver.learner, name, None) != 0).any()):
             yield Found(f"{stream.name}: before the first step, the influence of {name!r} is not zero")
             return
     for t, _ in driver.steps():
         if t + 1 not in (stream.steps // 2, stream.steps):
             continue
-        for name, expected in spec.law.reference_influence(stream.prefix(t + 1), learner).items():
-            failure = _influence_failure(_influence(learner, name, t), expected, spec.tolerance)
+        for name, expected in spec.law.reference_influence(stream.prefix(t + 1), driver.learner).items():
+            failure = _influence_failure(_influence(driver.learner, name, t), expected, spec.tolerance)
             if failure is not None:
                 message = f"{stream.name}: the influence is not that of the law on the state after {t + 1} steps"
                 sample, where, *values = failure
                 yield Found(message, t, sample, f"parameter {name}{where}", *values)
                 return
-    mismatch = compare(driver.sync_and_read(), spec.law.reference(stream, learner), spec.tolerance)
+    mismatch = compare(driver.sync_and_read(), spec.law.reference(stream, driver.learner), spec.tolerance)
     if mismatch is not None:
         message = f"{stream.name}: after influence() was called in mid-stream, the gradient is wrong"
         yield mismatch.as_found(message, stream.steps - 1)
