@@ -314,8 +314,8 @@ def test_each_parameter_may_have_a_mistake_of_its_own() -> None:
             return y
 
     (failure,) = report_of(Mixed, DENSE).failures
-    assert "of recurrent, the dynamics Jacobian were transposed" in failure.message
-    assert "of head.weight and head.bias, the whole gradient were multiplied by 2" in failure.message
+    assert "for recurrent, the dynamics Jacobian were transposed" in failure.message
+    assert "for head.weight and head.bias, the whole gradient were multiplied by 2" in failure.message
 
 
 class TransposedSibling(Wrong):

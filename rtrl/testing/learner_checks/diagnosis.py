@@ -156,7 +156,7 @@ def _by_parameter(case: _Case) -> str:
         if not words:
             return ""
         by_words.setdefault(words, []).append(name)
-    return ", and ".join(f"of {' and '.join(names)}, {words}" for words, names in by_words.items())
+    return ", and ".join(f"for {' and '.join(names)}, {words}" for words, names in by_words.items())
 
 
 def _rounding(case: _Case) -> str:
