@@ -278,6 +278,11 @@ SAVED = [
         pytest.param(lambda saved, path=path: _without(saved, *path), ".", id=f"no {'.'.join(map(str, path))}")
         for path in INSIDE
     ],
+    pytest.param(
+        lambda saved: _with(7, saved, "buffers", "history", "capacity"),
+        "the saved history holds 7 blocks, this learner's 1",
+        id="history of another window",
+    ),
     pytest.param(lambda saved: None, "this is not a saved learner", id="none"),
 ]
 

@@ -171,3 +171,21 @@ def test_what_was_saved_is_not_changed_by_losses_that_come_later(make: Make) -> 
     y.square().sum().backward()
     for one, two in zip(pytree.tree_leaves(saved), pytree.tree_leaves(kept), strict=True):
         assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_what_is_done_to_a_saved_learner_reaches_neither_the_one_saved_nor_the_one_loaded(make: Make) -> None:
+    learner, twin = after_four_steps(make), after_four_steps(make)
+    saved = learner.state_dict()
+    loaded = make(seeded(PlainRNN(2, 3), 0), 2)
+    loaded.load_state_dict(saved)
+    for leaf in pytree.tree_leaves(saved):
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+            leaf.fill_(7.0)
+    gradients = []
+    for each in (learner, loaded, twin):
+        each.sync()
+        gradients.append([p.grad for p in each.cell.parameters()])
+        assert torch.equal(each.state, twin.state)
+    for one, two, three in zip(*gradients, strict=True):
+        assert torch.equal(one, three) and torch.equal(two, three)
