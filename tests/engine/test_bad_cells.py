@@ -321,11 +321,12 @@ def test_a_first_sample_that_depends_on_a_later_one_in_derivative_alone_is_found
         learner.sync()
 
 
-def test_a_state_that_is_another_by_a_hundred_thousandth_is_refused():
+@pytest.mark.parametrize("difference", [1e-5, NAN], ids=["a hundred-thousandth", "NaN"])
+def test_a_state_that_is_another_in_a_larger_batch_is_refused(difference):
     class Drifting(Plain):
         def forward(self, x, h):
             y, h = super().forward(x, h)
-            return y, h + (1e-5 if len(x) > B else 0.0)
+            return y, h + (difference if len(x) > B else 0.0)
 
     learner = rtrl.BlockRTRL(Drifting(), B, block=2)
     for x in stream()[:2]:

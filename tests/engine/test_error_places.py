@@ -151,6 +151,57 @@ def test_an_influence_that_overflows_in_the_second_linear_map_is_refused() -> No
         learner.sync()
 
 
+class OwnRows(nn.Module):
+    """Each sample writes the row of two that x says; the other row of the second sample depends on a parameter
+    that does not move it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.zero = nn.Linear(2, 2, dtype=F64), nn.Parameter(torch.zeros(2, dtype=F64))
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return torch.ones(batch_size, 2, 2, dtype=F64)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, rtrl.Sparsity]:
+        writes = (x[:, :1] > 0).long()
+        new = torch.tanh(self.enter(x) + h.sum(1)).unsqueeze(1)
+        moved = h + (self.zero - self.zero.detach()) * (x[:, :1, None] > 0)
+        h = moved.scatter(1, writes[:, :, None].expand(-1, 1, 2), new)
+        return h.sum(1), h, rtrl.Sparsity(None, writes)
+
+
+def test_each_sample_is_held_to_the_rows_that_it_declares_itself() -> None:
+    learner = rtrl.BlockRTRL(OwnRows(), 2, block=2)
+    for _ in range(2):
+        learner.step(torch.tensor([[-1.0, 0.5], [1.0, 0.5]], dtype=F64))
+    with pytest.raises(SparsityError, match="step 0: row 0 of the state of sample 1 is not declared as written"):
+        learner.sync()
+
+
+class ManyTerms(nn.Module):
+    """Adds terms whose influence is 1e307 each: some tokens in a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.zeros(1, 1, dtype=F64))
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return torch.zeros(batch_size, 1, dtype=F64)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = h + 1e200 * nn.functional.linear(1e107 * x.unsqueeze(2), self.b).sum(1)
+        return h, h
+
+
+@pytest.mark.parametrize(("steps", "tokens"), [(18, 1), (1, 18)])
+def test_a_sum_of_many_terms_that_overflows_is_refused(steps: int, tokens: int) -> None:
+    learner = rtrl.BlockRTRL(ManyTerms(), 1, block=steps)
+    for _ in range(steps):
+        learner.step(torch.ones(1, tokens, dtype=F64))
+    with pytest.raises(NonFiniteError, match="influence of parameter 'b'"):
+        learner.sync()
+
+
 class Undecided(nn.Module):
     """Writes the first row of a single sample and the last row of those of a larger batch; once stubborn, it
     ignores the replay."""

@@ -59,6 +59,17 @@ def test_a_stream_is_taken_up_again_bit_for_bit() -> None:
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("slack", [1, 3])
+def test_chance_is_the_best_answer_to_the_last_symbol(slack: int) -> None:
+    task = AnBn(slack=slack)
+    # A string without b, of one of two signs and in half of the strings, is rejected with certainty.
+    ends_in_a = [sum(least >= n for least in range(1, slack + 1)) / slack / 4 for n in task.train_n]
+    assert task.chance == pytest.approx(0.5 + sum(ends_in_a) / len(ends_in_a))
+    known = [text for episode in episodes(task.stream(32, seed=4), 40) for text in strings(episode)]
+    measured = sum((answer == 1) == text.endswith("b") for text, answer in known) / len(known)
+    assert measured == pytest.approx(task.chance, abs=0.04)
+
+
 def test_seeds_and_parts_differ() -> None:
     task = AnBn()
 

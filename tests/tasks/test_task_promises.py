@@ -165,6 +165,22 @@ def test_the_best_answer_from_x_alone_is_at_chance_in_adding() -> None:
     assert float((1 - target).square().mean()) == pytest.approx(task.chance, rel=0.05)
 
 
+def test_each_half_of_adding_has_one_mark_and_the_last_step_none() -> None:
+    marks = torch.stack([m.x[:, 1] for m in take(tasks.make("adding", length=5).stream(32), 5 * 10)]).unflatten(
+        0, (10, 5)
+    )
+    assert bool((marks[:, :2].sum(dim=1) == 1).all()) and bool((marks[:, 2:].sum(dim=1) == 1).all())
+    assert not bool(marks[:, -1].any()) and bool(marks.any(dim=(0, 2))[:4].all())
+
+
+def test_the_cue_of_copy_stands_at_the_first_step_of_the_answer() -> None:
+    moments = take(tasks.make("copy", values=3, length=2, delay=2).stream(4), 12)
+    for t, moment in enumerate(moments):
+        assert moment.x[:, 3].tolist() == [float(t % 6 == 4)] * 4
+        assert moment.x[:, :3].sum(dim=1).tolist() == [float(t % 6 < 2)] * 4
+        assert moment.has_target.tolist() == [t % 6 >= 4] * 4
+
+
 def test_tables_of_a_text_are_the_levels_of_bytes(text: Path) -> None:
     task = tasks.make("bytes", path=text)
     part = TEXT[: len(TEXT) * 9 // 10]

@@ -275,6 +275,8 @@ def test_when_a_curve_says_solved() -> None:
     task, better = tasks.make("copy"), tasks.make("adding")
     curve = Curve([Row(1, 1.0, None, 0), Row(2, 1.0, 0.5, 0), Row(3, 1.0, 0.995, 0), Row(4, 0.1, 0.005, 0)])
     assert curve.first_solved(task) == 3 and curve.first_solved(better) == 4
+    level = [Curve([Row(1, 1.0, each.solved, 0)]).first_solved(each) for each in (task, better)]
+    assert level == [1, 1], "the level itself counts"
     assert Curve().first_solved(task) is None and len(curve) == 4 and curve.last.step == 4
 
 
