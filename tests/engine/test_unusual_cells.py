@@ -304,6 +304,12 @@ LEGAL: dict[str, tuple[Callable[[], Cell], Callable[[int], Any]]] = {
     "old-style function of a linear": (lambda: Cell(tanh_of(lambda c, h: OldSquare.apply(c.recur(h)))), floats),
     "checkpointed": (lambda: Cell(_checkpointed), floats),
     "attention without weights": (lambda: _attending(False), floats),
+    "x of two dtypes": (
+        lambda: Cell(
+            lambda c, x, h: torch.tanh(c.enter(x.double() * (2 if x.is_floating_point() else -1)) + c.recur(h))
+        ),
+        lambda size: floats(size) if random.random() < 0.5 else (3 * floats(size)).round().long(),
+    ),
     "one bias for all": (lambda: Cell(tanh_of(lambda c, h: F.linear(h, c.u, c.b)), u=theta(4, 4), b=theta(1)), floats),
     "a vector as weight": (lambda: Cell(tanh_of(lambda c, h: F.linear(h, c.u)[:, None]), u=theta(4)), floats),
 }
