@@ -301,3 +301,19 @@ def test_a_copy_audits_itself_and_its_own_parameters() -> None:
     along(other, 6, 11)
     other.sync()
     assert learner.audits.count == 2 and other.audits.count == 6 and other.cell.mix.grad is not None
+
+
+def test_a_learner_that_a_failure_left_half_changed_is_neither_saved_nor_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    learner = rtrl.BlockRTRL(Rows(), 2, block=2)
+    along(learner, 0, 4)
+    with monkeypatch.context() as broken:
+        broken.setattr(type(learner), "_apply", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            learner.sync()
+    for do in (learner.state_dict, lambda: copy.deepcopy(learner), lambda: learner.to("cpu")):
+        with pytest.raises(rtrl.errors.RTRLError, match="left half changed"):
+            do()
+    learner.reset(discard=True)
+    copy.deepcopy(learner)
