@@ -22,11 +22,14 @@ from rtrl._engine.autograd import AutogradLinearization
 from rtrl._engine.block import _accumulate_losses, close_block
 from rtrl._engine.checks import check_copied, check_finite
 from rtrl._engine.contract import check_declared_columns, check_unwritten_rows
+from rtrl._engine.first_influence import first_influence, replace_samples
 from rtrl._engine.immediate import InfluenceWriter, _batches, _used_slices, active, immediate_terms
+from rtrl._engine.input_gradient import input_gradients
 from rtrl._engine.linearization import UnitwiseOutputJacobian
 from rtrl._engine.linearizer import Linearizer
 from rtrl._engine.losses import add_loss, check_loss, loss_cotangents
 from rtrl._engine.mixing import _separating_subsets, taps_mixing_samples
+from rtrl._engine.optimizer_watch import OptimizerWatch
 from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._engine.recorded import join_steps
 from rtrl._engine.reverse_sweep import (
@@ -243,6 +246,13 @@ def counts_calls(cell: RecurrentMoE, y: Tensor, h_next: Tensor) -> tuple[Tensor,
 
 def adds_a_bias_put_aside(cell: RecurrentMoE, y: Tensor, h_next: Tensor) -> tuple[Tensor, Tensor]:
     return y + cell.__dict__.setdefault("_aside", cell.head.bias), h_next
+
+
+def of_new_learners_alone(first_influence: Function) -> Function:
+    def wrong_influence(first: Tensor, parameters: Any, samples: Tensor | None = None) -> Any:
+        return first_influence(first, parameters) if samples is None else {}
+
+    return wrong_influence
 
 
 # ---------------------------------------------------------------------- the bugs
@@ -1006,5 +1016,53 @@ if GRADIENT is not None:
         "a loss counts only if every output has one",
         (swap(ReplayedStep.has_pending_loss, "any(...)", "all(...)"),),
         "losses_of_the_second_output",
+    ),
+    Bug(
+        98,
+        "a learned first state is a constant after a reset",
+        (wrong(first_influence, of_new_learners_alone),),
+        "learned_first_states",
+    ),
+    Bug(
+        99,
+        "samples that restart take the place of those that did before",
+        (wrong(replace_samples, lambda replace: lambda held, new, samples: dict(new)),),
+        "learned_first_states",
+    ),
+    Bug(
+        100,
+        "an optimizer that leaves versions as they are is not heard of",
+        (wrong(OptimizerWatch.step, idle),),
+        "fused_updates",
+    ),
+    Bug(
+        101,
+        "an update of before the block counts as one inside it",
+        (swap(ParameterGuard.begin, "self.optimizers.updated.clear()", "pass"),),
+        "fused_updates",
+    ),
+    Bug(
+        102,
+        "deliveries that were erased are not counted",
+        (swap(OptimizerWatch.step, "self.lost += 1", "pass"),),
+        "gradients_that_no_optimizer_finds",
+    ),
+    Bug(
+        103,
+        "parameters that are frozen or unfrozen change nothing",
+        (wrong(Learner._adopt, idle),),
+        "frozen_parameters",
+    ),
+    Bug(
+        104,
+        "the gradient at x goes through no state",
+        (swap(input_gradients, "call_cell(CELL, XS, STATE, REPLAY)", "call_cell(CELL, XS, STATE.detach(), REPLAY)"),),
+        "gradients_at_inputs",
+    ),
+    Bug(
+        105,
+        "a copy is not given the losses of the open block",
+        (swap(step_to_plain, "None if LEAF.grad is None else LEAF.grad.clone()", "None"),),
+        "copies",
     ),
 ]

@@ -15,6 +15,7 @@ from helpers.sliced_cells import MatmulSlices, WeightAndBias, turns
 from helpers.strategies import normal
 from helpers.tolerances import assert_gradients_equal, assert_influences_equal
 from helpers.toy_cells import PlainRNN, seeded
+from lifecycle_checks import LIFECYCLE_CHECKS
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -374,4 +375,5 @@ CHECKS: dict[str, Check] = {
             tiny_losses,
         )
     },
+    **LIFECYCLE_CHECKS,
 }

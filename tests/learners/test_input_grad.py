@@ -38,8 +38,10 @@ def test_an_x_that_requires_grad_is_refused_with_the_remedy_and_changes_nothing(
     with torch.no_grad():
         learner.step(encoder(xs[2]))
         learner.step(xs[3].clone().requires_grad_())  # no gradient is expected here
+    leaf = xs[3].clone().requires_grad_()
     with torch.inference_mode():
         learner.step(encoder(xs[3]))
+        learner.step(leaf)
     with pytest.raises(ConfigError, match="input_grad must be one of None, 'block'"):
         rtrl.BlockRTRL(learner.cell, 2, input_grad="all")  # type: ignore[arg-type]
 
@@ -111,27 +113,29 @@ def test_the_gradient_at_x_is_that_of_plain_autograd_inside_each_block() -> None
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])  # the cell's own are untouched
 
 
-def test_a_block_that_cannot_close_gives_x_nothing() -> None:
-    cell = seeded(PlainRNN(2, 3), 0)
-    encoder = nn.Linear(2, 2, dtype=F64)
-    for prior in (False, True):
-        learner, leaf = learner_of(cell), torch.ones(2, 2, dtype=F64, requires_grad=True)
-        if prior:
-            leaf.grad = torch.ones_like(leaf)
-            encoder.weight.grad = torch.full((2, 2), 2.0, dtype=F64)
-        learner.backward(learner.step(leaf).sum())
-        learner.backward(learner.step(encoder(leaf.detach())).sum())
-        before = [p.grad if p.grad is None else p.grad.clone() for p in (leaf, encoder.weight)]
-        with torch.no_grad():
-            encoder.weight += 1  # the encoder's own graph does not mind: it does not need its weight
-            inward = next(cell.parameters())
-            inward.data = inward.data + 1
-            with pytest.raises(rtrl.errors.ParameterChangedError):
-                learner.sync()
-            inward.data = inward.data - 1
-        for old, now in zip(before, (leaf.grad, encoder.weight.grad), strict=True):
-            assert (old is None) == (now is None) and (old is None or torch.equal(old, now))
-        learner.reset(discard=True)
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("unseen", [False, True], ids=["", "unseen"])
+def test_a_block_that_cannot_close_gives_x_nothing(prior: bool, unseen: bool) -> None:
+    """A changed parameter is seen at once, or, changed behind PyTorch's back, when x has got its gradient already."""
+    cell, encoder = seeded(PlainRNN(2, 3), 0), nn.Linear(2, 2, dtype=F64)
+    learner, leaf = learner_of(cell), torch.ones(2, 2, dtype=F64, requires_grad=True)
+    if prior:
+        leaf.grad, encoder.weight.grad = torch.ones_like(leaf), torch.full((2, 2), 2.0, dtype=F64)
+    for x in (leaf, encoder(leaf.detach())):
+        learner.backward(learner.step(x).sum())
+    before = [p.grad if p.grad is None else p.grad.clone() for p in (leaf, encoder.weight)]
+    changed = next(cell.parameters())
+    if unseen:
+        changed.data.add_(1)
+    else:
+        changed.data = changed.data + 1
+    with pytest.raises(rtrl.errors.CellError if unseen else rtrl.errors.ParameterChangedError):
+        learner.sync()
+    for old, now in zip(before, (leaf.grad, encoder.weight.grad), strict=True):
+        assert (old is None) == (now is None) and (old is None or now is None or torch.equal(old, now))
+    changed.data = changed.data - 1
+    learner.reset(discard=True)
+    learner.step(leaf)
 
 
 def test_a_failure_behind_x_is_named_and_leaves_every_gradient_as_it_was() -> None:

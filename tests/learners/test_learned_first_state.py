@@ -159,12 +159,14 @@ def test_the_influence_begins_as_the_derivative_of_the_first_state(make: Make) -
     learner.step(torch.ones(2, 2, dtype=F64))
     before = learner.influence("a")
     learner.reset(FIRST)
+    learner.reset(FIRST)  # twice, without a step or a look in between
     assert torch.equal(learner.influence("a")[1], before[1])
     assert_influences_equal({"a": learner.influence("a")[:1]}, {"a": expected["a"][:1]})
     learner.reset(FIRST)  # again, before any step
     learner.reset(~FIRST, state=torch.zeros(2, 3, dtype=F64))  # a constant
     assert_influences_equal({"a": learner.influence("a")[:1]}, {"a": expected["a"][:1]})
     assert not bool(learner.influence("a")[1].any())
+    learner.reset()
     learner.reset(state=torch.zeros(2, 3, dtype=F64))
     assert not bool(learner.influence("a").any())
 
@@ -200,6 +202,12 @@ def test_slices_that_only_the_first_state_has_used(make: Make) -> None:
     found = run(make(cell, 2), xs, resets, {})  # type: ignore[arg-type]
     assert_gradients_equal(found, dict(zip(["table", "mix"], exact, strict=True)))
     assert bool(found["table"][1].any())
+
+
+def test_slices_that_no_first_state_has_used_take_no_memory() -> None:
+    learner = rtrl.BlockRTRL(Routed(), 2, block=2)
+    learner.step(torch.tensor([0.0, 2.0], dtype=F64))
+    assert learner.last_updates("table").tolist() == [[0, 0, -1], [0, 0, -1]]
 
 
 @pytest.mark.parametrize("make", [*BASELINES, pytest.param(EXACT["block-3"], id="block")])
@@ -264,6 +272,16 @@ def test_the_mean_of_uoro_begins_as_the_derivative_of_the_first_state() -> None:
     for seed in seeds.values():
         total += UORO(cell, 2, generator=torch.Generator().manual_seed(seed)).influence("a")
     assert_influences_equal({"a": total / 64}, {"a": first_jacobian(cell, "a")})
+
+
+def test_uoro_leaves_the_estimates_of_samples_that_go_on() -> None:
+    learner = UORO(Learned(), 2, generator=torch.Generator().manual_seed(0))
+    for x in normal(3, 3, 2, 2):
+        learner.step(x)
+    before = learner.influence("a")
+    learner.reset(FIRST)
+    assert torch.equal(learner.influence("a")[1], before[1])
+    assert torch.linalg.matrix_rank(learner.influence("a")[0]) == 1
 
 
 def test_layers_and_modules_with_a_learned_first_state() -> None:

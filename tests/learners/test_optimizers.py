@@ -123,17 +123,23 @@ def test_loops_that_learn_or_have_no_optimizer_are_left_alone(order: str) -> Non
 
 
 def test_an_optimizer_of_other_parameters_and_one_that_erases_gradients_itself_are_left_alone() -> None:
-    class Erasing(torch.optim.SGD):
-        def step(self, closure: Any = None) -> Any:
-            out = super().step(closure)
+    class Erasing(torch.optim.Optimizer):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, {})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for p in self.param_groups[0]["params"]:
+                if p.grad is not None:
+                    p -= 0.1 * p.grad
             self.zero_grad()
-            return out
 
     cell, other = seeded(PlainRNN(2, 3), 0), seeded(PlainRNN(2, 3), 1)
     learner = rtrl.BlockRTRL(cell, 2)
-    erasing, foreign = Erasing(cell.parameters(), lr=0.1), torch.optim.SGD(other.parameters(), lr=0.1)
+    erasing, foreign = Erasing(cell.parameters()), torch.optim.SGD(other.parameters(), lr=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        erasing.step()  # finds nothing yet
         for t in range(9):
             foreign.step()
             learner.backward((learner.step(X) - 0.1 * t).square().sum())
