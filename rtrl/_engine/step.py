@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from rtrl._engine import checks
 from rtrl._engine.contract import check_purity
 from rtrl._engine.recorded import RecordedStep
-from rtrl._engine.surroundings import check_surroundings
+from rtrl._engine.surroundings import any_autocast, check_surroundings
 from rtrl._utils import pytrees
 from rtrl.cells.protocol import Sparsity, call_cell, check_input, check_sparsity, own_copy, same_choices
 from rtrl.errors import CellError, ConfigError, RTRLError, ShapeError, SparsityError
@@ -55,7 +56,8 @@ def take(
     Cost: one forward pass; elsewhere than on a CPU, one transfer for x and one for y and the next state, and two more
         where there is sparsity.
     """
-    check_surroundings()
+    if any_autocast() or parametrize._cache_enabled:  # tested here, because a call costs several times as much
+        check_surroundings()
     grad = torch.is_grad_enabled()
     torch._C._set_grad_enabled(False)  # a torch.no_grad() block costs several times as much
     try:

@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from rtrl._engine.parameter_hooks import hooks_suspended
 from rtrl.errors import CellError, ConfigError
 
-_any_autocast = torch._C._is_any_autocast_enabled
+any_autocast = torch._C._is_any_autocast_enabled
 
 
 def check_surroundings() -> None:
@@ -24,7 +24,7 @@ def check_surroundings() -> None:
     Raises:
         ConfigError: one of them is in force.
     """
-    if _any_autocast():
+    if any_autocast():
         raise ConfigError(
             "a learner does not work under torch.autocast, because its gradients would be those of other roundings; "
             "leave the context for it, and convert the cell as a whole, for example by cell.bfloat16(), if it is to "
@@ -37,16 +37,24 @@ def check_surroundings() -> None:
         )
 
 
-@contextmanager
-def linearizing(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Run what is inside without hooks on these parameters, and what ``torch.compile`` compiled as it was written.
+def linearizing(parameters: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """A context without hooks on these parameters, in which what ``torch.compile`` compiled runs as it was written.
 
     Raises:
         ConfigError: see ``check_surroundings``.
     """
     check_surroundings()
+    hooked = [parameter for parameter in parameters if parameter._backward_hooks]
     compiled = "torch._dynamo" in sys.modules  # else nothing can have been compiled
-    with hooks_suspended(parameters), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+    return _linearizing(hooked, compiled) if hooked or compiled else _NOTHING
+
+
+_NOTHING = nullcontext()
+
+
+@contextmanager
+def _linearizing(hooked: list[Tensor], compiled: bool) -> Iterator[None]:
+    with hooks_suspended(hooked), torch.compiler.set_stance("force_eager") if compiled else _NOTHING:
         yield
 
 
@@ -60,7 +68,7 @@ class RefuseUnsupported(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _any_autocast():
+        if any_autocast():
             raise CellError(
                 "the cell uses torch.autocast, and run again in other batches it would round differently; remove it, "
                 "and convert the cell as a whole, for example by cell.bfloat16()"

@@ -16,14 +16,15 @@ def original(cell: nn.Module) -> nn.Module:
 
 def runs_as_written(module: nn.Module) -> bool:
     """Whether calling a module does what its class says: it has no hooks, and no ``forward`` of its own."""
+    own = module.__dict__  # faster than attributes
     return not (
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
         or _global_forward_pre_hooks
         or _global_forward_hooks
-        or "forward" in module.__dict__
+        or "forward" in own
     )
 
 

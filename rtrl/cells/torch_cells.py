@@ -43,7 +43,8 @@ class TorchCell(nn.Module):
         mode = mode_of(cell)
         before = h.unbind(dim=1) if mode == "LSTM" else (h,)
         after = step(mode, x, before, weights_of(cell)) if runs_as_written(cell) else _called(cell, x, before)
-        y = after[0] if _unseen_identity(readout) else readout(after[0])
+        unseen = type(readout) is nn.Identity and runs_as_written(readout)  # a call would only cost time
+        y = after[0] if unseen else readout(after[0])
         return y, torch.stack(after, dim=1) if mode == "LSTM" else after[0]
 
     def analytic_step(self, x: Tensor, h: Tensor) -> AnalyticStep | None:
@@ -117,11 +118,6 @@ def _called_in_layers(module: Any, x: Tensor, states: list[tuple[Tensor, ...]]) 
     out, after = module(x.unsqueeze(time), stacked[0] if len(stacked) == 1 else stacked)
     parts = (after,) if len(stacked) == 1 else after
     return out.squeeze(time), tuple(_state(layer) for layer in zip(*parts, strict=True))
-
-
-def _unseen_identity(module: nn.Module) -> bool:
-    """Whether a module is an identity whose call would only cost time."""
-    return type(module) is nn.Identity and runs_as_written(module)
 
 
 def _widths(module: Any) -> tuple[int, ...]:

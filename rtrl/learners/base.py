@@ -189,8 +189,7 @@ class Learner(ABC):
         """
         self._guard.optimizers.idle = 0
         self._close()
-        with linearizing(self._parameters.values()):
-            self._flush(dormant)
+        self._flush(dormant)
         for name, gradient in self._pending_grads.items():
             if not checks.finite(gradient):
                 raise NonFiniteError(

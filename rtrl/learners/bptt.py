@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rtrl._engine.surroundings import linearizing
 from rtrl._utils import validation
 from rtrl.learners.replayed_step import ReplayedStep, ReplayingLearner
 
@@ -78,7 +79,8 @@ class _Unrolled(ReplayingLearner):
     """A learner that keeps steps and runs them backward together."""
 
     def _flush(self, dormant: bool) -> None:
-        self._accumulate(unrolled_gradient(self._kept_steps))
+        with linearizing(self._parameters.values()):
+            self._accumulate(unrolled_gradient(self._kept_steps))
         for step in self._kept_steps:
             step.drop_adjoints()
 
