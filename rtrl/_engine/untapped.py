@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rtrl._utils import index_sets, pytrees
 from rtrl._utils.formatting import first_line
-from rtrl._utils.functional_call import NotSubstitutedError, check_substituted, functional_call
+from rtrl._utils.functional_call import check_substituted, functional_call
 from rtrl.cells.protocol import Sparsity, call_cell
 from rtrl.errors import PerformanceWarning, RTRLError
 
@@ -73,19 +73,22 @@ def weighted_jacobians(
         jacobians: dict[str, Tensor] = torch.func.vmap(lambda cotangent: vjp(cotangent)[0])(cotangents)
         return jacobians
 
-    try:
-        if by_sample:
-            raise NotSubstitutedError("it takes a gradient inside its forward")
-        with torch.enable_grad(), _ignoring_slow_batching():
-            if size == 1:
-                lone = of_one_sample(cotangents[0], *(t[0] for t in tensors))
-                return {name: value.unsqueeze(0) for name, value in lone.items()}
-            jacobians: dict[str, Tensor] = torch.func.vmap(of_one_sample)(cotangents, *tensors)
-            return jacobians
-    except RTRLError:
-        raise
-    except Exception as error:  # of any kind: the cell was not written for torch.func
-        _warn_slow(f"the cell does not run under torch.func; {untapped} are linearised sample by sample", error)
+    what = f"{untapped} are linearised sample by sample"
+    if by_sample:
+        if size > 1:
+            _warn_slow(f"the cell takes a gradient in its forward; {what}")
+    else:
+        try:
+            with torch.enable_grad(), _ignoring_slow_batching():
+                if size == 1:
+                    lone = of_one_sample(cotangents[0], *(t[0] for t in tensors))
+                    return {name: value.unsqueeze(0) for name, value in lone.items()}
+                jacobians: dict[str, Tensor] = torch.func.vmap(of_one_sample)(cotangents, *tensors)
+                return jacobians
+        except RTRLError:
+            raise
+        except Exception as error:  # of any kind: the cell was not written for torch.func
+            _warn_slow(f"the cell does not run under torch.func; {what}", error)
     rows: list[list[Tensor]] = []
     for b in range(size):
         with torch.enable_grad():
@@ -138,5 +141,5 @@ def _ignoring_slow_batching() -> Iterator[None]:
         yield
 
 
-def _warn_slow(what: str, error: Exception) -> None:
-    warnings.warn(f"{what} ({first_line(error)})", PerformanceWarning, stacklevel=3)
+def _warn_slow(what: str, error: Exception | None = None) -> None:
+    warnings.warn(what if error is None else f"{what} ({first_line(error)})", PerformanceWarning, stacklevel=3)

@@ -63,8 +63,8 @@ def grads(cell: nn.Module) -> dict[str, Tensor]:
 def test_it_is_exact(name):
     torch.manual_seed(0)
     cell = EXACT[name]()
-    learner = rtrl.BlockRTRL(cell, B, block=BLOCK)
-    for seed, steps in ((1, STEPS), (2, BLOCK + 1)):
+    for seed, steps, audit in ((1, STEPS, "off"), (2, BLOCK + 1, "first")):
+        learner = rtrl.BlockRTRL(cell, B, block=BLOCK, audit=audit)
         xs = stream(seed, steps)
         run(learner, xs)
         gradient, influence = unrolled(cell, xs)
@@ -79,9 +79,11 @@ def test_it_is_exact(name):
             for p in cell.parameters():
                 p.mul_(0.8)
         cell.zero_grad()
-        learner.reset()
+    assert learner.audits.count == 2
+    assert learner.audits.fallback is None  # exact at once, not in a slower way
 
 
+@pytest.mark.filterwarnings("ignore::rtrl.errors.PerformanceWarning")
 @pytest.mark.parametrize("name", REFUSED)
 def test_it_is_refused_and_changes_nothing(name):
     torch.manual_seed(0)
@@ -93,7 +95,7 @@ def test_it_is_refused_and_changes_nothing(name):
     learners: list[Learner] = []
 
     def use() -> None:
-        learners.append(rtrl.BlockRTRL(cell, B, block=BLOCK, state=state))
+        learners.append(rtrl.BlockRTRL(cell, B, block=BLOCK, state=state, audit="first"))
         for t, x in enumerate(stream(1, STEPS)):
             before.append(learners[0].state)
             learners[0].backward(loss_of(t, learners[0].step(x)))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import rtrl
-from rtrl.errors import CellError, ConfigError, RTRLError
+from rtrl.errors import AuditError, CellError, ConfigError, RTRLError
 
 D_IN, H, F64 = 3, 4, torch.float64
 Step = Callable[[Any, Tensor, Tensor], Tensor]
@@ -297,7 +297,7 @@ class Clamped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Return the clamped gradient."""
-        return grad.clamp(-1, 1)
+        return grad.clamp(-0.01, 0.01)
 
 
 def scripted(thing: Any) -> Any:
@@ -471,6 +471,8 @@ REFUSED = {
     ),
     "a function that counts": Case(of(_counted), CellError, "calls embedding with scale_grad_by_freq=True"),
     "autocast inside": Case(of(_lower_precision), CellError, "uses torch.autocast"),
+    "a clamped gradient": Case(of(lambda c, x, h: Clamped.apply(c.p * h) + c.enter(x)), AuditError, "is not linear"),
+    "a gradient clamped by a hook": Case(of(_clamps_by_hook), AuditError, "is not linear"),
     "fast weights of all samples": Case(of(_fast_weights), CellError, "mixes samples"),
     "a backward pass into its parameters": Case(of(_backward_into_parameters), CellError, r"changes the \.grad"),
     "spectral norm in training": Case(
