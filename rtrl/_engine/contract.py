@@ -14,6 +14,7 @@ from rtrl._engine import checks
 from rtrl._engine.recorded import StepBatch
 from rtrl._engine.surroundings import RefuseUnsupported
 from rtrl._utils import index_sets, pytrees
+from rtrl._utils.functional_call import attributes, attributes_kept
 from rtrl.cells.protocol import OTHER_CHOICES, Sparsity, call_cell, same_choices
 from rtrl.cells.supported import original
 from rtrl.errors import CellError, NonFiniteError, SparsityError
@@ -60,8 +61,12 @@ def check_purity(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) ->
     versions = {what: [t._version for t in tensors] for what, tensors in watched.items()}
     grads = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in cell.parameters()]
     try:
-        with RefuseUnsupported(), _NoRandomness():  # type: ignore[no-untyped-call]
+        with attributes_kept(cell, registered=False), RefuseUnsupported(), _NoRandomness():  # type: ignore[no-untyped-call]
+            before = attributes(cell)
             call_cell(cell, x, h, replay)
+            keeps = any(before.get(name) is not value for name, value in attributes(cell).items())
+        if keeps:
+            _check_keeps_no_result(cell, x, h, replay)
         for what, tensors in watched.items():
             if [t._version for t in tensors] != versions[what]:
                 raise CellError(
@@ -91,6 +96,22 @@ def check_purity(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) ->
             cell.get_submodule(owner)._buffers[leaf] = buffer
         torch.set_rng_state(rng_state)
         raise
+
+
+def _check_keeps_no_result(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) -> None:
+    """Refuse a cell that computes a tensor from its parameters once, and keeps it for later calls: it has no graph, and
+    does not follow the parameters."""
+    with attributes_kept(cell), torch.enable_grad():
+        before = attributes(cell)
+        call_cell(cell, x, h, replay)
+        first = attributes(cell)
+        call_cell(cell, x, h, replay)
+        for name, value in attributes(cell).items():
+            if value is first.get(name) and value is not before.get(name) and value.requires_grad:
+                raise CellError(
+                    f"the cell computes {name!r} from its parameters and keeps it for later calls, without its graph; "
+                    "compute it in every call"
+                )
 
 
 def _same_grad(parameter: Tensor, grad: Tensor | None, values: Tensor | None) -> bool:

@@ -80,7 +80,9 @@ class Linearizer:
                 )
                 for (kind, _), times in groups.items()
             ]
-        except CheckpointError as error:
+        except (CheckpointError, RuntimeError) as error:
+            if "torch.utils.checkpoint" not in f"{type(error).__module__} {error}":
+                raise
             raise CellError(
                 "the cell checkpoints activations (torch.utils.checkpoint) around a parameter, and what it computes"
                 " again there cannot be distinguished; remove the checkpoint: no graph outlives a block anyway"

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -73,8 +74,11 @@ class TapRecorder(TorchFunctionMode):
         rule = _RULES.get(func)
         if rule is None:
             self.inner_gradient |= func in _GRADIENTS
-        # Inside torch.func, dimension 0 need not run over the samples, and nothing may be kept.
-        elif torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        # Inside torch.func, dimension 0 need not run over the samples, and nothing may be kept; in forward mode, the
+        # tangent of an output depends on the parameter, too.
+        elif torch.is_grad_enabled() and not (
+            torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        ):
             out = rule(self, *args, **kwargs)
             if out is not NotImplemented:
                 return out

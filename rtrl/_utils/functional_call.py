@@ -52,7 +52,7 @@ def functional_call(module: nn.Module, values: Mapping[str, Tensor], args: Any, 
     """
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     new = {id(tensors[name]): value for name, value in values.items() if name in tensors}
-    with _attributes_kept(module), Substitution(new):
+    with attributes_kept(module), Substitution(new):
         return module(*args, **(kwargs or {}))
 
 
@@ -73,19 +73,32 @@ def check_substituted(result: Tensor) -> None:
 
 
 @contextmanager
-def _attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Put back every tensor that a module or its parts hold as an attribute, parameter or buffer."""
-    tables: list[dict[str, Any]] = []
-    for part in module.modules():
-        tables += (part.__dict__, part._parameters, part._buffers)
-    before = [{name: value for name, value in table.items() if isinstance(value, Tensor)} for table in tables]
+def attributes_kept(module: nn.Module, *, registered: bool = True) -> Iterator[None]:
+    """Put back every attribute of a module or its parts in whose place a tensor has come or gone.
+
+    Args:
+        module: the module.
+        registered: its parameters and buffers, too.
+    """
+    tables = [table for part in module.modules() for table in (part.__dict__, part._parameters, part._buffers)]
+    before = [(table, dict(table)) for table in (tables if registered else tables[::3])]
     try:
         yield
     finally:
-        for table, kept in zip(tables, before, strict=True):
-            now = {name: value for name, value in table.items() if isinstance(value, Tensor)}
-            for name in now.keys() - kept.keys():
+        for table, kept in before:
+            for name in [name for name, value in table.items() if isinstance(value, Tensor) and name not in kept]:
                 del table[name]
             for name, value in kept.items():
-                if now.get(name) is not value:
+                now = table.get(name)
+                if now is not value and (isinstance(now, Tensor) or isinstance(value, Tensor)):
                     table[name] = value
+
+
+def attributes(module: nn.Module) -> dict[str, Tensor]:
+    """Every tensor that a module or its parts hold as a plain attribute, by its full name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: value
+        for prefix, part in module.named_modules()
+        for name, value in part.__dict__.items()
+        if isinstance(value, Tensor)
+    }

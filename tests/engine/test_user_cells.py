@@ -58,7 +58,11 @@ def grads(cell: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore::rtrl.errors.PerformanceWarning")
-@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True", "ignore:Full backward hook is firing")
+@pytest.mark.filterwarnings(
+    "ignore:Using backward.. with create_graph=True",
+    "ignore:Full backward hook is firing",
+    "ignore:.torch.jit.script. is deprecated:DeprecationWarning",  # forward mode scripts its formulas
+)
 @pytest.mark.parametrize("name", EXACT)
 def test_it_is_exact(name):
     torch.manual_seed(0)
@@ -83,7 +87,7 @@ def test_it_is_exact(name):
     assert learner.audits.fallback is None  # exact at once, not in a slower way
 
 
-@pytest.mark.filterwarnings("ignore::rtrl.errors.PerformanceWarning")
+@pytest.mark.filterwarnings("ignore::rtrl.errors.PerformanceWarning", "ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("name", REFUSED)
 def test_it_is_refused_and_changes_nothing(name):
     torch.manual_seed(0)

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint
 
 import rtrl
 from rtrl.errors import AuditError, CellError, ConfigError, RTRLError
@@ -113,6 +115,16 @@ def _forward_of_its_own(c: Any) -> None:
     c.recur.forward = lambda value: plain(value) * c.p
 
 
+def _view(c: Any) -> None:
+    c.transposed = c.q.t()
+
+
+def _cached(c: Any, x: Tensor, h: Tensor) -> Tensor:
+    if not hasattr(c, "cache"):
+        c.cache = c.q.exp()
+    return torch.tanh(c.enter(x) + h @ c.cache)
+
+
 # ---------------------------------------------------------------------- gradients inside a forward
 
 
@@ -174,6 +186,11 @@ def _by_hvp(c: Any, x: Tensor, h: Tensor) -> Tensor:
 def _by_functional_call(c: Any, x: Tensor, h: Tensor) -> Tensor:
     weights = {"weight": c.recur.weight * c.p, "bias": c.recur.bias}
     return torch.tanh(c.enter(x) + torch.func.functional_call(c.recur, weights, (h,)))
+
+
+def _tangent(c: Any, h: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(torch.tanh(c.recur(forward_ad.make_dual(h, h * h)))).tangent
 
 
 def _fast_weights(c: Any, x: Tensor, h: Tensor) -> Tensor:
@@ -407,6 +424,7 @@ HELD = {
 EXACT: dict[str, Callable[[], nn.Module]] = {
     **HELD,
     "a property": lambda: Computed(tanh_of(lambda c, h: h @ c.weight)),
+    "a view made at the beginning": with_more(_view, tanh_of(lambda c, h: h @ c.transposed)),
     "stacked": of(tanh_of(lambda c, h: torch.stack([c.p, c.p**2]).sum(0) * (h @ torch.cat([c.q[:2], c.q[2:]])))),
     "iterated": of(tanh_of(lambda c, h: h * sum(row for row in c.q) + c.q[[0, 1, 1]].sum())),
     "an edited copy": of(_edited_copy),
@@ -420,6 +438,7 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "an inner torch.func.grad": of(_by_func_grad),
     "an inner vmap of jacrev": of(_by_vmap),
     "an inner product with a Hessian": of(_by_hvp),
+    "an inner tangent": of(tanh_of(_tangent)),
     "an inner functional_call": of(_by_functional_call),
     "pruned, then a cell": wrapped(_random_mask),
     "a cell, then pruned": wrapped(_random_mask, first=False),
@@ -471,6 +490,12 @@ REFUSED = {
     ),
     "a function that counts": Case(of(_counted), CellError, "calls embedding with scale_grad_by_freq=True"),
     "autocast inside": Case(of(_lower_precision), CellError, "uses torch.autocast"),
+    "a weight computed once": Case(
+        of(_cached), CellError, "computes 'cache' from its parameters and keeps it for later"
+    ),
+    "a checkpoint of the older kind": Case(
+        of(tanh_of(lambda c, h: checkpoint(c.recur, h, use_reentrant=True))), CellError, "checkpoints activations"
+    ),
     "a clamped gradient": Case(of(lambda c, x, h: Clamped.apply(c.p * h) + c.enter(x)), AuditError, "is not linear"),
     "a gradient clamped by a hook": Case(of(_clamps_by_hook), AuditError, "is not linear"),
     "fast weights of all samples": Case(of(_fast_weights), CellError, "mixes samples"),
