@@ -10,7 +10,7 @@ from rtrl import BlockRTRL
 
 hypothesis.settings.register_profile("dev", max_examples=10, deadline=None)
 hypothesis.settings.register_profile(
-    "ci", max_examples=40, derandomize=True, deadline=None, print_blob=True, database=None
+    "ci", max_examples=20, derandomize=True, deadline=None, print_blob=True, database=None
 )
 hypothesis.settings.register_profile("nightly", max_examples=500, deadline=None, print_blob=True)
 # One run a mutant: few examples, the same for all of them, and none made smaller once one has failed.
