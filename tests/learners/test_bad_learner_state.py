@@ -280,7 +280,7 @@ SAVED = [
     ],
     pytest.param(
         lambda saved: _with(7, saved, "buffers", "history", "capacity"),
-        "the saved history holds 7 blocks, this learner's 1",
+        "the saved history holds 7 blocks, not the window of 1",
         id="history of another window",
     ),
     pytest.param(lambda saved: None, "this is not a saved learner", id="none"),
