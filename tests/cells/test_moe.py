@@ -222,6 +222,7 @@ def test_balancing_loss_and_router_statistics() -> None:
     p = logits.softmax(dim=1)
     torch.testing.assert_close(statistics.entropy, -(p * p.log()).sum(dim=1).mean())
     assert statistics.unused == 1
+    assert router_statistics(torch.zeros(2, 4), torch.tensor([[0], [1]])).unused == 2
     torch.testing.assert_close(load_balancing_loss(logits, experts), 4 * (load * importance).sum())
     logits.requires_grad_()
     load_balancing_loss(logits, experts).backward()

@@ -122,3 +122,31 @@ def test_a_hook_that_raises_at_a_penalty_leaves_every_grad_as_it_was():
         learner.backward(y.square().sum() + weight.square().sum())
     assert weight.grad is None
     assert y.grad is None
+
+
+@pytest.mark.parametrize("failing", ["cell.weight_ih", "cell.weight_hh", "readout.weight"])
+def test_a_hook_that_raises_takes_back_what_was_added_to_others(failing):
+    learner = MAKERS["BlockRTRL"](make_cell())
+    parameters = dict(learner.cell.named_parameters())
+    handles = []
+    for name in ("cell.weight_ih", "cell.weight_hh", "readout.weight"):
+        p = parameters[name]
+        p.grad = torch.ones_like(p)
+
+        def hook(grad: Tensor, name: str = name) -> None:
+            grad.mul_(3.0)  # a hook may change what it is given
+            if name == failing:
+                raise ValueError("not today")
+
+        handles.append(p.register_hook(hook))
+    with pytest.raises(ValueError, match="not today"):
+        run(learner)
+    assert all(bool((p.grad == 1).all()) for p in parameters.values() if p.grad is not None)
+    for handle in handles:
+        handle.remove()
+    learner.sync()
+    plain = MAKERS["BlockRTRL"](make_cell())
+    run(plain)
+    for name, expected in grads(plain).items():
+        before = 1.0 if parameters[name].ndim == 2 else 0.0
+        torch.testing.assert_close(parameters[name].grad - before, expected)

@@ -190,3 +190,47 @@ def test_an_infinite_gradient_at_x_is_refused() -> None:
         learner.sync()
     assert x.grad is None
     learner.reset(discard=True)
+
+
+class Choosing(nn.Module):
+    """Uses one of two experts, the one that a replay names or the sign of x chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(normal(3, 2, 2))
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return torch.full((batch_size, 2), 0.1, dtype=F64)
+
+    def forward(self, x: Tensor, h: Tensor, replay: rtrl.Sparsity | None = None) -> Any:
+        index = (x[:, :1] > 0).long() if replay is None else replay.active["w"]
+        h = torch.tanh(x * torch.nn.functional.embedding(index, self.w).squeeze(1) + h)
+        return h, h, rtrl.Sparsity(active={"w": index})
+
+
+def test_the_gradient_at_x_is_that_of_the_choices_that_were_forced() -> None:
+    cell, xs = Choosing(), normal(1, 2, 2, 2).requires_grad_()
+    forced = [rtrl.Sparsity(active={"w": (x[:, :1] <= 0).long()}) for x in xs]  # against the cell's own
+    learner, h, total = learner_of(cell), cell.init_state(2), torch.zeros((), dtype=F64)
+    for x, replay in zip(xs, forced, strict=True):
+        learner.backward(learner.step(x, replay=replay).square().sum())
+        y, h, _ = cell(x, h, replay=replay)
+        total = total + y.square().sum()
+    learner.sync()
+    (expected,) = torch.autograd.grad(total, xs)
+    assert_gradients_equal({"x": xs.grad}, {"x": expected})  # type: ignore[dict-item]
+
+
+def test_a_block_that_cannot_close_gives_nothing_to_what_computed_x() -> None:
+    class Steep(PlainRNN):
+        def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            y, h_next = super().forward(x, h)
+            return y, h_next + (h - h.detach()).square().sqrt()  # of infinite slope
+
+    learner, encoder = learner_of(seeded(Steep(2, 3), 1)), nn.Linear(2, 2, dtype=F64)
+    x = encoder(normal(0, 2, 2))
+    x.retain_grad()
+    learner.backward(learner.step(x).square().sum())
+    with pytest.raises(NonFiniteError, match="dynamics Jacobian"):
+        learner.sync()
+    assert x.grad is None and encoder.weight.grad is None

@@ -359,3 +359,23 @@ def test_hooks_on_parameters_do_not_see_the_derivative_of_the_first_state() -> N
     cell.c.register_hook(lambda gradient: seen.append(gradient.clone()))  # type: ignore[no-untyped-call]
     hooked = run(rtrl.BlockRTRL(cell, 2, block=2), xs, {}, {})
     assert len(seen) == 1 and torch.equal(seen[0], plain["c"]) and torch.equal(hooked["c"], plain["c"])
+
+
+@pytest.mark.parametrize("make", EXACT.values(), ids=EXACT)
+def test_a_sample_that_is_reset_twice_before_a_step_begins_once(make: Make) -> None:
+    cell = Learned()
+    once, twice = make(cell, 2), make(cell, 2)
+    for learner in (once, twice):
+        for x in normal(0, 2, 2, 2):
+            learner.step(x)
+        learner.reset(FIRST)
+    twice.reset(FIRST)
+    twice.reset(FIRST)
+    for learner in (once, twice):
+        cell.zero_grad()
+        learner.backward(learner.step(normal(1, 2, 2)).square().sum())
+        learner.sync()
+        if learner is once:
+            expected = gradients(cell)
+    assert_gradients_equal(gradients(cell), expected, may_be_zero=True)
+    assert bool(expected["c"].any())

@@ -112,6 +112,10 @@ def test_deliveries_that_no_optimizer_finds_are_said_once(make: Make, order: str
     assert len(found) == 1 and "Call sync(), then optimizer.step(), then zero_grad()" in found[0]
 
 
+def test_deliveries_that_are_lost_twice_are_not_said_yet() -> None:
+    assert not loop(3, "osz") and len(loop(4, "osz")) == 1
+
+
 def test_losses_that_are_never_synced_are_said_once() -> None:
     found = loop(120, "oz")
     assert len(found) == 1 and "call sync() before optimizer.step()" in found[0]
