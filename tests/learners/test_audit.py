@@ -17,6 +17,7 @@ import rtrl
 from rtrl._engine import taps
 from rtrl._influence.store import ParameterInfluence
 from rtrl.errors import AuditError, ConfigError, PerformanceWarning, RTRLError
+from rtrl.learners import audit as auditing
 from rtrl.learners import block_rtrl
 from rtrl.testing.streams import dormant_stream
 
@@ -206,6 +207,66 @@ def test_an_influence_added_in_the_wrong_place_is_refused(monkeypatch: pytest.Mo
     learner = rtrl.BlockRTRL(seeded(PlainRNN(2, 3), 1), 2, block=3, audit="first")
     with pytest.raises(AuditError, match="after the block"):
         learn(learner, normal(1, 7, 2, 2))
+
+
+@pytest.mark.parametrize("samples", [[True, False], [True, True]], ids=["some", "all"])
+def test_a_reset_that_touches_other_samples_or_leaves_influence_is_refused(
+    monkeypatch: pytest.MonkeyPatch, samples: list[bool]
+) -> None:
+    clear = ParameterInfluence.clear_samples
+
+    def wrong(self: ParameterInfluence, which: Tensor) -> None:
+        if not bool(which.all()):
+            clear(self, which)
+            self.values.mul_(1 + 1e-9)
+
+    learner = rtrl.BlockRTRL(seeded(PlainRNN(2, 3), 1), 2, block=3, audit="first")
+    learn(learner, normal(1, 4, 2, 2))
+    monkeypatch.setattr(ParameterInfluence, "clear_samples", wrong)
+    with pytest.raises(AuditError, match="a reset left influence"):
+        learner.reset(torch.tensor(samples))
+
+
+def test_a_refused_block_leaves_the_way_of_linearising_as_it_was() -> None:
+    class Mended(OneUnit):
+        clamps = True
+
+        def carried(self, h: Tensor) -> Tensor:
+            return _Clamped.apply(h) if self.clamps else 0.5 * h
+
+    learner = rtrl.BlockRTRL(Mended(), 1, block=2, audit="first")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PerformanceWarning)
+        with pytest.raises(AuditError):
+            drive(learner, 4, ONES, scale=3.0)
+        learner.reset(discard=True)
+        learner.cell.clamps = False  # type: ignore[assignment]
+        drive(learner, 2, ONES)
+    assert learner.audits.count == 1 and learner.audits.fallback is None
+
+
+@pytest.mark.parametrize(("change", "refused"), [(1e-9, False), (1e-3, True), (float("nan"), True)])
+@pytest.mark.parametrize("name", ["recurrent", "head.bias"])
+def test_the_worst_error_is_that_of_any_parameter(
+    monkeypatch: pytest.MonkeyPatch, name: str, change: float, refused: bool
+) -> None:
+    pull_back = auditing.pull_back_result
+
+    def wrong(*args: Any) -> Any:
+        block, immediate = pull_back(*args)
+        parameters = {each: g * (1 + change) if each == name else g for each, g in block.parameters.items()}
+        return replace(block, parameters=parameters), immediate
+
+    monkeypatch.setattr(auditing, "pull_back_result", wrong)
+    learner = rtrl.BlockRTRL(seeded(PlainRNN(2, 3), 1), 2, block=3, audit="first")
+    for x in normal(1, 3, 2, 2):
+        learner.backward(learner.step(x).square().sum())
+    if refused:
+        with pytest.raises(AuditError, match=f"'{name}' differs"):
+            learner.sync()
+    else:
+        learner.sync()
+        assert learner.audits.worst_error == pytest.approx(change, rel=0.01)
 
 
 # ---------------------------------------------------------------------- when, and at what price
