@@ -7,6 +7,7 @@ A bug is a wrong function in the place of another (``replaced``) or a change whe
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import hardshrink
 
-from rtrl._engine.analytic import check_analytic_step
+from rtrl._engine.analytic import _step_of, check_analytic_step
 from rtrl._engine.autograd import AutogradLinearization
 from rtrl._engine.block import _accumulate_losses, close_block
 from rtrl._engine.checks import check_copied, check_finite
@@ -31,6 +32,7 @@ from rtrl._engine.losses import add_loss, check_loss, loss_cotangents
 from rtrl._engine.mixing import _separating_subsets, taps_mixing_samples
 from rtrl._engine.optimizer_watch import OptimizerWatch
 from rtrl._engine.parameter_guard import ParameterGuard
+from rtrl._engine.parameter_hooks import has_hooks, hooks_suspended
 from rtrl._engine.recorded import join_steps
 from rtrl._engine.reverse_sweep import (
     _add_adjoint,
@@ -42,19 +44,22 @@ from rtrl._engine.reverse_sweep import (
     reverse_sweep,
 )
 from rtrl._engine.step import _checked_copy, take
-from rtrl._engine.taps import _matmul
+from rtrl._engine.taps import TapRecorder, _matmul
 from rtrl._engine.untapped import pull_rows
 from rtrl._influence.catch_up import SampleHops
 from rtrl._influence.history import History
 from rtrl._influence.segment_tree import CircularSegmentTree as Tree
 from rtrl._influence.store import ParameterInfluence as Influence
 from rtrl._influence.transition import Transition, compose, flush_subnormals
+from rtrl._utils.functional_call import check_substituted
 from rtrl._utils.index_sets import zero
 from rtrl.cells import RecurrentMoE, Stack
+from rtrl.cells.supported import runs_as_written
 from rtrl.cells.torch_equations import derivatives
 from rtrl.errors import NonFiniteError
 from rtrl.learners.block_rtrl import BlockRTRL as Learner
-from rtrl.learners.replayed_step import ReplayedStep
+from rtrl.learners.bptt import _add_run
+from rtrl.learners.replayed_step import ParameterSnapshot, ReplayedStep
 from rtrl.learners.state import step_to_plain
 
 Function = Callable[..., Any]
@@ -1064,5 +1069,65 @@ if GRADIENT is not None:
         "a copy is not given the losses of the open block",
         (swap(step_to_plain, "None if LEAF.grad is None else LEAF.grad.clone()", "None"),),
         "copies",
+    ),
+    Bug(
+        106,
+        "what was not substituted goes unnoticed",
+        (wrong(check_substituted, idle),),
+        "user_cells",
+    ),
+    Bug(
+        107,
+        "a gradient that a cell takes is not noticed",
+        (swap(TapRecorder.__torch_function__, "FUNC in _GRADIENTS", "False"),),
+        "user_cells",
+    ),
+    Bug(
+        108,
+        "uses inside torch.func are recorded",
+        (swap(TapRecorder.__torch_function__, "torch._C._are_functorch_transforms_active()", "False"),),
+        "user_cells",
+    ),
+    Bug(
+        109,
+        "a tangent is taken for a constant",
+        (swap(TapRecorder.__torch_function__, "forward_ad._current_level >= 0", "False"),),
+        "user_cells",
+    ),
+    Bug(
+        110,
+        "a module with hooks is taken for its equations",
+        (wrong(runs_as_written, lambda runs: lambda module: True),),
+        "modules_with_hooks",
+    ),
+    Bug(
+        111,
+        "a bias that is computed is taken for a constant",
+        (swap(_step_of, "(TAP.weight, TAP.bias)", "(TAP.weight,)"), wrong(check_analytic_step, idle)),
+        "user_cells",
+    ),
+    Bug(
+        112,
+        "steps are run again with the present parameters",
+        (swap(ParameterSnapshot.applied, "present.copy_(value)", "pass"),),
+        "parameters_of_each_step",
+    ),
+    Bug(
+        113,
+        "a change of parameters cuts the gradient",
+        (swap(_add_run, "heads.append((h, adjoint))", "pass"),),
+        "parameters_of_each_step",
+    ),
+    Bug(
+        114,
+        "hooks see the learner's own derivatives",
+        (wrong(hooks_suspended, lambda suspended: lambda tensors: nullcontext()),),
+        "hooks_on_parameters",
+    ),
+    Bug(
+        115,
+        "hooks are not heard at a delivery",
+        (wrong(has_hooks, lambda has: lambda tensor: False),),
+        "hooks_on_parameters",
     ),
 ]

@@ -18,6 +18,7 @@ from helpers.toy_cells import PlainRNN, seeded
 from lifecycle_checks import LIFECYCLE_CHECKS
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from user_cell_checks import USER_CELL_CHECKS
 
 import oracles
 import rtrl
@@ -376,4 +377,5 @@ CHECKS: dict[str, Check] = {
         )
     },
     **LIFECYCLE_CHECKS,
+    **USER_CELL_CHECKS,
 }

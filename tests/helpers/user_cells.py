@@ -437,6 +437,10 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "an inner gradient held fixed": of(_constant_slope),
     "an inner torch.func.grad": of(_by_func_grad),
     "an inner vmap of jacrev": of(_by_vmap),
+    "an inner vmap over parts": of(
+        tanh_of(lambda c, h: torch.func.vmap(c.small, in_dims=1, out_dims=1)(h.unflatten(1, (2, 2))).flatten(1)),
+        small=lambda: nn.Linear(2, 2),
+    ),
     "an inner product with a Hessian": of(_by_hvp),
     "an inner tangent": of(tanh_of(_tangent)),
     "an inner functional_call": of(_by_functional_call),
