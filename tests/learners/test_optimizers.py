@@ -121,6 +121,19 @@ def test_losses_that_are_never_synced_are_said_once() -> None:
     assert len(found) == 1 and "call sync() before optimizer.step()" in found[0]
 
 
+def test_losses_that_are_synced_now_and_then_are_not_called_forgotten() -> None:
+    cell = seeded(PlainRNN(2, 3), 0)
+    learner, optimizer = rtrl.BlockRTRL(cell, 2), torch.optim.SGD(cell.parameters(), lr=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for t in range(120):
+            learner.backward(learner.step(X).sum())
+            optimizer.step()
+            if t == 60:
+                learner.sync()
+                cell.zero_grad()
+
+
 @pytest.mark.parametrize("order", ["soz", "zso", "sz", "so", "s", "n", "ooooosoz", "osozoo"])
 def test_loops_that_learn_or_have_no_optimizer_are_left_alone(order: str) -> None:
     assert not loop(9 if order != "n" else 120, order)
