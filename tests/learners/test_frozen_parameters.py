@@ -11,6 +11,7 @@ from helpers.running import gradients
 from helpers.tolerances import assert_gradients_equal, assert_influences_equal
 from torch import Tensor, nn
 
+import oracles
 import rtrl
 from rtrl.errors import ParameterChangedError
 from rtrl.learners import BPTT, TBPTT, UORO, DenseRTRL, SnAp
@@ -195,3 +196,15 @@ def test_steps_of_which_no_parameter_is_trainable_any_more() -> None:
     dense.sync()
     assert expected is not None and cell.bias.grad is not None
     assert_gradients_equal({"bias": expected}, {"bias": cell.bias.grad})
+
+
+@pytest.mark.parametrize("make", EXACT.values(), ids=EXACT)
+def test_a_first_state_that_is_frozen_before_the_first_step_is_a_constant(make: Make) -> None:
+    cell = Table()
+    learner = make(cell, 2)
+    toggle(cell, "h0", "")
+    for t, x in enumerate(XS[:5]):
+        learner.backward(loss(t, learner.step(x)))
+    learner.sync()
+    assert cell.h0.grad is None
+    assert_gradients_equal(gradients(cell), oracles.bptt(cell, XS[:5], loss))
