@@ -23,7 +23,7 @@ class ParameterGuard:
         optimizers: what optimizers did with the parameters.
 
     Raises:
-        ConfigError: no parameter requires a gradient.
+        ConfigError: no parameter requires a gradient, or one was made in inference mode.
     """
 
     def __init__(self, cell: nn.Module, values: bool = True) -> None:
@@ -31,6 +31,10 @@ class ParameterGuard:
         self.parameters = self.trainable()
         if not self.parameters:
             raise ConfigError("the cell has no parameter that requires a gradient")
+        if any(parameter.is_inference() for parameter in self.named.values()):
+            raise ConfigError(
+                "the cell was made under torch.inference_mode(), and its parameters cannot be trained; make it outside"
+            )
         self.toggled = False
         self.optimizers = OptimizerWatch(self.parameters)
         self._all = self.named

@@ -317,3 +317,10 @@ def test_a_learner_that_a_failure_left_half_changed_is_neither_saved_nor_copied(
             do()
     learner.reset(discard=True)
     copy.deepcopy(learner)
+
+
+def test_a_cell_made_in_inference_mode_is_refused() -> None:
+    with torch.inference_mode():
+        cell = Rows()
+    with pytest.raises(ConfigError, match=r"made under torch\.inference_mode.*make it outside"):
+        rtrl.BlockRTRL(cell, 2)
