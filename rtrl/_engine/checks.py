@@ -125,8 +125,14 @@ def check_output(y: Any, h: Tensor, h_next: Tensor, step: int) -> None:
         check_finite("the next state", h_next, step)
 
 
-def check_copied(h: Tensor, h_next: Tensor, writes: Tensor | None, step: int) -> None:
+def check_copied(h: Tensor, h_next: Tensor, writes: Tensor | None, *steps: int) -> None:
     """Refuse a step that changed a row of the state that it did not declare as written.
+
+    Args:
+        h: the states before it.
+        h_next: the states after it.
+        writes: the rows declared.
+        steps: the number of the step; of each of the m steps that every sample takes, if they are run as one batch.
 
     Raises:
         SparsityError: naming the step, the sample and the row.
@@ -135,10 +141,11 @@ def check_copied(h: Tensor, h_next: Tensor, writes: Tensor | None, step: int) ->
         return
     changed = (h != h_next).reshape(*h.shape[:2], -1).any(dim=2) & ~index_sets.mask(writes, h.shape[1])
     if bool(changed.any()):
-        sample, row = (int(i) for i in changed.nonzero()[0])
+        place, row = (int(i) for i in changed.nonzero()[0])
+        sample, i = divmod(place, len(steps))
         raise SparsityError(
-            f"step {step}: row {row} of the state of sample {sample} changed, but is not declared as written (a row "
-            "that decays is written, too)"
+            f"step {steps[i]}: row {row} of the state of sample {sample} changed, but is not declared as written (a "
+            "row that decays is written, too)"
         )
 
 

@@ -69,7 +69,8 @@ def taps_mixing_samples(
         raise
     except RuntimeError:  # the perturbed point may lie outside the cell's domain
         run = _run(cell, parameters, batch, untapped, lambda value: value.detach().clone())
-    checks.check_copied(run.h.detach(), run.h_next.detach(), batch.sparsity.writes, step)
+    numbers = [each.number for each in batch.steps]
+    checks.check_copied(run.h.detach(), run.h_next.detach(), batch.sparsity.writes, *numbers)
     mixing = set(parameters) if run.inner_gradient else set()
     if size == 1:
         return mixing

@@ -178,6 +178,20 @@ def test_each_sample_is_held_to_the_rows_that_it_declares_itself() -> None:
         learner.sync()
 
 
+def test_a_row_that_a_zero_parameter_moves_is_named_with_its_step_and_sample() -> None:
+    class Moved(OwnRows):
+        def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, rtrl.Sparsity]:
+            y, h, sparsity = super().forward(x, h)
+            other = 1 - sparsity.writes[:, :, None]
+            return y, h.scatter_add(1, other.expand(-1, 1, 2), (self.zero * x[:, 1:] * 1e3)[:, None]), sparsity
+
+    learner = rtrl.BlockRTRL(Moved(), 2, block=2)
+    for second in (0.0, 0.5):
+        learner.step(torch.tensor([[-1.0, 0.0], [-1.0, second]], dtype=F64))
+    with pytest.raises(SparsityError, match="step 1: row 1 of the state of sample 1 changed"):
+        learner.sync()
+
+
 class ManyTerms(nn.Module):
     """Adds terms whose influence is 1e307 each: some tokens in a step."""
 
