@@ -918,11 +918,11 @@ if GRADIENT is not None:
     ),
     Bug(
         84,
-        "a reset after a multiple of sixteen steps keeps the influence",
+        "a reset after a multiple of 32 steps keeps the influence",
         (
             wrong(
                 Learner._clear,
-                lambda clear: lambda self, *args: None if self.steps_taken % 16 == 0 else clear(self, *args),
+                lambda clear: lambda self, *args: None if self.steps_taken % 32 == 0 else clear(self, *args),
             ),
         ),
         "learner: resets at block borders",
