@@ -263,6 +263,13 @@ def test_weights_that_a_hook_keeps_are_those_of_the_parameters():
     torch.testing.assert_close(cell.cell.weight_hh, cell.cell.weight_hh_orig * cell.cell.weight_hh_mask)
 
 
+def test_what_runs_without_gradient_gets_zeros():
+    cell = of(torch.no_grad()(tanh_of(lambda c, h: c.recur(h))))()
+    run(rtrl.BlockRTRL(cell, B, block=BLOCK, audit="first"), stream(1, STEPS))
+    assert grads(cell)
+    assert not any(bool(grad.any()) for grad in grads(cell).values())
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("how", ["cell", "in place", "part"])
 def test_a_compiled_cell_is_exact(how):
