@@ -51,7 +51,7 @@ def plan(
     ] = None,
     window: Annotated[
         list[int] | None,
-        typer.Option(help="Blocks to remember; may be repeated. By default 4, 16 and 64.", show_default=False),
+        typer.Option(help="Blocks to remember; may be repeated. By default 16 and 64.", show_default=False),
     ] = None,
     horizon: Annotated[
         list[int] | None,

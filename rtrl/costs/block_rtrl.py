@@ -1,149 +1,177 @@
-"""What ``rtrl.BlockRTRL`` costs over a run: block after block, each as ``block_macs`` and ``block_peak`` have it."""
+"""What ``rtrl.BlockRTRL`` costs over a run: a few blocks of it, measured, and the others like the last of these."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
-import torch
-from torch import Tensor
-
-from rtrl._influence.transition import Pattern
-from rtrl._utils import index_sets
-from rtrl.costs import block_macs, block_peak
-from rtrl.costs.block_bytes import Touched, at_moment, held
-from rtrl.costs.block_macs import Extent, Slices
-from rtrl.costs.dormant import Sleepers
+from rtrl.costs.others import highest, line, lines
 from rtrl.costs.profile import Profile
 from rtrl.costs.result import Choice
-from rtrl.costs.routing import Routing
+from rtrl.learners.block_rtrl import BlockRTRL
 
-MOST_BLOCKS, MOST_STEPS = 96, 2048
-"""So much of a routing cell's run is gone through block by block; the rest costs what the second half of it does."""
+MOST_STEPS, MOST_ROUTING_BLOCKS = 200, 40
+"""A run is measured up to this number of steps, and of a cell that routes, to a third of it and to this number of
+blocks; blocks that are too long for it are extrapolated from shorter lengths."""
+
+MOST_GIVEN_STEPS = 512
+"""On a stream that the user gave, a run of a cell that routes is measured as a whole up to this number of steps."""
+
+MOST_LENGTH = 64
+"""Blocks of a cell that routes are run up to this number of steps, or twice as many, where shorter ones differ."""
+
+FEW_BLOCKS = 16
+"""In runs of more blocks, the last one is taken to cost what its share of steps costs in another."""
+
+MANY = 2**16  # a window that no slice is dormant for
+_INDEX = 24  # bytes of the three indices of each row of an influence
 
 
 @dataclass(frozen=True)
-class _Closing:
-    """A block that closes: the steps closed before, those in it, what it touches, and the bytes that leading sleeping
-    slices to the present takes, before there is room for its births and after."""
+class _Blocks:
+    """Blocks of one length at the start of a run, and the block that ends it.
 
-    closed: int
-    steps: int
-    extent: Extent
-    moved: tuple[int, int] = (0, 0)
+    Attributes:
+        opening: multiply-adds of the first step.
+        blocks: of each full block, with as many steps forward as it has.
+        last: of the last block, with the ``sync``.
+        held: bytes by part when that is most.
+        peaks: the most bytes alive at once, by operation.
+        ran: how many steps were run.
+    """
+
+    opening: int
+    blocks: list[int]
+    last: int
+    held: dict[str, int]
+    peaks: dict[str, int]
+    ran: int
 
 
-def block_rtrl(profile: Profile, steps: int, block: int, window: int, lazy: bool = True) -> Choice:
-    """``BlockRTRL(block=..., window=..., lazy=...)``."""
-    go = _one_by_one if profile.declares else _alike
-    macs, closings, guessed = go(profile, steps, block, window, lazy)
-    macs += profile.forward(1) + profile.forward(steps)
-    touched = Touched.of(profile, steps)
-    parts = held(profile, touched, steps, block, window, lazy)
-    peak = sum(parts.values())
-    for one in closings:
-        moments = [
-            at_moment(profile, touched, one.closed, one.steps, block, window, lazy, laid_out)
-            for laid_out in (False, True)
-        ]
-        kept = moments[0]["scratch"]
-        phases = block_peak.closing(profile, touched, one.steps, one.extent, one.moved, one.closed, kept)
-        peak = max(peak, *(sum(there.values()) + needed for there, needed in zip(moments, phases, strict=True)))
+def block_rtrl(
+    profile: Profile, steps: int, block: int, window: int, lazy: bool = True, most: int | None = None
+) -> Choice:
+    """Predict ``BlockRTRL(block=..., window=..., lazy=...)``.
+
+    Multiply-adds and bytes of a block are linear in its steps, and those of a run in its blocks. Where ``xs`` covers
+    the run, slices become active as they do in it; else all of them do.
+
+    Args:
+        profile: of the cell.
+        steps: T.
+        block: as for the learner; so window and lazy.
+        window: as above.
+        lazy: as above.
+        most: the most steps that are run; ``MOST_STEPS`` by default.
+    """
+    full, rest = (steps - 1) // block, (steps - 1) % block + 1
+    if profile.declares and steps <= min(profile.given, MOST_GIVEN_STEPS):
+        most, count = steps, full
+    else:
+        most = most or (MOST_STEPS // 3 if profile.declares else MOST_STEPS)
+        count = min(full, MOST_ROUTING_BLOCKS, max(2, most // block - 1)) if profile.declares else min(full, 2)
+    longest = 4
+    while 2 * longest * (count + 1) <= most:
+        longest *= 2
+    if profile.declares:
+        longest = max(2 * _covering(profile), MOST_LENGTH)
+    scaled = count * block + min(rest, block) > most and block > longest
+    end = 1 if full > FEW_BLOCKS else rest  # how long the last block is hardly counts in a long run
+    if not scaled:
+        found = _measured(profile, block, count, end, window, lazy)
+    else:
+        lengths = longest // 4, longest // 2, longest
+        runs = [(m, _measured(profile, m, count, 1 if end == 1 else m, MANY, lazy)) for m in lengths]
+        found = _longer(runs, block, end)
+    found = _with_tree(found, profile, block, window, lazy)
+    macs: float = found.opening + sum(found.blocks) + found.last
+    if full > count:
+        half = found.blocks[len(found.blocks) // 2 :]
+        later = sum(half) / len(half)
+        macs += (full - count) * later + (rest - end) * later / block
+    beyond = _beyond(profile, steps, found.ran)
     return Choice(
         "BlockRTRL",
         True,
-        macs,
+        round(macs),
         steps,
-        parts,
-        peak,
+        found.held | {"influence": found.held["influence"] + beyond},
+        found.peaks["any"] + beyond,
         block=block,
-        window=window if touched.awake and lazy else None,
-        estimated=guessed or not profile.steady,
+        window=window if profile.sliced and lazy else None,
+        estimated=(profile.declares and steps > max(profile.given, 1)) or not profile.steady,
+        extrapolated=scaled,
     )
 
 
-def _moments(steps: int, block: int) -> list[tuple[int, int]]:
-    """The blocks whose closing may be the height of a run of blocks that are alike: steps closed before, and steps in
-    it."""
-    last = (steps - 1) // block * block
-    starts = sorted({0, max(last - block, 0), last})
-    return [(start, min(block, steps - start)) for start in starts]
+def _covering(profile: Profile) -> int:
+    """The steps, a power of two, in which nearly all rows and slices that the stream uses are touched: blocks that are
+    no shorter are alike."""
+
+    def used(length: int) -> int:
+        begin = MOST_LENGTH  # choices that were drawn begin with a round that leaves no slice out
+        return sum(profile.touched(name, begin + length, begin) for name in (None, *profile.sliced))
+
+    length, every = 4, used(2 * MOST_LENGTH)
+    while length < MOST_LENGTH and used(length) < 0.95 * every:
+        length *= 2
+    return length
 
 
-def _alike(profile: Profile, steps: int, block: int, window: int, lazy: bool) -> tuple[int, list[_Closing], bool]:
-    """A cell that declares nothing: all blocks are alike."""
-    extent = block_macs.dense(profile)
-    whole, rest = divmod(steps, block)
-    macs = 0
-    if whole:
-        macs += block_macs.closing(profile, block, extent, first=True)
-        macs += (whole - 1) * block_macs.closing(profile, block, extent, first=False)
-    if rest:
-        macs += block_macs.closing(profile, rest, extent, first=not whole)
-    closings = [_Closing(closed, m, extent) for closed, m in _moments(steps, block)]
-    return macs + _checks(profile, closings), closings, False
+def _measured(profile: Profile, block: int, count: int, rest: int, window: int, lazy: bool) -> _Blocks:
+    """``count`` blocks and a last one, run. A window that no slice is dormant for is taken to be shorter."""
+    ran = count * block + rest
+    used = min(window, _longest_dormancy(profile, ran) // block + 2) if profile.sliced and lazy else 1
+    run = profile.run(BlockRTRL, ran, block=block, window=used, lazy=lazy, audit="off")
+    opened = range(0, ran, block)  # the first steps of blocks
+    blocks = [run.macs[second] - run.macs[first] for first, second in pairwise(opened)]
+    last = run.macs[-1] - run.macs[opened[-1]]
+    return _Blocks(run.macs[0], blocks, last, run.most_held, run.peaks, ran)
 
 
-def _checks(profile: Profile, closings: list[_Closing]) -> int:
-    checked: dict[int, int] = {}
-    for one in closings:
-        checked.update(block_macs.checks(profile, one.steps, one.extent))
-    return sum(checked.values())
+def _longest_dormancy(profile: Profile, steps: int) -> int:
+    """The most steps in a row that a slice, once active, is dormant in the first steps of the stream."""
+    longest = 0
+    for name in {id(profile.choice(0).active[name]): name for name in profile.sliced}.values():
+        last: dict[tuple[int, int], int] = {}
+        for step in range(steps):
+            for sample, row in enumerate(profile.choice(step).active[name].tolist()):
+                for index in row:
+                    longest = max(longest, step - last.get((sample, index), step))
+                    last[sample, index] = step
+        longest = max([longest, *(steps - step for step in last.values())])
+    return longest
 
 
-def _one_by_one(profile: Profile, steps: int, block: int, window: int, lazy: bool) -> tuple[int, list[_Closing], bool]:
-    """A cell whose steps touch less than all: block after block."""
-    routing = Routing(profile, steps)
-    sleepers = Sleepers(routing.groups, profile.batch_size, profile.rows, profile.width, profile.itemsize, window, lazy)
-    total = -(-steps // block)
-    count = total if routing.given else min(total, MOST_BLOCKS, max(8, MOST_STEPS // block))
-    macs, closings, spent = 0, list[_Closing](), [0]
-    for i in range(count):
-        start, stop = i * block, min((i + 1) * block, steps)
-        extent, pattern, keys = _closed(profile, routing, start, stop)
-        moved = sleepers.close(pattern, keys)
-        macs += block_macs.closing(profile, stop - start, extent, first=i == 0) + moved.macs
-        spent.append(macs)
-        closings.append(_Closing(start, stop - start, extent, (moved.before, moved.after)))
-    if count < total:
-        macs += round((steps / block - count) * (spent[-1] - spent[count // 2]) / (count - count // 2))
-        # The end of the run: as the largest of the blocks gone through, with all of the influence there.
-        closings += [replace(one, closed=steps - one.steps) for one in closings[count // 2 :]]
-    return macs + sleepers.sync() + _checks(profile, closings), closings, not routing.given
+def _with_tree(found: _Blocks, profile: Profile, block: int, window: int, lazy: bool) -> _Blocks:
+    """With the tree that a learner of this block and window reserves at its first step."""
+    if not profile.sliced or not lazy:
+        return found
+    tree = profile.run(BlockRTRL, 1, block=block, window=window, audit="off").held[0]["tree"]
+    peaks = {name: peak + tree - found.held["tree"] for name, peak in found.peaks.items()}
+    return replace(found, held=found.held | {"tree": tree}, peaks=peaks)
 
 
-def _closed(profile: Profile, routing: Routing, start: int, stop: int) -> tuple[Extent, Pattern, list[Tensor]]:
-    """What a block touches."""
-    size, n = profile.batch_size, profile.rows
-    choice = routing.block(start, stop)
+def _longer(runs: list[tuple[int, _Blocks]], block: int, rest: int) -> _Blocks:
+    """Blocks longer than those run, on the lines through the last two of three lengths."""
+    _, (m, one), (n, two) = runs
 
-    def flat(index: Tensor | None) -> Tensor | None:
-        return None if index is None else index.flatten(0, 1)
+    def at(first: int, second: int, steps: int = block) -> int:
+        return line((m, first), (n, second))(steps)
 
-    own = None
-    if choice.reads is not None and choice.writes is not None:
-        own = index_sets.mask_to_indices(index_sets.union(flat(choice.reads), flat(choice.writes), n))
-    by_sample = None if own is None else own.reshape(size, -1)
-    nothing = torch.zeros(size, n, dtype=torch.bool)
-    written = None if choice.writes is None else choice.writes.reshape(size, -1)
-    rows = index_sets.mask_to_indices(index_sets.union(nothing, written, n))
-    cols = (
-        None
-        if rows is None
-        else index_sets.mask_to_indices(index_sets.union(index_sets.union(nothing, by_sample, n), rows, n))
+    return _Blocks(
+        two.opening,
+        [at(*pair) for pair in zip(one.blocks, two.blocks, strict=True)],
+        at(one.last, two.last, rest),
+        lines((m, one.held), (n, two.held), block),
+        {"any": highest([(length, found.peaks) for length, found in runs], block)},
+        two.ran,
     )
-    keys, sliced = [], {}
-    for place, group in enumerate(routing.groups):
-        used = choice.active[group.names[0]]
-        pairs = (torch.arange(size)[:, None, None] * group.slices + used).flatten()
-        active, uses = pairs.unique(return_counts=True)
-        keys.append(active)
-        most = int(used.flatten().bincount().max()) if used.numel() else 0
-        for name in group.names:
-            sliced[name] = Slices(place, used.shape[2], uses.tolist(), most, group.slices)
-    extent = Extent(
-        rows=n if rows is None else rows.shape[1],
-        cols=n if cols is None else cols.shape[1],
-        writes=n if choice.writes is None else choice.writes.shape[2],
-        reach=n if own is None else own.shape[1],
-        all_rows=choice.reads is None and choice.writes is None,
-        sliced=sliced,
-    )
-    return extent, Pattern(rows, cols, n, profile.width, size), keys
+
+
+def _beyond(profile: Profile, steps: int, ran: int) -> int:
+    """Bytes of the influence that the run has and the steps that were run do not have."""
+    missing = 0
+    for name, slices in profile.sliced.items():
+        rows = profile.touched(name, steps) if steps <= profile.given else profile.batch_size * slices
+        row = profile.state_size * profile.sizes[name] // slices * profile.itemsize + _INDEX
+        missing += row * max(0, rows - profile.touched(name, ran))
+    return missing

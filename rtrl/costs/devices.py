@@ -1,4 +1,4 @@
-"""How many multiply-adds a device does in a second at best: from its data sheet, or measured where it is present."""
+"""How many multiply-adds a device does per second at best: from its data sheet, or measured where it is present."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -21,10 +21,14 @@ _NOMINAL = {
 
 
 def nominal_rates(dtype: str) -> dict[str, float]:
-    """Device → multiply-adds a second at most, by its data sheet; nothing for a dtype that the table does not have.
+    """Return device → multiply-adds per second at most, by the data sheets.
 
-    >>> nominal_rates("float32")["NVIDIA A100 SXM"]
-    9750000000000.0
+    Args:
+        dtype: "float32" or "float64"; for others the table has nothing.
+
+    Example:
+        >>> nominal_rates("float32")["NVIDIA A100 SXM"]
+        9750000000000.0
     """
     return {name: rates[dtype] / 2 for name, rates in _NOMINAL.items() if dtype in rates}
 
@@ -37,12 +41,14 @@ class _Timed:
 
 
 def measured_rates(dtype: torch.dtype = torch.float32, seconds: float = 0.05) -> dict[str, float]:
-    """Device → multiply-adds a second, the best of some large matrix products, for every device that is present.
+    """Return device → multiply-adds per second, the best of some large matrix products, for every device present.
 
     Args:
-        dtype: of the matrices; devices that do not know it are left out. seconds: how long each device is timed.
+        dtype: of the matrices; devices that do not know it are left out.
+        seconds: how long each device is timed.
 
-    Cost: ``seconds`` a device, after one product to warm up; a few megabytes.
+    Cost:
+        ``seconds`` per device, after one product to warm up; a few megabytes.
     """
     rates: dict[str, float] = {}
     for name, timed in _present().items():

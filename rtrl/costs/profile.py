@@ -1,221 +1,299 @@
-"""What one step of a cell costs, measured on the cell itself: multiply-adds, bytes, and what the step touches.
+"""A cell made ready for measuring: a copy of it, its stream of inputs and choices, and learners run on that stream."""
 
-A few steps are run on copies of the parameters, with a graph and without. The cell, its gradients and the random number
-generators are left as they were.
-"""
-
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rtrl._engine import checks, contract
+from rtrl._engine import checks
 from rtrl._engine.parameter_guard import ParameterGuard
-from rtrl._engine.recorded import RecordedStep as Kept
 from rtrl._utils import pytrees
 from rtrl.cells.example_input import WIDTHS, guessed_input
-from rtrl.cells.protocol import (
-    Cell,
-    Sparsity,
-    call_cell,
-    check_input,
-    check_sparsity,
-    first_state,
-    own_copy,
-    takes_replay,
-)
-from rtrl.costs.linear import Linear, measure
+from rtrl.cells.protocol import Cell, Sparsity, call_cell, check_input, first_state, own_copy, takes_replay
 from rtrl.errors import ConfigError, RTRLError, ShapeError, UnknownOperationError
-from rtrl.learners.bptt import unrolled_gradient
-from rtrl.learners.replayed_step import ParameterSnapshot, ReplayedStep
+from rtrl.learners import BPTT
+from rtrl.profiling.dry_run import DryRun
+from rtrl.profiling.live_bytes import LiveBytes
 from rtrl.profiling.macs import MacCounter, Rule
 
+MOST_NUMBERS = 2**26
+"""A cell that cannot be run without numbers is run with them, if its influence has at most this many."""
 
-@dataclass(frozen=True)
-class Series:
-    """A quantity of runs of 1, 2, 3, … steps: measured for three of them, and each further step adds what the third
-    did."""
-
-    measured: tuple[int, int, int]
-
-    def __call__(self, steps: int) -> int:
-        """The quantity of a run of ``steps`` ≥ 0 steps."""
-        if steps < 1:
-            return 0
-        two, three = self.measured[1:]
-        return self.measured[steps - 1] if steps <= 3 else three + (steps - 3) * (three - two)
-
-    @property
-    def one_more(self) -> int:
-        """What each step adds to a long run."""
-        return self.measured[2] - self.measured[1]
+DRAWN_STEPS = 64
+"""How many inputs are drawn for a cell that routes, takes no ``replay``, and came with a single x."""
 
 
 @dataclass(frozen=True)
-class Lone:
-    """Multiply-adds of one sample run alone: a forward pass; the backward pass from y; that from one entry of the next
-    state."""
-
-    forward: int
-    from_output: int
-    from_entry: int
-
-
-@dataclass(frozen=True)
-class Profile:
-    """A cell at one batch size, measured.
+class Run:
+    """What a learner takes that is run with a loss at each step and one ``sync`` at the end.
 
     Attributes:
-        cell: what it is called. batch_size: B. rows, width: of the state; H = rows · width. device: its type.
-        itemsize, dtype: of the state.
-        shapes: trainable parameter → shape. parameter_bytes: of all of these; copy_bytes: of the buffers and the
-            frozen parameters, too.
-        x_bytes, state_bytes, output_bytes: of one step: x, h, the floating-point tensors of y.
-        choice_bytes: of the index tensors of a step's ``Sparsity``, each parameter's counted; shared_bytes: the same,
-            but tensors that parameters share counted once.
-        replays: whether the cell takes ``replay``.
-        choices: the ``Sparsity`` of each step of the stream that was run.
-        forward_macs: of each of these steps; again_macs: of a step that is run again with its choices laid down.
-        losses_everywhere, loss_at_the_end: multiply-adds of the backward pass through steps with a loss at each of
-            them, and at the last alone; the forward pass is not counted.
-        graph_bytes: what the graph of so many steps holds besides parameters and what a step keeps anyway.
-        lone: what one sample costs alone. linear: what linearising a step costs.
-        steady: whether all steps had the same shapes and widths of sparsity, so that one stands for all.
+        macs: multiply-adds so far, after each step and after the ``sync``.
+        held: ``retained_bytes()`` at the same moments, each step's loss included.
+        peaks: by operation, the most bytes alive at once after a call of it. As parts of a computation differ in
+            their operations, these grow more evenly with a run than the highest of them.
     """
 
-    cell: str
-    batch_size: int
-    device: str
-    rows: int
-    width: int
-    itemsize: int
-    dtype: str
-    shapes: Mapping[str, torch.Size]
-    parameter_bytes: int
-    copy_bytes: int
-    x_bytes: int
-    state_bytes: int
-    output_bytes: int
-    choice_bytes: int
-    shared_bytes: int
-    replays: bool
-    choices: Sequence[Sparsity]
-    forward_macs: Sequence[int]
-    again_macs: int
-    losses_everywhere: Series
-    loss_at_the_end: Series
-    graph_bytes: Series
-    lone: Lone
-    linear: Linear
-    steady: bool
+    macs: list[int]
+    held: list[dict[str, int]]
+    peaks: dict[str, int]
 
     @property
-    def state_size(self) -> int:
-        """H."""
-        return self.rows * self.width
-
-    @cached_property
-    def parameter_size(self) -> int:
-        """P."""
-        return sum(shape.numel() for shape in self.shapes.values())
-
-    @property
-    def declares(self) -> bool:
-        """Whether a step declares a sparsity, of rows or of slices."""
-        first = self.choices[0]
-        sliced = any(name in first.active for name in self.shapes)
-        return sliced or first.reads is not None or first.writes is not None
-
-    def forward(self, steps: int) -> int:
-        """Multiply-adds of the forward passes of ``steps`` steps, the stream that was run being repeated."""
-        rounds, rest = divmod(steps, len(self.forward_macs))
-        return rounds * sum(self.forward_macs) + sum(self.forward_macs[:rest])
+    def most_held(self) -> dict[str, int]:
+        """The moment at which most bytes are held."""
+        return max(self.held, key=lambda parts: sum(parts.values()))
 
 
-@torch.inference_mode(False)
-def profile(
-    cell: nn.Module,
-    xs: Sequence[Any] | None,
-    batch_size: int,
-    *,
-    state: Tensor | None = None,
-    rules: Mapping[str, Rule] | None = None,
-) -> Profile:
-    """Run a few steps of a cell and measure them.
+class Profile:
+    """A copy of a cell with a stream of inputs and choices, on which learners are run and measured.
+
+    Learners run on tensors without numbers (``rtrl.profiling.dry_run``), so that no size is too large.
 
     Args:
-        cell: as for ``rtrl.BlockRTRL``. batch_size: B.
+        cell: as for ``rtrl.BlockRTRL``; it is copied.
         xs: the x of one step or of several, trees of tensors; their samples are repeated or cut to B. None: drawn, if
             the cell says how wide its x is.
+        batch_size: B.
         state: the first state (B, n, ...); ``cell.init_state(B)`` by default.
         rules: how to count operations that ``rtrl.profiling.macs.MacCounter`` does not know.
 
+    Attributes:
+        name: of the cell's class.
+        state_size: H.
+        sizes: trainable parameter → its number of entries.
+        sliced: parameters that are kept slice by slice → their number of slices.
+        declares: whether a step declares a sparsity, of rows or of slices.
+        steady: whether all steps have the same shapes and widths of sparsity.
+        given: how many steps of a stream the user gave.
+
     Raises:
-        ConfigError: there is no x, no first state or no trainable parameter. ShapeError, CellError, SparsityError,
-            NonFiniteError: as ``BlockRTRL.step``. UnknownOperationError: see ``rules``.
-
-    Cost: each x forward once; a few forward and backward passes through at most three steps.
+        ConfigError: there is no x, no first state, no trainable parameter, or the cell cannot be copied.
+        ShapeError: as ``BlockRTRL.step``; so CellError, SparsityError, NonFiniteError.
+        UnknownOperationError: see ``rules``.
     """
-    try:
-        return _profile(cell, xs, batch_size, state, rules)
-    except UnknownOperationError as error:
-        raise UnknownOperationError(f"{error}; a plan takes such counts as rules={{name: rule}}") from error
 
-
-def _profile(
-    cell: nn.Module,
-    xs: Sequence[Any] | None,
-    batch_size: int,
-    state: Tensor | None,
-    rules: Mapping[str, Rule] | None,
-) -> Profile:
-    parameters = ParameterGuard(cell).parameters
-    beside = next(iter(parameters.values()))
-    first = first_state(cell, batch_size) if state is None or isinstance(cell, Cell) else None
-    if first is not None:
-        first = checks.checked_state(first, batch_size, beside)
-    h = checks.checked_state(first if state is None else state, batch_size, beside, first)
-    with _generators_kept(h.device):
-        xs = [_resized(x, h) for x in xs] if xs is not None else [_drawn(cell, h)]
-        with torch.no_grad():
-            _guarded(lambda: contract.check_purity(cell, xs[0], h, None), xs[0], h)
-        values = ParameterSnapshot(cell)
-        taken, macs = _steps(cell, values, xs, h, rules)
-        kinds = {pytrees.signature((step.x, tuple(step.sparsity))) for step in taken}
-        probe = _repeated(cell, values, taken[0], rules)
-        kinds |= {pytrees.signature((step.x, tuple(step.sparsity))) for step in probe}
-        one, lone = probe[0], _lone(probe[0], rules)
-        return Profile(
-            cell=type(cell).__name__,
-            batch_size=batch_size,
-            device=h.device.type,
-            rows=h.shape[1],
-            width=h[0, 0].numel(),
-            itemsize=h.element_size(),
-            dtype=str(h.dtype).removeprefix("torch."),
-            shapes={name: p.shape for name, p in parameters.items()},
-            parameter_bytes=pytrees.n_bytes(parameters),
-            copy_bytes=pytrees.n_bytes([dict(cell.named_parameters()), dict(cell.named_buffers())]),
-            x_bytes=pytrees.n_bytes(one.x),
-            state_bytes=pytrees.n_bytes(h),
-            output_bytes=pytrees.n_bytes(one.outputs),
-            choice_bytes=pytrees.n_bytes(tuple(one.sparsity)),
-            shared_bytes=pytrees.n_bytes(list({id(t): t for t in pytrees.tensors(tuple(one.sparsity))}.values())),
-            replays=takes_replay(cell),
-            choices=[step.sparsity for step in taken],
-            forward_macs=macs,
-            again_macs=_again_macs(one, rules),
-            losses_everywhere=_backward_macs(probe, rules, everywhere=True),
-            loss_at_the_end=_backward_macs(probe, rules, everywhere=False),
-            graph_bytes=_graph_bytes(probe),
-            lone=lone,
-            linear=measure(cell, parameters, [_as_kept(s) for s in probe[:2]], probe[2].h, 2 * lone.forward, rules),
-            steady=len(kinds) == 1,
+    @torch.inference_mode(False)
+    def __init__(
+        self,
+        cell: nn.Module,
+        xs: Sequence[Any] | None,
+        batch_size: int,
+        *,
+        state: Tensor | None = None,
+        rules: Mapping[str, Rule] | None = None,
+    ) -> None:
+        parameters = ParameterGuard(cell).parameters
+        beside = next(iter(parameters.values()))
+        first = first_state(cell, batch_size) if state is None or isinstance(cell, Cell) else None
+        if first is not None:
+            first = checks.checked_state(first, batch_size, beside)
+        self.state = checks.checked_state(first if state is None else state, batch_size, beside, first)
+        self.name, self.batch_size, self._rules = type(cell).__name__, batch_size, rules
+        self.state_size, self.itemsize = self.state[0].numel(), self.state.element_size()
+        self.dtype = str(self.state.dtype).removeprefix("torch.")
+        self.sizes = {name: p.numel() for name, p in parameters.items()}
+        self.parameter_size = sum(self.sizes.values())
+        self._runs: dict[Any, Run] = {}
+        self._dry: DryRun | None = DryRun(rules)
+        with self._unnoticed():
+            try:
+                self._cell = copy.deepcopy(cell).requires_grad_(True)
+                for name, parameter in self._cell.named_parameters():
+                    parameter.requires_grad_(name in parameters)
+            except RuntimeError as error:
+                raise ConfigError(f"the cell cannot be copied, and measuring needs a copy: {error}") from error
+            self._cell.zero_grad(set_to_none=True)
+            self._xs = [_resized(x, self.state) for x in xs] if xs is not None else [_drawn(self._cell, self.state)]
+            self.given = 0 if xs is None else len(xs)
+            BPTT(self._cell, batch_size, state=self.state).step(self._xs[0])  # for the checks of a step
+            self._free_macs = 0
+            self._choices = self._walk()
+        self.steady = (
+            len({pytrees.signature((x, tuple(c))) for x, c in zip(self._xs, self._choices, strict=False)}) == 1
         )
+        chosen = self._choices[0]
+        self.sliced = {name: p.shape[0] if p.ndim else 1 for name, p in parameters.items() if name in chosen.active}
+        self.declares = bool(self.sliced) or chosen.reads is not None or chosen.writes is not None
+        self._replays = self.declares and takes_replay(cell)
+        self._generator = torch.Generator().manual_seed(0)
+        self._draws = self._replays and len(self._xs) == 1
+        with self._unnoticed():
+            if self._draws and not self._can_replay():
+                self._draws = False
+            if self.declares and len(self._xs) == 1 and not self._draws:
+                self._xs += [self._other_x() for _ in range(DRAWN_STEPS - 1)]
+                self._choices = self._walk()
+            if self._replays:
+                self._free_macs = self._forward_macs(None) - self._forward_macs(chosen)
+
+    # ------------------------------------------------------------------ the stream
+
+    def x(self, step: int) -> Any:
+        """Return the x of a step: what was given, over and over."""
+        return self._xs[step % len(self._xs)]
+
+    def choice(self, step: int) -> Sparsity:
+        """Return what a step touches: what the cell chose on the stream, over and over; after a single x, drawn evenly
+        at random, with every slice in the first round of draws."""
+        while self._draws and len(self._choices) <= step:
+            self._choices.append(self._draw(len(self._choices)))
+        return self._choices[step % len(self._choices)]
+
+    def touched(self, name: str | None, stop: int, start: int = 0) -> int:
+        """Return how many pairs of a sample and a slice of a parameter are active in some steps of the stream; without
+        a name, how many pairs of a sample and a row of the state are written."""
+        choices = [self.choice(step) for step in range(start, stop)]
+        index = [choice.writes if name is None else choice.active[name] for choice in choices]
+        if any(rows is None for rows in index):
+            return self.batch_size * self.state.shape[1]
+        by_sample = [torch.cat([rows[b] for rows in index if rows is not None]) for b in range(self.batch_size)]
+        return sum(len(rows.unique()) for rows in by_sample)
+
+    def _walk(self) -> list[Sparsity]:
+        """What each step of the stream touches; the first step alone if nothing is declared."""
+        h, choices = self.state, list[Sparsity]()
+        with torch.no_grad():
+            for x in self._xs:
+                _, h, sparsity = call_cell(self._cell, x, h.clone(), None)
+                choices.append(own_copy(sparsity))
+                if sparsity.reads is None and sparsity.writes is None and not sparsity.active:
+                    break
+        return choices
+
+    def _draw(self, step: int) -> Sparsity:
+        """Sets as large as the first step's: those that were one tensor stay one, and what was written stays among what
+        was read."""
+        first, drawn = self._choices[0], dict[int, Tensor]()
+
+        def draw(index: Tensor | None, count: int) -> Tensor | None:
+            if index is None:
+                return None
+            if id(index) not in drawn:
+                k = index.shape[1]
+                order = torch.rand(self.batch_size, count, generator=self._generator).argsort(dim=1)
+                if step * k < count:  # the first round leaves no slice out
+                    order = (torch.arange(count) + step * k).remainder(count).expand(self.batch_size, -1)
+                drawn[id(index)] = order[:, :k].to(index.device)
+            return drawn[id(index)]
+
+        n_slots = self.state.shape[1]
+        reads = draw(first.reads, n_slots)
+        if reads is not None and first.writes is not None and first.writes.shape[1] <= reads.shape[1]:
+            drawn.setdefault(id(first.writes), reads[:, : first.writes.shape[1]])
+        writes = draw(first.writes, n_slots)
+        active = {name: draw(index, self.sliced.get(name, 1)) for name, index in first.active.items()}
+        return Sparsity(reads, writes, active)  # type: ignore[arg-type]
+
+    def _can_replay(self) -> bool:
+        """Whether the cell makes choices that are drawn: one whose rows are of several kinds does not."""
+        try:
+            with torch.no_grad():
+                for step in range(1, 9):
+                    call_cell(self._cell, self._xs[0], self.state.clone(), self.choice(step))
+        except (RTRLError, RuntimeError, ValueError, IndexError, TypeError):
+            del self._choices[1:]
+            return False
+        return True
+
+    def _other_x(self) -> Any:
+        def other(leaf: Tensor) -> Tensor:
+            if not leaf.is_floating_point():
+                return leaf[torch.randperm(leaf.shape[0], generator=self._generator).to(leaf.device)]
+            return torch.randn(leaf.shape, generator=self._generator, dtype=leaf.dtype).to(leaf.device)
+
+        return pytrees.map_tensors(other, self._xs[0])
+
+    def _forward_macs(self, replay: Sparsity | None) -> int:
+        with torch.no_grad(), MacCounter(self._rules) as counter:
+            call_cell(self._cell, self._xs[0], self.state.clone(), replay)
+        return counter.macs
+
+    # ------------------------------------------------------------------ measuring
+
+    def run(self, learner: type, steps: int, **options: Any) -> Run:
+        """Run a learner and measure it, once for each set of arguments.
+
+        Args:
+            learner: its class.
+            steps: how many, with a loss at each of them and a ``sync`` at the end.
+            **options: of the learner.
+
+        Raises:
+            ConfigError: the cell cannot be run without numbers, and is too large to be run with them.
+            UnknownOperationError: the cell runs an operation without a count.
+        """
+        key = learner, steps, *sorted(options.items())
+        if key not in self._runs:
+            self._runs[key] = self._measured(
+                lambda cell, state: learner(cell, self.batch_size, state=state, **options), steps
+            )
+        return self._runs[key]
+
+    def _measured(self, make: Callable[[nn.Module, Tensor], Any], steps: int) -> Run:
+        try:
+            if self._dry is not None:
+                try:
+                    return self._drive(self._dry, LiveBytes(), make, steps)
+                except UnknownOperationError:
+                    raise
+                except Exception as error:
+                    if self.batch_size * self.state_size * self.parameter_size > MOST_NUMBERS:
+                        raise ConfigError(
+                            f"{self.name} cannot be run on tensors without numbers ({type(error).__name__}: {error}), "
+                            "and with numbers it is too large to be measured; plan for a smaller one of its kind"
+                        ) from error
+                    self._dry = None
+            return self._drive(MacCounter(self._rules), LiveBytes(), make, steps)
+        except UnknownOperationError as error:
+            raise UnknownOperationError(f"{error}; a plan takes such counts as rules={{name: rule}}") from error
+
+    @torch.inference_mode(False)
+    def _drive(self, counter: MacCounter, live: LiveBytes, make: Callable[[nn.Module, Tensor], Any], steps: int) -> Run:
+        macs, held = list[int](), list[dict[str, int]]()
+        cell, state = copy.deepcopy(self._cell), self.state.clone()
+        if isinstance(counter, DryRun):
+            counter.begin(live)
+            counter.remove_numbers(cell)
+            state = counter.without_numbers(state)
+        begun = counter.macs
+
+        def note() -> None:
+            macs.append(counter.macs - begun + self._free_macs * min(len(macs) + 2, steps + 1))
+            held.append(learner.retained_bytes())
+
+        with self._unnoticed(), torch.enable_grad(), _both(counter, live):
+            learner = make(cell, state)
+            del state
+            for step in range(steps):
+                forced = {"replay": own_copy(self.choice(step))} if self._replays else {}
+                outputs = pytrees.tensors(learner.step(self.x(step), **forced))
+                losses = [leaf.square().sum() for leaf in outputs if leaf.is_floating_point()]
+                if losses:
+                    learner.backward(torch.stack(losses).sum())
+                del forced, outputs, losses
+                note()
+            learner.sync()
+            note()
+        found = {"any": live.peak} | (counter.peaks if isinstance(counter, DryRun) else {})
+        return Run(macs, held, found)
+
+    def _unnoticed(self) -> Any:
+        """Leave PyTorch's random numbers as they were."""
+        return torch.random.fork_rng(devices=[self.state.device] if self.state.device.type == "cuda" else [])
+
+
+@contextmanager
+def _both(counter: MacCounter, live: LiveBytes) -> Iterator[None]:
+    if isinstance(counter, DryRun):
+        with counter:
+            yield
+    else:
+        with live, counter:
+            yield
 
 
 def _resized(x: Any, h: Tensor) -> Any:
@@ -230,10 +308,10 @@ def _resized(x: Any, h: Tensor) -> Any:
         )
     size = lengths.pop()
 
-    def rows(leaf: Tensor) -> Tensor:
+    def samples(leaf: Tensor) -> Tensor:
         return leaf.detach()[torch.arange(h.shape[0], device=leaf.device) % size].clone()
 
-    x = pytrees.map_tensors(rows, x)
+    x = pytrees.map_tensors(samples, x)
     for leaf in pytrees.tensors(x):
         check_input("x", leaf, h.shape[0], h)
         checks.check_finite("x", leaf, 0)
@@ -248,123 +326,3 @@ def _drawn(cell: nn.Module, h: Tensor) -> Any:
             "in it were tried; give an example input of one step, x="
         )
     return draw()
-
-
-def _guarded(call: Callable[[], Any], x: Any, h: Tensor) -> Any:
-    """Run the cell; what it does not take is said in the package's own words."""
-    try:
-        return call()
-    except RTRLError:
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        shapes = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in pytrees.tensors(x))
-        raise ShapeError(
-            f"the cell does not take this x ({shapes}) with a state {tuple(h.shape)} {h.dtype}: {error}"
-        ) from error
-
-
-def _steps(
-    cell: nn.Module, values: ParameterSnapshot, xs: Sequence[Any], h: Tensor, rules: Mapping[str, Rule] | None
-) -> tuple[list[ReplayedStep], list[int]]:
-    """The steps of a stream, taken without a graph, and the multiply-adds of each."""
-    names, replays = dict(cell.named_parameters()), takes_replay(cell)
-    cut = torch.ones(h.shape[0], dtype=torch.bool, device=h.device)
-    taken, macs = [], []
-    for number, x in enumerate(xs):
-        with torch.no_grad(), MacCounter(rules) as counter:
-            y, h_next, sparsity = _guarded(partial(call_cell, values, x, h.clone(), None), x, h)
-        checks.check_output(y, h, h_next, number)
-        check_sparsity(sparsity, h, names)
-        outputs = [leaf.detach() for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
-        taken.append(ReplayedStep(x, h, own_copy(sparsity), outputs, number, h_next, values, cut, replays))
-        macs.append(counter.macs)
-        h, cut = h_next, torch.zeros_like(cut)
-    return taken, macs
-
-
-def _repeated(
-    cell: nn.Module, values: ParameterSnapshot, first: ReplayedStep, rules: Mapping[str, Rule] | None
-) -> list[ReplayedStep]:
-    """Three steps with the first one's x, with a loss at each."""
-    steps, _ = _steps(cell, values, [first.x] * 3, first.h, rules)
-    for step in steps:
-        step.adjoints = [torch.ones_like(y) for y in step.outputs]
-    return steps
-
-
-def _as_kept(step: ReplayedStep) -> Kept:
-    """The step as ``BlockRTRL`` keeps it, with the gradients of its losses."""
-    outputs = [y.clone().requires_grad_() for y in step.outputs]
-    for leaf, adjoint in zip(outputs, step.adjoints, strict=True):
-        leaf.grad = adjoint
-    return Kept(step.x, step.h, step.sparsity, outputs, step.number)
-
-
-def _again_macs(step: ReplayedStep, rules: Mapping[str, Rule] | None) -> int:
-    with MacCounter(rules) as counter:
-        step.rerun(step.h)
-    return counter.macs
-
-
-def _backward_macs(steps: list[ReplayedStep], rules: Mapping[str, Rule] | None, everywhere: bool) -> Series:
-    forward = _again_macs(steps[0], rules)
-    found = []
-    for number in range(len(steps)):
-        run = [replace(step) for step in steps[: number + 1]]
-        for earlier in run[:-1]:
-            if not everywhere:
-                earlier.adjoints = [None] * len(earlier.adjoints)
-        with MacCounter(rules) as counter:
-            unrolled_gradient(list(run))
-        found.append(counter.macs - len(run) * forward)
-    one, two, three = found
-    return Series((one, two, three))
-
-
-def _graph_bytes(steps: list[ReplayedStep]) -> Series:
-    """What autograd keeps, and the outputs that a loss begins at, storage by storage."""
-    ours = [[step.x, step.h, step.outputs, step.adjoints, step.replays and tuple(step.sparsity)] for step in steps]
-    known = {t.untyped_storage().data_ptr() for t in pytrees.tensors([ours, steps[0].snapshot.tensors])}
-    kept: list[Tensor] = []  # alive until all is counted, so that no address comes twice
-    found = []
-    h = steps[0].h
-
-    def keep(t: Tensor) -> Tensor:
-        kept.append(t.detach())
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        for step in steps:
-            pairs, h = step.rerun(h)
-            kept += [y.detach() for y, _ in pairs]
-            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-            found.append(sum(size for place, size in storages.items() if place not in known))
-    one, two, three = found
-    return Series((one, two, three))
-
-
-def _lone(step: ReplayedStep, rules: Mapping[str, Rule] | None) -> Lone:
-    theta = list(step.snapshot.trainable.values())
-    h = step.h[:1].clone().requires_grad_()
-    with MacCounter(rules) as forward:
-        pairs, h_next = step.rerun(h, 0)
-    from_output = from_entry = 0
-    if pairs:
-        ys, adjoints = zip(*pairs, strict=True)
-        with MacCounter(rules) as counter:
-            torch.autograd.grad(ys, [h, *theta], adjoints, retain_graph=True, materialize_grads=True)
-        from_output = counter.macs
-    if h_next.requires_grad:
-        with torch.enable_grad():
-            entry = h_next.flatten().unbind()[0]
-        with MacCounter(rules) as counter:
-            torch.autograd.grad(entry, [h, *theta], materialize_grads=True)
-        from_entry = counter.macs
-    return Lone(forward.macs, from_output, from_entry)
-
-
-@contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
-    """Leave PyTorch's random numbers as they were, whatever the cell does."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield

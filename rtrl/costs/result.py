@@ -1,6 +1,6 @@
-"""What a plan predicts: one ``Choice`` for each way to learn, and the ``Plan`` that compares them."""
+"""What a plan predicts: one ``Choice`` for each learning method, and the ``Plan`` that compares them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,21 +14,28 @@ if TYPE_CHECKING:  # rich is for those who look at a plan; others need not wait 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to learn, with what it is predicted to cost over a run, a loss at every step and one ``sync`` at the end.
+    """One learning method, with what it is predicted to cost over a run.
+
+    The run has a loss at every step and one ``sync`` at the end.
 
     Attributes:
         method: the class, as in ``rtrl.BlockRTRL`` or ``rtrl.learners``.
-        exact: whether its gradient is that of the whole run, whatever the losses.
+        exact: whether its gradient is that of the whole run, for all losses.
         macs: multiply-adds of the run, as ``rtrl.profiling.macs.MacCounter`` counts them.
         steps: of the run.
         held: bytes held between two steps, at most, by part, as the learner's ``retained_bytes`` counts them.
         peak_bytes: bytes allocated at once, at most, besides the cell, its ``.grad`` and what the user holds.
-        block, window, horizon: its arguments, where it takes them.
-        crossover_steps: of a choice that does not grow with the run, T*: on runs of more steps BPTT holds more bytes
-            between two steps; crossover_peak_steps: beyond which it needs more at its peak.
+        block: its argument, where it takes one.
+        window: its argument, where it takes one.
+        horizon: its argument, where it takes one.
         sliding: of a TBPTT, whether its window slides.
         estimated: whether ``macs`` is an estimate, because the choices of a routing cell had to be guessed or went on
-            beyond the stream that was given; else it is what will be counted.
+            beyond the stream that was given.
+        extrapolated: whether its block or horizon, or the run of BPTT, is longer than what was measured. If not, the
+            run is one whose first blocks were measured, and whose others cost what the last of these did.
+        crossover_steps: of a choice that does not grow with the run, T*: on runs of more steps BPTT holds more bytes
+            between two steps.
+        crossover_peak_steps: of the same, the number of steps beyond which BPTT needs more at its peak.
     """
 
     method: str
@@ -42,12 +49,13 @@ class Choice:
     horizon: int | None = None
     sliding: bool | None = None
     estimated: bool = False
+    extrapolated: bool = False
     crossover_steps: int | None = None
     crossover_peak_steps: int | None = None
 
     @property
     def macs_per_step(self) -> float:
-        """Multiply-adds a step, on the average of the run."""
+        """Multiply-adds per step, on the average of the run."""
         return self.macs / self.steps
 
     @property
@@ -65,7 +73,7 @@ class Choice:
         return f"{self.method}({', '.join(words)})" if words else self.method
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the choice as plain data, for JSON."""
         return {
             "name": self.name,
             "method": self.method,
@@ -77,6 +85,7 @@ class Choice:
             "macs": self.macs,
             "macs_per_step": self.macs_per_step,
             "estimated": self.estimated,
+            "extrapolated": self.extrapolated,
             "held_bytes": self.held_bytes,
             "held": dict(self.held),
             "peak_bytes": self.peak_bytes,
@@ -87,13 +96,18 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Predictions of what each way to learn costs, for one cell, batch and number of steps. Made by ``rtrl.plan``.
+    """Predictions of what each learning method costs, for one cell, batch and number of steps. Made by ``rtrl.plan``.
 
     Attributes:
-        cell: what the cell is called. steps: T. batch_size: B. state_size: H. parameter_size: P. dtype: of the state.
+        cell: what the cell is called.
+        steps: T.
+        batch_size: B.
+        state_size: H.
+        parameter_size: P.
+        dtype: of the state.
         memory_bytes: the budget, for ``peak_bytes``; None if there is none.
-        rows: one ``Choice`` for each way to learn.
-        devices: device → multiply-adds a second at most.
+        rows: one ``Choice`` for each learning method.
+        devices: device → multiply-adds per second at most.
         notes: what the predictions rest on.
     """
 
@@ -109,25 +123,20 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def fits(self, choice: Choice) -> bool:
-        """Whether a choice keeps within the budget."""
+        """Return whether a ``choice`` keeps within the budget."""
         return self.memory_bytes is None or choice.peak_bytes <= self.memory_bytes
 
     @property
     def best(self) -> Choice | None:
-        """The choice with the fewest multiply-adds among those that are exact and fit, the smaller one of two that are
-        alike; None if none fits."""
-        return self._cheapest(lambda choice: choice.exact and self.fits(choice))
+        """The exact choice that fits with the fewest multiply-adds; of two that are alike, the smaller; or None."""
+        return _cheapest([choice for choice in self.rows if choice.exact and self.fits(choice)])
 
     @property
     def best_block(self) -> Choice | None:
-        """The same among those of ``BlockRTRL``; the smallest of them if none fits."""
-        mine = [choice for choice in self.rows if choice.method == "BlockRTRL"]
-        fitting = self._cheapest(lambda choice: choice in mine and self.fits(choice))
-        return fitting or min(mine, key=lambda choice: choice.peak_bytes, default=None)
-
-    def _cheapest(self, wanted: Callable[[Choice], bool]) -> Choice | None:
-        chosen = filter(wanted, self.rows)
-        return min(chosen, key=lambda choice: (choice.macs, choice.peak_bytes), default=None)
+        """The cheapest choice of ``BlockRTRL`` that fits; the smallest of them if none fits."""
+        blocks = [choice for choice in self.rows if choice.method == "BlockRTRL"]
+        fitting = _cheapest([choice for choice in blocks if self.fits(choice)])
+        return fitting or min(blocks, key=lambda choice: choice.peak_bytes, default=None)
 
     @property
     def crossover_steps(self) -> int | None:
@@ -136,14 +145,16 @@ class Plan:
         return None if self.best_block is None else self.best_block.crossover_steps
 
     def seconds_per_step(self, choice: Choice) -> dict[str, float]:
-        """Device → seconds a step at least: multiply-adds over the device's rate. What memory traffic, launches and
-        Python cost comes on top, and on small cells that is most of it."""
+        """Return, for each device, the seconds per step of a ``choice`` at least: multiply-adds over the device's rate.
+
+        Memory traffic, launches and Python come on top, and on small cells they are most of the time.
+        """
         return {name: choice.macs_per_step / rate for name, rate in self.devices.items()}
 
     # ------------------------------------------------------------------ showing it
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the plan as plain data, for JSON."""
 
         def record(choice: Choice) -> dict[str, Any]:
             return {
@@ -170,7 +181,7 @@ class Plan:
         }
 
     def render(self) -> "RenderableType":
-        """For ``rich``: the choices, the verdict, the devices, and what the predictions rest on."""
+        """Return what ``rich`` shows: the choices, the verdict, the devices, and what the predictions rest on."""
         from rich.console import Group
         from rich.text import Text
 
@@ -218,7 +229,7 @@ class Plan:
         from rich.table import Table
 
         table = Table("", "method", "gradient")
-        for title in ("multiply-adds a step", "held", "at its peak", "T*: BPTT holds more beyond"):
+        for title in ("multiply-adds per step", "held", "at its peak", "T*: BPTT holds more beyond"):
             table.add_column(title, justify="right")
         best = self.best
         for choice in self.rows:
@@ -229,7 +240,7 @@ class Plan:
                 "exact" if choice.exact else "truncated",
                 ("≈ " if choice.estimated else "") + show_count(choice.macs_per_step),
                 show_bytes(choice.held_bytes),
-                show_bytes(choice.peak_bytes) + ("" if fits else " too much"),
+                ("~ " if choice.extrapolated else "") + show_bytes(choice.peak_bytes) + ("" if fits else " too much"),
                 "" if choice.crossover_steps is None else f"{choice.crossover_steps:,} steps",
                 style="bold green" if choice is best else "" if fits else "dim",
             )
@@ -248,7 +259,8 @@ class Plan:
             words = f"best: {best.name}"
         if block is not None and self.crossover_steps is not None:
             words += f". Beyond T* = {self.crossover_steps:,} steps, BPTT holds more than {block.name}"
-            words += f"; beyond {block.crossover_peak_steps:,}, it needs more at its peak"
+            if block.crossover_peak_steps is not None:
+                words += f"; beyond {block.crossover_peak_steps:,}, it needs more at its peak"
         return Text(words + ".")
 
     def _device_table(self) -> "Table":
@@ -257,9 +269,13 @@ class Plan:
         chosen = self.best or self.best_block
         assert chosen is not None
         table = Table("device", title=f"{chosen.name}: time at least, multiply-adds alone", title_justify="left")
-        for title in ("multiply-adds/s", "a step", "the run"):
+        for title in ("multiply-adds/s", "per step", "the run"):
             table.add_column(title, justify="right")
         for name, seconds in self.seconds_per_step(chosen).items():
             run = show_seconds(seconds * self.steps)
             table.add_row(name, show_count(self.devices[name]), show_seconds(seconds), run)
         return table
+
+
+def _cheapest(choices: list[Choice]) -> Choice | None:
+    return min(choices, key=lambda choice: (choice.macs, choice.peak_bytes), default=None)

@@ -21,6 +21,7 @@ from rtrl.cells.protocol import Sparsity
 from rtrl.errors import AuditError, ConfigError, NonFiniteError, SparsityError
 from rtrl.learners.audit import AuditMode, Auditor, Audits, BlockAudit
 from rtrl.learners.base import Learner
+from rtrl.learners.block_choice import chosen_block
 from rtrl.learners.state import LearnerState
 from rtrl.learners.witness import YOURS_IS_RIGHT, DormantWitness, ResetCheck, StoreCheck
 
@@ -99,9 +100,7 @@ class BlockRTRL(Learner):
         self._auditor = Auditor(audit, self.cell, self._parameters)
         self._witness: DormantWitness | None = None
         if block == "auto":
-            from rtrl.costs import choose_block  # it needs what this module is made of
-
-            block = choose_block(cell, batch_size, state=state)
+            block = chosen_block(cell, batch_size, state)
         self.block, self.window = validation.integer("block", block), validation.integer("window", window)
         self.lazy = bool(lazy)
         self._prepare()

@@ -40,12 +40,27 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for leaf in _flat(args, kwargs.values()):
-            self._register(leaf, new=False)
+        self.takes(args)
+        if kwargs:
+            self.takes(kwargs.values())
         out = func(*args, **kwargs)
+        self.makes(out)
+        return out
+
+    def takes(self, values: Iterable[Any]) -> None:
+        """Note that an operation takes the tensors among ``values``: unless another one made them, they existed."""
+        for leaf in _flat(values):
+            self._register(leaf, new=False)
+
+    def makes(self, out: Any) -> None:
+        """Note that an operation has made ``out``, a tensor or a list of tensors."""
         for leaf in _flat((out,)):
             self._register(leaf, new=True)
-        return out
+
+    def add(self, n_bytes: int) -> None:
+        """Count ``n_bytes`` that were allocated, or freed if it is negative."""
+        self.now += n_bytes
+        self.peak = max(self.peak, self.now)
 
     def _register(self, leaf: Tensor, new: bool) -> None:
         try:
@@ -62,18 +77,16 @@ class LiveBytes(TorchDispatchMode):
             self.now -= size
 
         self._known[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self.add(size)
 
 
-def _flat(*groups: Iterable[Any]) -> Iterator[Tensor]:
+def _flat(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among the arguments or results of an operation, in lists and tuples at most."""
-    for values in groups:
-        for value in values:
-            if isinstance(value, Tensor):
-                yield value
-            elif isinstance(value, list | tuple):
-                yield from _flat(value)
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _flat(value)
 
 
 def peak_of(call: Callable[[], Any]) -> int:

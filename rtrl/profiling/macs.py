@@ -110,26 +110,35 @@ class MacCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name, kind, rule = _classify(func)
-        if name in self._rules:
-            kind, rule = "contraction", self._rules[name]
-        elif kind == "unknown":
-            # Inference mode dispatches whole compositions, such as ``linear``: count their parts.
-            if isinstance(func, torch._ops.OpOverload):
-                with self:
-                    out = func.decompose(*args, **kwargs)
-                if out is not NotImplemented:
-                    return out
+        name, kind, _ = _classify(func)
+        # Inference mode dispatches whole compositions, such as ``linear``: count their parts.
+        if kind == "unknown" and name not in self._rules and isinstance(func, torch._ops.OpOverload):
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        self._check_known(func)
+        out = func(*args, **kwargs)
+        self._count(func, args, kwargs, out)
+        return out
+
+    def _check_known(self, func: Any) -> None:
+        name, kind, _ = _classify(func)
+        if kind == "unknown" and name not in self._rules:
             raise UnknownOperationError(
                 f"no count of multiply-adds is known for {func}; if one call does n of them, call "
                 f"counter.register({name!r}, lambda args, kwargs, out: n)"
             )
-        out = func(*args, **kwargs)
+
+    def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Add what a call that was made takes."""
+        name, kind, rule = _classify(func)
+        if name in self._rules:
+            kind, rule = "contraction", self._rules[name]
         if kind != "move":
             outer = name == "aten.mul" and name not in self._rules and _is_outer(args, out)
             counts = self.by_op if kind == "contraction" or outer else self.elementwise_by_op
             counts[name] += rule(args, kwargs, out)
-        return out
 
 
 def _stored(tensor: Tensor) -> int:

@@ -121,7 +121,6 @@ def build(folder: Path, site: Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
 
 
-@pytest.mark.xfail(strict=False, reason="not every public docstring can be read by griffe yet")
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install 'rtrl[docs]'")
     done = build(ROOT, tmp_path)

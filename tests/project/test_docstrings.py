@@ -11,8 +11,7 @@ import pytest
 import rtrl
 
 ROOT = Path(rtrl.__file__).parent.parent
-XFAIL = pytest.mark.xfail(strict=False, reason="the docstrings of the cost model await its replacement")
-CASES = [pytest.param("rtrl", marks=XFAIL), "oracles"]
+CASES = ["rtrl", "oracles"]
 # Methods of the protocol of a cell, which rtrl.cells.Cell explains for all cells, and one of PyTorch's modules.
 PROTOCOL = {"forward", "init_state", "analytic_step", "extra_repr"}
 

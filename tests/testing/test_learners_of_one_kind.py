@@ -129,7 +129,7 @@ def _gru(width: int = 3) -> nn.Module:
 
 def _of_gru(cell: Any, batch_size: int) -> Any:
     assert cell.cell.weight_hh is not None
-    return rtrl.BlockRTRL(cell, batch_size, block=8)
+    return rtrl.BlockRTRL(cell, batch_size)
 
 
 @pytest.mark.parametrize("make", [OfItsOwnCell, OfACellOfTheSameForm, _of_gru])
