@@ -45,7 +45,7 @@ class Audits:
         return text if self.fallback is None else f"{text}; linearised in a slower way: {self.fallback}"
 
     def with_one_more(self, error: float, fallback: str | None) -> "Audits":
-        """Return what was found, and one more audit."""
+        """Return what was found, and one more audit with its ``error`` and the ``fallback`` taken since."""
         return Audits(self.count + 1, max(self.worst_error, error), fallback)
 
 

@@ -43,6 +43,7 @@ FOREIGN_PRIVATE = {
     "_functorch": "as _C",
     "_are_functorch_transforms_active": "as _C",
     "_is_any_autocast_enabled": "as _C",
+    "_current_level": "whether forward-mode derivatives are being taken; PyTorch has no public name for it",
     "_cache_enabled": "whether parametrizations are cached; PyTorch has no public name for it",
     "_post_accumulate_grad_hooks": "hooks of a parameter, which must not see the learner's own derivatives",
     "_nn": "how PyTorch reads the arguments of ``module.to``",
