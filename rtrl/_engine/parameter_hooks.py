@@ -50,6 +50,8 @@ def accumulate_hooked(leaves: Sequence[Tensor], gradients: Sequence[Tensor | Non
 
     If a hook raises an error, every ``.grad`` is what it was before.
     """
+    if not any(leaf._post_accumulate_grad_hooks for leaf in leaves):
+        return gradients
     hooked = [
         (leaf, gradient)
         for leaf, gradient in zip(leaves, gradients, strict=True)

@@ -61,7 +61,8 @@ def take(
     grad = torch.is_grad_enabled()
     torch._C._set_grad_enabled(False)  # a torch.no_grad() block costs several times as much
     try:
-        sources = _with_graph(x, number, input_grad) if grad else []
+        plain = isinstance(x, Tensor) and not x.requires_grad  # the usual x, for which a call would take longer
+        sources = _with_graph(x, number, input_grad) if grad and not plain else []
         x = _checked_copy(x, h, number)
         y, h_next, sparsity = _run(cell, x, h, replay, number, first)
         checks.check_output(y, h, h_next, number)

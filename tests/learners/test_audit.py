@@ -19,6 +19,7 @@ from rtrl._influence.store import ParameterInfluence
 from rtrl.errors import AuditError, ConfigError, PerformanceWarning, RTRLError
 from rtrl.learners import audit as auditing
 from rtrl.learners import block_rtrl
+from rtrl.profiling import MacCounter
 from rtrl.testing.streams import dormant_stream
 
 F64 = torch.float64
@@ -323,3 +324,17 @@ def test_rounding_in_single_precision_is_no_mismatch(gain: float) -> None:
         warnings.simplefilter("error", PerformanceWarning)
         learn(learner, normal(1, 300, 2, 1).float())
     assert learner.audits.count == 3
+
+
+def test_an_audit_can_be_counted() -> None:
+    """All that it does has a count of multiply-adds; audits and witnesses add to it."""
+    counts = []
+    for audit in ("off", 1):
+        stream = dormant_stream(0)
+        learner = rtrl.BlockRTRL(stream.cell, stream.batch_size, block=2, window=3, audit=audit)  # type: ignore[arg-type]
+        with MacCounter() as counter:
+            learn(learner, stream.xs[:14])
+            learner.reset(torch.tensor([True, False]))
+            learner.influence("cell.expert_up")
+        counts.append(counter.macs)
+    assert 0 < counts[0] < counts[1]
