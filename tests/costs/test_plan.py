@@ -16,9 +16,16 @@ from typer.testing import CliRunner
 import rtrl
 from rtrl._utils import formatting
 from rtrl.cli.app import app
-from rtrl.costs import auto_block, choose_block, measured_rates, nominal_rates
+from rtrl.costs import auto_block, block_rtrl, choose_block, measured_rates, nominal_rates
 from rtrl.errors import CellError, ConfigError, NonFiniteError, ShapeError, UnknownOperationError
 from rtrl.training import CELLS
+
+
+@pytest.fixture(autouse=True)
+def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How well they predict is tested elsewhere."""
+    for name, value in (("MOST_STEPS", 30), ("MOST_LENGTH", 8), ("MOST_ROUTING_BLOCKS", 3)):
+        monkeypatch.setattr(block_rtrl, name, value)
 
 
 def gru() -> nn.Module:
@@ -58,7 +65,7 @@ def test_truncation_is_never_the_best_of_a_longer_run() -> None:
 
 
 def test_every_size_that_is_asked_for_has_a_row() -> None:
-    found = rtrl.plan(mixture(), steps=8, blocks=[2, 5, 5], windows=[3, 9], horizons=[7])
+    found = rtrl.plan(mixture(), steps=6, blocks=[2, 5, 5], windows=[3, 9], horizons=[7])
     assert [row.name for row in found.rows if row.method != "BPTT"] == [
         "DenseRTRL",
         "TBPTT(horizon=7)",
