@@ -36,8 +36,8 @@ class Copy(EpisodeTask):
 
     Example:
         >>> stream = Copy(values=4, length=2, delay=3).stream(batch_size=5)
-        >>> [int(next(stream).has_target.sum()) for _ in range(7)]
-        [0, 0, 0, 0, 0, 5, 5]
+        >>> tuple(int(next(stream).has_target.sum()) for _ in range(7))
+        (0, 0, 0, 0, 0, 5, 5)
     """
 
     name = "copy"

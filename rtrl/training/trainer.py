@@ -307,8 +307,8 @@ def train(
         ...     batch_size=4,
         ...     steps=200,
         ... )
-        >>> [row.step for row in curve.rows]
-        [100, 200]
+        >>> tuple(row.step for row in curve.rows)
+        (100, 200)
     """
     validation.integer("steps", steps)
     trainer = Trainer(
