@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rtrl._engine import checks
 from rtrl._engine.recorded import RecordedStep
 from rtrl._utils import pytrees
-from rtrl.cells.protocol import call_cell, same_choices
+from rtrl.cells.protocol import OTHER_CHOICES, call_cell, same_choices, takes_replay
 from rtrl.errors import CellError
 
 
@@ -75,7 +75,10 @@ def pull_back_unrolled(
             start = shaken(h)
             y, h, sparsity = call_cell(cell, step.x, start, None)
             if not same_choices(sparsity, step.sparsity):  # it was made to choose, or a near tie fell the other way
-                y, h, sparsity = call_cell(cell, step.x, start, step.sparsity)
+                if takes_replay(cell):
+                    y, h, sparsity = call_cell(cell, step.x, start, step.sparsity)
+                elif noise is None:
+                    raise CellError(f"step {step.number}: {OTHER_CHOICES}")
             leaves = [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
             for leaf, output in zip(leaves, step.outputs, strict=True):
                 if output.grad is not None and leaf.requires_grad:

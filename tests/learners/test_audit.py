@@ -15,8 +15,10 @@ from torch.nn import functional as F
 
 import rtrl
 from rtrl._engine import taps
+from rtrl._engine.recorded import RecordedStep
+from rtrl._engine.unrolled import pull_back_unrolled
 from rtrl._influence.store import ParameterInfluence
-from rtrl.errors import AuditError, ConfigError, PerformanceWarning, RTRLError
+from rtrl.errors import AuditError, CellError, ConfigError, PerformanceWarning, RTRLError
 from rtrl.learners import audit as auditing
 from rtrl.learners import block_rtrl
 from rtrl.profiling import MacCounter
@@ -338,3 +340,28 @@ def test_an_audit_can_be_counted() -> None:
             learner.influence("cell.expert_up")
         counts.append(counter.macs)
     assert 0 < counts[0] < counts[1]
+
+
+class ChoosesAgain(nn.Module):
+    """Each call of it declares another slice as active, though it computes the same; it takes no replay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 1, dtype=F64))
+        self.calls = 0
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return torch.zeros(batch_size, 1, dtype=F64)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, rtrl.Sparsity]:
+        self.calls += 1
+        h = torch.tanh(0.5 * h + x)
+        index = torch.full((len(x), 1), self.calls % 2)
+        return h, h, rtrl.Sparsity(active={"weight": index})
+
+
+def test_another_choice_without_replay_is_refused_and_not_a_crash() -> None:
+    cell = ChoosesAgain()
+    step = RecordedStep(ONES, cell.init_state(1), cell(ONES, cell.init_state(1))[2], [], 0)
+    with pytest.raises(CellError, match="step 0: run a second time, the cell makes other choices"):
+        pull_back_unrolled(cell, dict(cell.named_parameters()), [step], torch.tanh(ONES), ONES)
