@@ -54,6 +54,7 @@ from rtrl._influence.transition import Transition, compose, flush_subnormals
 from rtrl._utils.functional_call import check_substituted
 from rtrl._utils.index_sets import zero
 from rtrl.cells import RecurrentMoE, Stack
+from rtrl.cells.protocol import under_vmap
 from rtrl.cells.supported import runs_as_written
 from rtrl.cells.torch_equations import derivatives
 from rtrl.errors import NonFiniteError
@@ -249,8 +250,8 @@ def counts_calls(cell: RecurrentMoE, y: Tensor, h_next: Tensor) -> tuple[Tensor,
     return y + 1e-3 * calls, h_next
 
 
-def adds_a_bias_put_aside(cell: RecurrentMoE, y: Tensor, h_next: Tensor) -> tuple[Tensor, Tensor]:
-    return y + cell.__dict__.setdefault("_aside", cell.head.bias), h_next
+def goes_another_way_under_vmap(cell: RecurrentMoE, y: Tensor, h_next: Tensor) -> tuple[Tensor, Tensor]:
+    return 2.0 * y if under_vmap(y) else y, h_next
 
 
 def of_new_learners_alone(first_influence: Function) -> Function:
@@ -742,8 +743,8 @@ READ = READS.shape[1] * SCORES.softmax(dim=-1).gather(1, READS).unsqueeze(-1) * 
     ),
     Bug(
         59,
-        "a weight is used that was put aside at first sight",
-        (wrong_step(adds_a_bias_put_aside),),
+        "under vmap the cell computes something else",
+        (wrong_step(goes_another_way_under_vmap),),
         "cell: torch.func",
     ),
     Bug(

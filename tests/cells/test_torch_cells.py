@@ -189,7 +189,8 @@ def test_pack_undoes_unpack() -> None:
 
 def test_the_states_of_a_warmed_up_module_go_in() -> None:
     module, readout, cell, xs = made("LSTM, two layers")
-    _, (h, c) = module(xs[:5])
+    with torch.no_grad():
+        _, (h, c) = module(xs[:5])
     learner = rtrl.BlockRTRL(cell, B, state=cell.pack(tuple(zip(h, c, strict=True))))
     torch.testing.assert_close(learner.step(xs[5]), readout(module(xs[:6])[0][5]), rtol=1e-12, atol=1e-12)
 
