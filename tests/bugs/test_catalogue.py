@@ -9,6 +9,8 @@ from breaking import StaleEntry, replaced, swapped
 from catalogue import BUGS, Bug
 from checks import CHECKS
 
+from rtrl.testing.learner_checks import verdict
+
 NO_BUG = (
     "NameError|SyntaxError|UnboundLocal|ImportError|has no attribute|"
     r"positional argument|keyword argument|multiple values for argument"  # the signature is another one
@@ -16,7 +18,8 @@ NO_BUG = (
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.number:02d} {bug.name}")
-def test_a_bug_is_caught(bug: Bug) -> None:
+def test_a_bug_is_caught(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdict, "diagnose", lambda *args: "")  # slow, and tested elsewhere: only the failure counts
     with ExitStack() as broken:
         for break_ in bug.breaks:
             broken.enter_context(break_())
