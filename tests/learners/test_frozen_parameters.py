@@ -1,12 +1,9 @@
 """Parameters that are frozen or unfrozen in mid-stream, at the end of a block."""
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from helpers.baseline_cells import F64, normal
+from helpers.exact_learners import EXACT, Make
 from helpers.running import gradients
 from helpers.tolerances import assert_gradients_equal, assert_influences_equal
 from torch import Tensor, nn
@@ -14,18 +11,8 @@ from torch import Tensor, nn
 import oracles
 import rtrl
 from rtrl.errors import ParameterChangedError
-from rtrl.learners import BPTT, TBPTT, UORO, DenseRTRL, SnAp
+from rtrl.learners import BPTT, UORO, DenseRTRL
 
-Make = Callable[..., Any]
-EXACT = {
-    "block-1": functools.partial(rtrl.BlockRTRL, block=1, window=3),
-    "block-3": functools.partial(rtrl.BlockRTRL, block=3, window=2),
-    "eager": functools.partial(rtrl.BlockRTRL, block=2, lazy=False),
-    "bptt": BPTT,
-    "dense": DenseRTRL,
-    "tbptt": functools.partial(TBPTT, horizon=99),
-    "snap": functools.partial(SnAp, order=99),
-}
 FIRST = torch.tensor([True, False])
 
 

@@ -1,30 +1,19 @@
 """First states that depend on parameters: their influence begins as ∂h₀/∂θ, at the start and after every reset."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from helpers.baseline_cells import BASELINES, F64, normal
+from helpers.exact_learners import EXACT, Make
 from helpers.running import gradients
 from helpers.tolerances import assert_gradients_equal, assert_influences_equal
 from torch import Tensor, nn
 
 import rtrl
 from rtrl.errors import ConfigError, NonFiniteError
-from rtrl.learners import BPTT, RFLO, TBPTT, UORO, DenseRTRL, DiagonalRTRL, SnAp
+from rtrl.learners import BPTT, RFLO, UORO, DiagonalRTRL, SnAp
 
-Make = Callable[..., Any]
-EXACT = {
-    "block-1": functools.partial(rtrl.BlockRTRL, block=1),
-    "block-3": functools.partial(rtrl.BlockRTRL, block=3, window=2),
-    "eager": functools.partial(rtrl.BlockRTRL, block=2, lazy=False),
-    "bptt": BPTT,
-    "dense": DenseRTRL,
-    "tbptt": functools.partial(TBPTT, horizon=99),
-    "snap": functools.partial(SnAp, order=99),
-}
 FIRST = torch.tensor([True, False])
 
 
