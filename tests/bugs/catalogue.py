@@ -60,6 +60,7 @@ from rtrl.cells.torch_equations import derivatives
 from rtrl.errors import NonFiniteError
 from rtrl.learners.block_rtrl import BlockRTRL as Learner
 from rtrl.learners.bptt import _add_run
+from rtrl.learners.carried import CarriedInfluence
 from rtrl.learners.replayed_step import ParameterSnapshot, ReplayedStep
 from rtrl.learners.state import step_to_plain
 
@@ -152,10 +153,10 @@ def keeps_of_the_leaves(keeps: Callable[[Tensor, bool], bool]) -> Callable[[Func
 def shares_influences(allocate: Function) -> Function:
     made: dict[Any, Any] = {}
 
-    def wrong_allocate(self: Learner, sparsity: Any) -> None:
+    def wrong_allocate(self: CarriedInfluence, sparsity: Any) -> None:
         allocate(self, sparsity)
-        form = tuple((name, p.shape) for name, p in self._parameters.items())
-        self._influences = made.setdefault(form, self._influences)
+        form = tuple((name, influence.shape) for name, influence in self.influences.items())
+        self.influences = made.setdefault(form, self.influences)
 
     return wrong_allocate
 
@@ -324,7 +325,7 @@ BUGS = [
     Bug(
         8,
         "the current block is applied twice at wake-up",
-        (swap(Learner._advance, "INFLUENCE.last_block[ROWS] = NOW", "INFLUENCE.last_block[ROWS] = NOW - 1"),),
+        (swap(CarriedInfluence._advance, "INFLUENCE.last_block[ROWS] = NOW", "INFLUENCE.last_block[ROWS] = NOW - 1"),),
         "learner: sparse rows",
     ),
     Bug(
@@ -338,7 +339,7 @@ BUGS = [
         "the immediate Jacobian is added before catching up",
         (
             swap(
-                Learner._apply,
+                CarriedInfluence.add,
                 """
 for NAME, INFLUENCE in INFLUENCES.items():
     if not INFLUENCE.sliced:
@@ -599,7 +600,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         42,
         "the buffer of the gradient is not cleared",
-        (swap(Learner._grad_buffer, "torch.zeros_like(PARAMETER)", "torch.full_like(PARAMETER, 1e-3)"),),
+        (swap(Learner._gradient_of, "torch.zeros_like(PARAMETER)", "torch.full_like(PARAMETER, 1e-3)"),),
         "learner: no loss",
     ),
     Bug(
@@ -614,7 +615,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         44,
         "an influence is handed out without catching up",
-        (swap(Learner.influence, "self.ADVANCE({NAME: ROWS})", ""),),
+        (swap(CarriedInfluence.influence, "self.ADVANCE({NAME: ROWS})", ""),),
         "learner: influence",
     ),
     Bug(
@@ -622,7 +623,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
         "gradients are float64 whatever the parameters",
         (
             swap(
-                Learner._grad_buffer, "torch.zeros_like(PARAMETER)", "torch.zeros_like(PARAMETER, dtype=torch.float64)"
+                Learner._gradient_of, "torch.zeros_like(PARAMETER)", "torch.zeros_like(PARAMETER, dtype=torch.float64)"
             ),
         ),
         "learner: float32",
@@ -954,13 +955,13 @@ if GRADIENT is not None:
     Bug(
         88,
         "learners of cells of one form share their influences",
-        (wrong(Learner._allocate, shares_influences),),
+        (wrong(CarriedInfluence._allocate, shares_influences),),
         "learner: two learners at once",
     ),
     Bug(
         89,
         "a save forgets what was delivered to dormant slices",
-        (wrong(Learner._buffers, lambda buffers: lambda self: {**buffers(self), "accumulated_until": 0}),),
+        (wrong(CarriedInfluence.state_dict, lambda saved: lambda self: {**saved(self), "accumulated_until": 0}),),
         "learner: drawn mixtures",
     ),
     Bug(

@@ -2,121 +2,118 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from rtrl._engine.block import BlockResult
 from rtrl._influence.catch_up import catch_up
 from rtrl._influence.transition import Transition, compose
-from rtrl.cells.protocol import Sparsity
 from rtrl.errors import ConfigError
+from rtrl.learners.audit import BlockAudit
 from rtrl.learners.block_rtrl import BlockRTRL
+from rtrl.learners.carried import CarriedInfluence
 
 
-class _Truncates(BlockRTRL):
+class _Truncates(CarriedInfluence):
     """The influence at the block's start is thrown away: the gradient is cut off at every block border."""
 
-    def _close(self) -> None:
-        if self._open_steps:
-            for influence in self._influences.values():
-                influence.clear_samples(torch.ones(self.batch_size, dtype=torch.bool))
-        super()._close()
+    def add(self, result: BlockResult, audit: BlockAudit | None) -> None:
+        for influence in self.influences.values():
+            influence.clear_samples(torch.ones(influence.batch_size, dtype=torch.bool))
+        super().add(result, audit)
 
 
-class _ForgetsDormantLosses(BlockRTRL):
+class _ForgetsDormantLosses(CarriedInfluence):
     """Dormant slices receive no gradient for the losses while they were dormant."""
 
     def _accumulate_pending(self, rows: Mapping[str, Tensor]) -> None:
-        assert self._history is not None
-        last = self._history.now - 1
+        assert self.history is not None
+        last = self.history.now - 1
         super()._accumulate_pending(
-            {name: own[self._influences[name].last_block[own] >= last] for name, own in rows.items()}
+            {name: own[self.influences[name].last_block[own] >= last] for name, own in rows.items()}
         )
 
 
-class _DoesNotCatchUp(BlockRTRL):
+class _DoesNotCatchUp(CarriedInfluence):
     """The influence of dormant slices is propagated through the last block alone."""
 
     def _advance(self, rows: Mapping[str, Tensor]) -> None:
-        assert self._history is not None
+        assert self.history is not None
         self._accumulate_pending(rows)
-        now = self._history.now
+        now = self.history.now
         for name, own in rows.items():
-            influence = self._influences[name]
+            influence = self.influences[name]
             behind = own[influence.last_block[own] < now]
             if len(behind):
-                last = self._history.tree.query(now - 1, now).select_samples(influence.sample[behind])
+                last = self.history.tree.query(now - 1, now).select_samples(influence.sample[behind])
                 influence.values[behind] = last.apply(influence.values[behind])
             influence.last_block[own] = now
 
 
-class _AveragesTheBatch(BlockRTRL):
+class _AveragesTheBatch(CarriedInfluence):
     """One influence for the whole batch, the mean over the samples."""
 
-    def _close(self) -> None:
-        super()._close()
-        for influence in self._influences.values():
+    def add(self, result: BlockResult, audit: BlockAudit | None) -> None:
+        super().add(result, audit)
+        for influence in self.influences.values():
             if not influence.sliced and influence.values.shape[0]:
                 influence.values[:] = influence.values.mean(dim=0, keepdim=True)
 
 
-class _OffByOne(BlockRTRL):
+class _OffByOne(CarriedInfluence):
     """The adjoint is applied to the influence after its block, not to the one before it."""
 
     def _advance(self, rows: Mapping[str, Tensor]) -> None:
-        assert self._history is not None
-        catch_up(self._history, [(self._influences[name], own) for name, own in rows.items()])
+        assert self.history is not None
+        catch_up(self.history, [(self.influences[name], own) for name, own in rows.items()])
         self._accumulate_pending(rows)
         for name, own in rows.items():
-            self._influences[name].last_block[own] = self._history.now
+            self.influences[name].last_block[own] = self.history.now
 
 
-class _DropsExpired(BlockRTRL):
+class _DropsExpired(CarriedInfluence):
     """Slices that are dormant for longer than the window lose their influence instead of being caught up."""
 
-    def _close(self) -> None:
-        oldest = None if self._history is None or not self._open_steps else self._history.next_overwritten
+    def add(self, result: BlockResult, audit: BlockAudit | None) -> None:
+        oldest = None if self.history is None else self.history.next_overwritten
         if oldest is not None:
-            for influence in self._influences.values():
+            for influence in self.influences.values():
                 held = influence.active_rows()
                 influence.values[held[influence.last_block[held] <= oldest].to(influence.values.device)] = 0.0
-        super()._close()
+        super().add(result, audit)
 
 
-class _ReversesProducts(BlockRTRL):
+class _ReversesProducts(CarriedInfluence):
     """The tree composes blocks latest first."""
 
-    def _allocate(self, sparsity: Sparsity) -> None:
-        super()._allocate(sparsity)
-        self._reverse()
-
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        super().load_state_dict(saved)
-        self._reverse()
-
-    def _reverse(self) -> None:
+    def add(self, result: BlockResult, audit: BlockAudit | None) -> None:
         def backwards(first: Transition, second: Transition) -> Transition:
             return compose(second, first)
 
-        if self._history is not None:
-            self._history.tree.combine = backwards
+        assert self.history is not None
+        self.history.tree.combine = backwards
+        super().add(result, audit)
 
 
-class _KeepsInfluenceOverResets(BlockRTRL):
+class _KeepsInfluenceOverResets(CarriedInfluence):
     """A reset restarts the state, but does not clear the influence."""
 
-    def _clear(self, samples: Tensor, discard: bool) -> None:
+    def clear(self, samples: Tensor, discard: bool) -> None:
         return
 
 
-class _CountsTwice(BlockRTRL):
+class _CountsTwice(CarriedInfluence):
     """What a sync accumulated for dormant slices is accumulated once more when they are reactivated."""
 
     def _accumulate_pending(self, rows: Mapping[str, Tensor]) -> None:
-        until, self._accumulated_until = self._accumulated_until, 0
+        until, self.accumulated_until = self.accumulated_until, 0
         super()._accumulate_pending(rows)
-        self._accumulated_until = until
+        self.accumulated_until = until
+
+
+def _learner_with(name: str, carried: type[CarriedInfluence]) -> type[BlockRTRL]:
+    return type(f"{name}Learner", (BlockRTRL,), {"_carries": carried, "__doc__": carried.__doc__})
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +125,8 @@ class BrokenLearner:
 
 
 BROKEN_LEARNERS: dict[str, BrokenLearner] = {
-    name: BrokenLearner((learner.__doc__ or "").strip(), learner)
-    for name, learner in {
+    name: BrokenLearner((carried.__doc__ or "").strip(), _learner_with(carried.__name__, carried))
+    for name, carried in {
         "truncate": _Truncates,
         "forget-dormant-losses": _ForgetsDormantLosses,
         "no-catch-up": _DoesNotCatchUp,
