@@ -17,7 +17,7 @@ from rtrl.learners.witness import DormantWitness, ResetCheck, StoreCheck
 
 
 class CarriedInfluence:
-    """The influence of every parameter, over the whole state, and the blocks that dormant slices have slept through.
+    """The influence of every parameter, over the whole state, and the blocks since dormant slices were last active.
 
     Args:
         parameters: name → trainable parameter; the learner's own mapping, which may change between blocks.

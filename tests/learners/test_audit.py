@@ -20,7 +20,7 @@ from rtrl._engine.unrolled import pull_back_unrolled
 from rtrl._influence.store import ParameterInfluence
 from rtrl.errors import AuditError, CellError, ConfigError, PerformanceWarning, RTRLError
 from rtrl.learners import audit as auditing
-from rtrl.learners import block_rtrl
+from rtrl.learners import carried
 from rtrl.profiling import MacCounter
 from rtrl.testing.streams import dormant_stream
 
@@ -182,7 +182,7 @@ def applied_twice(catch_up: Callable[..., int]) -> Callable[..., int]:
 
 def test_a_wrong_catch_up_is_refused_and_so_is_all_that_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = dormant_stream(0)
-    monkeypatch.setattr(block_rtrl, "catch_up", applied_twice(block_rtrl.catch_up))
+    monkeypatch.setattr(carried, "catch_up", applied_twice(carried.catch_up))
     learner = rtrl.BlockRTRL(stream.cell, stream.batch_size, block=2, audit=1)
     with pytest.raises(AuditError, match=r"the influence of dormant slices .* The fault is in the learner"):
         learn(learner, stream.xs)
