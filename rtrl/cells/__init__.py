@@ -2,6 +2,9 @@
 
 from rtrl._utils.renamed_names import renamed_names
 from rtrl.cells.analytic import AnalyticStep, UnitTap
+from rtrl.cells.columns import Columns
+from rtrl.cells.complex_diagonal import LRU, RTU
+from rtrl.cells.gated import ElementwiseLSTM, MinGRU
 from rtrl.cells.grouped_linear import grouped_linear
 from rtrl.cells.module_cell import ModuleCell
 from rtrl.cells.moe import RecurrentMoE
@@ -11,8 +14,13 @@ from rtrl.cells.stack import Stack
 from rtrl.cells.torch_cells import TorchCell, TorchLayers, from_torch
 
 __all__ = [
+    "LRU",
+    "RTU",
     "AnalyticStep",
     "Cell",
+    "Columns",
+    "ElementwiseLSTM",
+    "MinGRU",
     "MoEOutput",
     "ModuleCell",
     "RecurrentMoE",

@@ -1,30 +1,45 @@
 """Layers of cells as one cell, so that the gradient through all layers is exact."""
 
+import inspect
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rtrl.cells.protocol import Sparsity, call_cell, first_state, takes_replay
+from rtrl.cells.protocol import Cell, Sparsity, call_cell, first_state, takes_replay
+from rtrl.cells.row_groups import groups_of, moved
+from rtrl.cells.supported import check_supported
 from rtrl.errors import ConfigError, ShapeError
+
+
+class _Place(NamedTuple):
+    """Where the state of a layer lies: the rows lo … hi − 1 of the stack, each layer row ``entries`` of them, and its
+    own form beside the batch."""
+
+    lo: int
+    hi: int
+    entries: int
+    shape: torch.Size
 
 
 class Stack(nn.Module):
     """Stack cells in layers: each layer's y is the next one's x.
 
-    The states of the layers are concatenated along dimension 1.
+    The states of the layers are concatenated along dimension 1. If they differ in a later dimension, each is flattened
+    first, to a state (B, entries of all layers).
 
     Equation:
-        ``y_k, h'_k = cell_k(y_{k−1}, h_k)``, y_0 = x; the state is ``[h_1, …, h_K]`` and the output y_K.
+        ``y_k, h'_k = layer_k(y_{k−1}, h_k)``, or ``y_k = layer_k(y_{k−1})`` for a layer without a state; y_0 = x. The
+        state is ``[h_1, …, h_K]``, and the output is the last y.
 
     Args:
-        layers: cells whose states agree in all dimensions but the batch and dimension 1; y of all but the last is a
-            tensor.
+        layers: cells and, between and around them, modules without ``init_state``, such as ``nn.Linear``,
+            ``nn.LayerNorm`` or ``nn.Tanh``. y of all but the last layer is a tensor.
 
     Raises:
-        ConfigError: there are no layers, or one has no ``init_state``.
-        ShapeError: the states do not fit together.
+        ConfigError: no layer is a cell, or a layer without a state does not take x alone.
 
     Cost:
         The sum of the layers' costs. The Jacobian of a step has a block for every pair of layers on and below the
@@ -38,21 +53,39 @@ class Stack(nn.Module):
         >>> y, h, sparsity = stack(torch.ones(5, 3), stack.init_state(5))
         >>> y.shape, h.shape, sparsity.writes.shape
         (torch.Size([5, 2]), torch.Size([5, 5, 4]), torch.Size([5, 4]))
+        >>> mixed = Stack([rtrl.cells.MinGRU(3, 8), torch.nn.LayerNorm(8), rtrl.cells.RTU(8, 4), torch.nn.Linear(8, 2)])
+        >>> mixed.init_state(5).shape, [rows.shape for rows in mixed.row_groups()]
+        (torch.Size([5, 16]), [torch.Size([8, 1]), torch.Size([4, 2])])
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
-        if not layers:
-            raise ConfigError("a Stack needs at least one layer")
         self.layers = nn.ModuleList(layers)
-        firsts = [first_state(layer, 1) for layer in layers]
-        if len({tuple(first.shape[2:]) for first in firsts}) != 1:
-            raise ShapeError(f"the layers' states must agree after dimension 1, got {[tuple(f.shape) for f in firsts]}")
-        self._edges = [0, *accumulate(first.shape[1] for first in firsts)]
+        firsts = {k: first_state(layer, 1) for k, layer in enumerate(layers) if isinstance(layer, Cell)}
+        if not firsts:
+            raise ConfigError("a Stack needs at least one layer that is a cell, with init_state(batch_size)")
+        for k, layer in enumerate(layers):
+            if k not in firsts:
+                _check_stateless(k, layer)
+        self._flat = len({first.shape[2:] for first in firsts.values()}) > 1
+        rows = [first[0].numel() if self._flat else first.shape[1] for first in firsts.values()]
+        self._places = {
+            k: _Place(lo, hi, first[0, 0].numel() if self._flat else 1, first.shape[1:])
+            for (k, first), (lo, hi) in zip(firsts.items(), pairwise([0, *accumulate(rows)]), strict=True)
+        }
+        self._size = sum(rows)
 
     def init_state(self, batch_size: int) -> Tensor:
         """Return the layers' first states, concatenated along dimension 1."""
-        return torch.cat([first_state(layer, batch_size) for layer in self.layers], dim=1)
+        return torch.cat([self._joint(first_state(self.layers[k], batch_size)) for k in self._places], dim=1)
+
+    def row_groups(self) -> list[Tensor]:
+        """Return the groups of each layer above those of the layers below; see ``rtrl.cells.row_groups``."""
+        groups, offset = [], 0
+        for k, place in self._places.items():
+            groups += moved(groups_of(self.layers[k]), offset)
+            offset += place.shape.numel()
+        return groups
 
     def forward(self, x: Tensor, h: Tensor, replay: Sparsity | None = None) -> tuple[Tensor, Tensor, Sparsity]:
         """Take one step of all layers.
@@ -68,36 +101,67 @@ class Stack(nn.Module):
         Raises:
             ShapeError: h has another number of rows.
         """
-        if h.ndim < 2 or h.shape[1] != self._edges[-1]:
-            raise ShapeError(f"h must have {self._edges[-1]} rows in dimension 1, got shape {tuple(h.shape)}")
+        if h.ndim < 2 or h.shape[1] != self._size:
+            raise ShapeError(f"h must have {self._size} rows in dimension 1, got shape {tuple(h.shape)}")
         y, states, sparsities = x, [], []
-        for k, (layer, (lo, hi)) in enumerate(zip(self.layers, pairwise(self._edges), strict=True)):
-            choices = self._choices(replay, k, lo, hi) if replay is not None and takes_replay(layer) else None
-            y, h_next, sparsity = call_cell(layer, y, h[:, lo:hi], choices)
-            states.append(h_next)
+        for k, layer in enumerate(self.layers):
+            if k not in self._places:
+                y = layer(y)
+                continue
+            place = self._places[k]
+            own = h[:, place.lo : place.hi]
+            own = own.unflatten(1, place.shape) if self._flat else own
+            choices = self._choices(replay, k) if replay is not None and takes_replay(layer) else None
+            y, h_next, sparsity = call_cell(layer, y, own, choices)
+            states.append(self._joint(h_next))
             sparsities.append(sparsity)
         return y, torch.cat(states, dim=1), self._joined(sparsities, h) if replay is None else replay
 
-    def _choices(self, replay: Sparsity, k: int, lo: int, hi: int) -> Sparsity:
+    def _joint(self, state: Tensor) -> Tensor:
+        return state.flatten(1) if self._flat else state
+
+    def _choices(self, replay: Sparsity, k: int) -> Sparsity:
         """The choices of layer k, with rows counted from its first one."""
+        lo, hi, entries, _ = self._places[k]
 
         def rows(index: Tensor | None) -> Tensor | None:
             if index is None or not index.shape[0]:
                 return index
             places = [i for i, row in enumerate(index[0].tolist()) if lo <= row < hi]  # the same for every sample
-            return index[:, places] - lo
+            own = index[:, places] - lo
+            return own if entries == 1 else own[:, ::entries] // entries
 
         prefix = f"layers.{k}."
         active = {name.removeprefix(prefix): index for name, index in replay.active.items() if name.startswith(prefix)}
         return Sparsity(rows(replay.reads), rows(replay.writes), active)
 
     def _joined(self, layers: list[Sparsity], h: Tensor) -> Sparsity:
-        active = {f"layers.{k}.{name}": index for k, layer in enumerate(layers) for name, index in layer.active.items()}
+        named = zip(self._places, layers, strict=True)
+        active = {f"layers.{k}.{name}": index for k, layer in named for name, index in layer.active.items()}
         return Sparsity(self._rows([s.reads for s in layers], h), self._rows([s.writes for s in layers], h), active)
 
     def _rows(self, parts: list[Tensor | None], h: Tensor) -> Tensor | None:
         if all(part is None for part in parts):
             return None
-        rows = [torch.arange(lo, hi, device=h.device).expand(h.shape[0], -1) for lo, hi in pairwise(self._edges)]
-        pairs = zip(parts, rows, strict=True)
-        return torch.cat([all_rows if part is None else part + all_rows[:, :1] for part, all_rows in pairs], dim=1)
+        rows = []
+        for part, (lo, hi, entries, _) in zip(parts, self._places.values(), strict=True):
+            if part is None:
+                rows.append(torch.arange(lo, hi, device=h.device).expand(h.shape[0], -1))
+            else:
+                within = torch.arange(entries, device=h.device)
+                rows.append(lo + (part.unsqueeze(2) * entries + within).flatten(1))
+        return torch.cat(rows, dim=1)
+
+
+def _check_stateless(k: int, layer: Any) -> None:
+    """Refuse a layer without a state that does not take x alone."""
+    if not isinstance(layer, nn.Module):
+        raise ConfigError(f"layer {k} must be a torch.nn.Module, got {type(layer).__name__}")
+    check_supported(layer)
+    try:
+        inspect.signature(layer.forward).bind(None)
+    except TypeError as error:
+        raise ConfigError(
+            f"layer {k}, {type(layer).__name__}, has no init_state(batch_size), and its forward does not take x alone; "
+            "a cell needs init_state, any other layer is called as layer(x)"
+        ) from error

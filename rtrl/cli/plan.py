@@ -25,7 +25,8 @@ def plan(
         ),
     ] = None,
     kind: Annotated[
-        str | None, typer.Option(help="In place of --cell: rnn, gru, lstm or moe.", show_default=False)
+        str | None,
+        typer.Option(help="In place of --cell: rnn, gru, lstm, moe, mingru, elstm, lru or rtu.", show_default=False),
     ] = None,
     hidden: Annotated[int, typer.Option(help="Of --kind: units of its state; of moe, of one slot.", min=1)] = 64,
     inputs: Annotated[int, typer.Option(help="Of --kind: the width of x, and of y.", min=1)] = 64,
@@ -83,7 +84,9 @@ def plan(
 
     try:
         if (cell is None) == (kind is None):
-            raise ConfigError("give --cell, a function that makes a cell, or --kind, one of rnn, gru, lstm, moe")
+            raise ConfigError(
+                "give --cell, a function that makes a cell, or --kind: rnn, gru, lstm, moe, mingru, elstm, lru or rtu"
+            )
         if cell is not None:
             made, xs = load_cell(cell)
         else:

@@ -45,7 +45,10 @@ def train(
         str, typer.Option(help="block (BlockRTRL), bptt, tbptt, rtrl, snap, uoro, rflo or diagonal.")
     ] = "block",
     cell: Annotated[
-        str, typer.Option(help="moe (RecurrentMoE), rnn, gru, lstm, or package.module:name of your own.")
+        str,
+        typer.Option(
+            help="moe (RecurrentMoE), rnn, gru, lstm, mingru, elstm, lru, rtu, or package.module:name of your own."
+        ),
     ] = "moe",
     task_option: Annotated[
         list[str] | None,

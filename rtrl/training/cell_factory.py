@@ -9,7 +9,7 @@ from torch import nn
 
 from rtrl._utils import named_factories, validation
 from rtrl._utils.import_target import load
-from rtrl.cells import RecurrentMoE, from_torch
+from rtrl.cells import LRU, RTU, ElementwiseLSTM, MinGRU, RecurrentMoE, Stack, from_torch
 from rtrl.errors import ConfigError
 
 MakeCell = Callable[[int, int], nn.Module]
@@ -45,11 +45,35 @@ def _of_torch(kind: type[nn.RNNCell] | type[nn.GRUCell] | type[nn.LSTMCell]) -> 
     return maker
 
 
+def _with_rows(kind: Callable[[int, int], nn.Module], outputs: int = 1) -> Callable[..., MakeCell]:
+    """Layers of a cell with independent rows, which has ``outputs`` numbers of y per unit, and a linear readout."""
+
+    def maker(*, hidden: int = 32, layers: int = 1) -> MakeCell:
+        validation.integer("hidden", hidden)
+        validation.integer("layers", layers)
+
+        def make(d_in: int, d_out: int) -> nn.Module:
+            cells = [kind(d_in if layer == 0 else outputs * hidden, hidden) for layer in range(layers)]
+            return Stack([*cells, nn.Linear(outputs * hidden, d_out)])
+
+        return make
+
+    return maker
+
+
+def _lru(d_in: int, hidden: int) -> nn.Module:
+    return LRU(d_in, hidden, hidden)
+
+
 CELLS: Mapping[str, Callable[..., MakeCell]] = {
     "moe": _moe,
     "rnn": _of_torch(nn.RNNCell),
     "gru": _of_torch(nn.GRUCell),
     "lstm": _of_torch(nn.LSTMCell),
+    "mingru": _with_rows(MinGRU),
+    "elstm": _with_rows(ElementwiseLSTM),
+    "lru": _with_rows(_lru),
+    "rtu": _with_rows(RTU, outputs=2),
 }
 """Name → a function of that cell's options that returns ``make(d_in, d_out)``."""
 
@@ -67,8 +91,10 @@ def make_cell(
     """Make the cell of this name for x of width ``d_in`` and y of width ``d_out``.
 
     ``moe`` is ``rtrl.RecurrentMoE``, whose sizes are its options; ``rnn``, ``gru`` and ``lstm`` (hidden=32, layers=1)
-    are PyTorch's with a linear readout; ``package.module:name`` is a user's cell: a module, or a function or class
-    that is called as ``name(d_in, d_out, **options)``, or as ``name(**options)`` if it takes no widths.
+    are PyTorch's with a linear readout; ``mingru``, ``elstm``, ``lru`` and ``rtu`` (hidden=32, layers=1) are those of
+    ``rtrl.cells`` with independent rows, in a ``Stack`` that ends in a linear map; ``package.module:name`` is a user's
+    cell: a module, or a function or class that is called as ``name(d_in, d_out, **options)``, or as
+    ``name(**options)`` if it takes no widths.
 
     Args:
         name: one of ``CELLS``, or ``package.module:name``.

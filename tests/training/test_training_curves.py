@@ -381,7 +381,7 @@ def test_options_of_learners_arrive() -> None:
 def test_cells_by_name_and_seed(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    for name in ("moe", "rnn", "gru", "lstm"):
+    for name in ("moe", "rnn", "gru", "lstm", "mingru", "elstm", "lru", "rtu"):
         one, same, other = (training.make_cell(name, 3, 2, seed=seed) for seed in (0, 0, 1))
         weights = [torch.cat([p.flatten() for p in cell.parameters()]) for cell in (one, same, other)]
         assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
