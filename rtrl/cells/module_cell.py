@@ -113,7 +113,7 @@ class PackedCell(nn.Module, ABC):
         return self._packing.pack(self._first(batch_size), batch_size, CellError)
 
     def unpack(self, h: Tensor) -> Any:
-        """Return the tree of tensors (B, ...) of a packed state (B, N); its leaves are views of h where possible.
+        """Return the tree of tensors (B, ...) of a packed state ``h`` (B, N); its leaves are views of h where possible.
 
         Raises:
             ShapeError: h has another shape.

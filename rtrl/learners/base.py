@@ -1,33 +1,25 @@
 """The base class of all learners: everything that does not depend on how a gradient is computed."""
 
-import copy
-import inspect
 import warnings
-import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import TensorWeakRef
 
 from rtrl._engine import checks, losses
 from rtrl._engine import step as forward_step
 from rtrl._engine.first_influence import check_constant, first_influence, replace_samples
 from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._engine.parameter_hooks import deliver
-from rtrl._engine.recorded import RecordedStep
 from rtrl._engine.surroundings import linearizing
 from rtrl._utils import pytrees, validation
 from rtrl.cells.protocol import Cell, Sparsity, first_state, takes_replay
 from rtrl.cells.supported import check_supported, original
-from rtrl.errors import ConfigError, NonFiniteError, RTRLError, ShapeError
-from rtrl.learners import state as saved_state
-from rtrl.learners.state import LearnerState
+from rtrl.errors import ConfigError, NonFiniteError, ShapeError
+from rtrl.learners.portable import PortableLearner
 
 
-class Learner(ABC):
+class Learner(PortableLearner):
     """Take a stream step by step, collect the losses, and deliver gradients to the ``.grad`` of the parameters.
 
     A learning rule is a subclass. It implements ``_process`` (process the open steps, which take no more losses), and
@@ -52,10 +44,6 @@ class Learner(ABC):
         ShapeError: the first state has the wrong shape, dtype or device.
     """
 
-    block: int = 1
-    _keeps_x: bool = False  # whether an x that requires grad is taken, and gets its gradient
-    _guards_values: bool = True  # whether parameters must keep their values inside a block
-
     def __init__(self, cell: nn.Module, batch_size: int, *, state: Tensor | None = None) -> None:
         validation.integer("batch_size", batch_size)
         if not isinstance(cell, nn.Module):
@@ -69,10 +57,8 @@ class Learner(ABC):
         self._takes_replay = takes_replay(cell)
         self._state, self._first_influence = self._start(state)
         self._steps_taken = 0
-        self._open_steps: list[RecordedStep] = []  # these still accept losses
-        self._seen_losses: list[weakref.ref[Tensor]] = []  # of the newest step
-        self._pending_grads: dict[str, Tensor] = {}  # by parameter, not yet delivered to .grad
-        self._damage: str | None = None  # why the learner refuses to go on
+        self._open_steps, self._seen_losses = [], []
+        self._pending_grads, self._damage = {}, None
 
     # ------------------------------------------------------------------ steps and losses
 
@@ -276,245 +262,3 @@ class Learner(ABC):
         """Return the bytes held between steps, by part: gradients not yet delivered, state, and those of the rule."""
         gradient, state = pytrees.n_bytes(self._pending_grads), pytrees.n_bytes((self._state, self._first_influence))
         return {**self._held_bytes(), "gradient": gradient, "state": state}
-
-    # ------------------------------------------------------------------ saving
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that is needed to continue bit for bit, as tensors, numbers and containers of these.
-
-        Save the cell's parameters beside it. Add the losses of a step before saving it: the ``y`` of a step taken
-        before the save accepts no more losses after a load.
-        """
-        self._check_intact()
-        if not self._open_steps and self._guard.find_toggled():
-            self._adopt_parameters()
-        return saved_state.to_plain(self._learner_state(self._buffers()))
-
-    @torch.inference_mode(False)
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from where ``state_dict`` was taken, with the same cell, parameters and arguments.
-
-        ``block``, ``window`` and ``lazy`` of ``BlockRTRL`` may differ if no step was open: after a ``sync``. Dormant
-        slices are then brought up to date, and the gradient is the same up to rounding.
-
-        Args:
-            saved: what ``state_dict`` returned.
-
-        Raises:
-            ConfigError: it is not a saved learner of this format, it is damaged, or it was taken of a learner with
-                another cell or other arguments. Nothing has changed.
-        """
-        with saved_state.damage_reported():
-            present = self._learner_state({})
-            loaded = saved_state.from_plain(saved, present, self._guard.named, self._adaptable)
-            if len(loaded.open_steps) > self.block:
-                raise ConfigError(f"the saved learner has {len(loaded.open_steps)} open steps, but block={self.block}")
-            buffers = self._load_buffers(loaded)
-        self._give_up_block()
-        self._damage = None
-        self._state, self._steps_taken = loaded.state, loaded.steps_taken
-        self._first_influence = loaded.first_influence
-        self._open_steps, self._pending_grads = loaded.open_steps, loaded.pending_grads
-        for attribute, value in buffers.items():
-            setattr(self, attribute, value)
-        self._guard.begin()
-        if loaded.layout != present.layout:
-            self._adapt()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what ``copy.deepcopy`` and ``pickle`` need. A copy has a cell of its own, and continues bit for bit,
-        an open block included; a y of the original does not reach it.
-
-        Raises:
-            ParameterChangedError: a parameter changed inside the open block.
-            ConfigError: an x of the open block waits for its gradient, see ``input_grad`` of ``BlockRTRL``.
-        """
-        if self._open_steps:
-            self._check_parameters()
-        attributes = {name: value for name, value in vars(self).items() if name not in self._rebuilt}
-        return {"attributes": attributes, "saved": self.state_dict()}
-
-    @torch.inference_mode(False)
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return copied
-
-    @torch.inference_mode(False)
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state["attributes"])
-        self._guard = ParameterGuard(self.cell, self._guards_values)
-        self._parameters = self._guard.parameters
-        self._open_steps, self._seen_losses, self._pending_grads, self._first_influence = [], [], {}, {}
-        self._prepare()
-        self.load_state_dict(state["saved"])
-
-    @torch.inference_mode(False)
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the learner and its cell to another device or floating-point dtype, in place.
-
-        The open block is closed first, as by ``sync``. The cell is moved by ``cell.to``, so that its parameters stay
-        the same objects for an optimizer. A cell that was moved before, when no step was open, stays as it is.
-
-        Args:
-            *args: as for ``torch.nn.Module.to``: a device, a dtype, both, or a tensor that has them.
-            **kwargs: as for ``torch.nn.Module.to``.
-
-        Returns:
-            The learner itself.
-
-        Raises:
-            ConfigError: the dtype is not a real floating-point one; or BPTT or TBPTT hold steps of another dtype.
-            NonFiniteError: the state overflows in this dtype. Nothing has changed but that the block is closed.
-            RTRLError: the open block cannot be closed; see ``sync``.
-        """
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is not None and not dtype.is_floating_point:
-            raise ConfigError(f"a learner can only be moved to a real floating-point dtype, got {dtype}")
-
-        def moved(value: Tensor) -> Tensor:
-            if isinstance(value, nn.Parameter):
-                return value
-            to_dtype = dtype if dtype is not None and value.is_floating_point() else value.dtype
-            return value.to(device or value.device, to_dtype, non_blocking)
-
-        self._close()
-        if dtype not in (None, self._state.dtype):
-            self._check_dtype_may_change()
-        if not checks.finite(moved(self._state)):
-            raise NonFiniteError(f"the state has values that {dtype} cannot hold")
-        saved = pytrees.map_tensors(moved, self.state_dict())
-        self.cell.to(*args, **kwargs)
-        for name, value in list(vars(self).items()):
-            if name not in self._rebuilt:
-                setattr(self, name, pytrees.map_tensors(moved, value))
-        self._prepare()
-        self.load_state_dict({**saved, "layout": self._learner_state({}).layout})
-        return self
-
-    def _learner_state(self, buffers: Mapping[str, Any]) -> LearnerState:
-        ours = [kind for kind in type(self).__mro__ if kind.__module__.startswith("rtrl.learners.")]
-        rules = [kind for kind in ours if not inspect.isabstract(kind)]  # a subclass of one loads what that one saved
-        layout = {
-            "learner": (rules or [type(self)])[0].__name__,
-            "batch_size": self.batch_size,
-            **self._arguments(),
-            "state": f"{tuple(self._state.shape)} {self._state.dtype}",
-            "parameters": {name: f"{tuple(p.shape)} {p.dtype}" for name, p in self._parameters.items()},
-        }
-        held = self._state, self._first_influence, self._steps_taken, self._open_steps, self._pending_grads
-        return LearnerState(layout, *held, buffers)
-
-    # ------------------------------------------------------------------ what all rules share
-
-    def _check_parameters(self) -> None:
-        """Refuse parameters that were replaced, or that changed while steps are open."""
-        self._guard.check([step.number for step in self._open_steps])
-
-    def _first_influence_of(self, name: str) -> Tensor:
-        """Return the influence (B, H, P) of one parameter on first states from which no step was taken yet."""
-        if name in self._first_influence:
-            return self._first_influence[name].clone()
-        return self._state.new_zeros(self.batch_size, self._state[0].numel(), self._parameters[name].numel())
-
-    def _check_intact(self) -> None:
-        """Refuse to go on from values that a failure has left half changed."""
-        if self._damage is not None:
-            raise RTRLError(self._damage)
-
-    def _check_name(self, name: str) -> None:
-        if name not in self._parameters:
-            raise ConfigError(f"no trainable parameter is called {name!r}; there are {', '.join(self._parameters)}")
-
-    def _close_for(self, name: str) -> None:
-        """Process the open steps, to look at one parameter; an unknown name is refused before and after."""
-        if name not in self._guard.trainable():
-            self._check_name(name)
-        self._close()
-        self._check_name(name)
-
-    def _adopt_parameters(self) -> None:
-        """Take note that parameters were frozen or unfrozen, at the end of a block.
-
-        The gradient of a frozen one that is not yet delivered is dropped with its influence; the influence of an
-        unfrozen one begins at zero.
-        """
-        before = {name: parameter.numel() for name, parameter in self._parameters.items()}
-        for name in self._guard.adopt():
-            self._pending_grads.pop(name, None)
-            self._first_influence.pop(name, None)
-        self._adopt(before)
-
-    def _close(self) -> None:
-        """Process the open steps. They accept no more losses then."""
-        self._check_intact()
-        self._check_parameters()
-        if self._guard.toggled:
-            self._adopt_parameters()
-        if self._open_steps:
-            with torch.no_grad(), linearizing(self._parameters.values()):
-                self._process()
-            self._give_up_block()
-
-    def _give_up_block(self) -> None:
-        """Let the open steps accept no more losses, and forget them."""
-        closed = [(TensorWeakRef(leaf), step.number) for step in self._open_steps for leaf in step.outputs]
-        self._open_steps, self._seen_losses = [], []
-        losses.close_leaves(closed)
-
-    # ------------------------------------------------------------------ what a rule supplies
-
-    _adaptable: Collection[str] = ()  # arguments in which a learner and the saved one that it loads may differ
-    _rebuilt: tuple[str, ...] = (  # attributes that a copy does not take over: it loads what the original saves
-        *("_guard", "_parameters", "_open_steps", "_seen_losses", "_pending_grads", "_first_influence"),
-    )
-
-    def _prepare(self) -> None:
-        """Make what depends on which parameters are trainable, and on their dtype and device."""
-        return
-
-    def _check_dtype_may_change(self) -> None:
-        """Refuse another dtype, if what is held depends on the present one."""
-        return
-
-    def _adapt(self) -> None:
-        """Carry on after loading what a learner with other ``_adaptable`` arguments saved, at the end of a block."""
-        return
-
-    def _begin_block(self, step: RecordedStep) -> None:
-        """Prepare for a block, of which this is the first step."""
-        self._guard.begin()
-
-    @abstractmethod
-    def _process(self) -> None:
-        """Process the open steps, of which there is at least one. Everything that can fail comes before the first
-        change."""
-
-    def _adopt(self, before: Mapping[str, int]) -> None:
-        """Carry on with the present ``_parameters``; before they were these, by name and size."""
-        return
-
-    def _flush(self, dormant: bool) -> None:
-        """Accumulate gradients that are still pending elsewhere, before a delivery."""
-        return
-
-    def _clear(self, samples: Tensor, discard: bool) -> None:
-        """Clear what is carried for these samples, Boolean (B,); unless ``discard``, their gradients are accumulated
-        first."""
-        return
-
-    def _held_bytes(self) -> dict[str, int]:
-        """Bytes held, by part, of what the rule carries and of the open steps."""
-        return {}
-
-    def _arguments(self) -> dict[str, Any]:
-        """The arguments beside cell and batch_size, as plain values."""
-        return {}
-
-    def _buffers(self) -> dict[str, Any]:
-        """What a saved learner contains beside the common part: plain values and copies of tensors, by name."""
-        return {}
-
-    def _load_buffers(self, loaded: LearnerState) -> dict[str, Any]:
-        """Check the buffers of a saved learner and return new values of attributes, by name; change nothing."""
-        return {}

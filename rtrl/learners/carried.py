@@ -13,7 +13,8 @@ from rtrl._influence.store import ParameterInfluence
 from rtrl.cells.protocol import Sparsity
 from rtrl.errors import ConfigError
 from rtrl.learners.audit import Auditor, BlockAudit
-from rtrl.learners.witness import DormantWitness, ResetCheck, StoreCheck
+from rtrl.learners.store_checks import ResetCheck, StoreCheck
+from rtrl.learners.witness import DormantWitness
 
 
 class CarriedInfluence:

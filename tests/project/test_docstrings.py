@@ -34,14 +34,15 @@ def load(name: str, folder: Path) -> griffe.Module:
 
 
 def exports(module: griffe.Module) -> Iterator[griffe.Object]:
-    """What the module and the packages in it export, with the public methods of classes."""
+    """What the module and the packages in it export, with the public methods of classes, inherited ones included."""
     for name in module.exports or []:
         member = module.members[str(name)]
         target = member.final_target if isinstance(member, griffe.Alias) else member
         if not isinstance(target, griffe.Module):
             yield target
         if isinstance(target, griffe.Class):
-            yield from (m for n, m in target.members.items() if _public(n) and isinstance(m, griffe.Function))
+            for kind in (target, *target.mro()):
+                yield from (m for n, m in kind.members.items() if _public(n) and isinstance(m, griffe.Function))
     for name, member in module.members.items():
         if isinstance(member, griffe.Module) and member.is_init_module and not name.startswith("_"):
             yield from exports(member)
@@ -136,6 +137,7 @@ def test_public_docstrings_explain_every_parameter(name: str) -> None:
 def test_enough_is_looked_at() -> None:
     names = {item.path for item in exports(load("rtrl", ROOT))}
     assert {"rtrl.learners.block_rtrl.BlockRTRL", "rtrl.learners.base.Learner.sync"} <= names
+    assert "rtrl.learners.portable.PortableLearner.to" in names
     assert len(names) > 100
 
 

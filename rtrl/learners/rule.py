@@ -1,0 +1,157 @@
+"""What all learning rules share, and what each of them supplies."""
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
+
+from rtrl._engine import losses
+from rtrl._engine.parameter_guard import ParameterGuard
+from rtrl._engine.recorded import RecordedStep
+from rtrl._engine.surroundings import linearizing
+from rtrl.errors import ConfigError, RTRLError
+from rtrl.learners.state import LearnerState
+
+
+class LearningRule(ABC):
+    """The block of open steps, its parameters, and how it is closed; ``Learner`` is built on it.
+
+    Attributes:
+        cell: the cell.
+        batch_size: B, the number of samples.
+        block: the number of steps that are processed together.
+    """
+
+    cell: nn.Module
+    batch_size: int
+    block: int = 1
+    _keeps_x: bool = False  # whether an x that requires grad is taken, and gets its gradient
+    _guards_values: bool = True  # whether parameters must keep their values inside a block
+
+    _guard: ParameterGuard
+    _parameters: dict[str, nn.Parameter]  # the trainable ones, by name
+    _state: Tensor
+    _first_influence: dict[str, Tensor]  # of the first state, if that depends on parameters
+    _steps_taken: int
+    _open_steps: list[RecordedStep]  # these still accept losses
+    _seen_losses: list[weakref.ref[Tensor]]  # of the newest step
+    _pending_grads: dict[str, Tensor]  # by parameter, not yet delivered to .grad
+    _damage: str | None  # why the learner refuses to go on
+
+    # ------------------------------------------------------------------ what all rules share
+
+    def _check_parameters(self) -> None:
+        """Refuse parameters that were replaced, or that changed while steps are open."""
+        self._guard.check([step.number for step in self._open_steps])
+
+    def _first_influence_of(self, name: str) -> Tensor:
+        """Return the influence (B, H, P) of one parameter on first states from which no step was taken yet."""
+        if name in self._first_influence:
+            return self._first_influence[name].clone()
+        return self._state.new_zeros(self.batch_size, self._state[0].numel(), self._parameters[name].numel())
+
+    def _check_intact(self) -> None:
+        """Refuse to go on from values that a failure has left half changed."""
+        if self._damage is not None:
+            raise RTRLError(self._damage)
+
+    def _check_name(self, name: str) -> None:
+        if name not in self._parameters:
+            raise ConfigError(f"no trainable parameter is called {name!r}; there are {', '.join(self._parameters)}")
+
+    def _close_for(self, name: str) -> None:
+        """Process the open steps, to look at one parameter; an unknown name is refused before and after."""
+        if name not in self._guard.trainable():
+            self._check_name(name)
+        self._close()
+        self._check_name(name)
+
+    def _adopt_parameters(self) -> None:
+        """Take note that parameters were frozen or unfrozen, at the end of a block.
+
+        The gradient of a frozen one that is not yet delivered is dropped with its influence; the influence of an
+        unfrozen one begins at zero.
+        """
+        before = {name: parameter.numel() for name, parameter in self._parameters.items()}
+        for name in self._guard.adopt():
+            self._pending_grads.pop(name, None)
+            self._first_influence.pop(name, None)
+        self._adopt(before)
+
+    def _close(self) -> None:
+        """Process the open steps. They accept no more losses then."""
+        self._check_intact()
+        self._check_parameters()
+        if self._guard.toggled:
+            self._adopt_parameters()
+        if self._open_steps:
+            with torch.no_grad(), linearizing(self._parameters.values()):
+                self._process()
+            self._give_up_block()
+
+    def _give_up_block(self) -> None:
+        """Let the open steps accept no more losses, and forget them."""
+        closed = [(TensorWeakRef(leaf), step.number) for step in self._open_steps for leaf in step.outputs]
+        self._open_steps, self._seen_losses = [], []
+        losses.close_leaves(closed)
+
+    # ------------------------------------------------------------------ what a rule supplies
+
+    _adaptable: Collection[str] = ()  # arguments in which a learner and the saved one that it loads may differ
+    _rebuilt: tuple[str, ...] = (  # attributes that a copy does not take over: it loads what the original saves
+        *("_guard", "_parameters", "_open_steps", "_seen_losses", "_pending_grads", "_first_influence"),
+    )
+
+    def _prepare(self) -> None:
+        """Make what depends on which parameters are trainable, and on their dtype and device."""
+        return
+
+    def _check_dtype_may_change(self) -> None:
+        """Refuse another dtype, if what is held depends on the present one."""
+        return
+
+    def _adapt(self) -> None:
+        """Carry on after loading what a learner with other ``_adaptable`` arguments saved, at the end of a block."""
+        return
+
+    def _begin_block(self, step: RecordedStep) -> None:
+        """Prepare for a block, of which this is the first step."""
+        self._guard.begin()
+
+    @abstractmethod
+    def _process(self) -> None:
+        """Process the open steps, of which there is at least one. Everything that can fail comes before the first
+        change."""
+
+    def _adopt(self, before: Mapping[str, int]) -> None:
+        """Carry on with the present ``_parameters``; before they were these, by name and size."""
+        return
+
+    def _flush(self, dormant: bool) -> None:
+        """Accumulate gradients that are still pending elsewhere, before a delivery."""
+        return
+
+    def _clear(self, samples: Tensor, discard: bool) -> None:
+        """Clear what is carried for these samples, Boolean (B,); unless ``discard``, their gradients are accumulated
+        first."""
+        return
+
+    def _held_bytes(self) -> dict[str, int]:
+        """Bytes held, by part, of what the rule carries and of the open steps."""
+        return {}
+
+    def _arguments(self) -> dict[str, Any]:
+        """The arguments beside cell and batch_size, as plain values."""
+        return {}
+
+    def _buffers(self) -> dict[str, Any]:
+        """What a saved learner contains beside the common part: plain values and copies of tensors, by name."""
+        return {}
+
+    def _load_buffers(self, loaded: LearnerState) -> dict[str, Any]:
+        """Check the buffers of a saved learner and return new values of attributes, by name; change nothing."""
+        return {}
