@@ -109,14 +109,15 @@ def check_no_feedback(sources: Sequence[Tensor], open_steps: Iterable[RecordedSt
     """
     outputs = {id(leaf) for open_step in open_steps for leaf in open_step.outputs}
     for leaf in checks.reached_leaves(*(source for source in sources if source.requires_grad)).values():
-        if id(leaf) in outputs or _is_closed(leaf):
+        if id(leaf) in outputs or is_closed(leaf):
             raise ConfigError(
                 f"step {step}: x depends on the y of an earlier step, whose gradient cannot go through x. Detach that "
                 "y, or keep what is fed back in the state of the cell, where its gradient is exact"
             )
 
 
-def _is_closed(leaf: Tensor) -> bool:
+def is_closed(leaf: Tensor) -> bool:
+    """Whether a leaf is the y of a step whose block has closed."""
     hooks = (leaf._backward_hooks or {}).values()
     return any(isinstance(hook, partial) and hook.func is _refuse for hook in hooks)
 

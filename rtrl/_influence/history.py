@@ -136,6 +136,25 @@ class History:
         for hop, product in reversed(self.products(plan)):
             adjoints[hop.start] = product.pull_back(adjoints[hop.stop], with_adjoint=with_adjoint)
 
+    def pull_back_to(self, last_blocks: Collection[int], cotangents: Tensor) -> dict[int, Tensor]:
+        """Return, by last block, ``W Φ_{last_block→now}`` for L cotangents W (B, L, H) of the present state.
+
+        Nothing is composed or remembered: later plans are what they would have been.
+
+        Cost: a row-vector product for each of the fewest nodes that are held already.
+        """
+        pulled, stop = {}, self.now
+        for block in sorted(last_blocks, reverse=True):
+            nodes = self.tree.nodes(block, stop)
+            while nodes:
+                node = nodes.pop()
+                if self.tree.is_held(node):
+                    cotangents = self.tree.value(node).pull_back_rows(cotangents)
+                else:
+                    nodes += node.halves
+            pulled[block], stop = cotangents, block
+        return pulled
+
     @property
     def n_bytes(self) -> int:
         """Bytes held: the reserved memory of all nodes."""

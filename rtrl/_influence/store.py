@@ -118,6 +118,20 @@ class ParameterInfluence:
         side_by_side[place[order], rank] = per_row[order]
         gradient.view(self.slices, per_row.shape[1])[slices] += side_by_side.sum(dim=1)
 
+    def contract(self, rows: Tensor, adjoints: Tensor, per_sample: bool) -> Tensor:
+        """Return ``Σ_r adjoint_r @ S_r`` of these rows for L adjoints (L, R, H) of each: (L, B, *shape) if
+        ``per_sample``, else (L, 1, *shape)."""
+        count, here = len(adjoints), rows.to(self.values.device)
+        whole = not self.sliced and rows.numel() == self.batch_size
+        values = self.values if whole else self.values[here]
+        if whole and not per_sample:
+            return (adjoints.flatten(1) @ values.flatten(0, 1)).view(count, 1, *self.shape)
+        per_row = torch.bmm(adjoints.transpose(0, 1), values).transpose(1, 2)  # (R, p, L): L last, to add up quickly
+        out = per_row.new_zeros(self.batch_size if per_sample else 1, self.slices, *per_row.shape[1:])
+        sample = self.sample[here] if per_sample else torch.zeros_like(here)
+        out.index_put_((sample, self.slice[here]), per_row, accumulate=True)
+        return out.movedim(3, 0).reshape(count, -1, *self.shape)
+
     def advance(self, block: Transition, gradient: Tensor) -> None:
         """Apply one block to every row of a parameter kept whole, in place: ``gradient += v S``, then ``S ← Φ S``. The
         caller sets ``last_block``.

@@ -108,6 +108,16 @@ class Transition:
         unchanged = index_sets.zero(slots, self.rows)
         return index_sets.scatter_add(unchanged, self.cols, product.unflatten(1, (-1, self.width))).flatten(1)
 
+    def pull_back_rows(self, cotangents: Tensor) -> Tensor:
+        """Return ``W Φ`` for L cotangents of each sample, W (B, L, H)."""
+        slots = cotangents.transpose(1, 2).unflatten(1, (self.n, self.width))  # (B, n, width, L)
+        read = index_sets.gather(slots, self.rows).flatten(1, 2)
+        product = torch.bmm(self.jacobian.transpose(1, 2), read)
+        if self.rows is not None:
+            unchanged = index_sets.zero(slots, self.rows)
+            product = index_sets.scatter_add(unchanged, self.cols, product.unflatten(1, (-1, self.width))).flatten(1, 2)
+        return product.transpose(1, 2)
+
     def select_samples(self, samples: Tensor | None) -> "Transition":
         """Return the transition of these samples of the batch (LongTensor); None for all."""
         if samples is None:

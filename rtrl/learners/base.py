@@ -16,10 +16,11 @@ from rtrl._utils import pytrees, validation
 from rtrl.cells.protocol import Cell, Sparsity, first_state, takes_replay
 from rtrl.cells.supported import check_supported, original
 from rtrl.errors import ConfigError, NonFiniteError, ShapeError
+from rtrl.learners.newest_step import NewestStepQueries
 from rtrl.learners.portable import PortableLearner
 
 
-class Learner(PortableLearner):
+class Learner(NewestStepQueries, PortableLearner):
     """Take a stream step by step, collect the losses, and deliver gradients to the ``.grad`` of the parameters.
 
     A learning rule is a subclass. It implements ``_process`` (process the open steps, which take no more losses), and

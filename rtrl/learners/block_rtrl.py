@@ -1,6 +1,6 @@
 """Exact RTRL in blocks of steps, with dormant slices brought up to date lazily."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from rtrl._engine.block import BlockResult, close_block, overflowing
 from rtrl._engine.buffers import ReusableBuffer
 from rtrl._engine.input_gradient import delivered_to_inputs
 from rtrl._engine.linearizer import Linearizer
+from rtrl._engine.newest_step import pull_back
 from rtrl._engine.recorded import RecordedStep
 from rtrl._utils import pytrees, validation
 from rtrl.errors import AuditError, ConfigError, NonFiniteError, SparsityError
@@ -257,6 +258,15 @@ class BlockRTRL(Learner):
         overflown = overflowing(result, self._state, self._parameters, self._carried.sliced)
         if overflown is not None:
             raise NonFiniteError(f"NaN or infinity in the immediate influence of parameter {overflown!r} in {span}")
+
+    def _pull_losses(self, cotangents: Sequence[Tensor], per_sample: bool) -> dict[str, Tensor]:
+        steps, parameters = self._open_steps, self._parameters
+        pulled = pull_back(self.cell, parameters, steps, self._state, cotangents, self._takes_replay)
+        adjoints = pulled.state
+        if per_sample:  # number l·B + b is zero but for sample b
+            adjoints = adjoints.unflatten(0, (-1, self.batch_size)).diagonal(dim1=1, dim2=2).transpose(1, 2)
+        through_state = self._carried.contract(adjoints, per_sample)
+        return {name: value + through_state[name].flatten(0, 1) for name, value in pulled.parameters.items()}
 
     # ------------------------------------------------------------------ dormant slices
 

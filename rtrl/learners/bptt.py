@@ -1,6 +1,8 @@
 """Backpropagation through time, full and truncated, with the interface of an online learner."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -78,6 +80,20 @@ def _add_run(
 class _Unrolled(ReplayingLearner):
     """A learner that keeps steps and runs them backward together."""
 
+    @abstractmethod
+    def _with_kept(self, step: ReplayedStep) -> list[ReplayedStep]:
+        """Return the steps that a loss at this step, the newest one, reaches back through."""
+
+    def _pull_losses(self, cotangents: Sequence[Tensor], per_sample: bool) -> dict[str, Tensor]:
+        newest = self._replayed(self._open_steps[-1])
+        steps = [replace(step, adjoints=[None] * len(step.outputs)) for step in self._with_kept(newest)]
+        rows = []
+        for row in zip(*cotangents, strict=True):
+            steps[-1].adjoints = list(row)
+            rows.append(unrolled_gradient(steps))
+        zeros = {name: torch.zeros_like(parameter) for name, parameter in self._parameters.items()}
+        return {name: torch.stack([row.get(name, zero) for row in rows]) for name, zero in zeros.items()}
+
     def _flush(self, dormant: bool) -> None:
         with linearizing(self._parameters.values()):
             self._accumulate(unrolled_gradient(self._kept_steps))
@@ -123,6 +139,9 @@ class BPTT(_Unrolled):
         ...     learner.backward(learner.step(torch.ones(2, 3)).square().sum())
         >>> learner.sync()
     """
+
+    def _with_kept(self, step: ReplayedStep) -> list[ReplayedStep]:
+        return [step] if bool(step.constant_state.all()) else [*self._kept_steps, step]
 
     def _process_step(self, step: ReplayedStep) -> None:
         if bool(step.constant_state.all()):
@@ -189,9 +208,14 @@ class TBPTT(_Unrolled):
         begins = len(self._kept_steps) == self.horizon or bool(constant_state.all())
         return 1 if begins else len(self._kept_steps) + 1
 
+    def _with_kept(self, step: ReplayedStep) -> list[ReplayedStep]:
+        if self.sliding:
+            return [*self._kept_steps, step][-self.horizon :]
+        return [step] if self._place_in_chunk(step.constant_state) == 1 else [*self._kept_steps, step]
+
     def _process_step(self, step: ReplayedStep) -> None:
         if self.sliding:
-            window = [*self._kept_steps, step][-self.horizon :]
+            window = self._with_kept(step)
             self._accumulate(unrolled_gradient(window))
             step.drop_adjoints()
             self._kept_steps = window

@@ -217,6 +217,44 @@ class CarriedInfluence:
             self._accumulate({name: self.influences[name].active_rows() for name in self.sliced})
             self.accumulated_until = self._now
 
+    def contract(self, adjoints: Tensor, per_sample: bool) -> dict[str, Tensor]:
+        """Return name → ``Σ_b δ_b S_b`` for L adjoints of the present state, and change nothing.
+
+        Args:
+            adjoints: (L, B, H).
+            per_sample: keep the samples apart.
+
+        Returns:
+            Name → (L, B, *shape) if ``per_sample``, else (L, 1, *shape).
+
+        Cost:
+            An (L × H) @ (H × P) product per sample; for dormant slices, a few row-vector products (see
+            ``History.pull_back_to``).
+        """
+        now = self._now
+        rows = {name: influence.active_rows() for name, influence in self.influences.items()}
+        times = {name: self.influences[name].last_block[own] for name, own in rows.items()}
+        dormant = {time for name in self.sliced for time in times[name].unique().tolist() if time < now}
+        at = {now: adjoints}
+        if self.history is not None and dormant:
+            pulled = self.history.pull_back_to(dormant, adjoints.transpose(0, 1))
+            at |= {time: cotangents.transpose(0, 1) for time, cotangents in pulled.items()}
+        moments = torch.tensor(sorted(at), device="cpu")
+        by_time = torch.stack([at[time] for time in moments.tolist()])
+        contracted = {}
+        for name, parameter in self._parameters.items():
+            influence = self.influences.get(name)
+            if influence is None:
+                size = adjoints.shape[1] if per_sample else 1
+                contracted[name] = adjoints.new_zeros(len(adjoints), size, *parameter.shape)
+                continue
+            of_rows = adjoints
+            if influence.sliced or rows[name].numel() < adjoints.shape[1]:
+                place = torch.searchsorted(moments, times[name]).to(adjoints.device)
+                of_rows = by_time[place, :, influence.sample[rows[name].to(adjoints.device)]].transpose(0, 1)
+            contracted[name] = influence.contract(rows[name], of_rows, per_sample)
+        return contracted
+
     # ------------------------------------------------------------------ resets and changes
 
     def clear(self, samples: Tensor, discard: bool) -> None:

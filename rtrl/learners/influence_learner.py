@@ -1,13 +1,14 @@
 """Learners that carry an influence forward by the full Jacobians of each step, and textbook RTRL, the plainest one."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rtrl._engine import checks
+from rtrl._engine.newest_step import pull_back
 from rtrl._engine.recorded import RecordedStep
 from rtrl._utils import pytrees
 from rtrl.learners.replayed_step import ReplayedStep, ReplayingLearner
@@ -165,6 +166,13 @@ class InfluenceLearner(ReplayingLearner):
             parts = self._by_name(gradient)
             self._accumulate({n: part.reshape(self._parameters[n].shape).clone() for n, part in parts.items()})
         self._carried = carried
+
+    def _pull_losses(self, cotangents: Sequence[Tensor], per_sample: bool) -> dict[str, Tensor]:
+        step = self._replayed(self._open_steps[-1])
+        with step.snapshot.applied():
+            pulled = pull_back(self.cell, self._parameters, [step], step.h_next, cotangents, self._takes_replay)
+        through_state = self._by_name(torch.stack([self._pull(adjoint) for adjoint in pulled.state]))
+        return {name: value + through_state[name].view_as(value) for name, value in pulled.parameters.items()}
 
     def _clear(self, samples: Tensor, discard: bool) -> None:
         super()._clear(samples, discard)
