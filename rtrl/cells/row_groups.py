@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rtrl.cells.protocol import first_state
+from rtrl.errors import CellError
 
 
 def rows_of(n: int, width: int) -> list[Tensor]:
@@ -31,3 +32,31 @@ def groups_of(cell: nn.Module) -> list[Tensor]:
 def moved(groups: Sequence[Tensor], offset: int) -> list[Tensor]:
     """Return groups whose entries are counted from ``offset`` on."""
     return [rows + offset for rows in groups]
+
+
+def check_row_groups(groups: Any, size: int) -> None:
+    """Refuse what is not a list of LongTensors (rows, width) in which every flat entry of the state occurs once.
+
+    Args:
+        groups: what ``row_groups()`` returned.
+        size: the number of entries in one sample's state.
+
+    Raises:
+        CellError: it is not; the message says what is wrong and what is expected.
+    """
+    form = "row_groups() must return a list of LongTensors (rows, width) of flat entries of one sample's state"
+    if not isinstance(groups, list | tuple) or not groups:
+        raise CellError(f"{form}, got {type(groups).__name__ if groups else 'an empty list'}")
+    for k, rows in enumerate(groups):
+        if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 2:
+            kind = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+            raise CellError(f"{form}; group {k} is {kind}")
+    entries = sorted(entry for rows in groups for entry in rows.flatten().tolist())
+    if entries != list(range(size)):
+        strange = sorted(
+            {e for e in entries if not 0 <= e < size or entries.count(e) > 1} | {*range(size)} - {*entries}
+        )
+        raise CellError(
+            f"row_groups() must name every entry 0 … {size - 1} of the state once; entry {strange[0]} occurs "
+            f"{entries.count(strange[0])} times"
+        )

@@ -170,6 +170,28 @@ class Crowded(Router):
         return self.step(x, h, writes if x.shape[0] <= 3 else (writes + 1) % 3)
 
 
+class Rows(nn.Module):
+    """Two layers of two units: the upper one sees the lower one. Declares ``groups``."""
+
+    def __init__(self, *groups: list[list[int]], coupling: float = 0.0) -> None:
+        super().__init__()
+        self.groups = groups
+        self.own = nn.Parameter(torch.ones(4))
+        self.other = nn.Parameter(torch.full((), coupling))
+
+    def row_groups(self) -> list[Tensor]:
+        return [torch.tensor(rows) for rows in self.groups]
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = (self.own * h + x[:, :1]).chunk(2, dim=1)
+        low = torch.tanh(low + self.other * low.flip(1))
+        h = torch.cat([low, torch.tanh(high + low.sum(1, keepdim=True))], dim=1)
+        return h, h
+
+
+LAYERS = [[0], [1]], [[2], [3]]
+
+
 class Known(nn.Module):
     """``tanh(x₀ + W h)``, with derivatives of its own: those by h times ``slope``, and the value off by ``shift``."""
 
@@ -245,6 +267,16 @@ BROKEN: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
         lambda: broken(changed(_other_slices)),
         "a slice of parameter 'experts'",
     ),
+    "a row that sees another": ("row groups hold", lambda: Rows(*LAYERS, coupling=0.5), "of group 0 depends on"),
+    "a row that learns to see another": ("row groups hold", lambda: Rows(*LAYERS), "at the perturbed point"),
+    "a group that sees a later one": (
+        "row groups hold",
+        lambda: Rows([[2], [3]], [[0, 1]]),
+        "a row of group 0 depends on a state entry outside itself and the groups before it",
+    ),
+    "an entry in no row": ("row groups hold", lambda: Rows([[0], [1]], [[2]]), "entry 3 occurs 0 times"),
+    "an entry in two rows": ("row groups hold", lambda: Rows([[0, 1]], [[1, 2, 3]]), "entry 1 occurs 2 times"),
+    "rows that are none": ("row groups hold", lambda: Rows([0, 1], [2, 3]), r"group 0 is torch.int64 \(2,\)"),
     "normalises over the batch": (
         "independent samples",
         lambda: broken(changed(lambda c, x, h, y, n, s: (y.softmax(0), n, s))),
@@ -308,6 +340,10 @@ def test_a_parameter_in_a_list_is_substituted() -> None:
 
 def test_derivatives_in_closed_form_that_are_right_pass() -> None:
     assert check_cell(Known(1.0), XS, state=torch.ones(3, 4, dtype=F64)).passed
+
+
+def test_row_groups_that_hold_pass() -> None:
+    assert check_cell(Rows([[0, 1]], *LAYERS[1:], coupling=0.5), XS, state=torch.ones(3, 4, dtype=F64)).passed
 
 
 def test_an_unbroken_cell_passes_what_its_broken_kin_do_not() -> None:

@@ -26,6 +26,7 @@ from rtrl.testing.cell_checks.compare import (
     same_bits,
 )
 from rtrl.testing.cell_checks.points import EvaluationPoint, Subject, build_points, cast, leaves
+from rtrl.testing.cell_checks.rows import row_group_failures
 from rtrl.testing.report import Failure, Found, Report
 
 Check = Callable[[Subject], Iterator[Found]]
@@ -282,6 +283,7 @@ def _active(subject: Subject) -> Iterator[Found]:
                     yield from must_be_zero(message, point, dormant, f"parameter {what}", sample=i)
 
 
+_check("row groups hold")(row_group_failures)
 _check("independent samples")(sample_failures)
 _check("replay")(replay_failures)
 
