@@ -55,6 +55,7 @@ from rtrl._utils.functional_call import check_substituted
 from rtrl._utils.index_sets import zero
 from rtrl.cells import RecurrentMoE, Stack
 from rtrl.cells.protocol import under_vmap
+from rtrl.cells.row_groups import rows_of
 from rtrl.cells.supported import runs_as_written
 from rtrl.cells.torch_equations import derivatives
 from rtrl.errors import NonFiniteError
@@ -1131,5 +1132,11 @@ if GRADIENT is not None:
         "hooks are not heard at a delivery",
         (wrong(has_hooks, lambda has: lambda tensor: False),),
         "hooks_on_parameters",
+    ),
+    Bug(
+        116,
+        "the two parts of a complex unit are declared apart",
+        (wrong(rows_of, lambda rows_of: lambda n, width: rows_of(n * width, 1)),),
+        "cell: row groups hold",
     ),
 ]

@@ -48,10 +48,11 @@ def learner_check(name: str) -> None:
 
 
 def cell_check(name: str) -> None:
-    """A check of a user's, on a RecurrentMoE whose samples go separate ways, and on a GRU."""
+    """A check of a user's, on a RecurrentMoE whose samples go separate ways, a GRU, and a cell with row groups."""
     moe = rtrl.RecurrentMoE(2, 2, d_model=4, n_slots=4, n_experts=4, topk=2, read_slots=3, write_slots=2)
     gru = rtrl.cells.from_torch(nn.GRUCell(2, 3))
-    for cell, shape in ((moe, (3, 4, 4)), (gru, (3, 3))):
+    declared = [(rtrl.cells.RTU(2, 3), (3, 3, 2))] if name == "row groups hold" else []
+    for cell, shape in ((moe, (3, 4, 4)), (gru, (3, 3)), *declared):
         xs, state = list(normal(1, 3, 3, 2)), normal(2, *shape)
         report = check_cell(copy.deepcopy(seeded(cell, 7)), xs, state=state, on_fail="return")
         assert name in report.checks or report.failures, f"not judged: {report.skipped}"
