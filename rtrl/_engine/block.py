@@ -35,6 +35,8 @@ class BlockResult:
         immediate: the immediate influence through taps.
         untapped: parameter name → (R, u·slot_size, p), the immediate influence of untapped parameters.
         gradient: parameter name → gradient from the losses of the block, shaped like the parameter, without ``v S_0``.
+        restarted: Boolean (B,), the samples that restarted inside the block, None for none: for them ``v S_0`` counts,
+            and ``Φ S_0`` is zero. Φ says so only in the rows that the block writes; the others must be dropped.
     """
 
     transition: Transition
@@ -42,6 +44,7 @@ class BlockResult:
     immediate: list[DenseImmediate | SlicedImmediate]
     untapped: dict[str, Tensor]
     gradient: dict[str, Tensor]
+    restarted: Tensor | None = None
 
     def add_immediate(self, influences: Mapping[str, ParameterInfluence], rows: Mapping[str, Tensor]) -> None:
         """Add ``Σ_τ C_τ B_τ`` to the influences by parameter name, in place, in the rows (on the CPU) that stand for
@@ -104,7 +107,9 @@ def close_block(
                     gradient[name] += jacobian[:, -1].sum(dim=0)
                 rows = _active_rows(name, jacobian[:, :-1], keys[name], slices[name] if name in sliced else 1)
                 untapped[name] = untapped[name] + rows if name in untapped else rows
-    return BlockResult(swept.transition, keys, immediate, untapped, gradient)
+    restarts = [group.restarted.any(dim=1) for group in groups if group.restarted is not None]
+    restarted = torch.stack(restarts).any(dim=0) if restarts else None
+    return BlockResult(swept.transition, keys, immediate, untapped, gradient, restarted)
 
 
 def overflowing(

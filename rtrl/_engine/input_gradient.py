@@ -35,7 +35,7 @@ def input_gradients(cell: nn.Module, steps: Sequence[RecordedStep], takes_replay
                 leaves[place] = leaves[place].detach().requires_grad_()
                 passed.append((source, leaves[place], step.number))
         with torch.enable_grad():
-            y, h, _ = call_cell(cell, refill(leaves), h, step.sparsity if takes_replay else None)
+            y, h, _ = call_cell(cell, refill(leaves), step.continued(h), step.sparsity if takes_replay else None)
         outputs = [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
         pairs = zip(outputs, step.outputs, strict=True)
         heads += [(y, leaf.grad) for y, leaf in pairs if leaf.grad is not None and y.requires_grad]

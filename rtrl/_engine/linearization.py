@@ -1,7 +1,7 @@
 """The derivatives of a run of steps, as plain data."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -127,6 +127,9 @@ class Linearization:
         gradients: gradient through y, summed over steps and samples, of parameters with uses that are not taps.
         untapped_jacobians: cotangents (B, U, m, w·slot_size) → the untapped parameters' weighted immediate Jacobians
             (B, U, *shape), all uses included.
+        restarted: Boolean (B, m), the samples that restarted just before a step; None for none. Nothing goes from such
+            a step to the state before it: its state Jacobian and its adjoint are zero (``zero_restarted``), and a sweep
+            must drop what slots that the step does not write would hand on.
     """
 
     times: list[int]
@@ -141,3 +144,29 @@ class Linearization:
     has_losses: bool
     gradients: dict[str, Tensor]
     untapped_jacobians: Callable[[Tensor], dict[str, Tensor]]
+    restarted: Tensor | None = None
+
+
+def zero_restarted(values: Tensor, restarted: Tensor | None) -> Tensor:
+    """Set what steps hand to the states before them, (B, m, ...), to zero where a sample has just restarted.
+
+    ``restarted`` is Boolean (B, m), None for no restarts. The first state of these samples is a constant. With
+    ``J = 0`` and ``δ = 0`` at the step, ``Φ`` of a block is zero for them, and v is what the losses before the restart
+    contribute.
+    """
+    if restarted is None:
+        return values
+    return values.masked_fill(restarted.reshape(*restarted.shape, *[1] * (values.ndim - 2)), 0.0)
+
+
+def cut_at_restarts(steps: Linearization, restarted: Tensor | None) -> Linearization:
+    """Return linearised steps with nothing going back across the restarts, Boolean (B, m) or None."""
+    if restarted is None:
+        return steps
+    jacobian = steps.state_jacobian
+    return replace(
+        steps,
+        state_jacobian=lambda start, stop: zero_restarted(jacobian(start, stop), restarted[:, start:stop]),
+        adjoint=None if steps.adjoint is None else zero_restarted(steps.adjoint, restarted),
+        restarted=restarted,
+    )

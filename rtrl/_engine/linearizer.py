@@ -13,9 +13,9 @@ from torch.utils.checkpoint import CheckpointError
 
 from rtrl._engine.analytic import AnalyticLinearization, check_analytic_step
 from rtrl._engine.autograd import AutogradLinearization
-from rtrl._engine.linearization import Linearization
+from rtrl._engine.linearization import Linearization, cut_at_restarts
 from rtrl._engine.mixing import taps_mixing_samples
-from rtrl._engine.recorded import RecordedStep, StepBatch, join_steps
+from rtrl._engine.recorded import RecordedStep, StepBatch, join_restarts, join_steps, reached_states
 from rtrl.cells.analytic import HasAnalyticStep
 from rtrl.cells.protocol import takes_replay
 from rtrl.cells.supported import runs_as_written
@@ -58,7 +58,7 @@ class Linearizer:
 
         Args:
             steps: the steps in order.
-            last: (B, n, ...), the state after the last of them.
+            last: (B, n, ...), the present state.
 
         Raises:
             CellError: run as one batch, the cell computes something else than it did step by step, or mixes samples.
@@ -71,15 +71,15 @@ class Linearizer:
         groups: dict[tuple[Any, ...], list[int]] = {}
         for time, step in enumerate(steps):
             groups.setdefault((step.kind(), time if self.way == 2 else None), []).append(time)
-        next_states = [step.h for step in steps[1:]] + [last]
+        next_states = reached_states(steps, last)
         try:
-            return [
-                self._linearize(
-                    (*kind, len(times), self.way),
-                    join_steps(times, [steps[t] for t in times], [next_states[t] for t in times], self._takes_replay),
-                )
-                for (kind, _), times in groups.items()
-            ]
+            linearized = []
+            for (kind, _), times in groups.items():
+                of_kind = [steps[t] for t in times]
+                batch = join_steps(times, of_kind, [next_states[t] for t in times], self._takes_replay)
+                group = self._linearize((*kind, len(times), self.way), batch)
+                linearized.append(cut_at_restarts(group, join_restarts(of_kind)))
+            return linearized
         except (CheckpointError, RuntimeError) as error:
             if "torch.utils.checkpoint" not in f"{type(error).__module__} {error}":
                 raise

@@ -131,7 +131,7 @@ def pull_back(
         first = h = steps[0].h.detach().clone().requires_grad_()
         y: Any = None
         for step in steps:
-            y, h, sparsity = call_cell(cell, step.x, h, step.sparsity if takes_replay else None)
+            y, h, sparsity = call_cell(cell, step.x, step.continued(h), step.sparsity if takes_replay else None)
             if not same_choices(sparsity, step.sparsity):
                 raise CellError(f"step {step.number}: {OTHER_CHOICES}")
         heads = [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]

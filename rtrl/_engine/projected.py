@@ -48,4 +48,6 @@ def pull_back_result(
         for name, parameter in parameters.items()
     }
     gradients = {name: value + result.gradient.get(name, 0.0) for name, value in immediate.items()}
+    if result.restarted is not None:
+        cotangent = cotangent.masked_fill(result.restarted[:, None], 0.0)
     return PulledBlock(transition.pull_back(cotangent), gradients), immediate

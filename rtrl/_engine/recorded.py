@@ -1,8 +1,10 @@
 """What is recorded of a step until its block closes, and several steps of one kind as one batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rtrl._utils import index_sets, pytrees
@@ -20,6 +22,10 @@ class RecordedStep:
         outputs: the floating-point tensors of y, as leaves whose ``.grad`` collects the gradient of the losses.
         number: the absolute number of the step, for messages.
         sources: the tensors of x as they were passed, where one of them is to get a gradient; else empty.
+        restarted: Boolean (B,), the samples that restarted after the step before, inside the block: their ``h`` is a
+            constant. None for none.
+        reached: (B, n, ...), the state after the step, where samples restarted from another one; None where the next
+            step has it.
     """
 
     x: Any
@@ -28,6 +34,8 @@ class RecordedStep:
     outputs: list[Tensor]
     number: int
     sources: list[Tensor] = field(default_factory=list, kw_only=True)
+    restarted: Tensor | None = field(default=None, kw_only=True)
+    reached: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def dense(self) -> bool:
@@ -38,6 +46,12 @@ class RecordedStep:
     def has_loss(self) -> bool:
         """Whether a loss was added at this step."""
         return any(leaf.grad is not None for leaf in self.outputs)
+
+    def continued(self, h: Tensor) -> Tensor:
+        """Return h, the state that the step before reached, with the constants of samples that restarted here."""
+        if self.restarted is None:
+            return h
+        return torch.where(self.restarted.reshape(-1, *[1] * (h.ndim - 1)), self.h, h)
 
     def kind(self) -> tuple[Any, ...]:
         """What two steps must share to be run as one batch."""
@@ -103,6 +117,20 @@ class StepBatch:
         """The first of the m steps, and there the first sample of B, at which one of the N samples is bad."""
         step, sample = (int(i) for i in self.by_step(bad).T.nonzero()[0])
         return step, sample
+
+
+def reached_states(steps: Sequence[RecordedStep], last: Tensor) -> list[Tensor]:
+    """The state (B, n, ...) that each of consecutive steps reached, the present state being ``last``."""
+    following = [*(step.h for step in steps[1:]), last]
+    return [h if step.reached is None else step.reached for step, h in zip(steps, following, strict=True)]
+
+
+def join_restarts(steps: Sequence[RecordedStep]) -> Tensor | None:
+    """Boolean (B, m), the samples that restarted just before each step; None if none did."""
+    if all(step.restarted is None for step in steps):
+        return None
+    none = torch.zeros(steps[0].h.shape[0], dtype=torch.bool, device=steps[0].h.device)
+    return torch.stack([none if step.restarted is None else step.restarted for step in steps], dim=1)
 
 
 def join_steps(times: list[int], steps: list[RecordedStep], next_states: list[Tensor], takes_replay: bool) -> StepBatch:

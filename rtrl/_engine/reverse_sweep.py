@@ -220,6 +220,8 @@ def _sparse(groups: Sequence[Linearization], state: Tensor) -> SweptBlock:
             x += slots_first
         else:
             x[step_touched] += slots_first  # no slot occurs twice
+        if group.restarted is not None:  # what slots that the step did not write would hand on
+            x.view(size, -1).masked_fill_(group.restarted[:, j, None], 0.0)
     first = x.view(size, c, r, slot_size).transpose(1, 2).reshape(size, r, c * slot_size)
     return SweptBlock(Transition(written, touched, first[:, :-1], first[:, -1], n_slots, slot_size), cotangents)
 

@@ -48,7 +48,7 @@ def pull_back_unrolled(
         cell: the cell.
         parameters: its trainable parameters.
         steps: the steps, in order.
-        last: (B, n, ...), the state that they reached.
+        last: (B, n, ...), the state that the last of them reached.
         cotangent: (B, H), of that state.
         noise: changes each number of every state and of the losses' gradients by about one rounding error; the
             difference to a call without it shows how much rounding errors matter in this block. Inputs stay as they
@@ -72,7 +72,7 @@ def pull_back_unrolled(
         first = steps[0].h.detach().clone().requires_grad_()
         heads, weights, h = [], [], first
         for step in steps:
-            start = shaken(h)
+            start = shaken(step.continued(h))
             y, h, sparsity = call_cell(cell, step.x, start, None)
             if not same_choices(sparsity, step.sparsity):  # it was made to choose, or a near tie fell the other way
                 if takes_replay(cell):

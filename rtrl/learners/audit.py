@@ -116,7 +116,7 @@ class Auditor:
         self._draws = 0
         self._blocks = self._resets = 0
         self._unfinished = False  # a block that is due stays due until it was found to be right
-        self._seen_losses = self._seen_reset_of_some = False
+        self._seen_losses = self._seen_restarts = self._seen_reset_of_some = False
 
     def attach(self, parameters: Mapping[str, nn.Parameter], linearizer: Linearizer) -> None:
         """Go on with other trainable parameters, or those of a copied cell, and in the way found before."""
@@ -124,15 +124,17 @@ class Auditor:
         if self.audits.fallback is not None:
             linearizer.way = WAYS.index(self.audits.fallback)
 
-    def is_due(self, new_kind: bool, has_losses: bool) -> bool:
+    def is_due(self, new_kind: bool, has_losses: bool, has_restarts: bool) -> bool:
         """Return whether the block that is being closed is to be audited; to be asked once per block."""
         if self.mode == "off":
             return False
         first_losses = has_losses and not self._seen_losses
+        first_restarts = has_restarts and not self._seen_restarts
         self._seen_losses |= has_losses
+        self._seen_restarts |= has_restarts
         self._blocks += 1
         every = isinstance(self.mode, int) and self._blocks % self.mode == 0
-        self._unfinished = self._unfinished or new_kind or first_losses or every
+        self._unfinished = self._unfinished or new_kind or first_losses or first_restarts or every
         return self._unfinished
 
     def is_reset_due(self, some: bool) -> bool:

@@ -58,7 +58,7 @@ class Learner(NewestStepQueries, PortableLearner):
         self._takes_replay = takes_replay(cell)
         self._state, self._first_influence = self._start(state)
         self._steps_taken = 0
-        self._open_steps, self._seen_losses = [], []
+        self._open_steps, self._seen_losses, self._restarting = [], [], None
         self._pending_grads, self._damage = {}, None
 
     # ------------------------------------------------------------------ steps and losses
@@ -124,6 +124,8 @@ class Learner(NewestStepQueries, PortableLearner):
             if self._guard.toggled:
                 self._adopt_parameters()
             self._begin_block(taken)
+        elif self._restarting is not None:
+            taken.restarted, self._restarting = self._restarting, None
         self._open_steps.append(taken)
         self._state = h_next
         self._steps_taken = number + 1
@@ -197,6 +199,9 @@ class Learner(NewestStepQueries, PortableLearner):
     ) -> None:
         """Restart samples: give them a first state, and clear their influence. Accumulated gradients are kept.
 
+        An open block stays open, and its steps accept losses as before: inside it, ``J = 0`` for these samples at the
+        next step. Only a first state that depends on parameters closes the block.
+
         Args:
             samples: Boolean (B,), the samples to restart; None for all.
             state: (B, n, ...), the first states to take, constants. By default ``cell.init_state(batch_size)``, whose
@@ -208,10 +213,10 @@ class Learner(NewestStepQueries, PortableLearner):
         Raises:
             ConfigError: ``discard`` together with some of the samples; or ``state`` requires grad.
             ShapeError: ``samples`` or ``state`` has the wrong shape, dtype or device.
-            RTRLError: the open steps cannot be processed; see ``sync``.
+            RTRLError: the open steps cannot be processed, where the block closes; see ``sync``.
 
         Cost:
-            The processing of the open steps.
+            Two copies of the state; where the block closes, the processing of the open steps.
         """
         if rows is not None:
             if samples is not None:
@@ -232,13 +237,20 @@ class Learner(NewestStepQueries, PortableLearner):
         if discard:
             self._give_up_block()
             self._damage = None
-        self._close()
-        self._clear(samples, discard)
-        if discard:
-            self._pending_grads = {}
+        if influence or not self._open_steps:
+            self._close()
+            self._clear(samples, discard)
+            if discard:
+                self._pending_grads = {}
+            if influence or self._first_influence:
+                self._first_influence = replace_samples(self._first_influence, influence, samples)
+        else:
+            self._check_intact()
+            self._check_parameters()
+            newest = self._open_steps[-1]
+            newest.reached = self._state if newest.reached is None else newest.reached
+            self._restarting = samples.clone() if self._restarting is None else self._restarting | samples
         self._state = torch.where(samples.reshape(-1, *[1] * (first.ndim - 1)), first, self._state)
-        if influence or self._first_influence:
-            self._first_influence = replace_samples(self._first_influence, influence, samples)
 
     def _start(self, state: Tensor | None, samples: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the first state, checked and copied, and its influence by parameter, if the cell's own depends on any.

@@ -182,7 +182,14 @@ class BlockRTRL(Learner):
         x = [step.sources for step in steps]
         return {
             **self._carried.n_bytes(),
-            "block": pytrees.n_bytes([leaves, grads, x, [(step.x, step.h, tuple(step.sparsity)) for step in steps]]),
+            "block": pytrees.n_bytes(
+                [
+                    leaves,
+                    grads,
+                    x,
+                    [(step.x, step.h, tuple(step.sparsity), step.restarted, step.reached) for step in steps],
+                ]
+            ),
             "scratch": self._scratch.n_bytes,
         }
 
@@ -206,13 +213,13 @@ class BlockRTRL(Learner):
         self._check_none_is_lost(first)
         span = f"steps {first} … {newest}"
         result, audit = self._linearized(span), None
-        if self._auditor.is_due(self._linearizer.found_new_kind, bool(result.gradient)):
+        if self._auditor.is_due(self._linearizer.found_new_kind, bool(result.gradient), result.restarted is not None):
             result, audit = self._auditor.examine(
                 result,
                 self._linearizer,
                 lambda: self._linearized(span),
                 self._open_steps,
-                self._state,
+                self._reached,
                 self._carried.sliced,
             )
         with self._refusing_after_failure(f"the block of {span} could not be added"):
@@ -261,7 +268,7 @@ class BlockRTRL(Learner):
 
     def _pull_losses(self, cotangents: Sequence[Tensor], per_sample: bool) -> dict[str, Tensor]:
         steps, parameters = self._open_steps, self._parameters
-        pulled = pull_back(self.cell, parameters, steps, self._state, cotangents, self._takes_replay)
+        pulled = pull_back(self.cell, parameters, steps, self._reached, cotangents, self._takes_replay)
         adjoints = pulled.state
         if per_sample:  # number l·B + b is zero but for sample b
             adjoints = adjoints.unflatten(0, (-1, self.batch_size)).diagonal(dim1=1, dim2=2).transpose(1, 2)

@@ -1,6 +1,6 @@
 """What a learner carries from block to block: influences, and for dormant slices the history of the blocks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -133,16 +133,21 @@ class CarriedInfluence:
         self.history.append(result.transition)
         if self._witness is not None:
             self._witness.append(result.transition)
+        if result.restarted is not None:
+            restarted = result.restarted.cpu()
+            self._drop(restarted, self._rows_of(restarted, sliced), discard=False)
         known = {name: influence.values.shape[0] for name, influence in self.influences.items()}
         active = {name: influence.allocate(result.keys[name], now) for name, influence in self.influences.items()}
         self._advance({name: active[name] if self._lazy else self.influences[name].active_rows() for name in sliced})
         if audit is not None:
-            check = StoreCheck(self.influences, result.transition, audit.cotangent, self._auditor.draw)
+            check = StoreCheck(self.influences, result, audit.cotangent, self._auditor.draw)
         before = {} if check is None else {name: self._gradient(name).clone() for name in self.influences}
         for name, influence in self.influences.items():
             if not influence.sliced:  # it is never dormant
                 if known[name]:
                     influence.advance(result.transition, self._gradient(name))
+                if result.restarted is not None:
+                    influence.values[result.restarted[influence.sample]] = 0.0
                 influence.last_block[active[name]] = self.history.now
         if check is not None:
             check.check_advanced({name: (value, self._gradient(name)) for name, value in before.items()}, active)
@@ -261,21 +266,33 @@ class CarriedInfluence:
         """Clear the influence of samples, Boolean (B,); unless ``discard``, their pending gradients are accumulated
         first."""
         samples = samples.cpu()
-        rows = {}
-        for name, influence in self.influences.items():
-            held = influence.active_rows()
-            rows[name] = held[samples[influence.sample[held.to(influence.sample.device)].cpu()]]
-        if self.history is not None and not discard:
-            self._accumulate(rows)
+        rows = self._rows_of(samples, list(self.influences))
         check = None
         if self.influences and self._auditor.is_reset_due(not bool(samples.all())):
             check = ResetCheck(self.influences, samples, self._auditor.draw)
-        for name, influence in self.influences.items():
-            if self._witness is not None:
-                self._witness.forget(name, rows[name])
-            influence.clear_samples(samples)
+        self._drop(samples, rows, discard)
         if check is not None:
             check.check(self.influences)
+
+    def _drop(self, samples: Tensor, rows: Mapping[str, Tensor], discard: bool) -> None:
+        """Clear the influence of samples, Boolean (B,) on the CPU, in these rows by parameter.
+
+        Unless ``discard``, their pending gradients are accumulated first."""
+        if self.history is not None and not discard:
+            self._accumulate(rows)
+        for name, own in rows.items():
+            if self._witness is not None:
+                self._witness.forget(name, own)
+            self.influences[name].clear_samples(samples)
+
+    def _rows_of(self, samples: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+        """The rows in use of samples, Boolean (B,) on the CPU, by parameter."""
+        rows = {}
+        for name in names:
+            influence = self.influences[name]
+            held = influence.active_rows()
+            rows[name] = held[samples[influence.sample[held.to(influence.sample.device)].cpu()]]
+        return rows
 
     def adopt(self) -> None:
         """Go on with the present parameters: the influence of those that are gone is dropped."""

@@ -54,7 +54,7 @@ class PortableLearner(LearningRule):
         self._give_up_block()
         self._damage = None
         self._state, self._steps_taken = loaded.state, loaded.steps_taken
-        self._first_influence = loaded.first_influence
+        self._first_influence, self._restarting = loaded.first_influence, loaded.restarting
         self._open_steps, self._pending_grads = loaded.open_steps, loaded.pending_grads
         for attribute, value in buffers.items():
             setattr(self, attribute, value)
@@ -87,6 +87,7 @@ class PortableLearner(LearningRule):
         self._guard = ParameterGuard(self.cell, self._guards_values)
         self._parameters = self._guard.parameters
         self._open_steps, self._seen_losses, self._pending_grads, self._first_influence = [], [], {}, {}
+        self._restarting = None
         self._prepare()
         self.load_state_dict(state["saved"])
 
@@ -144,4 +145,4 @@ class PortableLearner(LearningRule):
             "parameters": {name: f"{tuple(p.shape)} {p.dtype}" for name, p in self._parameters.items()},
         }
         held = self._state, self._first_influence, self._steps_taken, self._open_steps, self._pending_grads
-        return LearnerState(layout, *held, buffers)
+        return LearnerState(layout, *held, buffers, self._restarting)

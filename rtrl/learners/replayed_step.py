@@ -204,7 +204,7 @@ class ReplayedStep(RecordedStep):
 class ReplayingLearner(Learner):
     """A learner that runs each step once more, with a copy of the parameters that the step was taken with.
 
-    A step accepts losses until the next ``step``, ``sync`` or ``reset``. Parameters may change at any moment.
+    A step accepts losses until the next ``step`` or ``sync``. Parameters may change at any moment.
     """
 
     _guards_values = False
@@ -248,7 +248,7 @@ class ReplayingLearner(Learner):
         """Return the open step, the newest one, as a step that can be run again."""
         assert self._snapshot is not None
         start, first = self._constant_state, self._first_influence
-        return ReplayedStep.of(step, self._state, self._snapshot, start, self._takes_replay, first_influence=first)
+        return ReplayedStep.of(step, self._reached, self._snapshot, start, self._takes_replay, first_influence=first)
 
     def _accumulate(self, gradients: Mapping[str, Tensor]) -> None:
         """Add gradients to those that are not yet delivered."""

@@ -36,6 +36,7 @@ class LearningRule(ABC):
     _parameters: dict[str, nn.Parameter]  # the trainable ones, by name
     _state: Tensor
     _first_influence: dict[str, Tensor]  # of the first state, if that depends on parameters
+    _restarting: Tensor | None  # samples, Boolean (B,), that restarted after the newest step, which is open
     _steps_taken: int
     _open_steps: list[RecordedStep]  # these still accept losses
     _seen_losses: list[weakref.ref[Tensor]]  # of the newest step
@@ -43,6 +44,12 @@ class LearningRule(ABC):
     _damage: str | None  # why the learner refuses to go on
 
     # ------------------------------------------------------------------ what all rules share
+
+    @property
+    def _reached(self) -> Tensor:
+        """The state that the newest of the open steps reached, of samples that have restarted since, too."""
+        reached = self._open_steps[-1].reached
+        return self._state if reached is None else reached
 
     def _check_parameters(self) -> None:
         """Refuse parameters that were replaced, or that changed while steps are open."""
@@ -91,19 +98,22 @@ class LearningRule(ABC):
         if self._open_steps:
             with torch.no_grad(), linearizing(self._parameters.values()):
                 self._process()
+            restarting = self._restarting
             self._give_up_block()
+            if restarting is not None:
+                self._clear(restarting, False)
 
     def _give_up_block(self) -> None:
         """Let the open steps accept no more losses, and forget them."""
         closed = [(TensorWeakRef(leaf), step.number) for step in self._open_steps for leaf in step.outputs]
-        self._open_steps, self._seen_losses = [], []
+        self._open_steps, self._seen_losses, self._restarting = [], [], None
         losses.close_leaves(closed)
 
     # ------------------------------------------------------------------ what a rule supplies
 
     _adaptable: Collection[str] = ()  # arguments in which a learner and the saved one that it loads may differ
     _rebuilt: tuple[str, ...] = (  # attributes that a copy does not take over: it loads what the original saves
-        *("_guard", "_parameters", "_open_steps", "_seen_losses", "_pending_grads", "_first_influence"),
+        *("_guard", "_parameters", "_open_steps", "_seen_losses", "_pending_grads", "_first_influence", "_restarting"),
     )
 
     def _prepare(self) -> None:

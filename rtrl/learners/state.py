@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rtrl._engine import checks
@@ -31,6 +32,7 @@ class LearnerState:
         open_steps: the newest steps, which still accept losses.
         pending_grads: gradients not yet delivered, by parameter.
         buffers: what the learning rule holds besides, by name: plain values and copies of tensors.
+        restarting: Boolean (B,), the samples that restarted after the newest of the open steps; None for none.
     """
 
     layout: Mapping[str, Any]
@@ -40,6 +42,7 @@ class LearnerState:
     open_steps: list[RecordedStep]
     pending_grads: dict[str, Tensor]
     buffers: Mapping[str, Any]
+    restarting: Tensor | None = None
 
 
 def to_plain(learner: LearnerState) -> dict[str, Any]:
@@ -53,6 +56,7 @@ def to_plain(learner: LearnerState) -> dict[str, Any]:
         "open_steps": [step_to_plain(step) for step in learner.open_steps],
         "pending_grads": {name: gradient.clone() for name, gradient in learner.pending_grads.items()},
         "buffers": learner.buffers,
+        "restarting": None if learner.restarting is None else learner.restarting.clone(),
     }
 
 
@@ -89,7 +93,10 @@ def from_plain(
     if not checks.finite(state):
         raise ConfigError("NaN or infinity in the saved state")
     first = first_from_plain(saved.get("first_influence", {}), state, named)
-    return LearnerState(saved["layout"], state, first, taken, steps, gradients, saved["buffers"])
+    restarting = mask_from_plain(saved.get("restarting"), state)
+    if restarting is not None and not steps:
+        raise ConfigError("samples of the saved learner restarted after an open step, but it has none")
+    return LearnerState(saved["layout"], state, first, taken, steps, gradients, saved["buffers"], restarting)
 
 
 @contextmanager
@@ -140,6 +147,17 @@ def first_from_plain(saved: Mapping[str, Tensor], state: Tensor, named: Mapping[
     }
 
 
+def mask_from_plain(saved: Tensor | None, state: Tensor) -> Tensor | None:
+    """Return a copy of a saved Boolean (B,), or None.
+
+    Raises:
+        ConfigError: it does not fit the state.
+    """
+    if saved is None:
+        return None
+    return copy_like("mask of samples that restarted", saved, state.new_empty(len(state), dtype=torch.bool))
+
+
 def step_to_plain(step: RecordedStep) -> dict[str, Any]:
     """Return a step, with the gradients of its losses, as plain values and copies of tensors.
 
@@ -158,6 +176,8 @@ def step_to_plain(step: RecordedStep) -> dict[str, Any]:
         "outputs": [leaf.detach().clone() for leaf in step.outputs],
         "grads": [None if leaf.grad is None else leaf.grad.clone() for leaf in step.outputs],
         "number": step.number,
+        "restarted": None if step.restarted is None else step.restarted.clone(),
+        "reached": None if step.reached is None else step.reached.clone(),
     }
 
 
@@ -185,7 +205,9 @@ def step_from_plain(saved: Mapping[str, Any], state: Tensor, named: Mapping[str,
     if any(len(tensor) != len(state) for tensor in [*pytrees.tensors(x), *outputs]):
         raise ConfigError(f"the saved step {saved['number']} does not fit the batch of {len(state)} of this learner")
     check_sparsity(sparsity, h, named)
-    return RecordedStep(x, h, sparsity, outputs, saved["number"])
+    restarted, reached = mask_from_plain(saved.get("restarted"), state), saved.get("reached")
+    reached = None if reached is None else copy_like("state after a step", reached, state)
+    return RecordedStep(x, h, sparsity, outputs, saved["number"], restarted=restarted, reached=reached)
 
 
 def _check_format(saved: Any) -> None:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from rtrl._engine.block import BlockResult
 from rtrl._influence.store import ParameterInfluence
-from rtrl._influence.transition import Transition
 from rtrl.errors import AuditError
 from rtrl.learners.witness import YOURS_IS_RIGHT, Draw, apply_block, check, contract, project
 
@@ -16,15 +16,16 @@ class StoreCheck:
 
     Args:
         influences: name → influence.
-        block: the block's transition.
+        block: the block.
         cotangent: (B, H), the cotangent of its last state.
         draw: draws normal numbers of a shape, like a tensor.
     """
 
     def __init__(
-        self, influences: Mapping[str, ParameterInfluence], block: Transition, cotangent: Tensor, draw: Draw
+        self, influences: Mapping[str, ParameterInfluence], block: BlockResult, cotangent: Tensor, draw: Draw
     ) -> None:
-        self._influences, self._block, self._cotangent = influences, block, cotangent
+        self._influences, self._block, self._restarted = influences, block.transition, block.restarted
+        self._cotangent = cotangent
         self._directions = {name: draw((i.values.shape[2],), i.values) for name, i in influences.items()}
         self._projected = {name: project(i, self._directions[name]) for name, i in influences.items() if not i.sliced}
         self._contracted: dict[str, Tensor] = {}
@@ -47,6 +48,8 @@ class StoreCheck:
             before, after = gradients[name]
             witness = value.unsqueeze(1).clone()
             added = apply_block(self._block, witness).sum().reshape(1, 1)
+            if self._restarted is not None:
+                witness[self._restarted] = 0.0
             found = project(influence, self._directions[name])
             peak = value.abs().amax(dim=1, keepdim=True)
             check(f"the influence of parameter {name!r}", found, witness.squeeze(1), peak)

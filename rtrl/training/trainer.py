@@ -160,7 +160,7 @@ class Trainer:
     def _due(self) -> bool:
         if self.every is not None:
             return self._since_update >= self.every
-        # A reset may close a block early; if samples are reset at different steps, a block may never be full.
+        # A reset to a learned first state closes a block early, and then it may never be full.
         block = getattr(self._learner, "block", None)
         return self._learner.at_block_end or (isinstance(block, int) and self._since_update >= block)
 

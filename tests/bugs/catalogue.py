@@ -26,7 +26,7 @@ from rtrl._engine.contract import check_declared_columns, check_unwritten_rows
 from rtrl._engine.first_influence import first_influence, replace_samples
 from rtrl._engine.immediate import InfluenceWriter, _batches, _used_slices, active, immediate_terms
 from rtrl._engine.input_gradient import input_gradients
-from rtrl._engine.linearization import UnitwiseOutputJacobian
+from rtrl._engine.linearization import UnitwiseOutputJacobian, cut_at_restarts
 from rtrl._engine.linearizer import Linearizer
 from rtrl._engine.losses import add_loss, check_loss, loss_cotangents
 from rtrl._engine.mixing import _separating_subsets, taps_mixing_samples
@@ -801,14 +801,8 @@ if GRADIENT is not None:
     ),
     Bug(
         66,
-        "a reset leaves the open block open",
-        (
-            swap(
-                Learner.reset,
-                "if discard:\n    self.GIVE_UP()\n    self._damage = None\nself.CLOSE()",
-                "if discard:\n    self.GIVE_UP()\n    self._damage = None",
-            ),
-        ),
+        "a reset inside a block is not recorded",
+        (swap(Learner.reset, "self._restarting = RESTARTING", "pass"),),
         "learner: resets of several samples",
     ),
     Bug(
@@ -926,6 +920,11 @@ if GRADIENT is not None:
             wrong(
                 Learner._clear,
                 lambda clear: lambda self, *args: None if self.steps_taken % 32 == 0 else clear(self, *args),
+            ),
+            swap(
+                Learner.reset,
+                "self._restarting = RESTARTING",
+                "self._restarting = None if self.steps_taken % 32 == 0 else RESTARTING",
             ),
         ),
         "learner: resets at block borders",
@@ -1138,5 +1137,29 @@ if GRADIENT is not None:
         "the two parts of a complex unit are declared apart",
         (wrong(rows_of, lambda rows_of: lambda n, width: rows_of(n * width, 1)),),
         "cell: row groups hold",
+    ),
+    Bug(
+        117,
+        "a reset inside a block leaks: the influence goes on",
+        (swap(cut_at_restarts, "zero_restarted(jacobian(START, STOP), PART)", "jacobian(START, STOP)"),),
+        "learner: resets",
+    ),
+    Bug(
+        118,
+        "a reset inside a block leaks: the losses after it reach back",
+        (swap(cut_at_restarts, "zero_restarted(STEPS.adjoint, RESTARTED)", "STEPS.adjoint"),),
+        "learner: resets",
+    ),
+    Bug(
+        119,
+        "a reset inside a block revives dormant slices",
+        (swap(CarriedInfluence.add, "self._drop(...)", "pass"),),
+        "learner: drawn mixtures",
+    ),
+    Bug(
+        120,
+        "a reset inside a block leaves what rows that are not written hand on",
+        (swap(_sparse, "XX.view(...).masked_fill_(RESTARTED, 0.0)", "pass"),),
+        "learner: drawn mixtures",
     ),
 ]

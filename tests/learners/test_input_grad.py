@@ -63,14 +63,13 @@ class Pairs(nn.Module):
 
 def truncated(cell: nn.Module, xs: list[Any], steps_with_loss: set[int], resets: dict[int, Tensor]) -> Tensor:
     """The losses of all blocks by plain autograd: the state is a constant at the start of each block."""
-    h, total, place = cell.init_state(2), torch.zeros((), dtype=F64), 0  # type: ignore[operator]
+    h, total = cell.init_state(2), torch.zeros((), dtype=F64)  # type: ignore[operator]
     for t, x in enumerate(xs):
         if t in resets:
-            h, place = torch.where(resets[t][:, None], cell.init_state(2), h), 0  # type: ignore[operator]
-        if place % BLOCK == 0:
+            h = torch.where(resets[t][:, None], cell.init_state(2), h)  # type: ignore[operator]
+        if t % BLOCK == 0:
             h = h.detach()
         y, h = cell(x, h)
-        place += 1
         if t in steps_with_loss:
             total = total + (y["y"] - 0.1 * t).square().sum() + y["gated"].sum()
     return total
