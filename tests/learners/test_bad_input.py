@@ -147,9 +147,7 @@ def test_a_plain_backward_into_a_closed_block_is_refused(make):
     attacked(make, lambda learner, ys, losses: ys[0].sum().backward(), LossError, "y of step 0, whose block has closed")
 
 
-@pytest.mark.parametrize(
-    "close", [rtrl.BlockRTRL.sync, rtrl.BlockRTRL.reset, lambda learner: learner.influence("enter.weight")]
-)
+@pytest.mark.parametrize("close", [rtrl.BlockRTRL.sync, lambda learner: learner.influence("enter.weight")])
 def test_a_loss_after_its_block_was_closed_by_hand_is_refused(close):
     learner = plain()
     y = learner.step(stream()[0])
@@ -174,7 +172,7 @@ def test_a_plain_loss_with_an_infinite_gradient_is_found_when_the_block_closes()
     learner = plain()
     y = learner.step(stream()[0])
     _infinite_gradient(y).backward()
-    for close in (learner.sync, learner.reset, lambda: learner.influence("enter.weight")):
+    for close in (learner.sync, lambda: learner.influence("enter.weight")):
         with refused(learner, NonFiniteError, "gradient of the loss at y at step 0"):
             close()
     y.grad = None
