@@ -1,0 +1,116 @@
+"""What hypothesis draws of structured cells: layers of every kind, structure that breaks, what happens on the way."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import rtrl
+from helpers import structured_cells as cells
+from helpers.running import Result, run, trainable
+from helpers.strategies import Case, Draw, losses, normal, options, resets, seeds
+from helpers.toy_cells import seeded
+from helpers.unlasting_cells import Feedback, Opening
+
+D = 2
+"""The size of x; layers that may stand above themselves give a y of that size."""
+
+LAYERS: dict[str, Callable[[int, int], cells.Layer]] = {
+    "minGRU": cells.MinGRU,
+    "eLSTM": cells.ElementwiseLSTM,
+    "peephole": cells.Peephole,
+    "complex pairs": cells.ComplexDiagonal,
+    "complex planes": lambda d, n: cells.ComplexDiagonal(d, n, dim=1),
+    "trace unit": lambda d, n: cells.ComplexDiagonal(d, n, nonlinear=True),
+    "bmm": cells.BlockDiagonal,
+    "einsum": lambda d, n: cells.BlockDiagonal(d, n, "einsum"),
+    "reshape": lambda d, n: cells.BlockDiagonal(d, n, "reshape"),
+    "mask": lambda d, n: cells.BlockDiagonal(d, n, "mask"),
+    "columns": cells.Columns,
+    "transposed": cells.Transposed,
+    "normed": cells.Normed,
+    "two widths": cells.TwoWidths,
+    "placed": cells.Placed,
+    "rolled start": cells.RolledStart,
+}
+OPENING = ("state", "balanced", "drive", "written", "moved", "zero")
+SWITCHED = "structure" in inspect.signature(rtrl.BlockRTRL).parameters
+
+
+def both_ways(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The options with structure looked for, and with the dense engine."""
+    yield from ({**given, "structure": way} for way in ("find", "off")) if SWITCHED else (given,)
+
+
+@st.composite
+def layered(draw: Draw, max_steps: int = 8) -> Case:
+    """One to three layers, at most one of them dense, with everything that may stand beside them."""
+    steps, batch, seed = draw(st.integers(2, max_steps)), draw(st.integers(1, 3)), draw(seeds)
+    kinds = draw(st.lists(st.sampled_from([*LAYERS, "dense"]), min_size=1, max_size=3))
+    n, d, layers = draw(st.integers(2, 4 if len(kinds) == 1 else 2)), D, []
+    for kind in kinds:
+        layers.append(cells.Dense(d, n) if kind == "dense" else LAYERS[kind](d, n))
+        d = layers[-1].d_out
+    if d == D and len(layers) < 3 and draw(st.booleans()):
+        layers.append(layers[-1])  # its parameters serve two layers
+        kinds.append("the same")
+    extras = {name: draw(st.booleans()) for name in ("between", "readout", "learned")}
+    symbols = draw(st.sampled_from([0, 0, 3]))
+    cell = seeded(cells.Layers(layers, D, symbols=symbols, **extras), seed)
+    xs = normal(seed, steps, batch, D)
+    if symbols:
+        xs = (xs[..., 0].abs() * 10).long() % symbols
+    label = f"{' + '.join(kinds)} n={n} symbols={symbols} {[name for name in extras if extras[name]]} seed={seed}"
+    return Case(cell, xs, draw(losses(steps, seed)), draw(options), label)
+
+
+@st.composite
+def breaking(draw: Draw, max_steps: int = 9) -> Case:
+    """Structure that ceases to hold at a drawn step of one sample or of all, alone or in one of two layers."""
+    steps, batch, seed = draw(st.integers(3, max_steps)), draw(st.integers(1, 3)), draw(seeds)
+    what, n = draw(st.sampled_from([*OPENING, "feedback"])), draw(st.integers(2, 3))
+    place = draw(st.sampled_from(["alone", "below", "above"]))
+    opens, who = draw(st.integers(1, steps - 1)), draw(st.integers(0, batch))
+    if what == "feedback":
+        cell: nn.Module = Feedback(D, n)
+    else:
+        opening, gru = Opening(D, n, what), cells.MinGRU
+        cell = cells.Layers(
+            {"alone": [opening], "below": [opening, gru(n, 2)], "above": [gru(D, D), opening]}[place], D
+        )
+    xs = normal(seed, steps, batch, D)
+    xs[..., 0] = -xs[..., 0].abs()
+    xs[opens:, who if who < batch else slice(None), 0] *= -1
+    label = f"{what} {place} n={n} opens at {opens} for {who if who < batch else 'all'} seed={seed}"
+    return Case(seeded(cell, seed), xs, draw(losses(steps, seed)), draw(options), label)
+
+
+@st.composite
+def events(draw: Draw, case: Case) -> dict[str, Any]:
+    """Syncs, changes of the parameters, resets of some samples, saves: the arguments of ``run``."""
+    steps = case.xs.shape[0]
+    at = st.integers(0, steps - 1)
+    cuts = sorted(draw(st.sets(at, max_size=2)))
+    moves = [
+        {name: 0.1 * k * torch.sin(1 + torch.arange(p.numel()).to(p)).reshape(p.shape) for name, p in trained(case)}
+        for k in range(len(cuts) + 1)
+    ]
+    return {
+        "syncs": draw(st.dictionaries(at, st.booleans(), max_size=2)),
+        "offsets": [moves[sum(cut <= t for cut in cuts)] for t in range(steps)] if cuts else None,
+        "resets": draw(resets(case)) if draw(st.booleans()) else None,
+        "saves": draw(st.sets(at, max_size=2)),
+    }
+
+
+def trained(case: Case) -> list[tuple[str, Tensor]]:
+    return list(trainable(case.cell).items())
+
+
+def found(case: Case, **given: Any) -> Iterator[Result]:
+    """What the learner finds, with structure and without."""
+    for chosen in both_ways(case.options):
+        yield run(case.cell, case.xs, case.loss, **chosen, **given)
