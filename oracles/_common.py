@@ -21,9 +21,10 @@ def first_state(cell: nn.Module, xs: Tensor, h0: Tensor | None) -> Tensor:
         raise ValueError("xs must be a tensor of shape (T, B, ...) with T >= 1 and B >= 1")
     batch = xs.shape[1]
     h = cell.init_state(batch) if h0 is None else h0  # type: ignore[operator]
-    if not isinstance(h, Tensor) or h.dim() < 2 or h.shape[0] != batch or not h.is_floating_point():
+    numbers = isinstance(h, Tensor) and (h.is_floating_point() or h.is_complex())
+    if not numbers or h.dim() < 2 or h.shape[0] != batch:
         raise ValueError(
-            f"the state must be a real floating tensor of shape ({batch}, ...) with at least two dimensions"
+            f"the state must be a floating or complex tensor of shape ({batch}, ...) with at least two dimensions"
         )
     if h0 is not None and h0.requires_grad:
         raise ValueError(
@@ -54,7 +55,7 @@ def check_mask(mask: Mapping[str, Tensor] | None, theta: Mapping[str, Tensor], h
     for name, kept in ({} if mask is None else mask).items():
         if name not in theta:
             raise ValueError(f"mask names {name!r}, which is not a trainable parameter of the cell")
-        shape = (h[0].numel(), theta[name].numel())
+        shape = (pairs(h)[0].numel(), pairs(theta[name]).numel())
         if kept.dtype != torch.bool or tuple(kept.shape) != shape:
             raise ValueError(f"mask[{name!r}] must be Boolean {shape}, got {kept.dtype} {tuple(kept.shape)}")
 
@@ -94,6 +95,11 @@ def scalar_loss(loss_fn: LossFn, t: int, y: Any) -> Tensor | None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(f"loss_fn must return a scalar tensor or None, at step {t} it did not")
     return loss.reshape(())
+
+
+def pairs(value: Tensor) -> Tensor:
+    """A complex tensor as a real one with the real and the imaginary part in a last dimension; a real one itself."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
 
 
 def dense(gradient: Tensor) -> Tensor:

@@ -14,15 +14,13 @@ Values = Mapping[str, Tensor]
 
 
 def trainable(cell: nn.Module) -> dict[str, Tensor]:
-    """The parameters that require a gradient, by name; ValueError if there are none, or one is lazy or not real."""
+    """The parameters that require a gradient, by name; ValueError if there are none, or one is lazy."""
     theta = {name: p for name, p in cell.named_parameters() if p.requires_grad}
     if not theta:
         raise ValueError("the cell has no parameter that requires a gradient")
     for name, p in theta.items():
         if is_lazy(p):
             raise ValueError(f"parameter {name!r} has no values yet; run one step of the cell first")
-        if not p.is_floating_point():
-            raise ValueError(f"parameter {name!r} has dtype {p.dtype}; the oracles differentiate real parameters only")
     return dict(theta)
 
 

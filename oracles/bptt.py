@@ -38,6 +38,8 @@ def bptt(
     parameters see the whole gradient once; hooks that run after accumulation do not run, and `.grad` is left alone.
     With offsets, the parameters are changed in their own memory before each step, and put back.
 
+    A gradient by a complex parameter is ∂L/∂a + i ∂L/∂b for a + i b, as PyTorch's own.
+
     Equation:
         dL/dθ with L = Σ_t ℓ_t(y_t) and y_t, h_{t+1} = cell(x_t, h_t; θ + offsets[t]).
 
@@ -67,7 +69,7 @@ def bptt(
         check_schedule(xs, theta, resets, offsets)
         if offsets is not None:
             return through_hooks(theta, _step_by_step(cell, theta, xs, loss_fn, h, resets, offsets))
-        total = torch.zeros((), dtype=h.dtype, device=h.device)
+        total = torch.zeros((), dtype=h.dtype.to_real(), device=h.device)
         for t in range(xs.shape[0]):
             h = restarted(cell, h, resets, t)
             y, h = call(cell, xs[t], h)

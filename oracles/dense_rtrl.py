@@ -17,6 +17,7 @@ from oracles._common import (
     check_schedule,
     dense,
     first_state,
+    pairs,
     restarted,
     scalar_loss,
 )
@@ -38,13 +39,13 @@ def _grad(output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor | None = N
 
 
 def _jacobian(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The derivative of an output (B, ...) by each input, (B, H, size of the input), one row at a time."""
+    """The derivative of a real output (B, ...) by each input, (B, H, size of the input), one row at a time."""
     batch, size = output.flatten(1).shape
-    found = [i.new_zeros(batch, size, i.numel()) for i in inputs]
+    found = [output.new_zeros(batch, size, pairs(i).numel(), requires_grad=False) for i in inputs]
     for b in range(batch):
         for i, entry in enumerate(output[b].flatten().unbind()):
             for matrix, row in zip(found, _grad(entry, inputs), strict=True):
-                matrix[b, i] = row.flatten()
+                matrix[b, i] = pairs(row).flatten()
     return found
 
 
@@ -66,7 +67,7 @@ def _check_linear(output: Tensor, inputs: Sequence[Tensor], jacobian: Sequence[T
     direction = torch.randn(len(rows), generator=generator, dtype=torch.float64).to(rows)
     for scale in _SCALES:
         cotangent = scale * direction
-        found = torch.cat([g.flatten() for g in _grad(output, inputs, cotangent.reshape(output.shape))])
+        found = torch.cat([pairs(g).flatten() for g in _grad(output, inputs, cotangent.reshape(output.shape))])
         size = cotangent.abs() @ rows.abs()
         rounding = torch.finfo(rows.dtype).eps ** 0.5 * size.max()  # an entry may be zero but for rounding
         if bool(((found - cotangent @ rows).abs() > _LINEAR * size + rounding).any()):
@@ -124,7 +125,8 @@ def dense_rtrl(
     Returns:
         Gradient by parameter name; with `return_influence` the pair `(gradients, influences)`, where influences is a
         list of T + 1 dicts name -> (B, H, P_name), H and P_name counting the flattened entries of the state and the
-        parameter: influences[t] belongs to the state step t receives (after its resets), influences[T] to the last.
+        parameter, real and imaginary parts of complex ones in turns: influences[t] belongs to the state step t receives
+        (after its resets), influences[T] to the last.
 
     Raises:
         ValueError: a shape, dtype or name does not fit, in an argument or a returned value; `h0` requires a gradient;
@@ -146,14 +148,16 @@ def dense_rtrl(
         h = first_state(cell, xs, h0)
         check_schedule(xs, theta, resets, offsets)
         check_mask(mask, theta, h)
-        influence = masked(dict(zip(theta, _jacobian(h, parameters), strict=True)))
+        influence = masked(dict(zip(theta, _jacobian(pairs(h), parameters), strict=True)))
         gradients = {name: torch.zeros_like(p, requires_grad=False) for name, p in theta.items()}
         influences: Influences = []
         for t in range(xs.shape[0]):
             move({} if offsets is None else offsets[t])
             if resets is not None and bool(resets[t].any()):
                 fresh = restarted(cell, h, resets, t)
-                restart = zip(influence.items(), _jacobian(fresh, parameters), strict=True)  # zero for a constant
+                restart = zip(
+                    influence.items(), _jacobian(pairs(fresh), parameters), strict=True
+                )  # zero for a constant
                 again = resets[t].reshape(-1, 1, 1)
                 influence = masked({name: torch.where(again, first, s) for (name, s), first in restart})
                 h = fresh
@@ -167,11 +171,12 @@ def dense_rtrl(
             if loss is not None:
                 adjoint, *direct = _grad(loss, [h, *parameters])
                 for name, g in zip(theta, direct, strict=True):
-                    through_state = torch.einsum("bi,bip->p", adjoint.flatten(1), influence[name])
-                    gradients[name] = gradients[name] + g + through_state.reshape(g.shape)
-            by_state, *immediate = jacobian = _jacobian(h_next, [h, *parameters])
+                    through_state = torch.einsum("bi,bip->p", pairs(adjoint).flatten(1), influence[name])
+                    total = pairs(gradients[name] + g) + through_state.reshape(pairs(g).shape)
+                    gradients[name] = torch.view_as_complex(total) if g.is_complex() else total
+            by_state, *immediate = jacobian = _jacobian(pairs(h_next), [h, *parameters])
             dynamics = _dynamics(by_state)
-            _check_linear(h_next, [h, *parameters], jacobian)
+            _check_linear(pairs(h_next), [h, *parameters], jacobian)
             terms = zip(influence.items(), immediate, strict=True)
             influence = masked({name: dynamics @ s + direct_part for (name, s), direct_part in terms})
             h = h_next.detach()

@@ -29,9 +29,12 @@ class _Passes:
     ) -> None:  # fmt: skip
         self.theta = trainable(cell)
         h = first_state(cell, xs, h0)
+        values = [xs, h, *self.theta.values()]
         check_schedule(xs, self.theta, resets, offsets)
-        if any(v.is_floating_point() and v.dtype != torch.float64 for v in [xs, h, *self.theta.values()]):
-            raise ValueError("finite differences need float64 parameters, inputs and state")
+        if any(v.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.complex64) for v in values):
+            raise ValueError("finite differences need float64 or complex128 parameters, inputs and state")
+        if method == "complex" and any(v.is_complex() for v in values):
+            raise ValueError("the complex step needs a real cell; use method='central'")
         if method not in ("central", "complex"):
             raise ValueError(f"method must be 'central' or 'complex', got {method!r}")
         self.cell, self.xs, self.loss_fn, self.h0 = cell, xs.detach(), loss_fn, h0
@@ -67,7 +70,7 @@ class _Passes:
 
     def derivative(self, direction: Direction, step: float) -> tuple[float, float]:
         """The derivative along a direction, and an estimate of its error."""
-        norm = math.sqrt(sum(float(d.detach().double().square().sum()) for d in direction.values()))
+        norm = math.sqrt(sum(float(d.detach().abs().double().square().sum()) for d in direction.values()))
         if not 0 < norm < math.inf:
             raise ValueError("the direction must be finite and not zero")
         if not self.complex:
@@ -119,9 +122,9 @@ def directional_difference(
         `(value, error_estimate)`; the complex step's error is rounding alone, estimated as 64 eps |value|.
 
     Raises:
-        ValueError: as in `oracles.bptt`; something not float64; a direction that is zero or does not fit; an unknown
-            method; an imaginary part dropped by the cell or the loss; two passes at the same parameters that differ;
-            parameters that share memory.
+        ValueError: as in `oracles.bptt`; something not float64 or complex128; a complex step of a complex cell; a
+            direction that is zero or does not fit; an unknown method; an imaginary part dropped by the cell or the
+            loss; two passes at the same parameters that differ; parameters that share memory.
 
     Cost:
         Up to 22 forward passes over all T steps ("central"), or three in complex numbers.
@@ -161,7 +164,8 @@ def finite_difference(
     As `oracles.directional_difference`; but hooks of the parameters see the whole gradient once, at the end.
 
     Equation:
-        (dL/dθ)_k = d/dε L(θ + ε e_k) at ε = 0, e_k the k-th unit vector.
+        (dL/dθ)_k = d/dε L(θ + ε e_k) at ε = 0, e_k the k-th unit vector; of a complex parameter, that plus i times the
+        same for i e_k.
 
     Args:
         cell: as in `oracles.bptt`, in float64; a pure function.
@@ -180,7 +184,7 @@ def finite_difference(
         ValueError: as `oracles.directional_difference`.
 
     Cost:
-        P times `oracles.directional_difference`.
+        P times `oracles.directional_difference`, twice that for a complex parameter.
     """
     passes = _Passes(cell, xs, loss_fn, h0, method, resets, offsets)
     gradients, errors = (
@@ -188,8 +192,11 @@ def finite_difference(
     )
     for name, p in passes.theta.items():
         for k in range(p.numel()):
-            unit = torch.zeros_like(p, requires_grad=False)
-            unit.view(-1)[k] = 1.0
-            gradients[name].view(-1)[k], errors[name].view(-1)[k] = passes.derivative({name: unit}, _STEP)
+            for one in (1.0, 1j) if p.is_complex() else (1.0,):
+                unit = torch.zeros_like(p, requires_grad=False)
+                unit.view(-1)[k] = one  # type: ignore[assignment]
+                value, error = passes.derivative({name: unit}, _STEP)
+                gradients[name].view(-1)[k] += unit.view(-1)[k] * value
+                errors[name].view(-1)[k] += unit.view(-1)[k] * error
     gradients = through_hooks(passes.theta, gradients)
     return (gradients, errors) if return_error else gradients

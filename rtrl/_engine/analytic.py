@@ -15,6 +15,7 @@ from rtrl._engine.recorded import StepBatch
 from rtrl._engine.taps import Tap, TapRecorder
 from rtrl._utils import pytrees
 from rtrl._utils.functional_call import Substitution, functional_call
+from rtrl._utils.real_pairs import is_continuous
 from rtrl.cells.analytic import AnalyticStep
 from rtrl.errors import CellError
 
@@ -47,7 +48,7 @@ class AnalyticLinearization:
         """
         assert self.step is not None
         batch, step = self.batch, self.step
-        outputs = [leaf for leaf in pytrees.tensors(step.y) if leaf.is_floating_point()]
+        outputs = [leaf for leaf in pytrees.tensors(step.y) if is_continuous(leaf)]
         contract.check_same_result(batch, step.h_next, outputs)
         through_y = checks.reached_leaves(*outputs)
         (adjoint, adjoint_next, *grad_outputs), gradients = loss_cotangents(
@@ -164,7 +165,7 @@ def check_analytic_step(
         step = _step_of(cell, x, h)
     if step is None:
         return
-    outputs, analytic_outputs = ([t for t in pytrees.tensors(tree) if t.is_floating_point()] for tree in (y, step.y))
+    outputs, analytic_outputs = ([t for t in pytrees.tensors(tree) if is_continuous(t)] for tree in (y, step.y))
     pairs = [("the next state", step.h_next, h_next)]
     pairs += [("y", a, b) for a, b in zip(analytic_outputs, outputs, strict=False)]
     for what, analytic, value in pairs:

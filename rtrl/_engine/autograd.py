@@ -13,6 +13,7 @@ from rtrl._engine.recorded import StepBatch
 from rtrl._engine.taps import TapRecorder, record_taps
 from rtrl._engine.untapped import jacobian_rows, weighted_jacobians
 from rtrl._utils import index_sets, pytrees
+from rtrl._utils.real_pairs import as_real, is_continuous
 from rtrl.cells.protocol import call_cell
 
 
@@ -30,7 +31,7 @@ class AutogradLinearization:
     ) -> None:
         self.cell, self.parameters, self.batch = cell, parameters, batch
         y, self.h_next, self.recorder = self._run(untapped)
-        self.outputs = [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
+        self.outputs = [leaf for leaf in pytrees.tensors(y) if is_continuous(leaf)]
         contract.check_same_result(batch, self.h_next, self.outputs)
         self.written = batch.written(self.h_next)
         # A parameter that the recorded uses were cut off from, and that is reached all the same, has other uses.
@@ -71,6 +72,7 @@ class AutogradLinearization:
         jacobian, *output_jacobians = jacobian_rows(self.written, inputs)
         state_jacobian = self._state_jacobian(jacobian, touched)
         (adjoint, *grad_outputs), gradients = loss_cotangents(batch, self.outputs, inputs, self.untapped_anywhere)
+        gradients = {name: as_real(gradient) for name, gradient in gradients.items()}
         adjoint = self._touched_adjoint(adjoint, touched)
         taps = self._taps(output_jacobians, grad_outputs)
         self._check_finite(state_jacobian, adjoint, taps)

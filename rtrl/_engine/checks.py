@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rtrl._utils import index_sets, pytrees
+from rtrl._utils.real_pairs import as_real, is_continuous
 from rtrl.errors import CellError, NonFiniteError, ShapeError, SparsityError
 
 _FEW = 64  # numbers: Python adds up this many sooner than a kernel is called
@@ -20,7 +21,7 @@ def finite(value: Tensor) -> bool:
     the smallest entry decide.
     """
     if not value.is_floating_point() or not value.numel():
-        return True
+        return not value.is_complex() or finite(as_real(value.detach()))
     if value.requires_grad:
         value = value.detach()
     if value.ndim == 2 and value.numel() <= _FEW and value.is_cpu:
@@ -41,7 +42,7 @@ def all_finite(values: Sequence[Tensor]) -> bool:
 
 
 def _finite_in_one_transfer(values: Sequence[Tensor]) -> bool:
-    sums = [value.detach().sum() for value in values if value.is_floating_point()]
+    sums = [as_real(value.detach()).sum() for value in values if is_continuous(value)]
     one_device = len({total.device for total in sums}) == 1
     return one_device and all(map(math.isfinite, torch.stack(sums).tolist()))
 
@@ -64,6 +65,7 @@ def nearly_equal(first: Tensor, second: Tensor) -> bool:
     """
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
+    first, second = as_real(first), as_real(second)
     if not second.numel() or not second.is_floating_point():
         return torch.equal(first, second)
     eps = torch.finfo(second.dtype).eps

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from rtrl._engine import checks
 from rtrl._engine.parameter_hooks import hooks_suspended
 from rtrl._engine.untapped import jacobian_rows
+from rtrl._utils.real_pairs import as_real, real_numbers
 from rtrl.errors import ConfigError, NonFiniteError
 
 
@@ -53,14 +54,14 @@ def first_influence(
         )
     taken = list(range(len(first))) if samples is None else samples.nonzero().flatten().tolist()
     expanded = first.stride(0) == 0
-    jacobians = {name: first.new_zeros(len(first), first[0].numel(), p.numel()) for name, p in found.items()}
+    jacobians = {name: first.new_zeros(len(first), first[0].numel(), real_numbers(p)) for name, p in found.items()}
     rows: list[Tensor] = []
     for sample in taken:
         if not (expanded and rows):
             with hooks_suspended(found.values()):
                 rows = jacobian_rows(first[sample].reshape(1, -1), list(found.values()))
         for jacobian, of_sample in zip(jacobians.values(), rows, strict=True):
-            jacobian[sample] = of_sample.flatten(1)
+            jacobian[sample] = as_real(of_sample).flatten(1)
     for name, jacobian in jacobians.items():
         if not checks.finite(jacobian):
             raise NonFiniteError(f"NaN or infinity in the derivative of the first state by parameter {name!r}")

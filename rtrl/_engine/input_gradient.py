@@ -10,6 +10,7 @@ from rtrl._engine import checks
 from rtrl._engine.parameter_hooks import grads_restored_on_error
 from rtrl._engine.recorded import RecordedStep
 from rtrl._utils import pytrees
+from rtrl._utils.real_pairs import is_continuous
 from rtrl.cells.protocol import call_cell
 from rtrl.errors import LossError
 
@@ -36,7 +37,7 @@ def input_gradients(cell: nn.Module, steps: Sequence[RecordedStep], takes_replay
                 passed.append((source, leaves[place], step.number))
         with torch.enable_grad():
             y, h, _ = call_cell(cell, refill(leaves), step.continued(h), step.sparsity if takes_replay else None)
-        outputs = [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
+        outputs = [leaf for leaf in pytrees.tensors(y) if is_continuous(leaf)]
         pairs = zip(outputs, step.outputs, strict=True)
         heads += [(y, leaf.grad) for y, leaf in pairs if leaf.grad is not None and y.requires_grad]
     if not heads or not passed:

@@ -15,19 +15,21 @@ from rtrl._engine.recorded import StepBatch
 from rtrl._engine.taps import Tap, record_taps
 from rtrl._engine.untapped import call_with
 from rtrl._utils import index_sets, pytrees
+from rtrl._utils.real_pairs import is_continuous
 from rtrl.errors import CellError, RTRLError
 
 
 def perturb(value: Tensor, generator: torch.Generator) -> Tensor:
     """A copy with ``0.1 (1 + |value|)`` times normal noise on top; integers stay as they are."""
-    if not value.is_floating_point():
+    if not is_continuous(value):
         return value.detach()
     return value.detach() + 0.1 * normal_like(value, generator) * (1 + value.detach().abs())
 
 
 def normal_like(value: Tensor, generator: torch.Generator) -> Tensor:
     """Normal noise of the form of ``value``, drawn on the CPU."""
-    return torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu").to(value)
+    dtype = torch.complex128 if value.is_complex() else torch.float64
+    return torch.randn(value.shape, generator=generator, dtype=dtype, device="cpu").to(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ def _run(
         copy=True,
     )
     contract.check_same_choices(batch, sparsity)
-    outputs = [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
+    outputs = [leaf for leaf in pytrees.tensors(y) if is_continuous(leaf)]
     return _Run(theta, h, recorder.taps, recorder.inner_gradient, h_next, [batch.written(h_next), *outputs])
 
 
@@ -134,7 +136,8 @@ def _separating_subsets(size: int, device: torch.device) -> list[Tensor]:
 
 def _weights_of(subset: Tensor, head: Tensor) -> Tensor:
     """Weights for ``head`` that differ from entry to entry, and are zero outside the subset of samples."""
-    weights = torch.linspace(1.0, 2.0, head[0].numel(), dtype=head.dtype, device=head.device).reshape(head[0].shape)
+    dtype = head.dtype.to_real()
+    weights = torch.linspace(1.0, 2.0, head[0].numel(), dtype=dtype, device=head.device).reshape(head[0].shape)
     return weights * subset.reshape(-1, *[1] * (head.ndim - 1)).to(head.dtype)
 
 

@@ -11,6 +11,7 @@ from rtrl._engine import checks, losses
 from rtrl._engine.recorded import RecordedStep
 from rtrl._engine.untapped import pull_rows
 from rtrl._utils import pytrees
+from rtrl._utils.real_pairs import as_real, is_continuous
 from rtrl.cells.protocol import OTHER_CHOICES, call_cell, same_choices
 from rtrl.errors import CellError, ConfigError, LossError
 
@@ -21,7 +22,7 @@ class SeparateLosses:
 
     Attributes:
         names: of the losses.
-        cotangents: for each floating-point tensor of y, ``∂ℓ/∂y`` (L, *y.shape).
+        cotangents: for each tensor of y, ``∂ℓ/∂y`` (L, *y.shape), of a complex one as pairs.
         direct: for each loss, name → ``∂ℓ/∂θ`` of the parameters that it depends on other than through y.
     """
 
@@ -45,7 +46,7 @@ class PulledLosses:
 
     Attributes:
         state: (R, B, H), the adjoints of the state at the block's start.
-        parameters: name → (R, *shape), the gradients inside the block.
+        parameters: name → (R, *shape), the gradients inside the block, of a complex one as pairs.
     """
 
     state: Tensor
@@ -97,7 +98,7 @@ def separate_losses(
         pulled.append(filled)
         at_parameters = zip(beside, grads[len(outputs) :], strict=True)
         direct.append({key: grad.detach() for key, grad in at_parameters if grad is not None})
-    cotangents = [torch.stack(at_y).detach() for at_y in zip(*pulled, strict=True)]
+    cotangents = [as_real(torch.stack(at_y).detach()) for at_y in zip(*pulled, strict=True)]
     for name, beside in zip(given, direct, strict=True):
         if not checks.all_finite([*beside.values()]):
             checks.check_finite(f"the gradient of {name!r} at a parameter", next(iter(beside.values())), number)
@@ -119,7 +120,7 @@ def pull_back(
         parameters: its trainable parameters.
         steps: the steps, in order.
         last: (B, n, ...), the state that they reached.
-        cotangents: for each floating-point tensor of the newest y, (R, *y.shape).
+        cotangents: for each tensor of the newest y, (R, *y.shape), of a complex one as pairs.
         takes_replay: whether the cell takes the choices to make as ``replay``.
 
     Raises:
@@ -134,8 +135,8 @@ def pull_back(
             y, h, sparsity = call_cell(cell, step.x, step.continued(h), step.sparsity if takes_replay else None)
             if not same_choices(sparsity, step.sparsity):
                 raise CellError(f"step {step.number}: {OTHER_CHOICES}")
-        heads = [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
-        head = torch.cat([leaf.reshape(len(first), -1) for leaf in heads], dim=1)
+        heads = [leaf for leaf in pytrees.tensors(y) if is_continuous(leaf)]
+        head = torch.cat([as_real(leaf).reshape(len(first), -1) for leaf in heads], dim=1)
     recorded = [last, *steps[-1].outputs]
     if len(recorded) != len(heads) + 1 or not all(map(_same, [h, *heads], recorded)):
         raise CellError(
@@ -149,7 +150,7 @@ def pull_back(
         state, *gradients = [torch.stack(of_input) for of_input in zip(*rows, strict=True)]
     else:
         state, *gradients = pull_rows(head, inputs, weights)
-    return PulledLosses(state.flatten(2), dict(zip(parameters, gradients, strict=True)))
+    return PulledLosses(state.flatten(2), dict(zip(parameters, map(as_real, gradients), strict=True)))
 
 
 _FEW = 2  # rows: up to this many backward passes take less time one by one than in a batch

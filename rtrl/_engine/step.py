@@ -12,6 +12,7 @@ from rtrl._engine.contract import check_purity
 from rtrl._engine.recorded import RecordedStep
 from rtrl._engine.surroundings import any_autocast, check_surroundings
 from rtrl._utils import pytrees
+from rtrl._utils.real_pairs import is_continuous
 from rtrl.cells.protocol import Sparsity, call_cell, check_input, check_sparsity, own_copy, same_choices
 from rtrl.errors import CellError, ConfigError, RTRLError, ShapeError, SparsityError
 
@@ -74,7 +75,7 @@ def take(
         if sparsity.writes is not None:
             checks.check_copied(h, h_next, sparsity.writes, number)
         y = pytrees.map_tensors(torch.clone, y)
-        outputs = [leaf.requires_grad_() for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
+        outputs = [leaf.requires_grad_() for leaf in pytrees.tensors(y) if is_continuous(leaf)]
         return RecordedStep(x, h, own_copy(sparsity), outputs, number, sources=sources), y, h_next
     except (ShapeError, CellError) as error:
         _check_state_beside_parameters(h, named, error)

@@ -46,7 +46,7 @@ class TapRecorder(TorchFunctionMode):
     """Records a tap for every linear use of the watched parameters while it is entered.
 
     Args:
-        parameters: name → parameter.
+        parameters: name → parameter; uses of a complex one are not recorded.
         batch: the number N of samples; a use counts only if dimension 0 of its input runs over them (or over all their
             tokens).
         untapped: names of parameters whose uses are not recorded.
@@ -63,7 +63,7 @@ class TapRecorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         skipped = set(untapped)
-        self._names = {id(p): name for name, p in parameters.items() if name not in skipped}
+        self._names = {id(p): name for name, p in parameters.items() if name not in skipped and not p.is_complex()}
         self.batch, self._copy = batch, copy
         self.by_output: list[list[Tap]] = []
         self.inner_gradient = False

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rtrl._engine import checks
 from rtrl._engine.recorded import RecordedStep
 from rtrl._utils import pytrees
+from rtrl._utils.real_pairs import as_real, is_continuous
 from rtrl.cells.protocol import OTHER_CHOICES, call_cell, same_choices, takes_replay
 from rtrl.errors import CellError
 
@@ -23,7 +24,8 @@ class PulledBlock:
 
     Attributes:
         state: (B, H), ``v + w Φ``.
-        parameters: name → ``Σ ∂ℓ/∂θ + w Σ_τ C_τ B_τ``, of the parameter's shape, the sum over all samples.
+        parameters: name → ``Σ ∂ℓ/∂θ + w Σ_τ C_τ B_τ``, of the parameter's shape, the sum over all samples; of a complex
+            one as pairs.
     """
 
     state: Tensor
@@ -79,7 +81,7 @@ def pull_back_unrolled(
                     y, h, sparsity = call_cell(cell, step.x, start, step.sparsity)
                 elif noise is None:
                     raise CellError(f"step {step.number}: {OTHER_CHOICES}")
-            leaves = [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
+            leaves = [leaf for leaf in pytrees.tensors(y) if is_continuous(leaf)]
             for leaf, output in zip(leaves, step.outputs, strict=True):
                 if output.grad is not None and leaf.requires_grad:
                     heads.append(leaf)
@@ -99,7 +101,7 @@ def pull_back_unrolled(
         else:
             pulled = tuple(torch.zeros_like(value) for value in inputs)
     gradients = {
-        name: gradient.to_dense() if gradient.is_sparse else gradient
+        name: gradient.to_dense() if gradient.is_sparse else as_real(gradient)
         for name, gradient in zip(parameters, pulled[1:], strict=True)
     }
     return PulledBlock(pulled[0].flatten(1), gradients)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rtrl._utils import index_sets, pytrees
 from rtrl._utils.formatting import first_line
 from rtrl._utils.functional_call import check_substituted, functional_call
+from rtrl._utils.real_pairs import as_real
 from rtrl.cells.protocol import Sparsity, call_cell
 from rtrl.errors import PerformanceWarning, RTRLError
 
@@ -38,7 +39,7 @@ def weighted_jacobians(
     """Weighted immediate Jacobians ``Σ_τ cotangents_τ · ∂h_next[writes]_τ/∂θ``, separately for each sample.
 
     From cotangents (B, U, m, w·slot_size) and N = B·m samples (see ``StepBatch``) to name → (B, U, *shape), for the
-    parameters named ``untapped`` and all their uses.
+    parameters named ``untapped`` and all their uses; (B, U, *shape, 2) for a complex one.
 
     Args:
         by_sample: run the cell itself sample by sample, because it takes a gradient of its own.
@@ -71,7 +72,7 @@ def weighted_jacobians(
         theta = {name: named[name].detach() for name in untapped}
         vjp = torch.func.vjp(lambda values: written(values, of_sample), theta)[1]
         jacobians: dict[str, Tensor] = torch.func.vmap(lambda cotangent: vjp(cotangent)[0])(cotangents)
-        return jacobians
+        return {name: as_real(jacobian) for name, jacobian in jacobians.items()}
 
     what = f"{untapped} are linearised sample by sample"
     if by_sample:
@@ -94,7 +95,7 @@ def weighted_jacobians(
         with torch.enable_grad():
             head = written(None, [t[b] for t in tensors])
         rows.append(pull_rows(head, [named[name] for name in untapped], cotangents[b]))
-    return {name: torch.stack([of_sample[i] for of_sample in rows]) for i, name in enumerate(untapped)}
+    return {name: as_real(torch.stack([of_sample[i] for of_sample in rows])) for i, name in enumerate(untapped)}
 
 
 def jacobian_rows(head: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from rtrl._utils.renamed_names import renamed_names
 from rtrl.cells.analytic import AnalyticStep, UnitTap
 from rtrl.cells.columns import Columns
 from rtrl.cells.complex_diagonal import LRU, RTU
+from rtrl.cells.complex_state import RealState
 from rtrl.cells.gated import ElementwiseLSTM, MinGRU
 from rtrl.cells.grouped_linear import grouped_linear
 from rtrl.cells.module_cell import ModuleCell
@@ -23,6 +24,7 @@ __all__ = [
     "MinGRU",
     "MoEOutput",
     "ModuleCell",
+    "RealState",
     "RecurrentMoE",
     "RouterStatistics",
     "Sparsity",

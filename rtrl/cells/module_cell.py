@@ -3,13 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from itertools import accumulate, pairwise
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rtrl._utils import pytrees, validation
+from rtrl._utils.real_pairs import as_real, is_continuous, paired, real_numbers
 from rtrl.cells.protocol import Sparsity
 from rtrl.errors import CellError, ConfigError, RTRLError, ShapeError, SparsityError
 
@@ -17,10 +17,11 @@ _PREFIX = "cell."
 
 
 class Packing:
-    """The layout of a tree of tensors (B, ...) in one tensor (B, N): its leaves side by side, each flattened.
+    """The layout of a tree of tensors (B, ...) in one tensor (B, N): its leaves side by side, each flattened, complex
+    ones as pairs of real numbers.
 
     Args:
-        example: the tree for one sample, each leaf a floating-point tensor (1, ...).
+        example: the tree for one sample, each leaf a floating-point or complex tensor (1, ...).
 
     Raises:
         ConfigError: the tree holds no entry, or a leaf is something else; the message names the leaf.
@@ -29,14 +30,15 @@ class Packing:
     def __init__(self, example: Any) -> None:
         named = pytrees.named_leaves("state", example)
         for name, leaf in named.items():
-            if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.ndim == 0 or leaf.shape[0] != 1:
+            if not isinstance(leaf, Tensor) or not is_continuous(leaf) or leaf.ndim == 0 or leaf.shape[0] != 1:
                 raise ConfigError(
-                    "the state of one sample must be a tree of floating-point tensors (1, ...), but "
+                    "the state of one sample must be a tree of floating-point or complex tensors (1, ...), but "
                     f"{name} is {_form(leaf)}; anything else belongs in x or in the module"
                 )
         self.names = list(named)
         self.shapes = [tuple(leaf.shape[1:]) for leaf in named.values()]
-        self._edges = [0, *accumulate(prod(shape) for shape in self.shapes)]
+        self.complex = [leaf.is_complex() for leaf in named.values()]
+        self._edges = [0, *accumulate(real_numbers(leaf) for leaf in named.values())]
         self.size = self._edges[-1]
         if not self.size:
             raise ConfigError("a state must have at least one entry per sample, but this one has none")
@@ -50,7 +52,8 @@ class Packing:
             tree: of tensors (batch, ...).
             batch: the size of dimension 0 of all leaves.
             error: the type of error to raise.
-            like: the tensor whose dtype and device all leaves must have; the first leaf by default.
+            like: the tensor whose dtype and device all leaves must have, complex ones the complex dtype of the same
+                precision; the first leaf by default.
 
         Raises:
             error: a leaf is missing or unexpected, or is not a tensor of its shape, dtype and device; it is named.
@@ -60,15 +63,17 @@ class Packing:
             if name not in named or name not in self.names:
                 fault = "lacks" if name in self.names else "has an unexpected"
                 raise error(f"the state {fault} {name}; every state must hold {', '.join(self.names)}")
-        for name, shape in zip(self.names, self.shapes, strict=True):
+        for name, shape, complex_ in zip(self.names, self.shapes, self.complex, strict=True):
             leaf = named[name]
             if not isinstance(leaf, Tensor) or leaf.shape != (batch, *shape):
                 raise error(f"{name} must be a tensor of shape {(batch, *shape)} at every step, got {_form(leaf)}")
-            like = leaf if like is None else like
-            if leaf.dtype != like.dtype or leaf.device != like.device:
-                raise error(f"{name} must be {like.dtype} on {like.device}, got {_form(leaf)}")
-        pairs = zip(self.names, pairwise(self._edges), strict=True)
-        return torch.cat([named[name].reshape(batch, high - low) for name, (low, high) in pairs], dim=1)
+            like = as_real(leaf) if like is None else like
+            dtype = like.dtype.to_complex() if complex_ else like.dtype
+            if leaf.dtype != dtype or leaf.device != like.device:
+                raise error(f"{name} must be {dtype} on {like.device}, got {_form(leaf)}")
+        leaves = [paired(leaf) if leaf.is_complex() else leaf for leaf in map(named.__getitem__, self.names)]
+        pairs = zip(leaves, pairwise(self._edges), strict=True)
+        return torch.cat([leaf.reshape(batch, high - low) for leaf, (low, high) in pairs], dim=1)
 
     def unpack(self, h: Tensor) -> Any:
         """Return the tree whose leaves are parts of h (B, N).
@@ -79,8 +84,8 @@ class Packing:
         if h.ndim != 2 or h.shape[1] != self.size:
             raise ShapeError(f"a packed state must have shape (B, {self.size}), got {tuple(h.shape)}")
         refill = pytrees.flatten(self._structure)[1]
-        pairs = zip(self.shapes, pairwise(self._edges), strict=True)
-        return refill([h[:, low:high].reshape(h.shape[0], *shape) for shape, (low, high) in pairs])
+        forms = zip(self.shapes, self.complex, pairwise(self._edges), strict=True)
+        return refill([_leaf(h[:, low:high], shape, complex_) for shape, complex_, (low, high) in forms])
 
 
 class PackedCell(nn.Module, ABC):
@@ -206,6 +211,14 @@ class ReplayingModuleCell(ModuleCell):
             return super().forward(x, h)
         active = {n.removeprefix(_PREFIX): index for n, index in replay.active.items() if n.startswith(_PREFIX)}
         return self._packed(h, self.cell(x, self.unpack(h), replay=Sparsity(active=active)))
+
+
+def _leaf(entries: Tensor, shape: tuple[int, ...], complex_: bool) -> Tensor:
+    """A leaf (B, *shape) of its entries (B, N); those of a complex one are pairs."""
+    if not complex_:
+        return entries.reshape(len(entries), *shape)
+    pairs = entries.reshape(len(entries), *shape, 2)
+    return torch.complex(pairs[..., 0], pairs[..., 1])
 
 
 def _form(leaf: Any) -> str:

@@ -64,6 +64,11 @@ class Stack(nn.Module):
         firsts = {k: first_state(layer, 1) for k, layer in enumerate(layers) if isinstance(layer, Cell)}
         if not firsts:
             raise ConfigError("a Stack needs at least one layer that is a cell, with init_state(batch_size)")
+        if len({first.is_complex() for first in firsts.values()}) > 1:
+            raise ConfigError(
+                "the states of a Stack's layers must be all real or all complex; wrap a complex layer in "
+                "rtrl.cells.RealState, which holds pairs of real numbers"
+            )
         for k, layer in enumerate(layers):
             if k not in firsts:
                 _check_stateless(k, layer)

@@ -31,8 +31,8 @@ def check_supported(cell: nn.Module) -> None:
     """Refuse a module whose steps cannot be linearised exactly.
 
     Raises:
-        ConfigError: it is a bare recurrent module of PyTorch, has a scripted part, a parameter without a shape or a
-            complex one, or an embedding whose gradient is sparse or depends on other samples.
+        ConfigError: it is a bare recurrent module of PyTorch, has a scripted part, a parameter without a shape, or
+            an embedding whose gradient is sparse or depends on other samples.
     """
     kind = type(cell)
     if isinstance(cell, (nn.RNNCellBase, nn.RNNBase)) and kind.forward.__module__.startswith("torch."):
@@ -57,7 +57,3 @@ def check_supported(cell: nn.Module) -> None:
     for name, parameter in cell.named_parameters():
         if nn.parameter.is_lazy(parameter):
             raise ConfigError(f"parameter {name!r} has no shape yet: run the cell once first, on an x and a state")
-        if parameter.is_complex() and parameter.requires_grad:
-            raise ConfigError(
-                f"parameter {name!r} is complex; make it real, with torch.view_as_complex of (..., 2) in the forward"
-            )

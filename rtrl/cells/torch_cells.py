@@ -165,9 +165,9 @@ def from_torch(cell: Any, readout: nn.Module | None = None, *, state: Any = None
             ``cell.0.``, ``cell.1.``, … for a sequence.
         readout: a module; the identity by default.
         state: the first state of a module that is not one of PyTorch's, ``cell.init_state(batch_size)`` by default: a
-            tree of floating-point tensors (1, ...), repeated for the batch, or a function that returns a tree of
-            (batch_size, ...) for a batch size. A tree is a constant; what a function returns may depend on parameters
-            of the module.
+            tree of floating-point or complex tensors (1, ...), repeated for the batch, or a function that returns a
+            tree of (batch_size, ...) for a batch size. A tree is a constant; what a function returns may depend on
+            parameters of the module.
 
     Returns:
         The cell. Its steps raise ``CellError`` if the module does not return what is described above, or changes the

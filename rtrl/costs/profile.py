@@ -71,7 +71,8 @@ class Profile:
         given: how many steps of a stream the user gave.
 
     Raises:
-        ConfigError: there is no x, no first state, no trainable parameter, or the cell cannot be copied.
+        ConfigError: there is no x, no first state, no trainable parameter, a complex state or parameter, or the cell
+            cannot be copied.
         ShapeError: as ``BlockRTRL.step``; so CellError, SparsityError, NonFiniteError.
         UnknownOperationError: see ``rules``.
     """
@@ -89,6 +90,11 @@ class Profile:
         parameters = ParameterGuard(cell).parameters
         beside = next(iter(parameters.values()))
         first = first_state(cell, batch_size) if state is None or isinstance(cell, Cell) else None
+        if any(value is not None and value.is_complex() for value in (first, *parameters.values())):
+            raise ConfigError(
+                "costs are counted for real numbers only, and this cell has a complex state or parameter; measure its "
+                "learners by hand, with rtrl.profiling.alternate"
+            )
         if first is not None:
             first = checks.checked_state(first, batch_size, beside)
         self.state = checks.checked_state(first if state is None else state, batch_size, beside, first)

@@ -15,6 +15,7 @@ from rtrl._engine.projected import pull_back_result
 from rtrl._engine.recorded import RecordedStep
 from rtrl._engine.unrolled import PulledBlock, pull_back_unrolled
 from rtrl._utils import validation
+from rtrl._utils.real_pairs import RealForms
 from rtrl.errors import AuditError, ConfigError, PerformanceWarning, RTRLError
 
 AuditMode = Literal["first", "off"] | int
@@ -190,7 +191,7 @@ class Auditor:
         former_way, first_mismatch = linearizer.way, None
         try:
             while True:
-                found, immediate = pull_back_result(result, cotangent, self._parameters, sliced)
+                found, immediate = pull_back_result(result, cotangent, RealForms(self._parameters), sliced)
                 mismatch, worst = self._compare(found, right, steps, last, cotangent)
                 if mismatch is None:
                     break

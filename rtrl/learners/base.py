@@ -13,6 +13,8 @@ from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._engine.parameter_hooks import deliver
 from rtrl._engine.surroundings import linearizing
 from rtrl._utils import pytrees, validation
+from rtrl._utils.real_pairs import as_real
+from rtrl.cells.complex_state import RealState
 from rtrl.cells.protocol import Cell, Sparsity, first_state, takes_replay
 from rtrl.cells.supported import check_supported, original
 from rtrl.errors import ConfigError, NonFiniteError, ShapeError
@@ -35,13 +37,14 @@ class Learner(NewestStepQueries, PortableLearner):
             parameters: they get its gradient.
 
     Attributes:
-        cell: the cell; the original of a module that ``torch.compile`` made, which takes the steps itself.
+        cell: the cell; the original of a module that ``torch.compile`` made, which takes the steps itself. A cell with
+            a complex state is wrapped in ``rtrl.cells.RealState``, and its own parameters are used.
         batch_size: B.
         block: the number of steps that are processed together; 1 unless the learner says otherwise.
 
     Raises:
         ConfigError: ``batch_size`` is not a positive integer, or the cell has no trainable parameter or no first state,
-            or cannot be linearised (a complex or lazy parameter, a scripted part, a sparse embedding).
+            or cannot be linearised (a lazy parameter, a scripted part, a sparse embedding).
         ShapeError: the first state has the wrong shape, dtype or device.
     """
 
@@ -66,7 +69,8 @@ class Learner(NewestStepQueries, PortableLearner):
     @property
     def state(self) -> Tensor:
         """The present state (B, n, ...), a copy without a graph."""
-        return self._state.clone()
+        copy = self._state.clone()
+        return torch.view_as_complex(copy) if isinstance(self.cell, RealState) else copy
 
     @property
     def steps_taken(self) -> int:
@@ -79,7 +83,7 @@ class Learner(NewestStepQueries, PortableLearner):
         return len(self._open_steps) >= self.block
 
     def step(self, x: Any, *, replay: Sparsity | None = None) -> Any:
-        """Take one step and return ``y`` without a graph: its floating-point tensors are leaves that require grad.
+        """Take one step and return ``y`` without a graph: its real and complex tensors are leaves that require grad.
 
         Args:
             x: the input, a tensor (B, ...) or a pytree of such tensors.
@@ -264,12 +268,27 @@ class Learner(NewestStepQueries, PortableLearner):
         beside = next(iter(self._parameters.values())) if like is None else like
         with torch.inference_mode(False), torch.enable_grad(), linearizing(self._parameters.values()):
             if state is not None:
+                state = self._in_pairs(state)
                 if like is None and isinstance(self.cell, Cell):
-                    like = checks.checked_state(first_state(self.cell, self.batch_size), self.batch_size, beside)
+                    own = self._in_pairs(first_state(self.cell, self.batch_size))
+                    like = checks.checked_state(own, self.batch_size, beside)
                 return checks.checked_state(state, self.batch_size, beside, like), {}
-            first = first_state(self.cell, self.batch_size)
+            first = self._in_pairs(first_state(self.cell, self.batch_size))
             checked = checks.checked_state(first, self.batch_size, beside, like)
             return checked, first_influence(first, self._guard.trainable(), samples) if first.requires_grad else {}
+
+    def _in_pairs(self, state: Any) -> Any:
+        """Return a complex first state as pairs of real numbers, and let the cell take such pairs from now on; any
+        other state itself."""
+        if not isinstance(state, Tensor) or not state.is_complex():
+            return state
+        if not isinstance(self.cell, RealState):
+            if hasattr(self, "_state"):  # a real one: the check of its form refuses this one
+                return state
+            compiled = self._stepping is not self.cell
+            self.cell = RealState(self.cell)
+            self._stepping = RealState(self._stepping) if compiled else self.cell
+        return as_real(state)
 
     def retained_bytes(self) -> dict[str, int]:
         """Return the bytes held between steps, by part: gradients not yet delivered, state, and those of the rule."""

@@ -15,6 +15,7 @@ from rtrl._engine.linearizer import Linearizer
 from rtrl._engine.newest_step import pull_back
 from rtrl._engine.recorded import RecordedStep
 from rtrl._utils import pytrees, validation
+from rtrl._utils.real_pairs import RealForms, as_real, real_numbers
 from rtrl.errors import AuditError, ConfigError, NonFiniteError, SparsityError
 from rtrl.learners.audit import AuditMode, Auditor, Audits
 from rtrl.learners.base import Learner
@@ -108,14 +109,14 @@ class BlockRTRL(Learner):
 
     def _empty_carried(self, state: Tensor) -> CarriedInfluence:
         """What is carried before the first step."""
-        learner = self._parameters, state, self._gradient_of, self._auditor
+        learner = RealForms(self._parameters), state, self._gradient_of, self._auditor
         return self._carries(*learner, block=self.block, window=self.window, lazy=self.lazy)
 
     def _prepare(self) -> None:
         """Make what depends on which parameters are trainable, and on the state's dtype."""
         self._linearizer = Linearizer(self.cell, self._parameters)
         self._auditor.attach(self._parameters, self._linearizer)
-        count = sum(p.numel() for p in self._parameters.values())
+        count = sum(map(real_numbers, self._parameters.values()))
         self._scratch = ReusableBuffer(count * self._state.numel() * self._state.element_size())  # the influence's size
 
     # ------------------------------------------------------------------ inspection
@@ -248,7 +249,8 @@ class BlockRTRL(Learner):
         with torch.enable_grad():
             groups = self._linearizer(self._open_steps, self._state)
         try:
-            result = close_block(groups, self._state, self._parameters, self._carried.sliced, self._scratch)
+            forms = RealForms(self._parameters)
+            result = close_block(groups, self._state, forms, self._carried.sliced, self._scratch)
         except SparsityError as error:
             raise SparsityError(f"{span}: {error}") from error
         del groups  # and with it the graph
@@ -262,7 +264,7 @@ class BlockRTRL(Learner):
         for name, gradient in result.gradient.items():
             if not checks.finite(gradient):
                 raise NonFiniteError(f"NaN or infinity in the gradient of parameter {name!r} inside {span}")
-        overflown = overflowing(result, self._state, self._parameters, self._carried.sliced)
+        overflown = overflowing(result, self._state, RealForms(self._parameters), self._carried.sliced)
         if overflown is not None:
             raise NonFiniteError(f"NaN or infinity in the immediate influence of parameter {overflown!r} in {span}")
 
@@ -278,10 +280,10 @@ class BlockRTRL(Learner):
     # ------------------------------------------------------------------ dormant slices
 
     def _gradient_of(self, name: str) -> Tensor:
-        """The buffer that collects the gradient of a parameter."""
+        """The buffer that collects the gradient of a parameter, as pairs if that is complex."""
         if name not in self._pending_grads:
             self._pending_grads[name] = torch.zeros_like(self._parameters[name])
-        return self._pending_grads[name]
+        return as_real(self._pending_grads[name])
 
     def _flush(self, dormant: bool) -> None:
         self._check_none_is_lost(self._steps_taken)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rtrl._engine.surroundings import linearizing
 from rtrl._utils import validation
+from rtrl._utils.real_pairs import as_like
 from rtrl.learners.replayed_step import ReplayedStep, ReplayingLearner
 
 
@@ -73,7 +74,7 @@ def _add_run(
         gradient[name] = gradient[name] + part if name in gradient else part.clone()
     for (_, influences), part in zip(starts, parts[len(leaves) :], strict=False):
         for name, influence in influences.items():
-            gradient[name] += torch.einsum("bh,bhp->p", part.flatten(1), influence).reshape(gradient[name].shape)
+            gradient[name] += as_like(torch.einsum("bh,bhp->p", part.flatten(1), influence), gradient[name])
     return None if is_first else parts[-1]
 
 

@@ -11,12 +11,14 @@ from rtrl._engine import checks
 from rtrl._engine.newest_step import pull_back
 from rtrl._engine.recorded import RecordedStep
 from rtrl._utils import pytrees
+from rtrl._utils.real_pairs import as_like, as_real, real_numbers
 from rtrl.learners.replayed_step import ReplayedStep, ReplayingLearner
 from rtrl.learners.state import LearnerState, copy_like
 
 
 class StepJacobians(NamedTuple):
-    """One step, linearised where it was taken. P counts the entries of all parameters, in the cell's own order.
+    """One step, linearised where it was taken. P counts the entries of all parameters, in the cell's own order, complex
+    ones as pairs.
 
     Attributes:
         dynamics: the dynamics Jacobian J (B, H, H).
@@ -42,7 +44,7 @@ def step_jacobians(step: ReplayedStep) -> StepJacobians:
         B·(H + 1) backward passes through the step of one sample; B·H·(H + P) numbers.
     """
     theta = list(step.snapshot.trainable.values())
-    samples, size, n_theta = len(step.h), step.h[0].numel(), sum(p.numel() for p in theta)
+    samples, size, n_theta = len(step.h), step.h[0].numel(), sum(map(real_numbers, theta))
     dynamics, immediate = step.h.new_zeros(samples, size, size), step.h.new_zeros(samples, size, n_theta)
     adjoint, direct = step.h.new_zeros(samples, size), step.h.new_zeros(n_theta)
     with step.snapshot.applied():
@@ -53,7 +55,7 @@ def step_jacobians(step: ReplayedStep) -> StepJacobians:
                 ys, gs = zip(*pairs, strict=True)
                 by_h, *by_theta = torch.autograd.grad(ys, [h, *theta], gs, retain_graph=True, materialize_grads=True)
                 adjoint[b] = by_h.flatten()
-                direct += torch.cat([g.flatten() for g in by_theta])
+                direct += torch.cat([as_real(g).flatten() for g in by_theta])
             if not h_next.requires_grad:
                 continue
             with torch.enable_grad():
@@ -61,7 +63,7 @@ def step_jacobians(step: ReplayedStep) -> StepJacobians:
             for i, entry in enumerate(entries):
                 by_h, *by_theta = torch.autograd.grad(entry, [h, *theta], retain_graph=True, materialize_grads=True)
                 dynamics[b, i] = by_h.flatten()
-                immediate[b, i] = torch.cat([g.flatten() for g in by_theta])
+                immediate[b, i] = torch.cat([as_real(g).flatten() for g in by_theta])
     for what, value in (("dynamics", dynamics), ("immediate", immediate)):
         checks.check_finite(f"the {what} Jacobian", value, step.number)
     return StepJacobians(dynamics, immediate, adjoint, direct)
@@ -78,7 +80,7 @@ class InfluenceLearner(ReplayingLearner):
     def __init__(self, cell: nn.Module, batch_size: int, *, state: Tensor | None = None) -> None:
         super().__init__(cell, batch_size, state=state)
         self._size = self._state[0].numel()
-        self._n_theta = sum(p.numel() for p in self._parameters.values())
+        self._n_theta = sum(map(real_numbers, self._parameters.values()))
         self._carried = self._first()
 
     @torch.inference_mode(False)
@@ -112,7 +114,7 @@ class InfluenceLearner(ReplayingLearner):
     def _take_first_influence(self) -> None:
         """Carry the influence of learned first states."""
         if self._first_influence:
-            sizes = {name: p.numel() for name, p in self._parameters.items()}
+            sizes = {name: real_numbers(p) for name, p in self._parameters.items()}
             zeros = self._state.new_zeros(self.batch_size, self._size, 1)
             first = [self._first_influence.get(n, zeros.expand(-1, -1, size)) for n, size in sizes.items()]
             self._carried = self._with_first(torch.cat(first, dim=2))
@@ -137,7 +139,7 @@ class InfluenceLearner(ReplayingLearner):
 
     def _by_name(self, flat: Tensor) -> dict[str, Tensor]:
         """Split the last dimension, P, by parameter."""
-        parts = flat.split([p.numel() for p in self._parameters.values()], dim=-1)
+        parts = flat.split([real_numbers(p) for p in self._parameters.values()], dim=-1)
         return dict(zip(self._parameters, parts, strict=True))
 
     def _adopt(self, before: Mapping[str, int]) -> None:
@@ -146,10 +148,10 @@ class InfluenceLearner(ReplayingLearner):
         def by_present(value: Tensor) -> Tensor:
             """Keep the columns (..., P) of parameters that are trainable still; those of others are zero."""
             old = dict(zip(before, value.split(list(before.values()), dim=-1), strict=True))
-            zeros = {n: value.new_zeros(*value.shape[:-1], p.numel()) for n, p in self._parameters.items()}
+            zeros = {n: value.new_zeros(*value.shape[:-1], real_numbers(p)) for n, p in self._parameters.items()}
             return torch.cat([old.get(name, zeros[name]) for name in zeros], dim=-1)
 
-        self._n_theta = sum(p.numel() for p in self._parameters.values())
+        self._n_theta = sum(map(real_numbers, self._parameters.values()))
         self._adopt_columns(by_present)
 
     def _adopt_columns(self, by_present: Callable[[Tensor], Tensor]) -> None:
@@ -164,7 +166,7 @@ class InfluenceLearner(ReplayingLearner):
             checks.check_finite("the influence", value, step.number)
         if step.has_pending_loss:
             parts = self._by_name(gradient)
-            self._accumulate({n: part.reshape(self._parameters[n].shape).clone() for n, part in parts.items()})
+            self._accumulate({n: as_like(part, self._parameters[n]).clone() for n, part in parts.items()})
         self._carried = carried
 
     def _pull_losses(self, cotangents: Sequence[Tensor], per_sample: bool) -> dict[str, Tensor]:

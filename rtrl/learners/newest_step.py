@@ -11,6 +11,7 @@ from rtrl._engine import step as forward_step
 from rtrl._engine.newest_step import separate_losses
 from rtrl._engine.surroundings import linearizing
 from rtrl._utils import pytrees
+from rtrl._utils.real_pairs import unpaired
 from rtrl.cells.protocol import Sparsity
 from rtrl.errors import ConfigError, LossError, NonFiniteError
 from rtrl.learners.rule import LearningRule
@@ -67,6 +68,7 @@ class NewestStepQueries(LearningRule):
                     )
             with torch.no_grad():
                 pulled = self._pull_losses(separate.by_sample() if apart else separate.cotangents, apart)
+            pulled = {key: unpaired(value, self._parameters[key]) for key, value in pulled.items()}
         for parameter, value in pulled.items():
             if not checks.finite(value):
                 raise NonFiniteError(
@@ -113,11 +115,11 @@ class NewestStepQueries(LearningRule):
         """Pull cotangents of the newest step's y back to the parameters.
 
         Args:
-            cotangents: for each floating-point tensor of y, R of them (R, *y.shape).
+            cotangents: for each tensor of y, R of them (R, *y.shape), of a complex one as pairs.
             per_sample: R = L·B, and number ``l·B + b`` is zero but for sample b.
 
         Returns:
-            Name → (R, *shape).
+            Name → (R, *shape), of a complex parameter as pairs.
         """
         raise ConfigError(
             f"{type(self).__name__} does not give the gradients of losses apart; use BlockRTRL, or backward() and "

@@ -106,13 +106,20 @@ class PortableLearner(LearningRule):
             The learner itself.
 
         Raises:
-            ConfigError: the dtype is not a real floating-point one; or BPTT or TBPTT hold steps of another dtype.
+            ConfigError: the dtype is not a real floating-point one, or would make a complex parameter real; or BPTT or
+                TBPTT hold steps of another dtype.
             NonFiniteError: the state overflows in this dtype. Nothing has changed but that the block is closed.
             RTRLError: the open block cannot be closed; see ``sync``.
         """
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None and not dtype.is_floating_point:
             raise ConfigError(f"a learner can only be moved to a real floating-point dtype, got {dtype}")
+        complex_ones = [name for name, p in self._guard.named.items() if p.is_complex()]
+        if complex_ones and dtype is not None:
+            raise ConfigError(
+                f"parameter {complex_ones[0]!r} is complex, and torch.nn.Module.to({dtype}) would drop its imaginary "
+                "part; convert the cell by hand, and make a new learner"
+            )
 
         def moved(value: Tensor) -> Tensor:
             if isinstance(value, nn.Parameter):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rtrl._engine import checks
 from rtrl._engine.recorded import RecordedStep
 from rtrl._utils import pytrees
+from rtrl._utils.real_pairs import is_continuous
 from rtrl.cells.protocol import Sparsity, call_cell
 from rtrl.errors import CellError, ConfigError, NonFiniteError
 from rtrl.learners.base import Learner
@@ -187,7 +188,7 @@ class ReplayedStep(RecordedStep):
         replay = pytrees.map_tensors(select, self.sparsity) if self.replays else None
         with torch.enable_grad():
             y, h_next, _ = call_cell(self.snapshot, pytrees.map_tensors(select, self.x), h, replay)
-        ys = [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
+        ys = [leaf for leaf in pytrees.tensors(y) if is_continuous(leaf)]
         same = len(ys) == len(self.outputs) and checks.nearly_equal(h_next.detach(), select(self.h_next))
         if not same or not all(
             map(checks.nearly_equal, [y.detach() for y in ys], [select(y.detach()) for y in self.outputs])

@@ -13,6 +13,7 @@ from rtrl._engine import losses
 from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._engine.recorded import RecordedStep
 from rtrl._engine.surroundings import linearizing
+from rtrl._utils.real_pairs import real_numbers
 from rtrl.errors import ConfigError, RTRLError
 from rtrl.learners.state import LearnerState
 
@@ -59,7 +60,7 @@ class LearningRule(ABC):
         """Return the influence (B, H, P) of one parameter on first states from which no step was taken yet."""
         if name in self._first_influence:
             return self._first_influence[name].clone()
-        return self._state.new_zeros(self.batch_size, self._state[0].numel(), self._parameters[name].numel())
+        return self._state.new_zeros(self.batch_size, self._state[0].numel(), real_numbers(self._parameters[name]))
 
     def _check_intact(self) -> None:
         """Refuse to go on from values that a failure has left half changed."""
@@ -83,7 +84,7 @@ class LearningRule(ABC):
         The gradient of a frozen one that is not yet delivered is dropped with its influence; the influence of an
         unfrozen one begins at zero.
         """
-        before = {name: parameter.numel() for name, parameter in self._parameters.items()}
+        before = {name: real_numbers(parameter) for name, parameter in self._parameters.items()}
         for name in self._guard.adopt():
             self._pending_grads.pop(name, None)
             self._first_influence.pop(name, None)

@@ -12,6 +12,7 @@ from torch import Tensor
 from rtrl._engine import checks
 from rtrl._engine.recorded import RecordedStep
 from rtrl._utils import pytrees
+from rtrl._utils.real_pairs import real_numbers
 from rtrl.cells.protocol import Sparsity, check_sparsity
 from rtrl.errors import ConfigError, RTRLError
 
@@ -142,7 +143,9 @@ def first_from_plain(saved: Mapping[str, Tensor], state: Tensor, named: Mapping[
     """
     size, entries = len(state), state[0].numel()
     return {
-        name: copy_like(f"first influence of {name!r}", value, state.new_empty(size, entries, named[name].numel()))
+        name: copy_like(
+            f"first influence of {name!r}", value, state.new_empty(size, entries, real_numbers(named[name]))
+        )
         for name, value in saved.items()
     }
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from rtrl._engine import checks
 from rtrl._utils import pytrees, validation
+from rtrl._utils.real_pairs import as_real, is_continuous
+from rtrl.cells.complex_state import RealState
 from rtrl.cells.protocol import first_state
 from rtrl.cells.supported import check_supported, original
 from rtrl.errors import ConfigError
@@ -43,8 +45,8 @@ def check_cell(
         The report of all checks.
 
     Raises:
-        ConfigError: an argument is of the wrong kind, or no learner takes this cell (a complex or lazy parameter, a
-            scripted part, a sparse embedding).
+        ConfigError: an argument is of the wrong kind, or no learner takes this cell (a lazy parameter, a scripted
+            part, a sparse embedding).
         CheckFailed: something failed and ``on_fail`` is ``"raise"``; its ``report`` has all failures.
 
     Cost:
@@ -60,6 +62,8 @@ def check_cell(
     with preserve_global_state(seed):
         own = copied(original(cell))
         first = _first_state(own, steps[0], state)
+        if first.is_complex():
+            own, first = RealState(own), as_real(first)
         call = f"check_cell(make_cell(), inputs, {'' if state is None else 'state=state, '}seed={seed})"
         script = f"from rtrl.testing import check_cell\n{call}"
         report = run_checks(probe(own, steps, first, seed), Report(seed=seed, script=script))
@@ -109,9 +113,9 @@ def _first_state(cell: nn.Module, x: Any, state: Any) -> Tensor:
             state = first_state(cell, batch)
         else:
             raise ConfigError(f"{type(cell).__name__} has no init_state(batch_size); pass its first state as state=")
-    if not isinstance(state, Tensor) or not state.is_floating_point():
+    if not isinstance(state, Tensor) or not is_continuous(state):
         kind = state.dtype if isinstance(state, Tensor) else type(state).__name__
-        raise ConfigError(f"a state must be a floating-point tensor (B, n, ...), got {kind}")
+        raise ConfigError(f"a state must be a floating-point or complex tensor (B, n, ...), got {kind}")
     if state.ndim < 2 or state.shape[0] != batch or not state.numel():
         raise ConfigError(f"a state must have shape ({batch}, n, ...) with n ≥ 1, got {tuple(state.shape)}")
     if not checks.finite(state):

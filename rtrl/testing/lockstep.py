@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rtrl._engine import checks
 from rtrl._utils import pytrees
+from rtrl._utils.real_pairs import as_real, is_continuous
 from rtrl.errors import ConfigError, LossError, NonFiniteError, ParameterChangedError
 from rtrl.testing.cell_checks.compare import same_bits
 from rtrl.testing.cell_checks.points import copied
@@ -149,7 +150,7 @@ def through_y(loss: Any, y: Any, rng_state: RngState, step: int) -> Tensor | Non
 
     So no tensor of the caller receives a gradient, and the loss has the same effect on every learner.
     """
-    copies = pytrees.map_tensors(lambda t: t.detach().requires_grad_(t.is_floating_point()), y)
+    copies = pytrees.map_tensors(lambda t: t.detach().requires_grad_(is_continuous(t)), y)
     with rng_state:
         value = loss(copies)
     if value is None:
@@ -159,8 +160,8 @@ def through_y(loss: Any, y: Any, rng_state: RngState, step: int) -> Tensor | Non
         raise LossError(f"step {step}: a loss must be a scalar tensor, or None, got {kind}")
     leaves = [leaf for leaf in pytrees.tensors(copies) if leaf.requires_grad]
     grads = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad and leaves else []
-    pairs = zip((leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()), grads, strict=False)
-    terms = [(leaf * grad).sum() for leaf, grad in pairs if grad is not None]
+    pairs = zip((leaf for leaf in pytrees.tensors(y) if is_continuous(leaf)), grads, strict=False)
+    terms = [(as_real(leaf) * as_real(grad)).sum() for leaf, grad in pairs if grad is not None]
     if not terms:
         raise LossError(
             f"the loss of step {step} does not depend on y; compute it from the argument of the loss function"

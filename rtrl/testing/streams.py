@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rtrl._utils import pytrees
+from rtrl._utils.real_pairs import as_real, is_continuous
 from rtrl.cells import RecurrentMoE
 from rtrl.errors import ConfigError
 from rtrl.testing.example_cells import (
@@ -28,7 +29,7 @@ Loss = Callable[[int, Any], Tensor | None]
 
 def squares(t: int, y: Any) -> Tensor:
     """A loss at every step, a sum over samples, whose gradient is not zero by symmetry."""
-    leaves = [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
+    leaves = [as_real(leaf) for leaf in pytrees.tensors(y) if is_continuous(leaf)]
     return torch.stack([(leaf - 0.1 * (t % 7)).square().sum() + leaf.sum() for leaf in leaves]).sum()
 
 

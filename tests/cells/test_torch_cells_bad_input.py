@@ -68,7 +68,6 @@ def test_a_first_state_is_for_modules_of_your_own(make: Any) -> None:
 
 STATES = {
     "integers": ((torch.zeros(1, 3), torch.zeros(1, 2, dtype=torch.int64)), r"state\[1\] is torch\.int64 \(1, 2\)"),
-    "complex numbers": (torch.zeros(1, 2, dtype=torch.complex64), r"state is torch\.complex64"),
     "not of one sample": ({"h": torch.zeros(2, 3)}, r"state\['h'\] is torch\.float32 \(2, 3\)"),
     "without a batch": ((torch.tensor(0.0),), r"state\[0\] is torch\.float32 \(\)"),
     "no tensor": ({"h": torch.zeros(1, 3), "t": 0}, r"state\['t'\] is int"),

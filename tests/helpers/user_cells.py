@@ -473,11 +473,6 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
 }
 REFUSED = {
     "a bare GRUCell": Case(lambda: nn.GRUCell(D_IN, H).double(), ConfigError, "wrap it by rtrl.cells.from_torch"),
-    "a complex parameter": Case(
-        of(tanh_of(lambda c, h: c.recur(h)), z=lambda: nn.ParameterList([torch.ones(H, dtype=torch.complex128)])),
-        ConfigError,
-        "parameter 'z.0' is complex",
-    ),
     "a lazy parameter": Case(_lazy, ConfigError, "parameter 'lazy.weight' has no shape yet: run the cell once"),
     "a scripted module": Case(
         lambda: UserCell(tanh_of(lambda c, h: c.scripted(h)), scripted=scripted(nn.Linear(H, H))),

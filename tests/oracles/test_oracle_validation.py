@@ -47,7 +47,6 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("loss_fn", {"loss_fn": lambda t, y: y}),
     ("loss_fn", {"loss_fn": lambda t, y: 1.0}),
     ("no parameter", {"cell": nn.Identity()}),
-    ("real parameters", {"cell": nn.Linear(2, 2, dtype=torch.complex128)}),
     ("must return", {"cell": Fixed(lambda x, h: h)}),
     ("must return", {"cell": Fixed(lambda x, h: (h, h, None, None))}),
     ("next state", {"cell": Fixed(lambda x, h: (h, h[:1]))}),

@@ -156,7 +156,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("two batches", {"inputs": [XS[0], XS[1][:1]]}, r"got batches of \[1, 2\]"),
     ("an empty batch", {"inputs": [XS[0][:0]]}, r"at least 1, got batches of \[0\]"),
     ("no first state", {"cell": nn.Linear(3, 3)}, "Linear has no init_state"),
-    ("an integer state", {"state": torch.zeros(2, 4, dtype=torch.int64)}, "floating-point tensor"),
+    ("an integer state", {"state": torch.zeros(2, 4, dtype=torch.int64)}, "floating-point or complex tensor"),
     ("no state at all", {"state": [0.0]}, "got list"),
     ("a state of another batch", {"state": torch.zeros(3, 4, dtype=F64)}, r"shape \(2, n, ...\)"),
     ("a state with NaN", {"state": torch.full((2, 4), float("nan"), dtype=F64)}, "NaN or infinity"),

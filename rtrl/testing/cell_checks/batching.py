@@ -12,6 +12,7 @@ from torch import Tensor
 from rtrl._utils import index_sets, pytrees
 from rtrl._utils.formatting import first_line
 from rtrl._utils.functional_call import check_substituted, functional_call
+from rtrl._utils.real_pairs import is_continuous
 from rtrl.cells.protocol import Sparsity, call_cell, own_copy, same_choices
 from rtrl.testing.cell_checks.compare import STATE, differs, gradients, must_be_zero, only
 from rtrl.testing.cell_checks.points import EvaluationPoint, Heads, Subject, leaves
@@ -49,7 +50,7 @@ def _in_a_larger_batch(point: EvaluationPoint, together: Heads) -> Iterator[Foun
 
 def _interactions(subject: Subject, point: EvaluationPoint) -> Iterator[Found]:
     """Derivatives of h_next and y across samples, by the state and by x."""
-    x = pytrees.map_tensors(lambda t: t.clone().requires_grad_(t.is_floating_point()), point.x)
+    x = pytrees.map_tensors(lambda t: t.clone().requires_grad_(is_continuous(t)), point.x)
     at = replace(point.with_leaf_state(), x=x)
     y, h_next, _ = at.run(grad=True)
     heads = {"h_next": h_next, **leaves(y, point.h.shape[0])}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rtrl._engine import checks
+from rtrl._utils.real_pairs import as_real
 from rtrl.testing.cell_checks.points import EvaluationPoint
 from rtrl.testing.report import Found
 
@@ -51,7 +52,7 @@ def differs(
         what: the name of the tensor, or "row" for a state.
         offset: the sample at index 0.
     """
-    found, expected = found.detach(), expected.detach()
+    found, expected = as_real(found.detach()), as_real(expected.detach())
     if found.shape != expected.shape or found.dtype != expected.dtype:
         forms = [f"{tuple(t.shape)} {t.dtype}" for t in (found, expected)]
         yield Found(message, point.step, None, what, *forms)
@@ -77,6 +78,7 @@ def must_be_zero(
         grad: the gradient of a parameter if ``sample`` is given, else (B, ...).
         offset: the sample at index 0.
     """
+    grad = as_real(grad)
     bad = torch.isfinite(grad) & (grad != 0)
     if not bool(bad.any()):
         return
@@ -92,6 +94,7 @@ def not_finite(
     message: str, point: EvaluationPoint, value: Tensor, what: str, *, samples: bool = True
 ) -> Iterator[Found]:
     """Report the first NaN or infinity."""
+    value = as_real(value)
     if bool(torch.isfinite(value).all()):
         return
     index = _first(~torch.isfinite(value))
@@ -114,7 +117,7 @@ def gradients(
     does not depend on one. The graph is kept."""
     inputs: dict[str, Tensor] = {STATE: point.h} if state else {}
     if parameters:
-        inputs |= {name: p for name, p in point.cell.named_parameters() if p.requires_grad and p.is_floating_point()}
+        inputs |= {name: p for name, p in point.cell.named_parameters() if p.requires_grad}
     live = {what: head for what, head in heads.items() if head.requires_grad and head.numel()}
     if not live or not inputs:
         return {name: torch.zeros_like(value) for name, value in inputs.items()}

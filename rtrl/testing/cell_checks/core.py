@@ -299,7 +299,7 @@ def _dtype(subject: Subject) -> Iterator[Found]:
                 yield Found(message, point.step, where="forward")
                 continue
             for what, value in {"h_next": h_next, **leaves(y, point.h.shape[0])}.items():
-                found, expected = (f"{t.dtype} {t.device}" for t in (value, point.h))
+                found, expected = (f"{t.dtype.to_real()} {t.device}" for t in (value, point.h))
                 if found != expected:
                     message = f"{what} does not keep the dtype and device of the state"
                     yield Found(message, point.step, None, what, found, expected)

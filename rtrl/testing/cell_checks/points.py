@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from rtrl._engine import checks
 from rtrl._utils import index_sets, pytrees
+from rtrl._utils.real_pairs import is_continuous
 from rtrl.cells.protocol import Sparsity, call_cell, check_sparsity, own_copy, takes_replay
 from rtrl.errors import CellError, ConfigError
 
@@ -75,12 +76,12 @@ class EvaluationPoint:
 
 
 def leaves(y: Any, batch: int) -> Heads:
-    """The floating-point leaves of y with the batch as dimension 0, under readable names."""
+    """The floating-point and complex leaves of y with the batch as dimension 0, under readable names."""
     found, _ = pytree.tree_flatten_with_path(y)
     return {
         f"y{pytree.keystr(path)}": leaf
         for path, leaf in found
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim and leaf.shape[0] == batch
+        if isinstance(leaf, Tensor) and is_continuous(leaf) and leaf.ndim and leaf.shape[0] == batch
     }
 
 
@@ -126,19 +127,32 @@ def generator_draw(seed: int) -> Callable[[Tensor, float], Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(value: Tensor, scale: float) -> Tensor:
-        if not value.is_floating_point():
+        if not is_continuous(value):
             return value.detach().clone()
-        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+        dtype = torch.complex128 if value.is_complex() else torch.float64
+        noise = torch.randn(value.shape, generator=generator, dtype=dtype).to(value)
         return value.detach() + scale * noise * (1 + value.detach().abs())
 
     return draw
 
 
 def cast(point: EvaluationPoint, dtype: torch.dtype) -> EvaluationPoint:
-    """The step in another dtype, without its choices."""
-    x = pytrees.map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, point.x)
-    cell = copy.deepcopy(point.cell).to(dtype)
-    return EvaluationPoint(cell, x, point.h.to(dtype), point.step)
+    """The step in another real dtype, and the complex one of its precision, without its choices."""
+
+    def converted(value: Tensor) -> Tensor:
+        if value.is_complex():
+            return value.to(dtype.to_complex())
+        return value.to(dtype) if value.is_floating_point() else value
+
+    cell = copy.deepcopy(point.cell)
+    complex_ones = [t for t in (*cell.parameters(), *cell.buffers()) if t.is_complex()]
+    values = [converted(t.detach()) for t in complex_ones]
+    for t in complex_ones:
+        t.data = t.data.real  # Module.to would make it real, with a warning
+    cell = cell.to(dtype)
+    for t, value in zip(complex_ones, values, strict=True):
+        t.data = value
+    return EvaluationPoint(cell, pytrees.map_tensors(converted, point.x), converted(point.h), point.step)
 
 
 def copied(cell: nn.Module) -> nn.Module:

@@ -1,0 +1,70 @@
+"""Cells with a complex state, as cells whose state holds pairs of real numbers."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rtrl._utils.real_pairs import as_real, paired
+from rtrl.cells.protocol import call_cell, first_state
+from rtrl.errors import CellError
+
+
+class RealState(nn.Module):
+    """Make a cell with a real state (B, n, ..., 2) of one with a complex state (B, n, ...). Learners do so themselves.
+
+    Its parameters are those of the cell, under the same names, and so are the rows that a ``Sparsity`` names.
+
+    Equation:
+        ``y, s' = cell(x, a + i b)`` with the pairs ``h = (a, b)``; h' has the real and the imaginary part of s'.
+
+    Args:
+        cell: the cell.
+    """
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def init_state(self, batch_size: int) -> Tensor:
+        """Return the pairs of the cell's first state."""
+        return as_real(first_state(self.cell, batch_size))
+
+    def forward(self, x: Any, h: Tensor, **choices: Any) -> tuple[Any, ...]:
+        """Take one step of the cell, with the choices that it is given if it takes any.
+
+        Raises:
+            CellError: the next state is not complex.
+        """
+        state = torch.complex(h[..., 0], h[..., 1])
+        y, h_next, sparsity = call_cell(self.cell, x, state, next(iter(choices.values()), None))
+        if not h_next.is_complex():
+            raise CellError(
+                f"the cell turned a state of {state.dtype} into one of {h_next.dtype}; a state must keep it"
+            )
+        return y, paired(h_next), sparsity
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters of the cell under its own names.
+
+        Args:
+            prefix: as for ``torch.nn.Module.named_parameters``.
+            recurse: likewise.
+            remove_duplicate: likewise.
+        """
+        return self.cell.named_parameters(prefix, recurse, remove_duplicate)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the buffers of the cell under its own names.
+
+        Args:
+            prefix: as for ``torch.nn.Module.named_buffers``.
+            recurse: likewise.
+            remove_duplicate: likewise.
+        """
+        return self.cell.named_buffers(prefix, recurse, remove_duplicate)
