@@ -13,6 +13,7 @@ from rtrl._engine.losses import loss_cotangents
 from rtrl._engine.mixing import normal_like, perturb
 from rtrl._engine.recorded import StepBatch
 from rtrl._engine.taps import Tap, TapRecorder
+from rtrl._engine.unitwise import StateUse, UnitwiseStateJacobian
 from rtrl._utils import pytrees
 from rtrl._utils.functional_call import Substitution, functional_call
 from rtrl._utils.real_pairs import is_continuous
@@ -69,21 +70,13 @@ class AnalyticLinearization:
                 *((f"the gradient of parameter {name!r}", value) for name, value in grads),
             ],
         )
-        size, m = batch.batch_size, len(batch.steps)
-
-        def state_jacobian(start: int, stop: int) -> Tensor:
-            if size == 1 or stop - start == m:
-                at: Tensor | slice = slice(start * size, stop * size)
-            else:
-                at = torch.arange(size * m, device=step.h_next.device).view(size, m)[:, start:stop].flatten()
-            jacobian: Tensor = written_out(step, at).unflatten(0, (size, stop - start))
-            return jacobian
-
+        jacobian = _state_jacobian(step)
+        size = batch.batch_size
         return Linearization(
             times=batch.times,
             written=None,
             touched=None,
-            state_jacobian=state_jacobian,
+            state_jacobian=lambda start, stop: jacobian.of_steps(start, stop, size),
             adjoint=None if adjoint is None else batch.by_step(adjoint.flatten(1)),
             adjoint_next=None if adjoint_next is None else batch.by_step(adjoint_next.flatten(1)),
             taps=taps,
@@ -113,36 +106,14 @@ class AnalyticLinearization:
         return linearized
 
 
-def written_out(step: AnalyticStep, at: Tensor | slice) -> Tensor:
-    """``∂h'/∂h`` of the samples ``at``, every entry written out: (E, S·U, S·U).
-
-    Cost: ``E·S·G·U²`` multiplications for each linear map of the state.
-    """
+def _state_jacobian(step: AnalyticStep) -> UnitwiseStateJacobian:
     u = step.h_next.shape[-1]
-    parts = step.h_next[0].numel() // u
-    weights = [(tap, tap.weight.detach().view(-1, u, u)) for tap in step.taps if tap.part is not None]
-    direct = None if step.direct is None else step.direct[at]
-    count = step.h_next[at].shape[0]
-    jacobian = step.h_next.new_empty(count, parts, u, parts, u)
-    for part in range(parts):
-        block = jacobian[:, :, :, part]  # (E, S, U, U)
-        empty = True
-        for tap, weight in weights:
-            if tap.part != part:
-                continue
-            response = tap.response[at]
-            for g in range(weight.shape[0]):
-                gate = response[:, :, g, :, None]
-                if empty:
-                    torch.mul(gate, weight[g], out=block)
-                else:
-                    block.addcmul_(gate, weight[g])
-                empty = False
-        if empty:
-            block.zero_()
-        if direct is not None:
-            block.diagonal(dim1=2, dim2=3).add_(direct[:, :, part])
-    return jacobian.view(count, parts * u, parts * u)
+    uses = [
+        StateUse(tap.response, tap.weight.detach().view(-1, u, u), tap.part)
+        for tap in step.taps
+        if tap.part is not None
+    ]
+    return UnitwiseStateJacobian(step.h_next.detach(), (step.h_next[0].numel() // u, u), uses, step.direct)
 
 
 def check_analytic_step(

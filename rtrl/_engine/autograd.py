@@ -1,16 +1,18 @@
 """The derivatives of a batch of steps by autograd, from one run with a graph."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rtrl._engine import checks, contract
-from rtrl._engine.linearization import DenseOutputJacobian, Linearization, LinearizedTap
+from rtrl._engine.linearization import DenseOutputJacobian, Linearization, LinearizedTap, OutputJacobian
 from rtrl._engine.losses import loss_cotangents
 from rtrl._engine.recorded import StepBatch
 from rtrl._engine.taps import TapRecorder, record_taps
+from rtrl._engine.unitwise import UnitwiseDerivatives, UnitwisePattern, unitwise_derivatives
 from rtrl._engine.untapped import jacobian_rows, weighted_jacobians
 from rtrl._utils import index_sets, pytrees
 from rtrl._utils.real_pairs import as_real, is_continuous
@@ -22,14 +24,22 @@ class AutogradLinearization:
 
     Uses of parameters are recorded as taps, except of those named ``untapped``.
 
+    Args:
+        pattern: how the units of the cell were found to interact; None if they may in any way.
+
     Raises:
         CellError: run as one batch, the cell computes something else than it did step by step.
     """
 
     def __init__(
-        self, cell: nn.Module, parameters: Mapping[str, nn.Parameter], batch: StepBatch, untapped: Iterable[str]
+        self,
+        cell: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        batch: StepBatch,
+        untapped: Iterable[str],
+        pattern: UnitwisePattern | None = None,
     ) -> None:
-        self.cell, self.parameters, self.batch = cell, parameters, batch
+        self.cell, self.parameters, self.batch, self.pattern = cell, parameters, batch, pattern
         y, self.h_next, self.recorder = self._run(untapped)
         self.outputs = [leaf for leaf in pytrees.tensors(y) if is_continuous(leaf)]
         contract.check_same_result(batch, self.h_next, self.outputs)
@@ -51,6 +61,7 @@ class AutogradLinearization:
                     batch.h.shape[0],
                     untapped,
                     copy=copy,
+                    gated=self.pattern is not None,
                 )
             if not recorder.changed_in_place:
                 break
@@ -64,27 +75,35 @@ class AutogradLinearization:
             SparsityError: a derivative lies outside the declared sparsity.
             NonFiniteError: NaN or infinity in a derivative.
 
-        Cost: ``w·slot_size`` backward passes over the batch, batched, and one for the losses.
+        Cost: ``w·slot_size`` backward passes over the batch, batched, and one for the losses; a few in place of
+            ``w·slot_size`` where the units interact in linear maps alone.
         """
         batch, cell, untapped, by_sample = self.batch, self.cell, self.untapped, self.recorder.inner_gradient
         touched = self._touched()
         inputs = [batch.h, *(taps[0].output for taps in self.recorder.by_output)]
-        jacobian, *output_jacobians = jacobian_rows(self.written, inputs)
-        state_jacobian = self._state_jacobian(jacobian, touched)
+        unitwise = self._unitwise()
+        if unitwise is None:
+            jacobian, *rows = jacobian_rows(self.written, inputs)
+            states = self._state_jacobian(jacobian, touched)
+            state_jacobian = _of_steps(batch.by_step(states))
+            output_jacobians: Sequence[OutputJacobian | None] = self._output_jacobians(rows)
+            named = [("the dynamics Jacobian", states)]
+        else:
+            output_jacobians, named = unitwise.output_jacobians, []
+            state_jacobian = partial(unitwise.state_jacobian.of_steps, size=batch.batch_size)
         (adjoint, *grad_outputs), gradients = loss_cotangents(batch, self.outputs, inputs, self.untapped_anywhere)
         gradients = {name: as_real(gradient) for name, gradient in gradients.items()}
         adjoint = self._touched_adjoint(adjoint, touched)
         taps = self._taps(output_jacobians, grad_outputs)
-        self._check_finite(state_jacobian, adjoint, taps)
+        self._check_finite(named, adjoint, taps)
         # Only now: NaN would be taken for a dependence.
         contract.check_unwritten_rows(batch, self.h_next, [*inputs, *self.parameters.values()])
-        states = batch.by_step(state_jacobian)
         x, h, replay, written = batch.x, batch.h.detach(), batch.replay, batch.sparsity.writes
         return Linearization(
             times=batch.times,
             written=None if written is None else batch.by_step(written),
             touched=None if touched is None else batch.by_step(touched),
-            state_jacobian=lambda start, stop: states[:, start:stop],
+            state_jacobian=state_jacobian,
             adjoint=None if adjoint is None else batch.by_step(adjoint),
             adjoint_next=None,
             taps=taps,
@@ -98,6 +117,13 @@ class AutogradLinearization:
                 cell, untapped, weights, x, h, replay, written, by_sample=by_sample
             ),
         )
+
+    def _unitwise(self) -> UnitwiseDerivatives | None:
+        """The derivatives of a cell whose units interact in linear maps alone, if they do so here."""
+        if self.pattern is None:
+            return None
+        seed = self.batch.steps[0].number
+        return unitwise_derivatives(self.written, self.batch.h, self.recorder, self.parameters, self.pattern, seed)
 
     def _touched(self) -> Tensor | None:
         """The slots that the steps read or write, (N, c); None for all."""
@@ -125,18 +151,23 @@ class AutogradLinearization:
             slots = index_sets.gather(slots, touched)
         return slots.flatten(1)
 
-    def _taps(self, output_jacobians: list[Tensor], grad_outputs: list[Tensor | None]) -> list[LinearizedTap]:
-        size = self.batch.h.shape[0]
+    def _output_jacobians(self, rows: list[Tensor]) -> list[DenseOutputJacobian]:
+        size, uses = self.batch.h.shape[0], (taps[0] for taps in self.recorder.by_output)
+        return [
+            DenseOutputJacobian(values.reshape(values.shape[0], size, *use.shape))
+            for use, values in zip(uses, rows, strict=True)
+        ]
+
+    def _taps(
+        self, output_jacobians: Sequence[OutputJacobian | None], grad_outputs: list[Tensor | None]
+    ) -> list[LinearizedTap]:
         linearized = []
         for taps, jacobian, grad in zip(self.recorder.by_output, output_jacobians, grad_outputs, strict=True):
-            shape = taps[0].shape
-            output_jacobian = DenseOutputJacobian(jacobian.reshape(jacobian.shape[0], size, *shape))
-            grad_output = None if grad is None else grad.reshape(size, *shape)
-            linearized += [LinearizedTap(tap, output_jacobian, grad_output) for tap in taps]
+            grad_output = None if grad is None else grad.reshape(self.batch.h.shape[0], *taps[0].shape)
+            linearized += [LinearizedTap(tap, jacobian, grad_output) for tap in taps]
         return linearized
 
-    def _check_finite(self, state_jacobian: Tensor, adjoint: Tensor | None, taps: list[LinearizedTap]) -> None:
-        named = [("the dynamics Jacobian", state_jacobian)]
+    def _check_finite(self, named: list[tuple[str, Tensor]], adjoint: Tensor | None, taps: list[LinearizedTap]) -> None:
         if adjoint is not None:
             named.append(("the adjoint", adjoint))
         for tap in taps:
@@ -146,3 +177,8 @@ class AutogradLinearization:
             if tap.grad_output is not None:
                 named.append((f"the gradient of parameter {tap.name!r}", tap.grad_output))
         contract.check_finite_samples(self.batch, named)
+
+
+def _of_steps(values: Tensor) -> Callable[[int, int], Tensor]:
+    """(B, m, ...) → a function that returns its steps from start to stop."""
+    return lambda start, stop: values[:, start:stop]

@@ -5,12 +5,18 @@ product per weight, or per active slice of it. Nothing else of the influence's s
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from rtrl._engine.linearization import DenseOutputJacobian, Linearization, LinearizedTap, OutputJacobian
+from rtrl._engine.linearization import (
+    DenseOutputJacobian,
+    Linearization,
+    LinearizedTap,
+    OutputJacobian,
+    UnitwiseOutputJacobian,
+)
 from rtrl._engine.taps import segment_products
 from rtrl._influence.store import ParameterInfluence
 from rtrl._influence.transition import Transition
@@ -187,19 +193,22 @@ def immediate_terms(
         SparsityError: a slice was used that was not declared active.
     """
     terms: list[DenseImmediate | SlicedImmediate] = []
-    by_output: dict[int, list[LinearizedTap]] = {}
+    by_output: dict[tuple[int, int], list[LinearizedTap]] = {}  # outputs may share their Jacobian
     for tap in group.taps:
         if tap.output_jacobian is not None and tap.name not in group.untapped:
-            by_output.setdefault(id(tap.output_jacobian), []).append(tap)
+            output = id(tap.use.output) if tap.name in keys else 0
+            by_output.setdefault((id(tap.output_jacobian), output), []).append(tap)
     for taps in by_output.values():
-        whole = [tap for tap in taps if tap.name not in keys]
-        if whole:
-            assert whole[0].output_jacobian is not None
-            terms.append(DenseImmediate(whole, whole[0].output_jacobian, cotangents, slices))
+        jacobian = taps[0].output_jacobian
+        assert jacobian is not None
+        if taps[0].name not in keys:
+            terms.append(DenseImmediate(taps, jacobian, cotangents, slices))
+            continue
+        if isinstance(jacobian, UnitwiseOutputJacobian):
+            written_out = jacobian.written_out()
+            taps = [replace(tap, output_jacobian=written_out) for tap in taps]
         alike: list[tuple[Tensor, Tensor, list[LinearizedTap]]] = []
         for tap in taps:
-            if tap.name not in keys:
-                continue
             used = _used_slices(group, tap, slices[tap.name], cotangents.shape[0])
             for index, active_keys, others in alike:
                 if torch.equal(index, used) and torch.equal(active_keys, keys[tap.name]):
@@ -216,8 +225,7 @@ def _sliced(
 ) -> SlicedImmediate:
     size, m = cotangents.shape[:2]
     use, output_jacobian = taps[0].use, taps[0].output_jacobian
-    if not isinstance(output_jacobian, DenseOutputJacobian):
-        raise SparsityError(f"parameter {use.name!r} is active slice by slice, which an analytic step cannot be")
+    assert isinstance(output_jacobian, DenseOutputJacobian)
     k = index.shape[1]
     at = torch.arange(size * m, device=cotangents.device).repeat_interleave(k)
     entries = at // m * slices[use.name] + index.flatten()

@@ -74,6 +74,13 @@ class UnitwiseOutputJacobian:
             product.addcmul_(parts[:, :, k], values[:, :, k])
         return product.reshape(n, 1, 1, product.shape[1], g * u)
 
+    def written_out(self) -> DenseOutputJacobian:
+        """The same with every entry."""
+        n, s, g, u = self.values.shape
+        entries = self.values.new_zeros(s, u, n, g, u)
+        entries.diagonal(dim1=1, dim2=4).copy_(self.values.transpose(0, 1))
+        return DenseOutputJacobian(entries.view(s * u, n, 1, 1, g * u))
+
     def largest(self) -> Tensor:
         """See ``OutputJacobian``."""
         return largest(self.values)

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import CheckpointError
 from rtrl._engine.analytic import AnalyticLinearization, check_analytic_step
 from rtrl._engine.autograd import AutogradLinearization
 from rtrl._engine.linearization import Linearization, cut_at_restarts
-from rtrl._engine.mixing import taps_mixing_samples
+from rtrl._engine.mixing import run_perturbed, taps_mixing_samples
 from rtrl._engine.recorded import RecordedStep, StepBatch, join_restarts, join_steps, reached_states
+from rtrl._engine.unitwise import UnitwisePattern, find_pattern
 from rtrl.cells.analytic import HasAnalyticStep
 from rtrl.cells.protocol import takes_replay
 from rtrl.cells.supported import runs_as_written
@@ -41,7 +42,7 @@ class Linearizer:
         self._cell, self._parameters = cell, dict(parameters)
         self._takes_replay = takes_replay(cell)
         self._untapped: set[str] = set()  # parameters with a tap that was found to mix samples
-        self._verified: set[tuple[Any, ...]] = set()
+        self._verified: dict[tuple[Any, ...], UnitwisePattern | None] = {}
         self.way = 0
         self.found_new_kind = False
         self._has_analytic_step = isinstance(cell, HasAnalyticStep)
@@ -91,8 +92,7 @@ class Linearizer:
     def _linearize(self, kind: tuple[Any, ...], batch: StepBatch) -> Linearization:
         analytic = self._has_analytic_step and batch.steps[0].dense and runs_as_written(self._cell) and self.way == 0
         if kind not in self._verified:
-            self._verify(batch, analytic)
-            self._verified.add(kind)
+            self._verified[kind] = self._verify(batch, analytic)
             self.found_new_kind = True
         batch.h.requires_grad_()
         if analytic:
@@ -100,10 +100,16 @@ class Linearizer:
             if by_cell.step is not None:
                 return by_cell.linearize()
         untapped = self._untapped if self.way == 0 else self._parameters
-        return AutogradLinearization(self._cell, self._parameters, batch, untapped).linearize()
+        pattern = self._verified[kind]
+        return AutogradLinearization(self._cell, self._parameters, batch, untapped, pattern).linearize()
 
-    def _verify(self, batch: StepBatch, analytic: bool) -> None:
-        """Check what a block of this kind and length lets a cell do wrong, once."""
-        self._untapped |= taps_mixing_samples(self._cell, self._parameters, batch, self._untapped)
+    def _verify(self, batch: StepBatch, analytic: bool) -> UnitwisePattern | None:
+        """Check what a block of this kind and length lets a cell do wrong, once; and look how its units interact."""
+        run = run_perturbed(self._cell, self._parameters, batch, self._untapped)
+        mixing = taps_mixing_samples(self._cell, self._parameters, batch, run)
+        self._untapped |= mixing
         if analytic:
             check_analytic_step(self._cell, self._parameters, batch.x, batch.h, batch.steps[0].number)
+        if mixing or self.way:
+            return None
+        return find_pattern(run.heads[0], run.h, run.recorder, run.theta)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rtrl._engine import checks, contract
 from rtrl._engine.recorded import StepBatch
-from rtrl._engine.taps import Tap, record_taps
+from rtrl._engine.taps import TapRecorder, record_taps
 from rtrl._engine.untapped import call_with
 from rtrl._utils import index_sets, pytrees
 from rtrl._utils.real_pairs import is_continuous
@@ -33,26 +33,43 @@ def normal_like(value: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class PerturbedRun:
     """A batch of steps run with the parameters ``theta`` from the states ``h``.
 
     Attributes:
-        taps: the recorded uses of parameters.
-        inner_gradient: see ``TapRecorder``.
+        recorder: the recorded uses of parameters, gated where the steps are dense.
         h_next: the next states.
         heads: the written slots of the next states, (N, w·slot_size), and the floating-point tensors of y.
     """
 
     theta: Mapping[str, Tensor]
     h: Tensor
-    taps: list[Tap]
-    inner_gradient: bool
+    recorder: TapRecorder
     h_next: Tensor
     heads: list[Tensor]
 
 
-def taps_mixing_samples(
+def run_perturbed(
     cell: nn.Module, parameters: Mapping[str, nn.Parameter], batch: StepBatch, untapped: Iterable[str]
+) -> PerturbedRun:
+    """Run a batch of steps at a perturbed point.
+
+    Raises:
+        CellError: the cell makes other choices than those it was to repeat.
+
+    Cost: one forward pass over the batch.
+    """
+    generator = torch.Generator().manual_seed(0)  # not the user's, whose random numbers stay as they are
+    try:
+        return _run(cell, parameters, batch, untapped, lambda value: perturb(value, generator))
+    except RTRLError:
+        raise
+    except RuntimeError:  # the perturbed point may lie outside the cell's domain
+        return _run(cell, parameters, batch, untapped, lambda value: value.detach().clone())
+
+
+def taps_mixing_samples(
+    cell: nn.Module, parameters: Mapping[str, nn.Parameter], batch: StepBatch, run: PerturbedRun
 ) -> set[str]:
     """The parameters with a tap whose dimension 0 does not run over the samples, found at a perturbed point; all, if
     the cell takes a gradient of its own.
@@ -61,19 +78,13 @@ def taps_mixing_samples(
         CellError: a sample computes something else alone than in the batch, or depends on another one.
         SparsityError: a row that is not declared as written changes.
 
-    Cost: three forward passes and ``2·⌈log2 N⌉`` backward passes over the batch.
+    Cost: two forward passes of a sample, and ``2·⌈log2 N⌉`` backward passes over the batch.
     """
     step, size = batch.steps[0].number, batch.h.shape[0]
-    generator = torch.Generator().manual_seed(0)  # not the user's, whose random numbers stay as they are
-    try:
-        run = _run(cell, parameters, batch, untapped, lambda value: perturb(value, generator))
-    except RTRLError:
-        raise
-    except RuntimeError:  # the perturbed point may lie outside the cell's domain
-        run = _run(cell, parameters, batch, untapped, lambda value: value.detach().clone())
+    taps = run.recorder.taps
     numbers = [each.number for each in batch.steps]
     checks.check_copied(run.h.detach(), run.h_next.detach(), batch.sparsity.writes, *numbers)
-    mixing = set(parameters) if run.inner_gradient else set()
+    mixing = set(parameters) if run.recorder.inner_gradient else set()
     if size == 1:
         return mixing
     for i in (0, size - 1):
@@ -83,7 +94,7 @@ def taps_mixing_samples(
     for subset in _separating_subsets(size, batch.h.device) if live else ():
         state_grad, *tap_grads = torch.autograd.grad(
             live,
-            [run.h, *(tap.output for tap in run.taps)],
+            [run.h, *(tap.output for tap in taps)],
             [_weights_of(subset, head) for head in live],
             retain_graph=True,
             allow_unused=True,
@@ -92,7 +103,7 @@ def taps_mixing_samples(
             raise CellError(
                 f"step {step}: the cell mixes samples: the next state or y of one depends on the state of another"
             )
-        mixing.update(tap.name for tap, grad in zip(run.taps, tap_grads, strict=True) if _reaches_others(grad, subset))
+        mixing.update(tap.name for tap, grad in zip(taps, tap_grads, strict=True) if _reaches_others(grad, subset))
     return mixing
 
 
@@ -102,7 +113,7 @@ def _run(
     batch: StepBatch,
     untapped: Iterable[str],
     move: Callable[[Tensor], Tensor],
-) -> _Run:
+) -> PerturbedRun:
     theta = {name: move(p).requires_grad_(name in parameters) for name, p in cell.named_parameters()}
     h = move(batch.h).requires_grad_()
     (y, h_next, sparsity), recorder = record_taps(
@@ -111,13 +122,14 @@ def _run(
         h.shape[0],
         untapped,
         copy=True,
+        gated=batch.steps[0].dense,
     )
     contract.check_same_choices(batch, sparsity)
     outputs = [leaf for leaf in pytrees.tensors(y) if is_continuous(leaf)]
-    return _Run(theta, h, recorder.taps, recorder.inner_gradient, h_next, [batch.written(h_next), *outputs])
+    return PerturbedRun(theta, h, recorder, h_next, [batch.written(h_next), *outputs])
 
 
-def _written_alone(cell: nn.Module, batch: StepBatch, run: _Run, i: int) -> Tensor:
+def _written_alone(cell: nn.Module, batch: StepBatch, run: PerturbedRun, i: int) -> Tensor:
     """The written slots of the next state of sample i, run alone."""
     x, h, replay, writes = pytrees.map_tensors(
         lambda leaf: leaf[i : i + 1], (batch.x, run.h, batch.replay, batch.sparsity.writes)

@@ -5,7 +5,8 @@ every such use of a watched parameter is cut out of autograd's graph and its two
 parameters) matrix is written per step. A use that no rule covers stays in the graph: its parameter is *untapped*.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -42,6 +43,35 @@ class Tap:
     transposed: bool = False
 
 
+class Valve:
+    """Lets gradients pass from the recorded outputs to what they are computed from, or stops them there."""
+
+    def __init__(self) -> None:
+        self.is_open = True
+
+    @contextmanager
+    def shut(self) -> Iterator[None]:
+        """Stop gradients while entered: those of a head are then its partial derivatives, every z held fixed."""
+        self.is_open = False
+        try:
+            yield
+        finally:
+            self.is_open = True
+
+
+class _Gate(torch.autograd.Function):
+    """A copy, whose backward pass goes through a valve."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, valve: Valve) -> Tensor:
+        ctx.valve = valve
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        return (grad if ctx.valve.is_open else None), None
+
+
 class TapRecorder(TorchFunctionMode):
     """Records a tap for every linear use of the watched parameters while it is entered.
 
@@ -51,15 +81,24 @@ class TapRecorder(TorchFunctionMode):
             tokens).
         untapped: names of parameters whose uses are not recorded.
         copy: return copies of recorded outputs; needed where the cell changes them in place.
+        gated: put a valve between each recorded output and what it is computed from.
 
     Attributes:
         by_output: the taps, those of one output z together: a weight and its bias.
+        sources: the tensor that each output was computed from, with its graph; None for slices used as they are.
+        valve: see ``gated``; None without.
         inner_gradient: whether the cell took a gradient by autograd. A tap cuts its parameter out of that gradient's
             graph, so that none may be recorded then.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], batch: int, untapped: Iterable[str] = (), *, copy: bool = False
+        self,
+        parameters: Mapping[str, Tensor],
+        batch: int,
+        untapped: Iterable[str] = (),
+        *,
+        copy: bool = False,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         skipped = set(untapped)
@@ -67,7 +106,9 @@ class TapRecorder(TorchFunctionMode):
         self.batch, self._copy = batch, copy
         self.by_output: list[list[Tap]] = []
         self.inner_gradient = False
+        self.valve = Valve() if gated else None
         self._versions: list[int] = []
+        self.sources: list[Tensor | None] = []
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -107,12 +148,16 @@ class TapRecorder(TorchFunctionMode):
         uses: Iterable[tuple[str, Tensor | None]],
         index: Tensor | None = None,
         transposed: bool = False,
+        source: Tensor | None = None,
     ) -> Tensor:
-        """Record ``out`` as the output of (parameter, inputs) pairs; returns the tensor that the cell continues
-        with."""
+        """Record ``out`` as the output of (parameter, inputs) pairs, computed from ``source``; returns the tensor that
+        the cell continues with."""
         is_leaf = not out.requires_grad  # nothing before it carries a gradient
         if is_leaf:
             out = out.detach().requires_grad_()
+        elif self.valve is not None:
+            out = _Gate.apply(out, self.valve)  # type: ignore[no-untyped-call]
+        self.sources.append(source)
         self.by_output.append([Tap(name, index, inputs, out, shape, transposed) for name, inputs in uses])
         self._versions.append(out._version)
         return out.clone() if is_leaf or self._copy else out
@@ -127,14 +172,20 @@ class TapRecorder(TorchFunctionMode):
 
 
 def record_taps(
-    call: Callable[[], _T], parameters: Mapping[str, Tensor], batch: int, untapped: Iterable[str], *, copy: bool = False
+    call: Callable[[], _T],
+    parameters: Mapping[str, Tensor],
+    batch: int,
+    untapped: Iterable[str],
+    *,
+    copy: bool = False,
+    gated: bool = False,
 ) -> tuple[_T, TapRecorder]:
     """Call a function under a ``TapRecorder``; without any tap if it takes a gradient by autograd.
 
     Returns:
         What the function returns, and the recorder.
     """
-    recorder, result = TapRecorder(parameters, batch, untapped, copy=copy), None
+    recorder, result = TapRecorder(parameters, batch, untapped, copy=copy, gated=gated), None
     try:
         with recorder:
             result = call()
@@ -162,7 +213,7 @@ def _linear(recorder: TapRecorder, input: Tensor, weight: Tensor, bias: Tensor |
     uses: list[tuple[str, Tensor | None]] = [(name, inputs)]
     if bias_name is not None:
         uses.append((bias_name, None))
-    return recorder.record(out, (1, tokens, out.shape[-1]), uses)
+    return recorder.record(out, (1, tokens, out.shape[-1]), uses, source=input)
 
 
 def _matmul(recorder: TapRecorder, input: Tensor, other: Tensor) -> Any:
@@ -174,7 +225,7 @@ def _matmul(recorder: TapRecorder, input: Tensor, other: Tensor) -> Any:
         return NotImplemented
     out = torch.matmul(input, other.detach())
     inputs = input.detach().reshape(recorder.batch, 1, tokens, input.shape[-1])
-    return recorder.record(out, (1, tokens, out.shape[-1]), [(name, inputs)], transposed=True)
+    return recorder.record(out, (1, tokens, out.shape[-1]), [(name, inputs)], transposed=True, source=input)
 
 
 def _grouped_linear(recorder: TapRecorder, inputs: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Any:
@@ -188,7 +239,7 @@ def _grouped_linear(recorder: TapRecorder, inputs: Tensor, weight: Tensor, bias:
     uses: list[tuple[str, Tensor | None]] = [(name, inputs.detach())]
     if bias_name is not None:
         uses.append((bias_name, None))
-    return recorder.record(out, (out.shape[1], out.shape[2], out.shape[3]), uses, index)
+    return recorder.record(out, (out.shape[1], out.shape[2], out.shape[3]), uses, index, source=inputs)
 
 
 def _embedding(

@@ -33,6 +33,7 @@ from rtrl._engine.mixing import _separating_subsets, taps_mixing_samples
 from rtrl._engine.optimizer_watch import OptimizerWatch
 from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._engine.parameter_hooks import has_hooks, hooks_suspended
+from rtrl._engine.probe import ProbeWeights
 from rtrl._engine.recorded import join_steps
 from rtrl._engine.reverse_sweep import (
     _add_adjoint,
@@ -45,6 +46,7 @@ from rtrl._engine.reverse_sweep import (
 )
 from rtrl._engine.step import _checked_copy, take
 from rtrl._engine.taps import TapRecorder, _matmul
+from rtrl._engine.unitwise import _state_uses, unitwise_derivatives
 from rtrl._engine.untapped import pull_rows
 from rtrl._influence.catch_up import SampleHops
 from rtrl._influence.history import History
@@ -967,7 +969,7 @@ if GRADIENT is not None:
     Bug(
         90,
         "slices met by a matrix product are taken for rows of its output",
-        (swap(_matmul, "RECORDER.record(OUT, SHAPE, USES, transposed=True)", "RECORDER.record(OUT, SHAPE, USES)"),),
+        (swap(_matmul, "RECORDER.record(..., transposed=True)", "RECORDER.record(...)"),),
         "declared_slices",
     ),
     Bug(
@@ -1161,5 +1163,35 @@ if GRADIENT is not None:
         "a reset inside a block leaves what rows that are not written hand on",
         (swap(_sparse, "XX.view(...).masked_fill_(RESTARTED, 0.0)", "pass"),),
         "learner: drawn mixtures",
+    ),
+    Bug(
+        121,
+        "a coupling of units missed by the probe: behind or before a linear map, or in the state",
+        (wrong(ProbeWeights.agree, lambda agree: lambda *args: True),),
+        "units_that_begin_to_interact",
+    ),
+    Bug(
+        122,
+        "a linear map behind another is taken for one of the state alone",
+        (swap(_state_uses, "any(GRAD is not None for GRAD in THROUGH)", "False"),),
+        "units_that_interact",
+    ),
+    Bug(
+        123,
+        "the slope of what a linear map takes is left out",
+        (swap(_state_uses, "bool((PLAIN[:, PART] == 1).all())", "True"),),
+        "plain_cells_of_users",
+    ),
+    Bug(
+        124,
+        "what units do to themselves outside the linear maps is left out",
+        (
+            swap(
+                unitwise_derivatives,
+                "UnitwiseStateJacobian(STATES, SIZES, USES, DIRECT)",
+                "UnitwiseStateJacobian(STATES, SIZES, USES, None)",
+            ),
+        ),
+        "plain_cells_of_users",
     ),
 ]

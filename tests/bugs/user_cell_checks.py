@@ -9,6 +9,7 @@ from helpers.plain_autograd import assert_exact, squares, unrolled
 from helpers.running import gradients
 from helpers.strategies import normal
 from helpers.tolerances import assert_gradients_equal
+from helpers.unitwise_cells import INTERACTING, INTERACTING_LATER, UNITWISE, blocks_unit_by_unit
 from helpers.user_cells import EXACT
 from torch import Tensor, nn
 
@@ -58,6 +59,35 @@ def user_cells() -> None:
             assert_exact(EXACT[kind](), list(normal(1, 5, 2, 3)), 2, block=3, audit="off")
 
 
+def plain_cells_of_users() -> None:
+    """Cells whose units interact in linear maps alone are linearised unit by unit."""
+    for name in ("GRU", "LSTM, parts side by side", "leaky units", "parameters of units"):
+        torch.manual_seed(0)
+        with blocks_unit_by_unit() as tried:
+            assert_exact(UNITWISE[name](), list(normal(1, 5, 2, 3)), 2, block=3, audit="off")
+        assert tried == [True] * 2
+
+
+def units_that_interact() -> None:
+    """Cells whose units interact elsewhere, too, are left to the general way."""
+    for make in INTERACTING.values():
+        torch.manual_seed(0)
+        with blocks_unit_by_unit() as tried:
+            assert_exact(make(), list(normal(1, 5, 2, 3)), 2, block=3, audit="off")
+        assert not tried
+
+
+def units_that_begin_to_interact() -> None:
+    """Units that were found to interact in linear maps alone, and then do otherwise, for one sample at one step."""
+    xs = normal(1, 6, 2, 3).clamp(-1, 1)
+    xs[4, 1, 0] = 2.1
+    for make in INTERACTING_LATER.values():
+        torch.manual_seed(0)
+        with blocks_unit_by_unit() as tried:
+            assert_exact(make(), list(xs), 2, block=3, audit="off")
+        assert tried[0]
+
+
 def parameters_of_each_step() -> None:
     """A step that is run again has the parameters that it was taken with, wherever the cell holds them."""
     torch.manual_seed(0)
@@ -99,5 +129,14 @@ def _learn(learner: Learner) -> None:
 
 
 USER_CELL_CHECKS: dict[str, Callable[[], None]] = {
-    check.__name__: check for check in (user_cells, modules_with_hooks, parameters_of_each_step, hooks_on_parameters)
+    check.__name__: check
+    for check in (
+        user_cells,
+        plain_cells_of_users,
+        units_that_interact,
+        units_that_begin_to_interact,
+        modules_with_hooks,
+        parameters_of_each_step,
+        hooks_on_parameters,
+    )
 }

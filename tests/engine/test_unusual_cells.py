@@ -333,7 +333,7 @@ def test_an_unusual_cell_is_exact(build, draw, block, size):
 OLD_STYLE = {
     "of a parameter": lambda: Cell(tanh_of(lambda c, h: OldSquare.apply(c.gain) * c.recur(h)), gain=theta(4)),
     "beside a parameter": lambda: Cell(tanh_of(lambda c, h: OldSquare.apply(h) * c.gain), gain=theta(4)),
-    "that cannot be batched": lambda: Cell(tanh_of(lambda c, h: LoneSquare.apply(c.recur(h)))),
+    "that cannot be batched": lambda: Cell(tanh_of(lambda c, h: LoneSquare.apply(c.recur(h)).roll(1, 1))),
 }
 
 
