@@ -23,6 +23,7 @@ MODULES = (
     "_engine/autograd",
     "_engine/contract",
     "learners/block_rtrl",
+    "learners/carried",
     "_engine/step",
     "_engine/losses",
 )
