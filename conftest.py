@@ -1,5 +1,6 @@
 """Settings of every test run: hypothesis profiles, the device, and one thread a worker."""
 
+import gc
 import os
 
 import hypothesis
@@ -56,6 +57,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if nightly:
         config.hook.pytest_deselected(items=nightly)
         items[:] = [item for item in items if item not in nightly]
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector away from what was imported and collected: tests that call it look at new objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

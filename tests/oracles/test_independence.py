@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from helpers import fresh_process
 
 import oracles
 
@@ -23,11 +22,8 @@ print(json.dumps([n for n in names if n.split(".")[0] == "rtrl"]))
 def checked_code_loaded_by(package: str, home: Path) -> str:
     """The modules of `rtrl`, as JSON, that a fresh interpreter holds after importing all of `package`."""
     submodules = len(list((home / package).glob("*.py"))) - 1
-    paths = os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", PROBE, package, str(submodules)]
     # In ``home``, so that what lies there comes before whatever is installed.
-    environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home)
+    done = fresh_process.run(PROBE, package, str(submodules), cwd=home)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

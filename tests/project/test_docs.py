@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import fresh_process
 
 from rtrl.testing import cell_checks, learner_checks
 
@@ -68,9 +69,8 @@ def test_readme_begins_with_a_gru_of_pytorch() -> None:
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.name)
 def test_examples_run(script: Path) -> None:
     arguments, said = ARGUMENTS[script.name]
-    command = [sys.executable, "-W", "error", str(script), *arguments]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    code = f"import runpy\nrunpy.run_path({str(script)!r}, run_name='__main__')"
+    done = fresh_process.run(code, *arguments, paths=[script.parent, ROOT], strict=True)
     assert done.returncode == 0, done.stderr
     assert re.search(said, done.stdout), done.stdout
 

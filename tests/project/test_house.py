@@ -1,11 +1,10 @@
 """The rules of the house: where things stand, what imports what, and that oracles and the package stay apart."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import fresh_process
 from project import source
 
 import rtrl
@@ -216,8 +215,9 @@ def importers_of_oracles(root: Path) -> list[str]:
 
 def loaded_after(code: str, name: str) -> list[str]:
     script = f"import sys\n{code}\nprint(*[m for m in sys.modules if m == {name!r} or m.startswith({name!r} + '.')])"
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return out.stdout.split()
+    done = fresh_process.run(script)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
 
 
 def test_production_code_does_not_import_oracles() -> None:

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from helpers import fresh_process
 
 import rtrl
 
@@ -18,8 +19,7 @@ EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 def run_without(names: str, code: str) -> "subprocess.CompletedProcess[str]":
     """Run code in a process in which the modules of these names cannot be imported."""
     hidden = f"import sys\nfor name in {names.split()!r}: sys.modules[name] = None\n"
-    command = [sys.executable, "-c", hidden + code]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    return fresh_process.run(hidden + code, cwd=ROOT)
 
 
 def floors(requirements: list[str]) -> dict[str, str]:

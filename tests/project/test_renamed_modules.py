@@ -1,10 +1,9 @@
 """The old names of modules still import, with a warning that says the new one."""
 
 import importlib
-import subprocess
-import sys
 
 import pytest
+from helpers import fresh_process
 
 import rtrl
 from rtrl._utils.renamed_modules import MOVED
@@ -19,8 +18,7 @@ def test_an_old_name_imports_and_says_the_new_one(old: str) -> None:
         f"    module = importlib.import_module({old!r})\n"
         "print([str(w.message) for w in caught if w.category is DeprecationWarning])\n"
     )
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert f"{old} is called {MOVED[old]} now" in out
+    assert f"{old} is called {MOVED[old]} now" in fresh_process.run(script).stdout
 
 
 def test_what_an_old_module_had_is_what_the_new_one_has() -> None:

@@ -2,13 +2,12 @@
 
 import copy
 import re
-import subprocess
-import sys
 from functools import cache
 from html.parser import HTMLParser
 from importlib import metadata, resources
 
 import pytest
+from helpers import fresh_process
 from report_samples import NASTY, nasty, sample
 
 from rtrl.report import render_page
@@ -190,7 +189,7 @@ def test_a_report_loads_no_oracle_and_no_claim() -> None:
         "sys.exit(any(name.split('.')[0] in ('oracles', 'matplotlib') or name.startswith('rtrl.verification') "
         "for name in sys.modules))"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert fresh_process.run(code).returncode == 0
 
 
 def test_the_template_is_in_the_package() -> None:

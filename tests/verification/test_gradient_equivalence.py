@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import fresh_process
 from typer.testing import CliRunner
 
 import rtrl
@@ -238,7 +237,7 @@ def test_the_app_is_a_group() -> None:
 
 def test_the_command_line_loads_no_oracle() -> None:
     code = "import sys, rtrl.cli.app; sys.exit(any(name.split('.')[0] == 'oracles' for name in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert fresh_process.run(code).returncode == 0
 
 
 # ---------------------------------------------------------------------- what a comparison is
