@@ -288,15 +288,15 @@ def _constant_memory(subject: Subject) -> Iterator[Found]:
 
 @contextmanager
 def _only_new_objects() -> Iterator[None]:
-    """Keep the garbage collector away from all objects that exist already, so that it finds new ones quickly."""
-    freeze = gc.get_freeze_count() == 0
+    """Keep the garbage collector away from all objects that exist already, so that it finds new ones quickly. Where
+    some are frozen before, all are afterwards: they cannot be told apart."""
+    was_frozen = gc.get_freeze_count() > 0
     gc.collect()
-    if freeze:
-        gc.freeze()
+    gc.freeze()
     try:
         yield
     finally:
-        if freeze:
+        if not was_frozen:
             gc.unfreeze()
 
 
