@@ -34,13 +34,14 @@ SCHEDULES = {
 }
 
 
-def stream(schedule: str, second_sample_shift: int = 3) -> tuple[ForcedMoE, Tensor]:
+def stream(schedules: tuple[str, str], second_sample_shift: int = 3) -> tuple[ForcedMoE, Tensor]:
+    """A cell, and a stream of two samples, each with a schedule of its own."""
     moe = rtrl.RecurrentMoE(2, 2, d_model=4, n_slots=3, n_experts=EXPERTS, topk=2, expert_hidden=3, ffn_hidden=3)
     cell = seeded(ForcedMoE(moe, (2, 1, 2)), 11)
     assert isinstance(cell, ForcedMoE)
     chosen = []
     for t, b in itertools.product(range(STEPS), range(2)):
-        first = SCHEDULES[schedule]((t + b * second_sample_shift) % STEPS)
+        first = SCHEDULES[schedules[b]]((t + b * second_sample_shift) % STEPS)
         slot = t // 5 % 3
         chosen.append([slot, (slot + 1) % 3, slot, first, (first + 1) % EXPERTS])
     index = torch.tensor(chosen, dtype=torch.float64).reshape(STEPS, 2, 5)
@@ -63,25 +64,33 @@ def last(t: int, y: Tensor) -> Tensor | None:
 SYNCS = ({}, dict.fromkeys(range(0, STEPS, 3), False), dict.fromkeys(range(1, STEPS, 5), True))
 
 
+def in_pairs(start: int) -> list[tuple[str, str]]:
+    """Every schedule, two to a stream; which of them is the first sample's changes with the start."""
+    names = [*SCHEDULES][start:] + [*SCHEDULES][:start]
+    return list(zip(names[::2], [*names[1::2], names[0]], strict=True))
+
+
 def deliveries() -> Iterator[Any]:
     """Every schedule with every loss and every way to sync; the gate has each pair of schedule and loss once."""
-    losses = (every, while_dormant, last)
-    for (i, schedule), (j, loss), (k, syncs) in itertools.product(*map(enumerate, (SCHEDULES, losses, SYNCS))):
-        marks = () if (i + j) % len(SYNCS) == k else pytest.mark.nightly
-        yield pytest.param(schedule, loss, syncs, marks=marks, id=f"{schedule}-{loss.__name__}-{k}")
+    for j, loss in enumerate((every, while_dormant, last)):
+        for i, pair in enumerate(in_pairs(j)):
+            yield pytest.param(pair, loss, SYNCS[(i + j) % len(SYNCS)], id=f"{', '.join(pair)}-{loss.__name__}")
+        for schedule, (k, syncs) in itertools.product(SCHEDULES, enumerate(SYNCS)):
+            case = f"{schedule}-{loss.__name__}-{k}"
+            yield pytest.param((schedule, schedule), loss, syncs, marks=pytest.mark.nightly, id=case)
 
 
-@pytest.mark.parametrize(("schedule", "loss", "syncs"), list(deliveries()))
-def test_gradients(schedule: str, loss: object, syncs: dict[int, bool]) -> None:
-    cell, xs = stream(schedule)
+@pytest.mark.parametrize(("schedules", "loss", "syncs"), list(deliveries()))
+def test_gradients(schedules: tuple[str, str], loss: object, syncs: dict[int, bool]) -> None:
+    cell, xs = stream(schedules)
     found = run(cell, xs, loss, block=BLOCK, window=WINDOW, syncs=syncs, influences=False)
     assert_gradients_equal(found.gradients, oracles.bptt(cell, xs, loss))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_influences(schedule: str) -> None:
+@pytest.mark.parametrize("schedules", in_pairs(0))
+def test_influences(schedules: tuple[str, str]) -> None:
     """The lazy influence equals that of ``lazy=False``, and at the end of a shorter stream that of full RTRL."""
-    cell, xs = stream(schedule)
+    cell, xs = stream(schedules)
     lazy = run(cell, xs, every, block=BLOCK, window=WINDOW)
     eager = run(cell, xs, every, block=BLOCK, lazy=False)
     assert_influences_equal(lazy.influences, eager.influences)
@@ -97,7 +106,7 @@ def last_of(steps: int) -> object:
 
 
 def test_a_slice_that_was_never_active_takes_no_memory() -> None:
-    cell, xs = stream("always the same", second_sample_shift=0)
+    cell, xs = stream(("always the same",) * 2, second_sample_shift=0)
     held = {}
     for used in (1, 3, EXPERTS):
         learner = rtrl.BlockRTRL(cell, 2, block=BLOCK, window=WINDOW)
