@@ -25,7 +25,7 @@ def dense_learner(block: int) -> tuple[rtrl.BlockRTRL, Tensor]:
     return rtrl.BlockRTRL(seeded(PlainRNN(2, 3), 5), 1, block=block), normal(0, 60, 1, 2)
 
 
-@pytest.mark.parametrize(("few", "many"), [(600, 2_400), pytest.param(2_000, 20_000, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(("few", "many"), [(300, 900), pytest.param(2_000, 20_000, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("make", [sparse_learner, dense_learner])
 def test_many_steps_hold_what_few_held(make: object, few: int, many: int) -> None:
     """Exactly, at the same point of a block, with experts dormant for longer than the window all the time."""
