@@ -21,7 +21,7 @@ NO_BUG = (
 
 def only_whether_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop a check of a learner at its first failure, and leave out what it would find out about it: where the gradient
-    turns wrong, of which sample, by which mistake, after which shortest schedule. That is slow, and tested elsewhere."""
+    turns wrong, of which sample, by which mistake, after which shortest schedule. Slow, and tested elsewhere."""
     monkeypatch.setattr(verdict, "_diagnosis", lambda *args: "")
     monkeypatch.setattr(verdict, "_wrong_sample", lambda *args: (None, None, False))
     monkeypatch.setattr(verdict._Search, "_first", lambda search, is_wrong: search._candidates[-1])

@@ -289,7 +289,7 @@ def _constant_memory(subject: Subject) -> Iterator[Found]:
 @contextmanager
 def _only_new_objects() -> Iterator[None]:
     """Keep the garbage collector away from all objects that exist already, so that it finds new ones quickly. Where
-    some are frozen before, all are afterwards: they cannot be told apart."""
+    some are frozen before, all are afterwards: nothing says which were."""
     was_frozen = gc.get_freeze_count() > 0
     gc.collect()
     gc.freeze()
