@@ -26,6 +26,17 @@ class RealState(nn.Module):
     def __init__(self, cell: nn.Module) -> None:
         super().__init__()
         self.cell = cell
+        for name, in_pairs in (("row_groups", self._row_groups), ("layer_entries", self._layer_entries)):
+            if hasattr(cell, name):  # what the cell does not declare, this one does not either
+                setattr(self, name, in_pairs)
+
+    def _row_groups(self) -> list[Tensor]:
+        """The groups that the cell declares, each entry replaced by its pair."""
+        return [_pairs_of(rows) for rows in self.cell.row_groups()]  # type: ignore[operator]
+
+    def _layer_entries(self) -> dict[str, Tensor]:
+        """The entries of the layers that the cell declares, each replaced by its pair."""
+        return {name: _pairs_of(own) for name, own in self.cell.layer_entries().items()}  # type: ignore[operator]
 
     def init_state(self, batch_size: int) -> Tensor:
         """Return the pairs of the cell's first state."""
@@ -68,3 +79,8 @@ class RealState(nn.Module):
             remove_duplicate: likewise.
         """
         return self.cell.named_buffers(prefix, recurse, remove_duplicate)
+
+
+def _pairs_of(entries: Tensor) -> Tensor:
+    """Flat entries (..., n) of a complex state → those of its pairs (..., 2n)."""
+    return torch.stack([2 * entries, 2 * entries + 1], dim=-1).flatten(-2)

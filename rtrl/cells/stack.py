@@ -92,6 +92,15 @@ class Stack(nn.Module):
             offset += place.shape.numel()
         return groups
 
+    def layer_entries(self) -> dict[str, Tensor]:
+        """Return, for each layer with a state, the beginning of its parameters' names and its flat state entries."""
+        entries, offset = {}, 0
+        for k, place in self._places.items():
+            size = place.shape.numel()
+            entries[f"layers.{k}."] = torch.arange(offset, offset + size)
+            offset += size
+        return entries
+
     def forward(self, x: Tensor, h: Tensor, replay: Sparsity | None = None) -> tuple[Tensor, Tensor, Sparsity]:
         """Take one step of all layers.
 

@@ -85,6 +85,16 @@ class TorchLayers(PackedCell):
         like = next(self.cell.parameters())
         return tuple(_state([like.new_zeros(batch_size, width) for width in widths]) for widths in self._widths)
 
+    def layer_entries(self) -> dict[str, Tensor]:
+        """Return, for each layer, its parameters' names or their beginning, and its flat state entries."""
+        entries: dict[str, Tensor] = {}
+        listed, start = isinstance(self.cell, nn.ModuleList), 0
+        for k, widths in enumerate(self._widths):
+            own = torch.arange(start, start := start + sum(widths))
+            names = [f"{k}."] if listed else [n for n, _ in self.cell.named_parameters() if n.endswith(f"_l{k}")]
+            entries |= {f"cell.{name}": own for name in names}
+        return entries
+
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step of all layers from x (B, input_size) and the state (B, N); return y and the next state."""
         listed = isinstance(self.cell, nn.ModuleList)

@@ -42,7 +42,7 @@ def train(
         typer.Argument(help="anbn, haystack, copy, adding, bytes or digits; not with --resume.", show_default=False),
     ] = None,
     learner: Annotated[
-        str, typer.Option(help="block (BlockRTRL), bptt, tbptt, rtrl, snap, uoro, rflo or diagonal.")
+        str, typer.Option(help="block (BlockRTRL), bptt, tbptt, rtrl, snap, uoro, rflo, diagonal or layer-local.")
     ] = "block",
     cell: Annotated[
         str,

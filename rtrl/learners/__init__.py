@@ -8,6 +8,7 @@ from rtrl.learners.base import Learner
 from rtrl.learners.block_rtrl import BlockRTRL
 from rtrl.learners.bptt import BPTT, TBPTT
 from rtrl.learners.influence_learner import DenseRTRL
+from rtrl.learners.layer_local import LayerLocal
 from rtrl.learners.local import RFLO, DiagonalRTRL
 from rtrl.learners.snap import SnAp
 from rtrl.learners.uoro import UORO
@@ -21,6 +22,7 @@ __all__ = [
     "BlockRTRL",
     "DenseRTRL",
     "DiagonalRTRL",
+    "LayerLocal",
     "Learner",
     "SnAp",
     "audits_in_this_process",

@@ -151,11 +151,11 @@ class InfluenceLearner(ReplayingLearner):
             zeros = {n: value.new_zeros(*value.shape[:-1], real_numbers(p)) for n, p in self._parameters.items()}
             return torch.cat([old.get(name, zeros[name]) for name in zeros], dim=-1)
 
-        self._n_theta = sum(map(real_numbers, self._parameters.values()))
         self._adopt_columns(by_present)
+        self._n_theta = sum(map(real_numbers, self._parameters.values()))
 
     def _adopt_columns(self, by_present: Callable[[Tensor], Tensor]) -> None:
-        """Change all that is kept by parameter, (..., P)."""
+        """Change all that is kept by parameter, (..., P); ``_n_theta`` is still the former P."""
         self._carried = (*self._carried[:-1], by_present(self._carried[-1]))
 
     def _process_step(self, step: ReplayedStep) -> None:

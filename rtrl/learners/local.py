@@ -5,10 +5,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from rtrl._utils import validation
-from rtrl.learners.influence_learner import InfluenceLearner
+from rtrl.learners.masked_influence import DrivenEntriesLearner
 
 
-class DiagonalRTRL(InfluenceLearner):
+class DiagonalRTRL(DrivenEntriesLearner):
     """RTRL with the dynamics Jacobian replaced by its diagonal.
 
     Equation:
@@ -26,7 +26,8 @@ class DiagonalRTRL(InfluenceLearner):
         ConfigError: a size is not a positive integer, or the cell has no trainable parameter or no first state.
 
     Cost:
-        ``B·H·P`` multiply-adds and ``B·(H + 1)`` backward passes per step; ``B·H·P`` numbers held.
+        ``B·(H + 1)`` backward passes per step, and a multiply-add per entry held. Held: the entries that a parameter
+        ever drove at once, and their places; O(P) where each drives few units, ``B·H·P`` at worst.
 
     Source:
         Mozer (1989), "A Focused Backpropagation Algorithm for Temporal Pattern Recognition", Complex Systems 3,
@@ -42,10 +43,12 @@ class DiagonalRTRL(InfluenceLearner):
     """
 
     def _advance(self, dynamics: Tensor, immediate: Tensor) -> tuple[Tensor, ...]:
-        return (dynamics.diagonal(dim1=1, dim2=2).unsqueeze(2) * self._carried[0] + immediate,)
+        self._seen(immediate)
+        diagonal = dynamics.diagonal(dim1=1, dim2=2)
+        return (diagonal[:, self._rows()] * self._carried[0] + self._inside(immediate),)
 
 
-class RFLO(InfluenceLearner):
+class RFLO(DrivenEntriesLearner):
     """RTRL with the dynamics Jacobian replaced by the leak of a leaky unit: the eligibility traces of RFLO.
 
     Equation:
@@ -66,7 +69,8 @@ class RFLO(InfluenceLearner):
             parameter or no first state.
 
     Cost:
-        ``B·H·P`` multiply-adds and ``B·(H + 1)`` backward passes per step; ``B·H·P`` numbers held.
+        ``B·(H + 1)`` backward passes per step, and a multiply-add per entry held. Held: the entries that a parameter
+        ever drove at once, and their places; O(P) where each drives few units, ``B·H·P`` at worst.
 
     Source:
         Murray (2019), "Local online learning in recurrent networks with random feedback", eLife 8:e43299, the
@@ -89,4 +93,5 @@ class RFLO(InfluenceLearner):
         return {"leak": self.leak}
 
     def _advance(self, dynamics: Tensor, immediate: Tensor) -> tuple[Tensor, ...]:
-        return ((1 - self.leak) * self._carried[0] + immediate,)
+        self._seen(immediate)
+        return ((1 - self.leak) * self._carried[0] + self._inside(immediate),)

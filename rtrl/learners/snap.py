@@ -6,14 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtrl._utils import validation
-from rtrl.learners.influence_learner import InfluenceLearner
+from rtrl._utils import pytrees, validation
+from rtrl.learners.masked_influence import MaskedInfluenceLearner
 from rtrl.learners.state import LearnerState, copy_like
 
-_PATTERNS = ("_reaches", "_drives", "_mask")
 
-
-class SnAp(InfluenceLearner):
+class SnAp(MaskedInfluenceLearner):
     """The influence, kept only where a parameter reaches the state within n steps (SnAp-n).
 
     Equation:
@@ -38,8 +36,9 @@ class SnAp(InfluenceLearner):
         ConfigError: a size is not a positive integer, or the cell has no trainable parameter or no first state.
 
     Cost:
-        ``B·H²·P`` multiply-adds per step, because this reference multiplies the full matrices before it masks them;
-        ``B·H·P`` numbers and a mask of ``H·P`` bytes held. The method itself needs only the masked entries.
+        ``B·H²·P`` multiply-adds per step, because this reference multiplies the full matrices before it masks them.
+        Held: the B numbers of each masked entry, and its place; O(P) with order 1, where each parameter drives few
+        units at once.
 
     Source:
         Menick et al. (2020), "A Practical Sparse Approximation for Real Time Recurrent Learning", section 3.
@@ -58,52 +57,61 @@ class SnAp(InfluenceLearner):
     def __init__(self, cell: nn.Module, batch_size: int, order: int = 1, *, state: Tensor | None = None) -> None:
         self.order = validation.integer("order", order)
         super().__init__(cell, batch_size, state=state)
-        shape = self._size, self._n_theta
-        self._reaches = torch.zeros(self._size, self._size, dtype=torch.bool, device=self._state.device)
-        self._drives = torch.zeros(shape, dtype=torch.bool, device=self._state.device)
-        self._mask = torch.zeros_like(self._drives)
 
-    def mask(self, name: str) -> Tensor:
-        """Return the present mask of one parameter's influence.
+    def _first(self) -> tuple[Tensor, ...]:
+        first = super()._first()
+        self._reaches = self._places.new_zeros(*[0 if self.order == 1 else self._size] * 2, dtype=torch.bool)
+        self._drives = self._places  # where a parameter drives the state at once; with order 1 the mask itself
+        return first
 
-        Args:
-            name: a trainable parameter of the cell.
+    def _driven(self) -> Tensor:
+        """Boolean (H, P): the entries that a parameter was seen to drive at once."""
+        driven = self._no_pattern()
+        driven.view(-1)[self._drives] = True
+        return driven
 
-        Returns:
-            Boolean (H, P).
+    def _seen(self, influence: Tensor) -> None:
+        self._note(self._reaches, self._driven() | (influence != 0).any(dim=0))
 
-        Raises:
-            ConfigError: no trainable parameter has this name.
-            RTRLError: the newest step cannot be processed; see ``sync``.
-        """
-        self.influence(name)
-        return self._by_name(self._mask)[name].clone()
+    def _note(self, reaches: Tensor, driven: Tensor) -> None:
+        if not torch.equal(reaches, self._reaches) or not torch.equal(driven, self._driven()):
+            self._reaches, self._drives = reaches, self._places_of(driven)
+            self._widen(within(reaches, driven, self.order))
+        if self.order == 1:
+            self._drives = self._places  # not twice
 
-    def _buffers(self) -> dict[str, Any]:
-        return {**super()._buffers(), **{name: getattr(self, name).clone() for name in _PATTERNS}}
+    def _advance(self, dynamics: Tensor, immediate: Tensor) -> tuple[Tensor, ...]:
+        reaches = self._reaches if self.order == 1 else self._reaches | (dynamics != 0).any(dim=0)
+        self._note(reaches, self._driven() | (immediate != 0).any(dim=0))
+        return (self._inside(dynamics @ self._dense() + immediate),)
 
-    def _load_buffers(self, loaded: LearnerState) -> dict[str, Any]:
-        patterns = {name: copy_like(name, loaded.buffers[name], getattr(self, name)) for name in _PATTERNS}
-        return {**super()._load_buffers(loaded), **patterns}
+    def _adopt_columns(self, by_present: Callable[[Tensor], Tensor]) -> None:
+        driven = by_present(self._driven())
+        super()._adopt_columns(by_present)
+        self._drives = self._places if self.order == 1 else self._places_of(driven)
+
+    def _held_bytes(self) -> dict[str, int]:
+        held = super()._held_bytes()
+        more = 0 if self.order == 1 else pytrees.n_bytes([self._drives, self._reaches])
+        return {**held, "pattern": held["pattern"] + more}
 
     def _arguments(self) -> dict[str, Any]:
         return {"order": self.order}
 
-    def _with_first(self, influence: Tensor) -> tuple[Tensor, ...]:
-        self._widen(self._reaches, self._drives | (influence != 0).any(dim=0))
-        return super()._with_first(influence)
+    def _buffers(self) -> dict[str, Any]:
+        patterns = {"_drives": self._driven(), "_mask": self._pattern()}
+        return {**super()._buffers(), **patterns, "_reaches": self._reaches.clone()}
 
-    def _adopt_columns(self, by_present: Callable[[Tensor], Tensor]) -> None:
-        super()._adopt_columns(by_present)
-        self._drives, self._mask = by_present(self._drives), by_present(self._mask)
+    def _load_buffers(self, loaded: LearnerState) -> dict[str, Any]:
+        buffers = super()._load_buffers(loaded)
+        if self.order == 1:
+            return {**buffers, "_drives": buffers["_places"]}
+        reaches = copy_like("_reaches", loaded.buffers["_reaches"], self._reaches)
+        driven = copy_like("_drives", loaded.buffers["_drives"], self._no_pattern())
+        return {**buffers, "_reaches": reaches, "_drives": self._places_of(driven)}
 
-    def _widen(self, reaches: Tensor, drives: Tensor) -> None:
-        if not torch.equal(reaches, self._reaches) or not torch.equal(drives, self._drives):
-            self._reaches, self._drives, self._mask = reaches, drives, within(reaches, drives, self.order)
-
-    def _advance(self, dynamics: Tensor, immediate: Tensor) -> tuple[Tensor, ...]:
-        self._widen(self._reaches | (dynamics != 0).any(dim=0), self._drives | (immediate != 0).any(dim=0))
-        return ((dynamics @ self._carried[0] + immediate) * self._mask,)
+    def _saved_pattern(self, loaded: LearnerState, dense: Tensor) -> Tensor:
+        return copy_like("_mask", loaded.buffers["_mask"], self._no_pattern())
 
 
 def within(reaches: Tensor, drives: Tensor, order: int) -> Tensor:

@@ -18,7 +18,7 @@ from rtrl.testing.driver import Driver
 from rtrl.testing.laws import Exact, ExactWithin, Law, Truncated, Unbiased
 from rtrl.testing.learner_checks.listing import learner_checks
 from rtrl.testing.pytest_nodes import BoundCheck, bound_checks, parametrize_with_checks
-from rtrl.testing.recursion_laws import Masked, Recursion, RecursionStep
+from rtrl.testing.recursion_laws import LocalToLayers, Masked, Recursion, RecursionStep
 from rtrl.testing.report import CheckFailed, Failure, ParameterVerdict, Report
 from rtrl.testing.spec import CellSpec, ErrorInput, LearnerSpec
 from rtrl.testing.streams import Stream
@@ -38,6 +38,7 @@ __all__ = [
     "Failure",
     "Law",
     "LearnerSpec",
+    "LocalToLayers",
     "Masked",
     "NotComparable",
     "ParameterVerdict",

@@ -11,18 +11,18 @@ from torch import nn
 
 import rtrl
 from rtrl import errors
-from rtrl.learners import BPTT, RFLO, TBPTT, UORO, DenseRTRL, DiagonalRTRL, SnAp
+from rtrl.learners import BPTT, RFLO, TBPTT, UORO, DenseRTRL, DiagonalRTRL, LayerLocal, SnAp
 from rtrl.testing.example_cells import Leaky, Ring, seeded
 from rtrl.testing.laws import Exact, ExactWithin, Truncated, Unbiased
-from rtrl.testing.recursion_laws import Masked
+from rtrl.testing.recursion_laws import LocalToLayers, Masked
 from rtrl.testing.spec import CellSpec, ErrorInput, LearnerSpec
 from rtrl.testing.streams import Stream, normal
 
 
 def _x(learner: Any, fill: float = 0.0, batch: int | None = None) -> torch.Tensor:
     """An x as wide as the one before."""
-    cell = learner.cell
-    width = cell.inward.weight.shape[1] if isinstance(cell.inward, nn.Linear) else cell.inward.shape[1]
+    first = next(p for p in learner.cell.parameters() if p.ndim == 2)  # maps x
+    width = first.shape[1]
     return torch.full((learner.batch_size if batch is None else batch, width), fill, dtype=torch.float64)
 
 
@@ -43,6 +43,16 @@ ERRORS = [
 def _leaky(leak: float | None) -> list[Stream]:
     """Cells whose dynamics Jacobian is diagonal: a constant leak, or one a unit."""
     return [Stream(seeded(Leaky(3, 4, leak), 0), normal(0, 14, 2, 3), name="leaky units")]
+
+
+LAYERS = {"layers.0.": range(3), "layers.2.": range(3, 7), "layers.4.": range(7, 9)}
+
+
+def _layers() -> list[Stream]:
+    """Three layers with a state and others between them; a dense one, and one whose rows are pairs."""
+    dense = rtrl.cells.from_torch(nn.RNNCell(3, 3))
+    cell = rtrl.Stack([dense, nn.Linear(3, 2), rtrl.cells.RTU(2, 2), nn.LayerNorm(4), rtrl.cells.MinGRU(4, 2)])
+    return [Stream(seeded(cell, 0), normal(0, 12, 2, 3), name="layers with others between")]
 
 
 def _ring() -> list[Stream]:
@@ -114,6 +124,13 @@ BASELINES = [
         DiagonalRTRL,
         law=Exact(scope="the dynamics Jacobian is diagonal"),
         streams=_leaky(None),
+        errors=ERRORS,
+        **PROMISES,
+    ),
+    LearnerSpec(
+        LayerLocal,
+        law=LocalToLayers(LAYERS),
+        streams=_layers(),
         errors=ERRORS,
         **PROMISES,
     ),

@@ -1,7 +1,7 @@
 """Laws of learners that carry an approximate influence forward: by a mask, or by any recursion that the user gives."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import oracles
+from rtrl._utils.real_pairs import as_real, real_numbers
 from rtrl.errors import ConfigError
 from rtrl.testing.laws import Gradients, Law
 from rtrl.testing.linearized_steps import LinearizedStep, linearized
@@ -206,6 +207,61 @@ class Masked(_ByRecursion):
             return_influence=True,
         )
         return gradients, influences[-1]
+
+
+@dataclass(frozen=True)
+class LocalToLayers(Law):
+    """The influence of a layer's parameters stays with the state of that layer; the adjoint is exact.
+
+    Equation:
+        S_{t+1} = M ∘ (J_t S_t + B_t) and S_0 = M ∘ ∂h_0/∂θ; g = Σ_t ( ∂ℓ_t/∂θ + δ_t S_t ), where M keeps, of each
+        parameter, the state entries of its own layer.
+
+    Args:
+        layers: the beginning of the names of a layer's parameters → the flat entries of a sample's state that are that
+            layer's. A parameter of no layer has no influence.
+
+    Raises:
+        ConfigError: ``layers`` is not a mapping, or names entries that the state has not.
+
+    Source:
+        Zucchet et al. (2023), "Online learning of long-range dependencies", NeurIPS, section 3.2.
+    """
+
+    layers: Mapping[str, Sequence[int]] = field(repr=False)
+    covers_influence = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, Mapping):
+            raise ConfigError(f"layers must map beginnings of names to state entries, got {self.layers!r}")
+
+    def reference(self, stream: Stream, learner: Any) -> Gradients:
+        """Return the gradients of the recursion on the ``stream``, for any ``learner``."""
+        return self._run(stream)[0]
+
+    def reference_influence(self, stream: Stream, learner: Any) -> Gradients:
+        """Return the influences of the recursion on the ``stream``, for any ``learner``."""
+        return self._run(stream)[1][-1]
+
+    def _run(self, stream: Stream) -> tuple[Gradients, list[Gradients]]:
+        size = as_real(stream.cell.init_state(1)).numel()  # type: ignore[operator]
+        masks = {}
+        for name, p in stream.cell.named_parameters():
+            masks[name] = torch.zeros(size, real_numbers(p), dtype=torch.bool)
+            for prefix, entries in self.layers.items():
+                if any(not 0 <= entry < size for entry in entries):
+                    raise ConfigError(f"layers[{prefix!r}] must lie in 0 … {size - 1}, got {list(entries)}")
+                if name.startswith(prefix):
+                    masks[name][list(entries)] = True
+        return oracles.dense_rtrl(
+            stream.cell,
+            stream.xs,
+            stream.loss,
+            resets=stream.resets,
+            offsets=stream.offsets,
+            mask={name: mask for name, mask in masks.items() if stream.cell.get_parameter(name).requires_grad},
+            return_influence=True,
+        )
 
 
 def _check_flag(before_loss: object) -> None:

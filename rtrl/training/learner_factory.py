@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rtrl._utils import named_factories
-from rtrl.learners import BPTT, RFLO, TBPTT, UORO, DenseRTRL, DiagonalRTRL, SnAp
+from rtrl.learners import BPTT, RFLO, TBPTT, UORO, DenseRTRL, DiagonalRTRL, LayerLocal, SnAp
 from rtrl.learners.block_rtrl import BlockRTRL
 
 MakeLearner = Callable[[nn.Module, int], Any]
@@ -45,6 +45,10 @@ def _diagonal() -> MakeLearner:
     return DiagonalRTRL
 
 
+def _layer_local() -> MakeLearner:
+    return LayerLocal
+
+
 LEARNERS: Mapping[str, Callable[..., MakeLearner]] = {
     "block": _block,
     "bptt": _bptt,
@@ -54,6 +58,7 @@ LEARNERS: Mapping[str, Callable[..., MakeLearner]] = {
     "uoro": _uoro,
     "rflo": _rflo,
     "diagonal": _diagonal,
+    "layer-local": _layer_local,
 }
 """A function of the options of each learner, by name, which returns ``make(cell, batch_size)``."""
 
@@ -62,8 +67,8 @@ def make_learner(name: str, **options: Any) -> MakeLearner:
     """Return a function ``make(cell, batch_size)`` for the learner of this name.
 
     ``block`` (block=16, window=64, lazy=True) is ``rtrl.BlockRTRL``; ``bptt``, ``tbptt`` (k=16, sliding=False),
-    ``rtrl`` (textbook), ``snap`` (order=1), ``uoro`` (seed=0), ``rflo`` (leak=0.1) and ``diagonal`` are those of
-    ``rtrl.learners``.
+    ``rtrl`` (textbook), ``snap`` (order=1), ``uoro`` (seed=0), ``rflo`` (leak=0.1), ``diagonal`` and
+    ``layer-local`` are those of ``rtrl.learners``.
 
     Args:
         name: of the learner.

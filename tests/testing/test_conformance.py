@@ -61,6 +61,7 @@ IN_THE_GATE = {
     "SnAp-4 of 4 units": OWN,
     "UORO": STATEFUL - {"unusual parameters", "long stream"} | {"resets of several samples", "float32"},
     "DiagonalRTRL": OWN | {"save and load", "error inputs"},
+    "LayerLocal": OWN | {"save and load", "error inputs", "changed parameters"},
     "somebody's textbook RTRL": {"interface", "dense cell", "sparse rows", "losses over two steps"},
 }
 """Name of a spec → the checks that the gate runs; all of them for a spec that is not named."""
