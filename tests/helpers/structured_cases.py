@@ -8,12 +8,14 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import oracles
 import rtrl
 from helpers import structured_cells as cells
 from helpers.running import Result, run, trainable
 from helpers.strategies import Case, Draw, losses, normal, options, resets, seeds
+from helpers.tolerances import assert_gradients_equal, assert_influences_equal
 from helpers.toy_cells import seeded
-from helpers.unlasting_cells import Feedback, Opening
+from helpers.unlasting_cells import Feedback, Opening, Passing
 
 D = 2
 """The size of x; layers that may stand above themselves give a y of that size."""
@@ -36,6 +38,13 @@ LAYERS: dict[str, Callable[[int, int], cells.Layer]] = {
     "placed": cells.Placed,
     "rolled start": cells.RolledStart,
 }
+STACKS: dict[str, list[str]] = {
+    "two layers": ["minGRU", "eLSTM"],
+    "three layers": ["complex pairs", "columns", "peephole"],
+    "a dense layer above": ["minGRU", "dense"],
+    "a dense layer below": ["dense", "einsum"],
+}
+"""Layers from below."""
 OPENING = ("state", "balanced", "drive", "written", "moved", "zero")
 SWITCHED = "structure" in inspect.signature(rtrl.BlockRTRL).parameters
 
@@ -50,11 +59,12 @@ def layered(draw: Draw, max_steps: int = 8) -> Case:
     """One to three layers, at most one of them dense, with everything that may stand beside them."""
     steps, batch, seed = draw(st.integers(2, max_steps)), draw(st.integers(1, 3)), draw(seeds)
     kinds = draw(st.lists(st.sampled_from([*LAYERS, "dense"]), min_size=1, max_size=3))
-    n, d, layers = draw(st.integers(2, 4 if len(kinds) == 1 else 2)), D, []
+    n = draw(st.integers(2, 4 if len(kinds) == 1 else 2))
+    sizes, layers = [D], []
     for kind in kinds:
-        layers.append(cells.Dense(d, n) if kind == "dense" else LAYERS[kind](d, n))
-        d = layers[-1].d_out
-    if d == D and len(layers) < 3 and draw(st.booleans()):
+        layers.append(cells.Dense(sizes[-1], n) if kind == "dense" else LAYERS[kind](sizes[-1], n))
+        sizes.append(layers[-1].d_out)
+    if sizes[-2] == sizes[-1] and len(layers) < 3 and draw(st.booleans()):
         layers.append(layers[-1])  # its parameters serve two layers
         kinds.append("the same")
     extras = {name: draw(st.booleans()) for name in ("between", "readout", "learned")}
@@ -88,6 +98,13 @@ def breaking(draw: Draw, max_steps: int = 9) -> Case:
     return Case(seeded(cell, seed), xs, draw(losses(steps, seed)), draw(options), label)
 
 
+def placed(what: str, place: str, n: int) -> cells.Layers:
+    """What opens, "alone", "below" a layer, or "above" one that passes on what it opens by."""
+    opening = Opening(D, n, what)
+    layers = {"alone": [opening], "below": [opening, cells.MinGRU(n, 2)], "above": [Passing(D, D), opening]}[place]
+    return cells.Layers(layers, D)
+
+
 @st.composite
 def events(draw: Draw, case: Case) -> dict[str, Any]:
     """Syncs, changes of the parameters, resets of some samples, saves: the arguments of ``run``."""
@@ -114,3 +131,38 @@ def found(case: Case, **given: Any) -> Iterator[Result]:
     """What the learner finds, with structure and without."""
     for chosen in both_ways(case.options):
         yield run(case.cell, case.xs, case.loss, **chosen, **given)
+
+
+def check(case: Case, *, resets: Tensor | None = None, offsets: Any = None, **others: Any) -> None:
+    """Gradients against both oracles, influences against full RTRL, with structure and without."""
+    stream = (case.cell, case.xs, case.loss)
+    changed = {"resets": resets, "offsets": offsets}
+    expected, influences = oracles.dense_rtrl(*stream, **changed, return_influence=True)
+    assert_gradients_equal(expected, oracles.bptt(*stream, **changed), may_be_zero=True)
+    for result in found(case, **changed, **others):
+        assert_gradients_equal(result.gradients, expected, may_be_zero=True)
+        assert_influences_equal(result.influences, influences[-1], may_be_zero=True)
+
+
+def drawn(
+    cell: nn.Module, *, steps: int = 8, batch: int = 2, seed: int = 1, xs: Tensor | None = None, **given: Any
+) -> Case:
+    """The cell with drawn parameters on a drawn stream, a loss at two steps of three."""
+    weights = [None if t % 3 == 1 else normal(seed + t, 64) for t in range(steps)]
+    xs = normal(seed, steps, batch, D) if xs is None else xs
+    return Case(seeded(cell, seed), xs, weights, {"block": 3, **given}, type(cell).__name__)
+
+
+def stack(kinds: list[str], n: int, **extras: Any) -> cells.Layers:
+    layers: list[cells.Layer] = []
+    for kind in kinds:
+        make = cells.Dense if kind == "dense" else LAYERS[kind]
+        layers.append(make(layers[-1].d_out if layers else D, n))
+    return cells.Layers(layers, D, **extras)
+
+
+def routes(steps: int) -> Tensor:
+    """Inputs of ``Routed``: the two samples use different experts and write different rows, in runs."""
+    chosen = [[(t // 5) % 3, t % 2, (t // 4 + 1) % 3, (t // 3) % 3] for t in range(steps)]
+    index = torch.tensor(chosen, dtype=torch.float64).reshape(steps, 2, 2)
+    return torch.cat([normal(3, steps, 2, D), index], dim=-1)

@@ -151,7 +151,10 @@ class Normed(Layer):
 
     def __init__(self, d: int, n: int) -> None:
         super().__init__([n], n, start=0.2)
-        self.enter, self.norm = nn.Linear(d, n), nn.LayerNorm(n)
+        self.enter, self.norm = (
+            nn.Linear(d, n),
+            nn.LayerNorm(n, eps=0.1),
+        )  # over two entries, it would be almost constant
         self.gain, self.rate = nn.Parameter(torch.empty(())), nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

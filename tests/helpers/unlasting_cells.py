@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from helpers.structured_cells import ElementwiseLSTM, Layer, MinGRU
+from helpers.structured_cells import ElementwiseLSTM, Layer, MinGRU, Routed
+from rtrl import Sparsity
 
 
 class Coupled(Layer):
@@ -24,8 +25,8 @@ class Opening(Layer):
 
     ``what`` couples rows, and opens: "state" a neighbour in the state; "balanced" two that cancel in the sum over rows;
     "drive" a neighbour's drive, so that a weight reaches two rows; "written" the drive itself; "moved" a permutation of
-    the drive, so that each weight still reaches one row, but another one. "zero" is a product of neighbours, which
-    couples at every state but zero.
+    the drive, so that each weight still reaches one row, but another one. "zero" is a function of a product of
+    neighbours, which couples at every state but zero.
     """
 
     def __init__(self, d: int, n: int, what: str = "state") -> None:
@@ -46,9 +47,17 @@ class Opening(Layer):
         elif self.what == "moved":
             drive = torch.where(opened > 0, drive.roll(1, 1), drive)
         else:
-            kept = kept + h * h.roll(1, 1)
+            kept = kept + torch.tanh(h * h.roll(1, 1))
         h = kept + torch.tanh(drive)
         return h, h
+
+
+class Passing(MinGRU):
+    """Passes on the first feature as it is, beside its state."""
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        y, h = super().forward(x, h)
+        return torch.cat([x[:, :1], y[:, 1:]], dim=1), h
 
 
 class Feedback(nn.Module):
@@ -66,3 +75,14 @@ class Feedback(nn.Module):
         y, low = self.below(x, low)
         y, new = self.above(y, high)
         return y, torch.cat([low + torch.relu(x[:, :1]) * high, new], dim=1)
+
+
+class RoutedOpening(Routed):
+    """Its rows see one another where the first feature is positive."""
+
+    def __init__(self) -> None:
+        super().__init__(writes=False)
+
+    def forward(self, x: Tensor, h: Tensor, replay: Sparsity | None = None) -> tuple[Tensor, Tensor, Sparsity]:
+        seen = h + torch.relu(x[:, :1, None]) * h.roll(1, 1)
+        return super().forward(x, seen, replay)
