@@ -5,7 +5,8 @@ samples, with its choices replayed, and every derivative is taken in one batched
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,10 @@ from rtrl._engine.autograd import AutogradLinearization
 from rtrl._engine.linearization import Linearization, cut_at_restarts
 from rtrl._engine.mixing import run_perturbed, taps_mixing_samples
 from rtrl._engine.recorded import RecordedStep, StepBatch, join_restarts, join_steps, reached_states
+from rtrl._engine.row_block import RowBlockResult
+from rtrl._engine.row_linearizer import RowLinearizer
 from rtrl._engine.unitwise import UnitwisePattern, find_pattern
+from rtrl._influence.structure import Structure
 from rtrl.cells.analytic import HasAnalyticStep
 from rtrl.cells.protocol import takes_replay
 from rtrl.cells.supported import runs_as_written
@@ -35,10 +39,11 @@ class Linearizer:
 
     Attributes:
         way: the index in ``WAYS`` of the way that is taken.
+        structured: whether blocks are linearised with the structure of the cell, as long as it has one.
         found_new_kind: whether the last call met steps of a kind, or a number of them, that it had not met before.
     """
 
-    def __init__(self, cell: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, cell: nn.Module, parameters: Mapping[str, nn.Parameter], structured: bool = False) -> None:
         self._cell, self._parameters = cell, dict(parameters)
         self._takes_replay = takes_replay(cell)
         self._untapped: set[str] = set()  # parameters with a tap that was found to mix samples
@@ -46,6 +51,8 @@ class Linearizer:
         self.way = 0
         self.found_new_kind = False
         self._has_analytic_step = isinstance(cell, HasAnalyticStep)
+        self.structured = structured and not self._has_analytic_step  # a cell with an analytic step is dense
+        self._rows = RowLinearizer(cell, parameters, self._verified_kinds)
         if not self._has_analytic_step and callable(getattr(cell, "linearize", None)):
             warnings.warn(
                 f"{type(cell).__name__}.linearize is not used: the method is called analytic_step now",
@@ -73,7 +80,7 @@ class Linearizer:
         for time, step in enumerate(steps):
             groups.setdefault((step.kind(), time if self.way == 2 else None), []).append(time)
         next_states = reached_states(steps, last)
-        try:
+        with _checkpoints_explained():
             linearized = []
             for (kind, _), times in groups.items():
                 of_kind = [steps[t] for t in times]
@@ -81,13 +88,31 @@ class Linearizer:
                 group = self._linearize((*kind, len(times), self.way), batch)
                 linearized.append(cut_at_restarts(group, join_restarts(of_kind)))
             return linearized
-        except (CheckpointError, RuntimeError) as error:
-            if "torch.utils.checkpoint" not in f"{type(error).__module__} {error}":
-                raise
-            raise CellError(
-                "the cell checkpoints activations (torch.utils.checkpoint) around a parameter, and what it computes"
-                " again there cannot be distinguished; remove the checkpoint: no graph outlives a block anyway"
-            ) from error
+
+    def with_structure(
+        self, steps: Sequence[RecordedStep], last: Tensor, known: Structure | None, first: Mapping[str, Tensor]
+    ) -> RowBlockResult | None:
+        """Linearise the steps of a block with the structure of the cell, and sweep them; see ``RowLinearizer``.
+
+        Returns:
+            The block; None if there is no structure that is worth having, so that ``structured`` is False from now on.
+        """
+        self.found_new_kind = False
+        with _checkpoints_explained():
+            result = self._rows(steps, last, known, first)
+        self.structured = result is not None
+        return result
+
+    def _verified_kinds(self, batches: Sequence[StepBatch]) -> set[str]:
+        """Verify steps that are linearised with structure; return the parameters whose uses may not be recorded."""
+        for batch in batches:
+            kind = (*batch.steps[0].kind(), len(batch.times), "structured")
+            if kind not in self._verified:
+                run = run_perturbed(self._cell, self._parameters, batch, self._untapped)
+                self._untapped |= taps_mixing_samples(self._cell, self._parameters, batch, run)
+                self._verified[kind] = None
+                self.found_new_kind = True
+        return self._untapped
 
     def _linearize(self, kind: tuple[Any, ...], batch: StepBatch) -> Linearization:
         analytic = self._has_analytic_step and batch.steps[0].dense and runs_as_written(self._cell) and self.way == 0
@@ -113,3 +138,17 @@ class Linearizer:
         if mixing or self.way:
             return None
         return find_pattern(run.heads[0], run.h, run.recorder, run.theta)
+
+
+@contextmanager
+def _checkpoints_explained() -> Iterator[None]:
+    """Say what is wrong with a cell that checkpoints activations."""
+    try:
+        yield
+    except (CheckpointError, RuntimeError) as error:
+        if "torch.utils.checkpoint" not in f"{type(error).__module__} {error}":
+            raise
+        raise CellError(
+            "the cell checkpoints activations (torch.utils.checkpoint) around a parameter, and what it computes"
+            " again there cannot be distinguished; remove the checkpoint: no graph outlives a block anyway"
+        ) from error

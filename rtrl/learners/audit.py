@@ -13,6 +13,7 @@ from rtrl._engine.block import BlockResult
 from rtrl._engine.linearizer import WAYS, Linearizer
 from rtrl._engine.projected import pull_back_result
 from rtrl._engine.recorded import RecordedStep
+from rtrl._engine.row_block import RowBlockResult
 from rtrl._engine.unrolled import PulledBlock, pull_back_unrolled
 from rtrl._utils import validation
 from rtrl._utils.real_pairs import RealForms
@@ -20,6 +21,9 @@ from rtrl.errors import AuditError, ConfigError, PerformanceWarning, RTRLError
 
 AuditMode = Literal["first", "off"] | int
 """When blocks are audited."""
+
+Result = BlockResult | RowBlockResult
+WITHOUT_STRUCTURE = "without the structure of the state"
 
 _FLOOR = 100  # rounding errors of the largest number of a block: below them, a difference says nothing
 _SHAKES = 2
@@ -123,7 +127,8 @@ class Auditor:
         """Go on with other trainable parameters, or those of a copied cell, and in the way found before."""
         self._parameters = parameters
         if self.audits.fallback is not None:
-            linearizer.way = WAYS.index(self.audits.fallback)
+            linearizer.structured = False
+            linearizer.way = WAYS.index(self.audits.fallback) if self.audits.fallback in WAYS else 0
 
     def is_due(self, new_kind: bool, has_losses: bool, has_restarts: bool) -> bool:
         """Return whether the block that is being closed is to be audited; to be asked once per block."""
@@ -158,13 +163,13 @@ class Auditor:
 
     def examine(
         self,
-        result: BlockResult,
+        result: Result,
         linearizer: Linearizer,
-        linearize: Callable[[], BlockResult],
+        linearize: Callable[[], Result],
         steps: Sequence[RecordedStep],
         last: Tensor,
         sliced: Sequence[str],
-    ) -> tuple[BlockResult, BlockAudit]:
+    ) -> tuple[Result, BlockAudit]:
         """Compare a block's derivatives with plain autograd of the cell. If they differ, linearise it in the next way,
         until one agrees.
 
@@ -188,28 +193,30 @@ class Auditor:
         span = f"steps {steps[0].number} … {steps[-1].number}"
         cotangent = self.draw((last.shape[0], last[0].numel()), last)
         right = pull_back_unrolled(self._cell, self._parameters, steps, last, cotangent)
-        former_way, first_mismatch = linearizer.way, None
+        former, first_mismatch = (linearizer.structured, linearizer.way), None
         try:
             while True:
-                found, immediate = pull_back_result(result, cotangent, RealForms(self._parameters), sliced)
+                found, immediate = _pulled_back(result, cotangent, RealForms(self._parameters), sliced)
                 mismatch, worst = self._compare(found, right, steps, last, cotangent)
                 if mismatch is None:
                     break
                 first_mismatch = first_mismatch or mismatch
                 result = _in_the_next_way(linearizer, linearize, _explanation(first_mismatch, span))
         except BaseException:
-            linearizer.way = former_way
+            linearizer.structured, linearizer.way = former
             raise
         self._unfinished = False
-        way = linearizer.way
+        fallback = self.audits.fallback
+        if first_mismatch is not None:
+            fallback = WAYS[linearizer.way] if linearizer.way else WITHOUT_STRUCTURE
         if first_mismatch is not None:
             warnings.warn(
                 f"{span}: {first_mismatch}, compared with plain autograd of the cell. From now on the cell is "
-                f"linearised in a slower way, which agrees: {WAYS[way]}",
+                f"linearised in a slower way, which agrees: {fallback}",
                 PerformanceWarning,
                 stacklevel=6,
             )
-        self.audits = self.audits.with_one_more(worst, WAYS[way] if way else None)
+        self.audits = self.audits.with_one_more(worst, fallback)
         _note(worst)
         return result, BlockAudit(cotangent, immediate)
 
@@ -244,14 +251,25 @@ class Auditor:
         return None, max(relative.values())
 
 
-def _in_the_next_way(linearizer: Linearizer, linearize: Callable[[], BlockResult], message: str) -> BlockResult:
+def _pulled_back(
+    result: Result, cotangent: Tensor, parameters: Mapping[str, Tensor], sliced: Sequence[str]
+) -> tuple[PulledBlock, dict[str, Tensor]]:
+    if isinstance(result, RowBlockResult):
+        return result.pull_back(cotangent, parameters)
+    return pull_back_result(result, cotangent, parameters, sliced)
+
+
+def _in_the_next_way(linearizer: Linearizer, linearize: Callable[[], Result], message: str) -> Result:
     """Linearise a block in the next way that does not fail.
 
     Raises:
         AuditError: with this message, if there is none.
     """
-    while linearizer.way + 1 < len(WAYS):
-        linearizer.way += 1
+    while linearizer.structured or linearizer.way + 1 < len(WAYS):
+        if linearizer.structured:
+            linearizer.structured = False
+        else:
+            linearizer.way += 1
         with suppress(RTRLError):
             return linearize()
     raise AuditError(message)

@@ -14,13 +14,17 @@ from rtrl._engine.input_gradient import delivered_to_inputs
 from rtrl._engine.linearizer import Linearizer
 from rtrl._engine.newest_step import pull_back
 from rtrl._engine.recorded import RecordedStep
+from rtrl._engine.row_block import RowBlockResult
+from rtrl._influence.structure import Structure
 from rtrl._utils import pytrees, validation
 from rtrl._utils.real_pairs import RealForms, as_real, real_numbers
+from rtrl.cells.protocol import Sparsity
 from rtrl.errors import AuditError, ConfigError, NonFiniteError, SparsityError
-from rtrl.learners.audit import AuditMode, Auditor, Audits
+from rtrl.learners.audit import AuditMode, Auditor, Audits, Result
 from rtrl.learners.base import Learner
 from rtrl.learners.block_choice import chosen_block
 from rtrl.learners.carried import CarriedInfluence
+from rtrl.learners.carried_rows import CarriedRows
 from rtrl.learners.state import LearnerState
 from rtrl.learners.witness import YOURS_IS_RIGHT
 
@@ -54,6 +58,9 @@ class BlockRTRL(Learner):
             parameters: their influence then begins as ``∂h₀/∂θ``.
         audit: which blocks are checked against plain autograd of the cell, unrolled step by step: "first" the first one
             of each kind; a number n every n-th one as well; "off" none.
+        structure: "find" looks at the first block which entries of the state depend on which. Where they form
+            independent rows, the influence is kept on the rows that each parameter reaches, at the price of a forward
+            pass; see ``structure`` among the attributes. "off" keeps it on the whole state.
 
     Raises:
         ConfigError: a size is not a positive integer, or the cell has no trainable parameter or no first state.
@@ -92,7 +99,9 @@ class BlockRTRL(Learner):
         input_grad: Literal["block"] | None = None,
         state: Tensor | None = None,
         audit: AuditMode = 1000,
+        structure: Literal["find", "off"] = "find",
     ) -> None:
+        validation.choice("structure", structure, ["find", "off"])
         validation.choice("input_grad", input_grad, [None, "block"])
         super().__init__(cell, batch_size, state=state)
         self._keeps_x = input_grad is not None
@@ -101,20 +110,21 @@ class BlockRTRL(Learner):
             block = chosen_block(cell, batch_size, state)
         self.block, self.window = validation.integer("block", block), validation.integer("window", window)
         self.lazy = bool(lazy)
+        self._finds_structure = structure == "find"
         self._prepare()
         self._processed = 0  # how many steps have been
-        self._carried = self._empty_carried(self._state)
+        self._carried: CarriedInfluence | CarriedRows = self._empty_carried(self._state)
 
     _carries: type[CarriedInfluence] = CarriedInfluence
 
-    def _empty_carried(self, state: Tensor) -> CarriedInfluence:
-        """What is carried before the first step."""
+    def _empty_carried(self, state: Tensor, now: int = 0) -> CarriedInfluence:
+        """What is carried before the first step, or after ``now`` blocks."""
         learner = RealForms(self._parameters), state, self._gradient_of, self._auditor
-        return self._carries(*learner, block=self.block, window=self.window, lazy=self.lazy)
+        return self._carries(*learner, block=self.block, window=self.window, lazy=self.lazy, now=now)
 
     def _prepare(self) -> None:
         """Make what depends on which parameters are trainable, and on the state's dtype."""
-        self._linearizer = Linearizer(self.cell, self._parameters)
+        self._linearizer = Linearizer(self.cell, self._parameters, self._finds_structure)
         self._auditor.attach(self._parameters, self._linearizer)
         count = sum(map(real_numbers, self._parameters.values()))
         self._scratch = ReusableBuffer(count * self._state.numel() * self._state.element_size())  # the influence's size
@@ -125,6 +135,11 @@ class BlockRTRL(Learner):
     def audits(self) -> Audits:
         """The audits made so far; see the argument ``audit``."""
         return self._auditor.audits
+
+    @property
+    def structure(self) -> Structure | None:
+        """The structure of the cell that is used; None before the first block, and if there is none worth having."""
+        return self._carried.structure if isinstance(self._carried, CarriedRows) else None
 
     @torch.inference_mode(False)
     def influence(self, name: str) -> Tensor:
@@ -198,6 +213,8 @@ class BlockRTRL(Learner):
 
     def _begin_block(self, step: RecordedStep) -> None:
         super()._begin_block(step)
+        if isinstance(self._carried, CarriedRows) and not self._carried.fits(self._first_influence):
+            self._carried = self._dense_carried()
         self._carried.begin(step.sparsity, self._first_influence)
         self._first_influence = {}
 
@@ -223,8 +240,11 @@ class BlockRTRL(Learner):
                 self._reached,
                 self._carried.sliced,
             )
+        carried = self._fitting(result)
+        carried.stage(result, audit, span)
         with self._refusing_after_failure(f"the block of {span} could not be added"):
-            self._carried.add(result, audit)
+            self._carried = carried
+            carried.add(result, audit)
         self._processed = newest + 1
 
     def _check_none_is_lost(self, step: int) -> None:
@@ -244,8 +264,15 @@ class BlockRTRL(Learner):
             )
             raise
 
-    def _linearized(self, span: str) -> BlockResult:
+    def _linearized(self, span: str) -> Result:
         """Linearise the open steps; nothing is changed."""
+        if self._linearizer.structured:
+            first = self._carried.dense() if isinstance(self._carried, CarriedInfluence) else {}
+            with torch.enable_grad():
+                rows = self._linearizer.with_structure(self._open_steps, self._reached, self.structure, first)
+            if rows is not None:
+                self._check_rows(rows, span)
+                return rows
         with torch.enable_grad():
             groups = self._linearizer(self._open_steps, self._state)
         try:
@@ -256,6 +283,33 @@ class BlockRTRL(Learner):
         del groups  # and with it the graph
         self._check_result(result, span)
         return result
+
+    def _fitting(self, result: Result) -> Any:
+        """What is carried, in the form that a block needs; made beside what there is."""
+        if isinstance(result, BlockResult):
+            return self._carried if isinstance(self._carried, CarriedInfluence) else self._dense_carried()
+        if isinstance(self._carried, CarriedRows) and self._carried.structure is result.structure:
+            return self._carried
+        rows = CarriedRows(result.structure, RealForms(self._parameters), self._state, self._gradient_of, self._auditor)
+        rows.begin(self._open_steps[0].sparsity, self._carried.dense())
+        rows.now = self._carried.now
+        return rows
+
+    def _dense_carried(self) -> CarriedInfluence:
+        """What is carried, without structure."""
+        dense = self._empty_carried(self._state, self._carried.now)
+        dense.begin(Sparsity(), self._carried.dense())
+        return dense
+
+    def _check_rows(self, result: RowBlockResult, span: str) -> None:
+        transition = result.transition
+        values = {"Jacobian product": [*transition.own, *transition.cross.values()], "adjoint": transition.adjoint}
+        for what, parts in values.items():
+            if not checks.all_finite(parts):
+                raise NonFiniteError(f"NaN or infinity in the {what} of {span}: the state's dynamics overflow")
+        for name, gradient in result.gradient.items():
+            if not checks.finite(gradient):
+                raise NonFiniteError(f"NaN or infinity in the gradient of parameter {name!r} inside {span}")
 
     def _check_result(self, result: BlockResult, span: str) -> None:
         for what, value in (("Jacobian product", result.transition.jacobian), ("adjoint", result.transition.adjoint)):
@@ -312,13 +366,24 @@ class BlockRTRL(Learner):
         return {"block": self.block, "window": self.window, "lazy": self.lazy}
 
     def _buffers(self) -> dict[str, Any]:
-        return self._carried.state_dict()
+        return {**self._carried.state_dict(), "structured": self._linearizer.structured}
 
     def _load_buffers(self, loaded: LearnerState) -> dict[str, Any]:
+        processed = loaded.steps_taken - len(loaded.open_steps)
+        structured = self._finds_structure and bool(loaded.buffers["structured"])
+        if "structure" in loaded.buffers:
+            shapes = {name: p.shape for name, p in RealForms(self._parameters).items()}
+            structure = Structure.from_state_dict(loaded.buffers["structure"], loaded.state[0].numel(), shapes)
+            structure = structure.to(loaded.state.device)
+            rows = CarriedRows(structure, RealForms(self._parameters), loaded.state, self._gradient_of, self._auditor)
+            rows.load_state_dict(loaded.buffers)
+            self._linearizer.structured = structured
+            return {"_carried": rows, "_processed": processed}
         carried = self._empty_carried(loaded.state)
         carried.load_state_dict(loaded.buffers, loaded.layout["window"])
         has_influences, has_history = bool(carried.influences), carried.history is not None
         between = loaded.steps_taken > 0 and not has_history and not loaded.open_steps  # dormant slices up to date
         if not between and len({loaded.steps_taken > 0, has_influences, has_history}) != 1:
             raise ConfigError("the parts of the saved learner do not fit together")
-        return {"_carried": carried, "_processed": loaded.steps_taken - len(loaded.open_steps)}
+        self._linearizer.structured = structured
+        return {"_carried": carried, "_processed": processed}

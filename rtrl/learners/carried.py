@@ -26,6 +26,7 @@ class CarriedInfluence:
         gradient: gives the buffer, by parameter, that collects the gradient not yet delivered.
         auditor: draws random numbers, and says which resets are checked.
         block, window, lazy: as in ``BlockRTRL``.
+        now: the number of blocks added before.
 
     Attributes:
         influences: name → influence; empty until the first step has shown the sparsity.
@@ -43,9 +44,10 @@ class CarriedInfluence:
         block: int,
         window: int,
         lazy: bool,
+        now: int = 0,
     ) -> None:
         self._parameters, self._state, self._gradient, self._auditor = parameters, state, gradient, auditor
-        self._block, self._window, self._lazy = block, window, lazy
+        self._block, self._window, self._lazy, self._start = block, window, lazy, now
         self.influences: dict[str, ParameterInfluence] = {}
         self.history: History | None = None
         self.accumulated_until = 0
@@ -105,7 +107,7 @@ class CarriedInfluence:
     def add_first(self, first_influence: Mapping[str, Tensor]) -> None:
         """Add the influence of learned first states."""
         for name, influence in first_influence.items():
-            self.influences[name].add_first(influence, self._now)
+            self.influences[name].add_first(influence, self.now)
 
     def _allocate(self, sparsity: Sparsity) -> None:
         """Make the stores, now that the first step has shown which parameters come in slices and how much of the state
@@ -120,7 +122,10 @@ class CarriedInfluence:
         self.influences = {
             name: known[name] if name in known else self._empty(name, name in sliced) for name in self._parameters
         }
-        self.history = History(self._window if self._lazy and sliced else 1, written, touched, self._state)
+        self.history = History(self._window if self._lazy and sliced else 1, written, touched, self._state, self._start)
+
+    def stage(self, result: BlockResult, audit: BlockAudit | None, span: str) -> None:
+        """Nothing is computed beside the influence: it is changed in place."""
 
     def add(self, result: BlockResult, audit: BlockAudit | None) -> None:
         """Add a block; what its audit found, if it was audited, is checked against what is then carried."""
@@ -220,7 +225,7 @@ class CarriedInfluence:
         """Accumulate the pending gradients of all dormant slices, up to the present."""
         if self.history is not None:
             self._accumulate({name: self.influences[name].active_rows() for name in self.sliced})
-            self.accumulated_until = self._now
+            self.accumulated_until = self.now
 
     def contract(self, adjoints: Tensor, per_sample: bool) -> dict[str, Tensor]:
         """Return name → ``Σ_b δ_b S_b`` for L adjoints of the present state, and change nothing.
@@ -236,7 +241,7 @@ class CarriedInfluence:
             An (L × H) @ (H × P) product per sample; for dormant slices, a few row-vector products (see
             ``History.pull_back_to``).
         """
-        now = self._now
+        now = self.now
         rows = {name: influence.active_rows() for name, influence in self.influences.items()}
         times = {name: self.influences[name].last_block[own] for name, own in rows.items()}
         dormant = {time for name in self.sliced for time in times[name].unique().tolist() if time < now}
@@ -307,6 +312,10 @@ class CarriedInfluence:
                 influence.last_block.zero_()
             self.accumulated_until, self.history, self._witness = 0, None, None
 
+    def dense(self) -> dict[str, Tensor]:
+        """Return the influence (B, H, P) of every parameter that has one; every slice must be up to date."""
+        return {name: held.to_dense() for name, held in self.influences.items() if held.active_rows().numel()}
+
     # ------------------------------------------------------------------ saving
 
     def state_dict(self) -> dict[str, Any]:
@@ -339,16 +348,16 @@ class CarriedInfluence:
         if history is not None:
             self.history = History.from_state_dict(history, self._state)
             _check_times(self.influences, self.history, window if self.sliced else 1)
-        if type(accumulated_until) is not int or not 0 <= accumulated_until <= self._now:
+        if type(accumulated_until) is not int or not 0 <= accumulated_until <= self.now:
             raise ConfigError("the parts of the saved learner do not fit together")
         self.accumulated_until = accumulated_until
 
     # ------------------------------------------------------------------ helpers
 
     @property
-    def _now(self) -> int:
+    def now(self) -> int:
         """The number of blocks added so far."""
-        return 0 if self.history is None else self.history.now
+        return self._start if self.history is None else self.history.now
 
     def _empty(self, name: str, sliced: bool) -> ParameterInfluence:
         size, numbers = self._state.shape[0], self._state[0].numel()
