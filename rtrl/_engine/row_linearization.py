@@ -17,7 +17,7 @@ from rtrl._engine.mixing import normal_like
 from rtrl._engine.recorded import StepBatch
 from rtrl._engine.taps import Tap
 from rtrl._engine.untapped import pull_rows, weighted_jacobians
-from rtrl._influence.structure import Structure
+from rtrl._influence.structure import ALL, ParameterReach, Structure
 from rtrl._utils.real_pairs import as_real
 
 _FEW = 4  # backward passes: up to this many, one after the other costs less than a batch of them
@@ -177,7 +177,9 @@ def linearize_rows(
         by_group = {
             a: values[i + 1].reshape(len(values[0]), size, *shape).permute(1, 2, 0, 3) for a, values in fed.items()
         }
-        taps += [RowTap(use, at_outputs[i][:-1], by_group, grad) for use in linked]
+        for use in linked:
+            _check_rows_reached(structure, structure.parameters[use.name], by_group)
+            taps.append(RowTap(use, at_outputs[i][:-1], by_group, grad))
     flat = None if adjoint is None else adjoint.flatten(1)
     adjoints = [None if flat is None else batch.by_step(flat[:, group]) for group in structure.groups]
     x, h, replay, m = batch.x, batch.h.detach(), batch.replay, len(batch.steps)
@@ -239,6 +241,26 @@ def _agrees(
         bound = _ROUNDING * eps * largest * seeds.weights.abs().max()
         worst.append((error > bound[:, None]).any())
     return not bool(torch.stack(worst).any())
+
+
+def _check_rows_reached(structure: Structure, reach: ParameterReach, fed: Mapping[int, Tensor]) -> None:
+    """Refuse an output that reaches other rows of a group that another feeds, (N, L, n·w, O).
+
+    Raises:
+        CouplingFound: it does.
+    """
+    for a, values in fed.items():
+        rows = reach.groups[a]
+        if rows is ALL:
+            continue
+        known = 0
+        if isinstance(rows, Tensor):
+            n, width = structure.groups[a].shape
+            at = values.unflatten(2, (n, width))
+            index = rows.clamp(min=0).view(1, 1, 1, 1, -1).expand(*at.shape[:2], 1, width, -1)
+            known = int((at.gather(2, index) * (rows >= 0)).count_nonzero())
+        if known != int(values.count_nonzero()):
+            raise CouplingFound
 
 
 def channel_weights(structure: Structure, weights: Tensor, name: str, count: int) -> Tensor:
