@@ -55,7 +55,9 @@ from rtrl._influence.store import ParameterInfluence as Influence
 from rtrl._influence.transition import Transition, compose, flush_subnormals
 from rtrl._utils.functional_call import check_substituted
 from rtrl._utils.index_sets import zero
+from rtrl._utils.real_pairs import is_continuous, unpaired
 from rtrl.cells import RecurrentMoE, Stack
+from rtrl.cells.complex_state import RealState
 from rtrl.cells.protocol import under_vmap
 from rtrl.cells.row_groups import rows_of
 from rtrl.cells.supported import runs_as_written
@@ -64,6 +66,7 @@ from rtrl.errors import NonFiniteError
 from rtrl.learners.block_rtrl import BlockRTRL as Learner
 from rtrl.learners.bptt import _add_run
 from rtrl.learners.carried import CarriedInfluence
+from rtrl.learners.layer_local import LayerLocal
 from rtrl.learners.replayed_step import ParameterSnapshot, ReplayedStep
 from rtrl.learners.state import step_to_plain
 
@@ -1193,5 +1196,41 @@ if GRADIENT is not None:
             ),
         ),
         "plain_cells_of_users",
+    ),
+    Bug(
+        125,
+        "a loss of a complex output is dropped",
+        (swap(is_continuous, "VALUE.is_floating_point() or VALUE.is_complex()", "VALUE.is_floating_point()"),),
+        "complex_numbers",
+    ),
+    Bug(
+        126,
+        "the gradient by a complex number is conjugated",
+        (
+            swap(
+                unpaired,
+                "torch.complex(VALUE[..., 0], VALUE[..., 1])",
+                "torch.complex(VALUE[..., 0], -VALUE[..., 1])",
+            ),
+        ),
+        "complex_numbers",
+    ),
+    Bug(
+        127,
+        "the imaginary part of a complex state is taken for a constant",
+        (
+            swap(
+                RealState.forward,
+                "torch.complex(STATE[..., 0], STATE[..., 1])",
+                "torch.complex(STATE[..., 0], STATE[..., 1].detach())",
+            ),
+        ),
+        "complex_numbers",
+    ),
+    Bug(
+        128,
+        "RTRL within layers keeps what the layers above remember",
+        (swap(LayerLocal._layer_pattern, "OWN[ENTRIES[PREFIX]] = True", "OWN[:] = True"),),
+        "influence_of_layers",
     ),
 ]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from complex_checks import COMPLEX_CHECKS
 from helpers.analytic_cells import TwoMaps
 from helpers.plain_autograd import assert_exact
 from helpers.running import run
@@ -394,4 +395,5 @@ CHECKS: dict[str, Check] = {
     },
     **LIFECYCLE_CHECKS,
     **USER_CELL_CHECKS,
+    **COMPLEX_CHECKS,
 }

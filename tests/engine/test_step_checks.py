@@ -286,7 +286,6 @@ HELD = {
 CLOSED: dict[str, Callable[[rtrl.BlockRTRL], Any]] = {
     "a full block": lambda learner: [learner.step(x) for x in stream()[1:3]],
     "sync": lambda learner: learner.sync(),
-    "reset": lambda learner: learner.reset(),
     "given up": lambda learner: learner.reset(discard=True),
     "loaded": lambda learner: learner.load_state_dict(learner.state_dict()),
 }
