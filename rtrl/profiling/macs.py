@@ -258,8 +258,10 @@ def _classify(func: Any) -> tuple[str, str, Rule]:
             return name, kind, rules[name]
     if func.is_view or torch.Tag.inplace_view in func.tags or func.namespace == "profiler":
         return name, "move", _nothing
-    packet = func.overloadpacket  # the overload that writes to ``out=`` does not carry the tag itself
-    if any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()):
+    # The overload that writes to ``out=`` does not carry the tag itself, nor do all that work in place.
+    packets = func.overloadpacket, getattr(torch.ops.aten, name.removeprefix("aten."), func.overloadpacket)
+    overloads = [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
+    if any(torch.Tag.pointwise in overload.tags for overload in overloads):
         return name, "elementwise", _results
     return name, "unknown", _nothing
 

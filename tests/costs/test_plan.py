@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cost_cases import DENSE, inputs, mixture, torch_cell
+from helpers.cost_cases import DENSE, SPARSE, inputs, mixture, torch_cell
 from helpers.toy_cells import PlainRNN, seeded
 from rich.console import Console
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import rtrl
 from rtrl._utils import formatting
 from rtrl.cli.app import app
-from rtrl.costs import auto_block, block_rtrl, choose_block, measured_rates, nominal_rates
+from rtrl.costs import auto_block, block_rtrl, choose_block, measured_rates, nominal_rates, others
 from rtrl.errors import CellError, ConfigError, NonFiniteError, ShapeError, UnknownOperationError
 from rtrl.training import CELLS
 
@@ -26,6 +26,8 @@ def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     """How well they predict is tested elsewhere."""
     for name, value in (("MOST_STEPS", 30), ("MOST_LENGTH", 8), ("MOST_ROUTING_BLOCKS", 3)):
         monkeypatch.setattr(block_rtrl, name, value)
+    for name in ("SHORT", "SHORT_HORIZONS"):
+        monkeypatch.setattr(others, name, (1, 2, 4))
 
 
 def gru() -> nn.Module:
@@ -65,7 +67,8 @@ def test_truncation_is_never_the_best_of_a_longer_run() -> None:
 
 
 def test_every_size_that_is_asked_for_has_a_row() -> None:
-    found = rtrl.plan(mixture(), steps=6, blocks=[2, 5, 5], windows=[3, 9], horizons=[7])
+    cell = SPARSE["rows and slices in x"]()
+    found = rtrl.plan(cell, xs=inputs(cell, 6, 1), steps=6, blocks=[2, 5, 5], windows=[3, 9], horizons=[7])
     assert [row.name for row in found.rows if row.method != "BPTT"] == [
         "DenseRTRL",
         "TBPTT(horizon=7)",
@@ -89,16 +92,17 @@ def test_a_cell_whose_slices_cannot_sleep_needs_no_window() -> None:
 @pytest.mark.parametrize("kind", ["GRU", "embedding", "layers"])
 def test_without_an_example_the_width_is_found_in_the_cell(kind: str) -> None:
     cell = DENSE[kind]()
-    guessed = rtrl.plan(cell, steps=9, batch_size=3, blocks=[2])
-    given = rtrl.plan(cell, inputs(cell, 1, 3)[0], steps=9, blocks=[2])
+    sizes: dict[str, Any] = {"steps": 9, "blocks": [2], "horizons": []}
+    guessed = rtrl.plan(cell, batch_size=3, **sizes)
+    given = rtrl.plan(cell, inputs(cell, 1, 3)[0], **sizes)
     assert guessed != given and guessed == replace(given, notes=guessed.notes)
 
 
 def test_the_batch_of_the_example_is_repeated_or_cut() -> None:
     cell = gru()
     x = inputs(cell, 1, 3)[0]
-    assert rtrl.plan(cell, x, steps=2, blocks=[2]).batch_size == 3
-    sizes: dict[str, Any] = {"steps": 2, "blocks": [2]}
+    sizes: dict[str, Any] = {"steps": 2, "blocks": [2], "horizons": []}
+    assert rtrl.plan(cell, x, **sizes).batch_size == 3
     for size in (2, 7):
         assert rtrl.plan(cell, x, **sizes, batch_size=size).rows == rtrl.plan(cell, **sizes, batch_size=size).rows
 
@@ -203,7 +207,7 @@ def test_the_cell_and_the_random_numbers_stay_as_they_were(make: Any) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    rtrl.plan(cell, steps=4, batch_size=2, blocks=[2], windows=[4])
+    rtrl.plan(cell, steps=3, batch_size=2, blocks=[2], windows=[2], horizons=[2])
     choose_block(cell, 2)
     assert torch.equal(torch.rand(3), expected)
     for name, value in cell.state_dict(keep_vars=True).items():
@@ -224,16 +228,17 @@ def test_an_impure_cell_is_refused_as_by_the_learner() -> None:
 
 def test_it_can_be_asked_for_anywhere() -> None:
     cell = gru()
-    here = rtrl.plan(cell, steps=9)
+    sizes: dict[str, Any] = {"steps": 5, "blocks": [2], "horizons": [3]}
+    here = rtrl.plan(cell, **sizes)
     with torch.no_grad():
-        assert rtrl.plan(cell, steps=9) == here
+        assert rtrl.plan(cell, **sizes) == here
     with torch.inference_mode():
         x = torch.zeros(1, 3, dtype=torch.float64)
-        assert rtrl.plan(cell, x, steps=9).rows == here.rows
+        assert rtrl.plan(cell, x, **sizes).rows == here.rows
 
 
 def test_plans_of_the_same_are_the_same() -> None:
-    cell, sizes = mixture(topk=1), {"steps": 30, "blocks": [4], "windows": [4], "horizons": []}
+    cell, sizes = mixture(topk=1), {"steps": 9, "blocks": [2], "windows": [2], "horizons": []}
     assert rtrl.plan(cell, **sizes) == rtrl.plan(cell, **sizes)
 
 
@@ -380,9 +385,9 @@ def test_the_command_plans_for_usual_kinds(kind: str, tmp_path: Path) -> None:
         "--batch-size",
         "2",
         "--block",
-        "4",
+        "2",
         "--horizon",
-        "16",
+        "3",
         "--json",
         str(path),
     )
@@ -390,7 +395,7 @@ def test_the_command_plans_for_usual_kinds(kind: str, tmp_path: Path) -> None:
     assert "best: BPTT" in found.output
     record = json.loads(path.read_text())
     assert record["batch_size"] == 2
-    assert {row["block"] for row in record["rows"]} == {None, 4}
+    assert {row["block"] for row in record["rows"]} == {None, 2}
 
 
 OWN = """
@@ -426,7 +431,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(("name", "batch"), [("make_cell", 1), ("cell", 1), ("pair", 5)])
 def test_the_command_plans_for_a_users_own_cell(folder: Path, name: str, batch: int) -> None:
-    found = command("--cell", f"planned_by_me:{name}", "--steps", "50", "--json", "-")
+    found = command("--cell", f"planned_by_me:{name}", "--steps", "50", "--block", "2", "--horizon", "3", "--json", "-")
     assert found.exit_code == 0, found.output
     assert json.loads(found.stdout)["batch_size"] == batch
 

@@ -201,6 +201,7 @@ def measure(config: Config, settings: Settings) -> Peaks:
 
 def _planned(stream: Problem, config: Config) -> int | None:
     """Return the last length at which BPTT's peak is not higher, as ``rtrl.plan`` predicts it."""
-    found = plan(stream.cell, stream.xs[0], steps=max(config.lengths), blocks=[config.block], windows=[config.window])
+    steps, blocks, windows = max(config.lengths), [config.block], [config.window]
+    found = plan(stream.cell, stream.xs[0], steps=steps, blocks=blocks, windows=windows, horizons=[])
     (row,) = (row for row in found.rows if row.method == "BlockRTRL")
     return row.crossover_peak_steps
