@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rtrl._engine import checks, deferred
 from rtrl._engine.buffers import ReusableBuffer
 from rtrl._engine.immediate import DenseImmediate, InfluenceWriter, SlicedImmediate, active, immediate_terms
 from rtrl._engine.linearization import Linearization, LinearizedTap, largest
@@ -90,7 +91,7 @@ def close_block(
         if name in sliced:
             keys[name] = _active_keys(groups, name, slices[name], size, state.device)
         else:
-            keys[name] = torch.arange(size, device=state.device)
+            keys[name] = torch.arange(size, device="cpu")
         if has_losses:
             gradient[name] = torch.zeros_like(parameter)
 
@@ -105,7 +106,9 @@ def close_block(
             for name, jacobian in group.untapped_jacobians(cotangents.transpose(1, 2)).items():
                 if has_losses:
                     gradient[name] += jacobian[:, -1].sum(dim=0)
-                rows = _active_rows(name, jacobian[:, :-1], keys[name], slices[name] if name in sliced else 1)
+                rows = jacobian[:, :-1].reshape(size, jacobian.shape[1] - 1, -1)
+                if name in sliced:
+                    rows = _active_rows(name, jacobian[:, :-1], keys[name], slices[name])
                 untapped[name] = untapped[name] + rows if name in untapped else rows
     restarts = [group.restarted.any(dim=1) for group in groups if group.restarted is not None]
     restarted = torch.stack(restarts).any(dim=0) if restarts else None
@@ -121,7 +124,7 @@ def overflowing(
         infinity out.
     """
     for name, value in result.untapped.items():
-        if not bool(torch.isfinite(value).all()):
+        if not checks.finite(value):
             return name
     largest_cotangent: dict[int, Tensor] = {}  # linear maps of one group share the cotangents
     for term in result.immediate:
@@ -146,9 +149,13 @@ def _may_overflow(term: DenseImmediate | SlicedImmediate, largest_cotangent: Ten
     m, w = term.cotangents.shape[1], term.cotangents.shape[3]
     k, length, _ = term.taps[0].use.shape
     inputs = [largest(tap.use.inputs) for tap in term.taps if tap.use.inputs is not None]
-    factors = torch.stack([largest_cotangent, term.output_jacobian.largest(), *inputs]).tolist()
-    bound = float(m * k * length * w) * factors[0] * factors[1] * max([1.0, *factors[2:]])
-    return not bound < torch.finfo(term.cotangents.dtype).max / 16
+    factors = torch.stack([largest_cotangent, term.output_jacobian.largest(), *inputs])
+    count, limit = float(m * k * length * w), torch.finfo(term.cotangents.dtype).max / 16
+    if deferred.current(factors) is not None:
+        bound = factors[:2].prod() * torch.cat([factors.new_ones(1), factors[2:]]).amax() * count
+        return not deferred.holds(bound < limit)
+    values = factors.tolist()
+    return not count * values[0] * values[1] * max([1.0, *values[2:]]) < limit
 
 
 def _active_keys(groups: Sequence[Linearization], name: str, slices: int, size: int, device: torch.device) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtrl._engine import deferred
 from rtrl._utils import index_sets, pytrees
 from rtrl._utils.real_pairs import as_real, is_continuous
 from rtrl.errors import CellError, NonFiniteError, ShapeError, SparsityError
@@ -24,6 +25,9 @@ def finite(value: Tensor) -> bool:
         return not value.is_complex() or finite(as_real(value.detach()))
     if value.requires_grad:
         value = value.detach()
+    if (later := deferred.current(value)) is not None:
+        later.note_finite([value])
+        return True
     if value.ndim == 2 and value.numel() <= _FEW and value.is_cpu:
         total = sum(map(sum, value.tolist()), start=0.0)
     else:
@@ -36,7 +40,10 @@ def finite(value: Tensor) -> bool:
 
 def all_finite(values: Sequence[Tensor]) -> bool:
     """Whether ``finite`` holds for every tensor; elsewhere than on a CPU, with one transfer for all of them."""
-    if len(values) > 1 and not values[0].is_cpu and _finite_in_one_transfer(values):
+    if values and (later := deferred.current(values[0])) is not None:
+        later.note_finite([as_real(value.detach()) for value in values if is_continuous(value)])
+        return True
+    if len(values) > 1 and not deferred.on_host(values[0]) and _finite_in_one_transfer(values):
         return True
     return all(map(finite, values))
 
@@ -44,7 +51,7 @@ def all_finite(values: Sequence[Tensor]) -> bool:
 def _finite_in_one_transfer(values: Sequence[Tensor]) -> bool:
     sums = [as_real(value.detach()).sum() for value in values if is_continuous(value)]
     one_device = len({total.device for total in sums}) == 1
-    return one_device and all(map(math.isfinite, torch.stack(sums).tolist()))
+    return one_device and deferred.read(torch.isfinite(torch.stack(sums)).all())
 
 
 def check_finite(what: str, value: Tensor, step: int) -> None:
@@ -72,7 +79,7 @@ def nearly_equal(first: Tensor, second: Tensor) -> bool:
     largest = second.abs().reshape(second.shape[0], -1).amax(dim=1).reshape(-1, *[1] * (second.ndim - 1))
     tolerance = eps**0.5 * (1 + second.abs()) + 1000 * eps * largest
     close = (first - second).abs() <= tolerance
-    return bool((close | (first.isnan() & second.isnan()) | (first == second)).all())
+    return deferred.holds((close | (first.isnan() & second.isnan()) | (first == second)).all())
 
 
 def checked_state(state: Any, batch_size: int, beside: Tensor, like: Tensor | None = None) -> Tensor:
@@ -95,7 +102,7 @@ def checked_state(state: Any, batch_size: int, beside: Tensor, like: Tensor | No
         raise ShapeError(f"the state is on {state.device}, the parameters on {beside.device}; move one of them")
     if state[0].numel() == 0:
         raise ShapeError(f"a state must have at least one entry per sample, got shape {tuple(state.shape)}")
-    if not finite(state):
+    if deferred.on_host(state) and not finite(state):  # elsewhere, when its block closes
         raise NonFiniteError("NaN or infinity in the first state")
     copy: Tensor = state.detach().clone()
     return copy
@@ -106,7 +113,7 @@ def check_output(y: Any, h: Tensor, h_next: Tensor, step: int) -> None:
 
     Raises:
         CellError: the next state has another shape, dtype or device, or a tensor of y has another batch.
-        NonFiniteError: NaN or infinity in y or the next state.
+        NonFiniteError: NaN or infinity in y or the next state; elsewhere than on a CPU, see ``check_recorded``.
     """
     if h_next.shape != h.shape or h_next.dtype != h.dtype or h_next.device != h.device:
         raise CellError(
@@ -114,7 +121,7 @@ def check_output(y: Any, h: Tensor, h_next: Tensor, step: int) -> None:
             f"{tuple(h_next.shape)} {h_next.dtype} {h_next.device}; a state must keep its shape, dtype and device"
         )
     leaves = pytrees.tensors(y)
-    known = not h.is_cpu and all_finite([*leaves, h_next])  # one transfer; on a CPU each is tested below
+    known = not deferred.on_host(h)  # the host does not wait for it: ``check_recorded`` tests all when the block closes
     for leaf in leaves:
         if leaf.ndim == 0 or leaf.shape[0] != h.shape[0]:
             raise CellError(
@@ -125,6 +132,36 @@ def check_output(y: Any, h: Tensor, h_next: Tensor, step: int) -> None:
             check_finite("y", leaf, step)
     if not (known or (leaves and leaves[0] is h_next) or finite(h_next)):
         check_finite("the next state", h_next, step)
+
+
+def check_recorded(steps: Sequence[Any], reached: Tensor) -> None:
+    """Refuse NaN and infinity in what the steps of a block took and gave, which a step on a device does not look at.
+
+    Args:
+        steps: the ``RecordedStep``s.
+        reached: the state that the last of them reached.
+
+    Raises:
+        NonFiniteError: naming the first such step.
+
+    Cost: one transfer from the device; none while checks are deferred.
+    """
+    following = [*(step.h for step in steps[1:]), reached]
+    named = [
+        (what, value, step.number)
+        for step, h_next in zip(steps, following, strict=True)
+        for what, values in (
+            ("the state", [step.h]),
+            ("x", pytrees.tensors(step.x)),
+            ("y", step.outputs),
+            ("the next state", [h_next]),
+            ("a loss or its gradient", step.unchecked),
+        )
+        for value in values
+    ]
+    if not all_finite([value for _, value, _ in named]):
+        for what, value, number in named:
+            check_finite(what, value, number)
 
 
 def check_copied(h: Tensor, h_next: Tensor, writes: Tensor | None, *steps: int) -> None:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from rtrl._engine.analytic import AnalyticLinearization, check_analytic_step
 from rtrl._engine.autograd import AutogradLinearization
+from rtrl._engine.deferred import deferring
 from rtrl._engine.linearization import Linearization, cut_at_restarts
 from rtrl._engine.mixing import run_perturbed, taps_mixing_samples
 from rtrl._engine.recorded import RecordedStep, StepBatch, join_restarts, join_steps, reached_states
@@ -117,7 +118,8 @@ class Linearizer:
     def _linearize(self, kind: tuple[Any, ...], batch: StepBatch) -> Linearization:
         analytic = self._has_analytic_step and batch.steps[0].dense and runs_as_written(self._cell) and self.way == 0
         if kind not in self._verified:
-            self._verified[kind] = self._verify(batch, analytic)
+            with deferring(None):  # what is found holds from now on
+                self._verified[kind] = self._verify(batch, analytic)
             self.found_new_kind = True
         batch.h.requires_grad_()
         if analytic:

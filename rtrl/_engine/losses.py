@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.utils.weak import TensorWeakRef
 
-from rtrl._engine import checks, parameter_hooks
+from rtrl._engine import checks, deferred, parameter_hooks
 from rtrl._engine.recorded import RecordedStep, StepBatch
 from rtrl._utils import pytrees
 from rtrl.errors import ConfigError, LossError, NonFiniteError
 
 
-def add_loss(loss: Any, outputs: list[Tensor], seen_losses: list["weakref.ref[Tensor]"], step: int) -> None:
+def add_loss(
+    loss: Any, outputs: list[Tensor], seen_losses: list["weakref.ref[Tensor]"], step: int, unchecked: list[Tensor]
+) -> None:
     """Add the gradient of a loss of the newest step to the ``.grad`` of all leaves that it reaches.
 
     Args:
@@ -25,10 +27,11 @@ def add_loss(loss: Any, outputs: list[Tensor], seen_losses: list["weakref.ref[Te
         outputs: the leaves of the step's y.
         seen_losses: the losses that were added at this step; this one is appended.
         step: the step's number, for messages.
+        unchecked: gets what is not known to be finite, because it lies on a device: the host does not wait for it.
 
     Raises:
         LossError: see ``check_loss``; or autograd cannot differentiate the loss.
-        NonFiniteError: NaN or infinity in the loss or its gradient. No ``.grad`` has changed then.
+        NonFiniteError: NaN or infinity in the loss or its gradient, on a CPU. No ``.grad`` has changed then.
 
     Cost: the loss's own backward pass.
     """
@@ -37,10 +40,14 @@ def add_loss(loss: Any, outputs: list[Tensor], seen_losses: list["weakref.ref[Te
         gradients = _gradients(loss, leaves)
     except RuntimeError as error:
         raise LossError(f"the loss of step {step} could not be pulled back: {error}") from error
-    finite = len(gradients) > 1 and checks.all_finite([gradient for gradient in gradients if gradient is not None])
+    here = deferred.on_host(loss)
+    if not here:
+        others = [g for leaf, g in zip(leaves, gradients, strict=True) if g is not None and not _is_one(leaf, outputs)]
+        unchecked += [loss.detach(), *(gradient.detach().abs().sum() for gradient in others)]
+    finite = not here or (len(gradients) > 1 and checks.all_finite([g for g in gradients if g is not None]))
     for leaf, gradient in zip(leaves, gradients, strict=True):
         if not finite and gradient is not None and not checks.finite(gradient):
-            where = "y" if any(leaf is output for output in outputs) else "a parameter"
+            where = "y" if _is_one(leaf, outputs) else "a parameter"
             checks.check_finite(f"the gradient of the loss at {where}", gradient, step)
     gradients = parameter_hooks.accumulate_hooked(leaves, gradients)
     for leaf, gradient in zip(leaves, gradients, strict=True):
@@ -48,6 +55,10 @@ def add_loss(loss: Any, outputs: list[Tensor], seen_losses: list["weakref.ref[Te
             # A copy: what autograd returns may be a view, an expanded scalar, or a tensor that others hold.
             leaf.grad = gradient.detach().clone() if leaf.grad is None else (leaf.grad + gradient).detach()
     seen_losses.append(weakref.ref(loss))
+
+
+def _is_one(leaf: Tensor, outputs: Sequence[Tensor]) -> bool:
+    return any(leaf is output for output in outputs)
 
 
 def _gradients(loss: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -64,7 +75,7 @@ def check_loss(loss: Any, outputs: list[Tensor], seen_losses: list["weakref.ref[
 
     Raises:
         LossError: it is not a scalar tensor with a graph, does not depend on this step's y, or was added before.
-        NonFiniteError: NaN or infinity in the loss.
+        NonFiniteError: NaN or infinity in the loss, on a CPU.
     """
     if not isinstance(loss, Tensor):
         raise LossError(f"a loss must be a tensor, got {type(loss).__name__}")
@@ -85,7 +96,8 @@ def check_loss(loss: Any, outputs: list[Tensor], seen_losses: list["weakref.ref[
             f"the loss does not depend on the y of step {step}; compute it from what the last step() returned, "
             "without detaching it"
         )
-    checks.check_finite("the loss", loss, step)
+    if deferred.on_host(loss):
+        checks.check_finite("the loss", loss, step)
     return list(reached.values())
 
 

@@ -67,7 +67,7 @@ def separate_losses(
     Raises:
         ConfigError: ``given`` is not a dict of losses by name, or is empty.
         LossError: one of them is not a loss of the newest step alone.
-        NonFiniteError: NaN or infinity in a loss or its gradient.
+        NonFiniteError: NaN or infinity in a loss, on a CPU.
     """
     if not isinstance(given, Mapping) or not given or not all(isinstance(name, str) for name in given):
         raise ConfigError('losses must be a dict of scalars by name, such as {"value": y.sum()}, with at least one')
@@ -99,9 +99,6 @@ def separate_losses(
         at_parameters = zip(beside, grads[len(outputs) :], strict=True)
         direct.append({key: grad.detach() for key, grad in at_parameters if grad is not None})
     cotangents = [as_real(torch.stack(at_y).detach()) for at_y in zip(*pulled, strict=True)]
-    for name, beside in zip(given, direct, strict=True):
-        if not checks.all_finite([*beside.values()]):
-            checks.check_finite(f"the gradient of {name!r} at a parameter", next(iter(beside.values())), number)
     return SeparateLosses(list(given), cotangents, direct)
 
 
@@ -143,7 +140,7 @@ def pull_back(
             f"step {steps[-1].number}: run again, the cell gives another y or next state; it must be a pure function "
             "of (x, h, parameters)"
         )
-    weights = torch.cat([weight.flatten(2) for weight in cotangents], dim=2).to(head.dtype)
+    weights = torch.cat([weight.reshape(*weight.shape[:2], -1) for weight in cotangents], dim=2).to(head.dtype)
     inputs = [first, *parameters.values()]
     if len(weights) <= _FEW or not head.requires_grad:
         rows = [_pull(head, inputs, weight) for weight in weights]

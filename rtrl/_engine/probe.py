@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rtrl._engine import deferred
+
 _LEVELS = 16  # powers of two from 1 to 2¹⁵, which no usual number overflows by
 
 
@@ -34,13 +36,13 @@ class ProbeWeights:
             scale: the weights of the last dimension, where these are not ``values``.
         """
         expected = plain * (self.values if scale is None else scale)
-        if self.exact and torch.equal(weighted, expected):
+        if self.exact and deferred.current(plain) is None and torch.equal(weighted, expected):
             return True
         difference = (weighted - expected).abs_()
         if self.exact:  # a product that underflows is rounded
-            return bool((difference <= 2**_LEVELS * torch.finfo(plain.dtype).tiny).all())
+            return deferred.holds((difference <= 2**_LEVELS * torch.finfo(plain.dtype).tiny).all())
         largest = plain.abs().flatten(1).amax(dim=1).reshape(-1, *[1] * (plain.ndim - 1))
-        return bool((difference <= torch.finfo(plain.dtype).eps ** 0.5 * largest).all())
+        return deferred.holds((difference <= torch.finfo(plain.dtype).eps ** 0.5 * largest).all())
 
 
 def probe_weights(units: int, like: Tensor, seed: int) -> list[ProbeWeights]:
@@ -58,9 +60,14 @@ def probe_weights(units: int, like: Tensor, seed: int) -> list[ProbeWeights]:
     rank = torch.randperm(units, generator=generator, device="cpu")
     weights = []
     while True:
-        weights.append(ProbeWeights((2.0 ** (rank % _LEVELS)).to(like), exact=True))
+        weights.append(ProbeWeights(_sent(2.0 ** (rank % _LEVELS), like), exact=True))
         rank = rank // _LEVELS
         if not bool(rank.any()):
             break
     real = 1 + torch.rand(units, generator=generator, dtype=torch.float64, device="cpu")
-    return [*weights, ProbeWeights(real.to(like), exact=False)]
+    return [*weights, ProbeWeights(_sent(real, like), exact=False)]
+
+
+def _sent(values: Tensor, like: Tensor) -> Tensor:
+    """Values of the CPU in the dtype of ``like`` and on its device, for which the host does not wait."""
+    return values.to(like.dtype).to(like.device, non_blocking=True)

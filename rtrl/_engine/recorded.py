@@ -26,6 +26,8 @@ class RecordedStep:
             constant. None for none.
         reached: (B, n, ...), the state after the step, where samples restarted from another one; None where the next
             step has it.
+        unchecked: losses of the step, and gradients that they gave to other tensors than y, that are not known to be
+            finite: the host has not waited for a device.
     """
 
     x: Any
@@ -36,6 +38,7 @@ class RecordedStep:
     sources: list[Tensor] = field(default_factory=list, kw_only=True)
     restarted: Tensor | None = field(default=None, kw_only=True)
     reached: Tensor | None = field(default=None, kw_only=True)
+    unchecked: list[Tensor] = field(default_factory=list, kw_only=True)
 
     @property
     def dense(self) -> bool:

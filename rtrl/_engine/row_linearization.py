@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rtrl._engine import contract
+from rtrl._engine import contract, deferred
 from rtrl._engine.autograd import AutogradLinearization
 from rtrl._engine.losses import loss_cotangents
 from rtrl._engine.mixing import normal_like
@@ -240,7 +240,7 @@ def _agrees(
         error = (values[-1] - weights * terms.sum(dim=0)).abs().flatten(1)
         bound = _ROUNDING * eps * largest * seeds.weights.abs().max()
         worst.append((error > bound[:, None]).any())
-    return not bool(torch.stack(worst).any())
+    return deferred.holds(~torch.stack(worst).any())
 
 
 def _check_rows_reached(structure: Structure, reach: ParameterReach, fed: Mapping[int, Tensor]) -> None:
@@ -253,13 +253,13 @@ def _check_rows_reached(structure: Structure, reach: ParameterReach, fed: Mappin
         rows = reach.groups[a]
         if rows is ALL:
             continue
-        known = 0
+        known = values.new_zeros((), dtype=torch.int64)
         if isinstance(rows, Tensor):
             n, width = structure.groups[a].shape
             at = values.unflatten(2, (n, width))
             index = rows.clamp(min=0).view(1, 1, 1, 1, -1).expand(*at.shape[:2], 1, width, -1)
-            known = int((at.gather(2, index) * (rows >= 0)).count_nonzero())
-        if known != int(values.count_nonzero()):
+            known = (at.gather(2, index) * (rows >= 0)).count_nonzero()
+        if not deferred.holds(known == values.count_nonzero()):
             raise CouplingFound
 
 
@@ -291,11 +291,11 @@ def _jacobians(
         rows = fed[a].transpose(0, 1).unflatten(1, (n, width))  # (N, n, w, H)
         index = torch.arange(n, device=group.device)
         own.append(batch.by_step(rows[:, index[:, None], :, group].permute(2, 0, 3, 1)))
-        known = int(own[-1].count_nonzero())
+        known = own[-1].count_nonzero()
         for b in (b for b in range(a) if structure.feeds[a][b]):
             values = rows.flatten(1, 2)[:, :, structure.groups[b]]
             cross[a, b] = batch.by_step(values)
-            known += int(values.count_nonzero())
-        if known != int(rows.count_nonzero()):
+            known = known + values.count_nonzero()
+        if not deferred.holds(known == rows.count_nonzero()):
             raise CouplingFound
     return own, cross

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from rtrl._engine.deferred import deferring
 from rtrl._engine.recorded import RecordedStep, StepBatch, join_restarts, join_steps, reached_states
 from rtrl._engine.row_block import RowBlockResult, close_rows
 from rtrl._engine.row_linearization import CouplingFound, RowSeeds, linearize_rows
@@ -63,7 +64,8 @@ class RowLinearizer:
         if not all(step.dense for step in steps):
             return None
         batches = self._batches(steps, last)
-        untapped = self._verify(batches)
+        with deferring(None):  # what is found holds from now on
+            untapped = self._verify(batches)
         structure = known
         if structure is None or not self._parameters.keys() <= structure.parameters.keys():
             structure = self._find(batches, untapped, known, first)
@@ -94,7 +96,8 @@ class RowLinearizer:
         self, batches: Sequence[StepBatch], untapped: set[str], known: Structure | None, first: Mapping[str, Tensor]
     ) -> Structure | None:
         """Look for a structure."""
-        found = find_structure(self._cell, self._parameters, batches, untapped, known, first)
+        with deferring(None):
+            found = find_structure(self._cell, self._parameters, batches, untapped, known, first)
         return None if found is None else found.to(batches[0].h.device)
 
     def _wider(self, batches: Sequence[StepBatch], untapped: set[str], structure: Structure) -> Structure | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rtrl._engine import deferred
 from rtrl._influence.rows import RowTransition, row_products
 from rtrl._influence.structure import Structure
 from rtrl._influence.transition import flush_subnormals
@@ -67,7 +68,9 @@ def sweep_rows(
             n, width = structure.groups[b].shape
             ys[a, b] = xs[a].new_empty(steps + 1, size, structure.groups[a].numel(), n, width)
             ys[a, b][-1] = 0.0
-    restarts = [False] * steps if restarted is None else restarted.any(dim=1).tolist()
+    restarts = [restarted is not None] * steps
+    if restarted is not None and deferred.on_host(restarted):
+        restarts = restarted.any(dim=1).tolist()
     views = [(x.unbind(0), jacobian.unbind(0)) for x, jacobian in zip(xs, own, strict=True)]
     for j in range(steps - 1, -1, -1):
         flushed = j % _FLUSH_EVERY == 0
@@ -89,7 +92,7 @@ def sweep_rows(
                     at[j][..., -1, :].add_(torch.einsum("bh,bhnw->bnw", later, cross[c, a][j]))
         if restarts[j] and restarted is not None:
             for value in (*xs, *ys.values()):
-                value[j, restarted[j]] = 0.0
+                value[j].masked_fill_(restarted[j].reshape(-1, *[1] * (value.ndim - 2)), 0.0)
     transition = RowTransition(
         [x[0, :, :, :-1] for x in xs], {key: y[0] for key, y in ys.items()}, [x[0, :, :, -1] for x in xs]
     )

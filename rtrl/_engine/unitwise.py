@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rtrl._engine import deferred
 from rtrl._engine.linearization import UnitwiseOutputJacobian, largest
 from rtrl._engine.probe import ProbeWeights, probe_weights
 from rtrl._engine.taps import TapRecorder
@@ -252,7 +253,12 @@ def _is_whole(grad: Tensor | None, units: int) -> bool:
     """Whether a gradient (N, ...) is finite, with room below infinity, and has several entries for each unit."""
     if grad is None:
         return True
-    return grad[0].numel() % units == 0 and bool(largest(grad) < torch.finfo(grad.dtype).max * 2.0**-20)
+    return grad[0].numel() % units == 0 and deferred.holds(largest(grad) < torch.finfo(grad.dtype).max * 2.0**-20)
+
+
+def _is_one(value: Tensor) -> bool:
+    """Whether all entries are 1, where the host can read them without waiting."""
+    return deferred.on_host(value) and bool((value == 1).all())
 
 
 def _stacked(column: Sequence[Tensor | None], units: int) -> Tensor | None:
@@ -309,8 +315,7 @@ def _state_uses(
         if weighted is None or not probe.agree(weighted.view_as(plain), plain, scale):
             return None
     return [
-        StateUse(response, piece, part, None if bool((plain[:, part] == 1).all()) else plain[:, part])
-        for part, piece in pieces
+        StateUse(response, piece, part, None if _is_one(plain[:, part]) else plain[:, part]) for part, piece in pieces
     ]
 
 
@@ -329,7 +334,7 @@ def _shared(responses: Sequence[Tensor | None]) -> list[UnitwiseOutputJacobian |
     for response in responses:
         known = None
         if response is not None:
-            known = next((j for j in jacobians if torch.equal(j.values, response)), None)
+            known = next((j for j in jacobians if deferred.on_host(response) and torch.equal(j.values, response)), None)
             if known is None:
                 known = UnitwiseOutputJacobian(response)
                 jacobians.append(known)

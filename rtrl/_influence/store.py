@@ -53,7 +53,9 @@ class ParameterInfluence:
         keys = keys.cpu()
         new = keys[self._row[keys] < 0]
         if new.numel():
-            free = (self.sample < 0).nonzero().flatten().cpu()[: new.numel()]
+            in_use = torch.zeros(self.values.shape[0], dtype=torch.bool, device="cpu")
+            in_use[self._row[self._row >= 0]] = True
+            free = (~in_use).nonzero().flatten()[: new.numel()]
             grow = new.numel() - free.numel()
             rows = torch.cat([free, torch.arange(grow, device="cpu") + self.values.shape[0]])
             if grow:

@@ -153,8 +153,9 @@ class Learner(NewestStepQueries, PortableLearner):
         Cost:
             The loss's own backward pass.
         """
-        outputs = self._open_steps[-1].outputs if self._open_steps else []
-        losses.add_loss(loss, outputs, self._seen_losses, self._steps_taken - 1)
+        newest = self._open_steps[-1] if self._open_steps else None
+        outputs, unchecked = ([], []) if newest is None else (newest.outputs, newest.unchecked)
+        losses.add_loss(loss, outputs, self._seen_losses, self._steps_taken - 1, unchecked)
 
     # ------------------------------------------------------------------ delivery and reset
 
@@ -183,7 +184,8 @@ class Learner(NewestStepQueries, PortableLearner):
         self._guard.optimizers.idle = 0
         self._close()
         self._flush(dormant)
-        for name, gradient in self._pending_grads.items():
+        pending = self._pending_grads
+        for name, gradient in {} if checks.all_finite([*pending.values()]) else pending.items():
             if not checks.finite(gradient):
                 raise NonFiniteError(
                     f"NaN or infinity in the gradient of parameter {name!r} up to step {self._steps_taken - 1}"

@@ -138,7 +138,7 @@ class CarriedInfluence:
         self.history.append(result.transition)
         if self._witness is not None:
             self._witness.append(result.transition)
-        if result.restarted is not None:
+        if result.restarted is not None and sliced:
             restarted = result.restarted.cpu()
             self._drop(restarted, self._rows_of(restarted, sliced), discard=False)
         known = {name: influence.values.shape[0] for name, influence in self.influences.items()}
@@ -152,7 +152,7 @@ class CarriedInfluence:
                 if known[name]:
                     influence.advance(result.transition, self._gradient(name))
                 if result.restarted is not None:
-                    influence.values[result.restarted[influence.sample]] = 0.0
+                    influence.values.masked_fill_(result.restarted[influence.sample][:, None, None], 0.0)
                 influence.last_block[active[name]] = self.history.now
         if check is not None:
             check.check_advanced({name: (value, self._gradient(name)) for name, value in before.items()}, active)

@@ -1,6 +1,7 @@
 """What a learner carries from block to block where the rows of the state are independent."""
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -82,8 +83,9 @@ class CarriedRows:
         for influence in self.influences.values():
             influence.stage(result.transition)
         result.add_immediate(self.influences)
-        for name, influence in self.influences.items():
-            if not checks.all_finite(influence.staged()):
+        staged = {name: influence.staged() for name, influence in self.influences.items()}
+        for name, parts in {} if checks.all_finite(list(chain(*staged.values()))) else staged.items():
+            if not checks.all_finite(parts):
                 raise NonFiniteError(f"NaN or infinity in the influence of parameter {name!r} after {span}")
         if audit is not None:
             check_rows(self.influences, result, audit.cotangent, audit.immediate, self._auditor.draw)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtrl._engine import checks
+from rtrl._engine import checks, deferred
 from rtrl._engine import step as forward_step
 from rtrl._engine.newest_step import separate_losses
 from rtrl._engine.surroundings import linearizing
@@ -69,11 +69,11 @@ class NewestStepQueries(LearningRule):
             with torch.no_grad():
                 pulled = self._pull_losses(separate.by_sample() if apart else separate.cotangents, apart)
             pulled = {key: unpaired(value, self._parameters[key]) for key, value in pulled.items()}
-        for parameter, value in pulled.items():
-            if not checks.finite(value):
-                raise NonFiniteError(
-                    f"NaN or infinity in the gradient of parameter {parameter!r} at step {self._steps_taken - 1}"
-                )
+        named = [(f"the loss {name!r}", loss.detach()) for name, loss in losses.items()]
+        named += [(f"the gradient of parameter {n!r}", v) for of in (pulled, *separate.direct) for n, v in of.items()]
+        if not checks.all_finite([value for _, value in named]):
+            for what, value in named:
+                checks.check_finite(what, value, self._steps_taken - 1)
         by_loss = {}
         for i, name in enumerate(separate.names):
             of_loss = {key: value[i * size : (i + 1) * size] if apart else value[i] for key, value in pulled.items()}
@@ -109,6 +109,8 @@ class NewestStepQueries(LearningRule):
             forward_step.check_replay(replay, self._takes_replay, self._state, named)
         first = number == 0
         _, y, _ = forward_step.take(self._stepping, x, self._state, replay, number, first, named, self._keeps_x)
+        if not (deferred.on_host(self._state) or checks.all_finite(pytrees.tensors((x, y)))):
+            raise NonFiniteError(f"NaN or infinity in x or y, one step ahead of step {number - 1}")
         return pytrees.map_tensors(torch.detach, y)
 
     def _pull_losses(self, cotangents: Sequence[Tensor], per_sample: bool) -> dict[str, Tensor]:

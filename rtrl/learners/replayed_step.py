@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtrl._engine import checks
+from rtrl._engine import checks, deferred
 from rtrl._engine.recorded import RecordedStep
 from rtrl._utils import pytrees
 from rtrl._utils.real_pairs import is_continuous
@@ -242,6 +242,8 @@ class ReplayingLearner(Learner):
     def _process(self) -> None:
         step = self._replayed(self._open_steps[0])
         step.take_adjoints()
+        if not deferred.on_host(self._state):
+            checks.check_recorded(self._open_steps, self._reached)
         self._process_step(step)
         self._constant_state, self._first_influence = torch.zeros_like(self._constant_state), {}
 

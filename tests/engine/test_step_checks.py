@@ -3,6 +3,7 @@
 import copy
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -37,10 +38,11 @@ HUGE = {torch.float64: 1.7e308, torch.float32: 3e38, torch.float16: 6e4, torch.b
 
 
 @pytest.fixture(params=["CPU", "elsewhere"])
-def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """As on this device, and as on one where every look costs."""
     if request.param == "elsewhere":
         monkeypatch.setattr(Tensor, "is_cpu", False)
+    return str(request.param)
 
 
 @pytest.mark.usefixtures("place")
@@ -99,19 +101,40 @@ def test_steps_and_losses_whose_sums_overflow_are_taken(batch: int) -> None:
     learner.step(x)
 
 
-@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("make", [plain, mixture])
-def test_the_first_that_is_not_finite_is_named_on_any_device(make: Callable[[], rtrl.BlockRTRL]) -> None:
+def test_the_first_that_is_not_finite_is_named_on_any_device(make: Callable[[], rtrl.BlockRTRL], place: str) -> None:
+    """At once on the CPU; elsewhere, where nothing is looked at before, when the block closes."""
+
     def steep(learner: rtrl.BlockRTRL, ys: list[Tensor], losses: list[Tensor]) -> None:
         own = next(learner.cell.parameters())
         learner.backward(ys[-1].sum() + (own - own.detach()).sum().sqrt())
 
-    attacked(make, steep, NonFiniteError, "the gradient of the loss at a parameter at step 4")
+    if place == "CPU":
+        attacked(make, steep, NonFiniteError, "the gradient of the loss at a parameter at step 4")
+    else:
+        learner, y = make(), None
+        for x in stream()[:5]:
+            y = learner.step(x)
+        steep(learner, [y], [])
+        with pytest.raises(NonFiniteError, match="in a loss or its gradient at step 4"):
+            learner.sync()
     learner = make()
     with torch.no_grad():
         learner.cell.head.weight.fill_(INF)
-    with refused(learner, NonFiniteError, "in y at step 0"):
+    with refused_there(learner, place, "in y at step 0"):
         learner.step(stream()[0])
+
+
+@contextmanager
+def refused_there(learner: rtrl.BlockRTRL, place: str, match: str) -> Iterator[None]:
+    """Refused at once on the CPU; elsewhere when the block closes."""
+    if place == "CPU":
+        with refused(learner, NonFiniteError, match):
+            yield
+        return
+    yield
+    with pytest.raises(NonFiniteError, match=match):
+        learner.sync()
 
 
 class Bad(Plain):
@@ -127,13 +150,12 @@ class Bad(Plain):
         )
 
 
-@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize(("where", "what"), [("first", "y"), ("state", "the next state")])
-def test_an_infinite_y_is_told_from_an_infinite_state(where: str, what: str) -> None:
+def test_an_infinite_y_is_told_from_an_infinite_state(where: str, what: str, place: str) -> None:
     learner = rtrl.BlockRTRL(Bad(), B, block=3)
     learner.step(stream()[0])
     learner.cell.where = where
-    with refused(learner, NonFiniteError, f"in {what} at step 1"):
+    with refused_there(learner, place, f"in {what} at step 1"):
         learner.step(stream()[1])
 
 

@@ -11,7 +11,7 @@ from helpers.tolerances import assert_gradients_equal
 from helpers.toy_cells import PlainRNN, ScheduledCell, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import oracles
 import rtrl
@@ -23,7 +23,7 @@ Make = Callable[..., Learner]
 
 def of_samples(y: Any) -> Tensor:
     """A value of each sample, (B,)."""
-    leaves = [leaf.flatten(1) for leaf in torch.utils._pytree.tree_leaves(y) if leaf.is_floating_point()]
+    leaves = [leaf.reshape(len(leaf), -1) for leaf in torch.utils._pytree.tree_leaves(y) if leaf.is_floating_point()]
     mixed = torch.cat(leaves, dim=1)
     return (mixed * torch.arange(1.0, mixed.shape[1] + 1, dtype=mixed.dtype)).sum(dim=1).sin()
 
@@ -108,6 +108,44 @@ def test_slices_and_rows_that_rest_for_long(block: int) -> None:
             before = contents(learner)
             check(learner, case, y, t)
             assert same(contents(learner), before)
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_resets_inside_a_block(block: int) -> None:
+    """Sample 1 restarts before step 2; asked at step 5, and after a reset that follows it."""
+    case = Case(seeded(PlainRNN(2, 3), 0), normal(1, 6, 2, 2), [], {}, "")
+    flags = torch.zeros(6, 2, dtype=torch.bool)
+    flags[2, 1] = True
+    learner = rtrl.BlockRTRL(case.cell, 2, block=block)
+    for t, x in enumerate(case.xs):
+        if bool(flags[t].any()):
+            learner.reset(flags[t])
+        y = learner.step(x)
+        if t in (3, 5):
+            check(learner, case, y, t, flags)
+    learner.reset(torch.tensor([True, False]))
+    check(learner, case, y, 5, flags)
+
+
+def test_y_may_be_a_tree_with_a_number_of_each_sample() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.core = PlainRNN(2, 3)
+
+        def init_state(self, batch_size: int) -> Tensor:
+            return self.core.init_state(batch_size)
+
+        def forward(self, x: Tensor, h: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+            y, h = self.core(x, h)
+            return {"v": y[:, 0], "action": y.argmax(dim=1), "parts": y[:, :, None]}, h
+
+    case = Case(seeded(Heads(), 0), normal(1, 3, 2, 2), [], {}, "")
+    learner = rtrl.BlockRTRL(case.cell, 2)
+    for x in case.xs:
+        y = learner.step(x)
+    check(learner, case, y, 2)
+    check_by_sample(learner, case, y, 2)
 
 
 def contents(learner: Learner) -> list[Any]:

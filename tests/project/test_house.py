@@ -60,6 +60,7 @@ FOREIGN_PRIVATE = {
     "_forward_pre_hooks": "as _forward_hooks",
     "_backward_hooks": "as _forward_hooks",
     "_backward_pre_hooks": "as _forward_hooks",
+    "_foreach_norm": "the norms of many tensors by one launch; PyTorch has no public name for it",
     "_fields": "of a named tuple, public in spite of its underscore",
     "_replace": "as _fields",
     "_asdict": "as _fields",
