@@ -1182,7 +1182,7 @@ if GRADIENT is not None:
     Bug(
         123,
         "the slope of what a linear map takes is left out",
-        (swap(_state_uses, "bool((PLAIN[:, PART] == 1).all())", "True"),),
+        (swap(_state_uses, "_is_one(PLAIN[:, PART])", "True"),),
         "plain_cells_of_users",
     ),
     Bug(
