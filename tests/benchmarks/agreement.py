@@ -9,11 +9,12 @@ from functools import cache
 
 import torch
 from jax_rivals import Scan, available, bptt, float64, rtrl
-from problems import Problem, dense, mixture
-from rivals import Ours, Textbook, Unrolled
+from problems import PLAIN, Problem, dense, layers, mixture, plain
+from rivals import Ours, Sequences, Textbook, Unrolled
 from torch import Tensor
 
 import oracles
+import rtrl as rtrl_package
 from rtrl.testing import assert_gradients_equal, worst_difference
 
 STEPS, BLOCK = 17, 5  # three blocks and a part of one
@@ -24,12 +25,16 @@ def small(kind: str) -> Problem:
     """The problem that the exact comparison is made on."""
     if kind == "mixture":
         return mixture(6, 5, 6, steps=STEPS, dtype=torch.float64)
+    if kind in PLAIN:
+        return plain(kind, 4, 3, steps=STEPS, dtype=torch.float64)
+    if "+" in kind or kind == "feedback":
+        return layers(kind, 3, 2, steps=STEPS, dtype=torch.float64)
     return dense(kind, 9, 7, steps=STEPS, dtype=torch.float64)
 
 
 @cache
 def check_agreement(kind: str) -> None:
-    """Ours in blocks, ours step by step, the textbook and the unrolled graph against the oracle, in float64.
+    """Ours in blocks, by steps and by sequences, the textbook and the unrolled graph against the oracle, in float64.
 
     What raises is not cached: every benchmark of a wrong side fails.
     """
@@ -37,6 +42,7 @@ def check_agreement(kind: str) -> None:
     expected = oracles.bptt(problem.cell, problem.xs, problem.loss)
     sides: list[Ours | Textbook | Unrolled] = [
         *(Ours(problem, block=block) for block in (1, BLOCK, STEPS)),
+        *(Sequences(problem, block=block) for block in (BLOCK, STEPS) if hasattr(rtrl_package.BlockRTRL, "unroll")),
         Textbook(problem),
         Unrolled(problem, STEPS),
     ]
@@ -46,10 +52,10 @@ def check_agreement(kind: str) -> None:
 
 
 @cache
-def check_jax_agreement() -> None:
+def check_jax_agreement(kind: str = "rnn") -> None:
     """Both scans in JAX against the same oracle, in float64."""
     assert available
-    problem = small("rnn")
+    problem = small(kind)
     expected = oracles.bptt(problem.cell, problem.xs, problem.loss)
     with float64():
         for function in (rtrl, bptt):

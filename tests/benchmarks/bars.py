@@ -129,6 +129,55 @@ BARS = {
     "lazy.control": _both("the same, if all experts are used at every step", "≤", 1.01, control=True),
     "lazy.growth": _both("exponent of the multiply-adds per step over the number of experts", "≤", 0.1, unit=""),
     "lazy.growth.control": _both("the same with lazy=False", "≥", 0.8, unit="", control=True),
+    "rows.macs": _both("multiply-adds per step, in units of eager BPTT, the worst of eight cells", "≤", 4),
+    "rows.macs.control": _both("the same with structure=off, the best of four", "≥", 4, control=True),
+    "rows.bytes": _both(
+        "bytes held, in units of 3 numbers per parameter element and entry of its row, and 20 per step of the block "
+        "and unit, the worst of eight",
+        "≤",
+        1.0,
+        unit="",
+    ),
+    "rows.bytes.control": _both("the same with structure=off, the best of four", "≥", 1.0, unit="", control=True),
+    "rows.growth": _both(
+        "exponent of the multiply-adds per step over P, inputs = H, the worst of four", "≤", 1.1, unit=""
+    ),
+    "rows.growth.control": _both("the same with structure=off, the best of four", "≥", 1.3, unit="", control=True),
+    "rows.growth.bytes": _both("exponent of the bytes held over P, the worst of four", "≤", 1.1, unit=""),
+    "rows.growth.bytes.control": _both(
+        "the same with structure=off, the best of four", "≥", 1.3, unit="", control=True
+    ),
+    "rows.layers": Bar("bytes of two independent layers, in units of structure=off", "≤", 0.55, 0.6, unit=""),
+    "rows.layers.control": Bar("the same, if the upper layer feeds back", "≥", 0.55, 0.6, unit="", control=True),
+    "rows.time.minGRU": _clock("time of an eager BPTT step, minGRU, the worst of eight sizes", "≤", 1.5),
+    "rows.time.eLSTM": _clock("time of an eager BPTT step, element-wise LSTM, the worst of eight sizes", "≤", 1.5),
+    "rows.time.LRU": _clock("time of an eager BPTT step, LRU, the worst of eight sizes", "≤", 1.5),
+    "rows.time.RTU": _clock("time of an eager BPTT step, RTU, the worst of eight sizes", "≤", 1.5),
+    "rows.off.time": _clock("faster per step than with structure=off, H = 512, the worst of four", "≥", 40),
+    "rows.off.bytes": _clock("fewer bytes held than with structure=off, H = 512, the worst of four", "≥", 150),
+    "updates.operations": _both("operations launched by TBPTT(1), the worst of six", "≤", 9),
+    "updates.rnn.16": _clock("time of TBPTT(1), RNNCell, H = 16", "≤", 2.5),
+    "updates.rnn.32": _clock("time of TBPTT(1), RNNCell, H = 32", "≤", 2.5),
+    "updates.gru.16": _clock("time of TBPTT(1), GRUCell, H = 16", "≤", 2.5),
+    "updates.gru.32": _clock("time of TBPTT(1), GRUCell, H = 32", "≤", 2.5),
+    "updates.minGRU.128": _clock("time of TBPTT(1), minGRU, H = 128", "≤", 2.5),
+    "updates.RTU.128": _clock("time of TBPTT(1), RTU, H = 128", "≤", 2.5),
+    "updates.eLSTM.128": _clock("time of exact RTRL by hand, element-wise LSTM, H = 128", "≤", 1.5),
+    "updates.eLSTM.512": _clock("time of exact RTRL by hand, element-wise LSTM, H = 512", "≤", 1.5),
+    "unroll.operations": _both("operations launched by an eager BPTT step, the worst of two", "≤", 0.6),
+    "unroll.rnn.jax": _clock("faster per step than jitted JAX RTRL, RNNCell", "≥", 1.5),
+    "unroll.rnn.eager": _clock("time of an eager BPTT step, RNNCell", "≤", 0.6),
+    "unroll.gru.jax": _clock("faster per step than jitted JAX RTRL, GRUCell", "≥", 1.5),
+    "unroll.gru.eager": _clock("time of an eager BPTT step, GRUCell", "≤", 0.6),
+    "user.macs": _both("multiply-adds of the same cell made by from_torch", "≤", 1.05),
+    "user.faster": _clock("faster per step than textbook RTRL", "≥", 100),
+    "user.limit": _clock(
+        "of the limit that 2·(H·P·(1 + H/block) + H³) operations set at the rate of a matrix product",
+        "≥",
+        0.45,
+        unit="",
+    ),
+    "user.module": _clock("time of the same cell made by from_torch", "≤", 1.15),
     "stream.bytes": _both("bytes the learner holds at the end, in units of those after warm-up", "≤", 1.0, unit=""),
     "stream.bytes.control": _both("the same of a BPTT that keeps all steps", "≥", 1.01, unit="", control=True),
     "stream.rss": Bar("the largest RSS after warm-up, in units of the one then", "≤", 1.01, kind="memory", unit=""),
@@ -147,6 +196,10 @@ CLAIMS = {
     "lazy": "dormant slices cost less when they are brought up to date on demand than when they are at every block",
     "cells": "a step of a small cell takes at most 1.5 times as long as one of eager BPTT",
     "growth": "costs grow as the formulas say",
+    "rows": "a cell with independent rows takes exact gradients at the price of a forward and a backward pass",
+    "updates": "an update after every step takes little longer than one of backpropagation through one step",
+    "unroll": "with its sequences at hand, a small cell steps faster than eager BPTT and than jitted RTRL in JAX",
+    "user": "a tanh network that a user wrote is as fast as PyTorch's own",
     "stream": "memory does not grow with the length of the stream",
 }
 
@@ -180,6 +233,10 @@ class Sizes:
     cells: int
     growth: tuple[int, ...]
     growth_blocks: tuple[int, ...]
+    rows: tuple[int, int, int]
+    """H, inputs and block."""
+    rows_growth: tuple[int, ...]
+    rows_layers: tuple[int, int, int]
     stream_steps: int
     rounds: int
     peer_steps: dict[int, int] = field(default_factory=dict)
@@ -197,6 +254,9 @@ SIZES = {
         cells=32,
         growth=(12, 16, 24, 32),
         growth_blocks=(2, 4, 8),
+        rows=(24, 16, 32),
+        rows_growth=(16, 24, 32),
+        rows_layers=(16, 16, 16),
         stream_steps=1_280,
         rounds=3,
     ),
@@ -210,6 +270,9 @@ SIZES = {
         cells=32,
         growth=(12, 16, 24, 32, 48, 64),
         growth_blocks=(2, 4, 8, 16, 32),
+        rows=(512, 32, 64),
+        rows_growth=(32, 64, 128),
+        rows_layers=(256, 256, 64),
         stream_steps=20_000,
         rounds=7,
         peer_steps={128: 32, 256: 8},

@@ -1,4 +1,4 @@
-"""A tanh RNN in jitted JAX, as one would write it: RTRL and backpropagation through time as a plain ``lax.scan``.
+"""A tanh RNN and a GRU in jitted JAX, as one would write it: RTRL and BPTT as a plain ``lax.scan``.
 
 The state, the influence as a pytree with a leaf a parameter, and the gradient are carried; ``jax.jacrev`` gives the
 dynamics Jacobian and the immediate one. Importing this module does not import JAX; ``available`` says why not.
@@ -30,11 +30,18 @@ def float64() -> contextlib.AbstractContextManager[Any]:
 
 
 def cell(theta: dict[str, Any], x: Any, h: Any) -> Any:
-    """The equations of ``torch.nn.RNNCell``, for one sample."""
+    """The equations of ``torch.nn.RNNCell`` or ``torch.nn.GRUCell``, for one sample."""
+    import jax
     import jax.numpy as jnp
 
     from_x = theta["cell.weight_ih"] @ x + theta["cell.bias_ih"]
-    return jnp.tanh(from_x + theta["cell.weight_hh"] @ h + theta["cell.bias_hh"])
+    from_h = theta["cell.weight_hh"] @ h + theta["cell.bias_hh"]
+    if from_x.size == h.size:
+        return jnp.tanh(from_x + from_h)
+    (reset_x, update_x, new_x), (reset_h, update_h, new_h) = (jnp.split(part, 3) for part in (from_x, from_h))
+    update = jax.nn.sigmoid(update_x + update_h)
+    new = jnp.tanh(new_x + jax.nn.sigmoid(reset_x + reset_h) * new_h)
+    return (1 - update) * new + update * h
 
 
 def loss(theta: dict[str, Any], x: Any, h: Any, target: Any) -> Any:

@@ -1,6 +1,7 @@
 """Where measured numbers go: beside their bars into the results, and then against them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -57,3 +58,12 @@ def curve(title: str, over: str, at: Sequence[float], unit: str, values: Mapping
     """
     series = [Series(side, [float(x) for x in at], [float(y) for y in numbers]) for side, numbers in values.items()]
     return Plot(title, over, unit, series, log_x=over != "steps", log_y=True)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread inside ``with``."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,15 +1,33 @@
 """What is timed and counted: a cell, a stream and a loss at every step, drawn from a seed."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from helpers import structured_cells
+from helpers.unlasting_cells import Feedback
 from torch import Tensor, nn
 
 import rtrl
 
 MODULES = {"rnn": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
+ROWS: dict[str, Callable[[int, int], structured_cells.Layer]] = {
+    "minGRU": structured_cells.MinGRU,
+    "eLSTM": structured_cells.ElementwiseLSTM,
+    "LRU": structured_cells.ComplexDiagonal,
+    "RTU": lambda d, n: structured_cells.ComplexDiagonal(d, n, nonlinear=True),
+}
+"""Plain modules with independent rows, which declare nothing."""
+DECLARED: dict[str, Callable[[int, int], nn.Module]] = {
+    "rtrl.cells.MinGRU": rtrl.cells.MinGRU,
+    "rtrl.cells.ElementwiseLSTM": rtrl.cells.ElementwiseLSTM,
+    "rtrl.cells.LRU": rtrl.cells.LRU,
+    "rtrl.cells.RTU": rtrl.cells.RTU,
+}
+PLAIN: dict[str, Callable[[int, int], nn.Module]] = {**ROWS, **DECLARED, "tanh": structured_cells.Dense}
+""""tanh" is what a user writes in the place of ``nn.RNNCell``."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +80,33 @@ def dense(
         torch.manual_seed(0)
         cell = rtrl.cells.from_torch(MODULES[kind](inputs, hidden, dtype=dtype))
     return Problem(cell, drawn(1, steps, 1, inputs, dtype=dtype), drawn(2, steps, 1, hidden, dtype=dtype))
+
+
+def plain(
+    kind: str, hidden: int, inputs: int | None = None, *, steps: int = 64, dtype: torch.dtype = torch.float32
+) -> Problem:
+    """A cell of ``PLAIN``; ``inputs = hidden`` by default."""
+    inputs = hidden if inputs is None else inputs
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        cell = PLAIN[kind](inputs, hidden).to(dtype)
+    xs = drawn(1, steps, 1, inputs, dtype=dtype)
+    with torch.no_grad():
+        y = cell(xs[0], cell.init_state(1))[0]  # type: ignore[operator]
+    return Problem(cell, xs, drawn(2, steps, *y.shape, dtype=dtype))
+
+
+def layers(kind: str, hidden: int, inputs: int, *, steps: int = 64, dtype: torch.dtype = torch.float32) -> Problem:
+    """Two of ``ROWS`` above one another, as a plain module ("minGRU + minGRU"), or with "feedback" from the upper."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "feedback":
+            cell: nn.Module = Feedback(inputs, hidden)
+        else:
+            below, above = kind.split(" + ")
+            cell = structured_cells.Layers([ROWS[below](inputs, hidden), ROWS[above](hidden, hidden)], inputs)
+    xs = drawn(1, steps, 1, inputs, dtype=dtype)
+    return Problem(cell.to(dtype), xs, drawn(2, steps, 1, hidden, dtype=dtype))
 
 
 def mixture(

@@ -35,6 +35,20 @@ class Ours:
         return {name: p.grad.clone() for name, p in self.cell.named_parameters() if p.grad is not None}
 
 
+class Sequences(Ours):
+    """The same by ``unroll``: all steps of a block at once, one loss for all."""
+
+    def advance(self, steps: int) -> int:
+        stop = self.t + steps
+        while self.t < stop:
+            times = torch.arange(self.t, min(self.t + self.learner.block, stop)) % len(self.problem.xs)
+            ys = self.learner.unroll(self.problem.xs[times])
+            self.learner.backward((ys - self.problem.targets[times]).square().sum())
+            self.learner.sync()
+            self.t += len(times)
+        return steps
+
+
 class Unrolled:
     """Eager backpropagation through time, cut off after every ``chunk`` steps: exact over a stream no longer than
     that."""

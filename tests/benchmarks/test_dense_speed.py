@@ -7,7 +7,7 @@ from agreement import assert_roughly_equal, check_agreement
 from bars import BARS
 from counting import exponent, macs, textbook_macs
 from measuring import Measurement, curve
-from problems import Problem, dense
+from problems import Problem, dense, plain
 from rivals import Ours, Product, Textbook, Unrolled
 
 from rtrl.profiling.timing import alternate, median_ratio, medians
@@ -85,6 +85,37 @@ def test_a_tanh_network(measurement: Measurement, benchmark: Any) -> None:
         medians_s = medians(times)
         facts.update({f"ms per step, {name}": 1e3 * medians_s[name] for name in ("ours", "textbook")})
         facts["10⁹ operations per second in a matrix product"] = 2e-9 / min(medians_s[name] for name in products)
+    benchmark.pedantic(ours.advance, args=(size,), rounds=3)
+    measurement.settle(measured, **facts)
+
+
+def test_a_tanh_network_that_a_user_wrote(measurement: Measurement, benchmark: Any) -> None:
+    check_agreement("tanh")
+    size = measurement.sizes.rnn
+    problem = plain("tanh", size)
+    check_sanity(problem, size)
+    ours, module = Ours(problem, block=size), Ours(dense("rnn", size), block=size)
+    for side in (ours, module):
+        side.advance(size)
+    measured = {"user.macs": macs(ours, size) / macs(module, size)}
+    facts: dict[str, str | float] = {"H": size, "P": problem.parameters}
+    if measurement.clock:
+        textbook = Textbook(problem)
+        product = Product(size, size, problem.parameters)
+        times = alternate(
+            {
+                "ours": lambda: ours.advance(size),
+                "from_torch": lambda: module.advance(size),
+                "textbook": lambda: textbook.advance(2),
+                "product": lambda: product.advance(4),
+            },
+            measurement.sizes.rounds,
+        )
+        measured["user.faster"] = median_ratio(times["textbook"], times["ours"])
+        measured["user.limit"] = bound(problem, size) * median_ratio(times["product"], times["ours"])
+        measured["user.module"] = median_ratio(times["ours"], times["from_torch"])
+        seconds = medians(times)
+        facts.update({f"ms per step, {name}": 1e3 * seconds[name] for name in ("ours", "from_torch", "textbook")})
     benchmark.pedantic(ours.advance, args=(size,), rounds=3)
     measurement.settle(measured, **facts)
 

@@ -9,15 +9,13 @@ import torch
 from helpers import structured_cells as cells
 from helpers.running import run, trainable
 from helpers.strategies import Case
-from helpers.structured_cases import LAYERS, SWITCHED, D, both_ways, drawn, stack
+from helpers.structured_cases import LAYERS, D, both_ways, drawn, stack
 from helpers.tolerances import assert_gradients_equal, assert_influences_equal
 from helpers.unlasting_cells import Opening
 from torch import Tensor
 
 import oracles
 import rtrl
-
-pytestmark = pytest.mark.skipif(not SWITCHED, reason="structure is not looked for yet")
 
 
 def advance(learner: Any, case: Case, steps: range) -> None:
@@ -248,7 +246,7 @@ def test_without_structure_there_is_none() -> None:
 
 @pytest.mark.parametrize("kind", ["minGRU", "trace unit", "columns"])
 def test_rounding_is_not_taken_for_a_coupling(kind: str) -> None:
-    learner = used(LAYERS[kind](D, 8), "find", steps=60, dtype=torch.float32)
+    learner = used(LAYERS[kind](D, 8), "find", steps=40, dtype=torch.float32)
     assert learner.structure is not None and kept(learner) <= 6.5
 
 
