@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -17,6 +18,11 @@ import rtrl
 from helpers.toy_cells import ForcedMoE, OddCell, PlainRNN, ScheduledCell, seeded
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+
+def fewer(part: float) -> settings:
+    """This part of the examples that the profile has: for tests whose examples are dear."""
+    return settings(max_examples=max(1, round(part * settings().max_examples)))
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from helpers.running import Result, run
-from helpers.strategies import Case, cases, dense, forced_moe, scheduled
+from helpers.strategies import Case, cases, dense, fewer, forced_moe, scheduled
 from helpers.tolerances import assert_gradients_equal, assert_influences_equal
 from helpers.toy_cells import ForcedMoE
 from hypothesis import given
@@ -20,6 +20,7 @@ def same(actual: Result, expected: Result) -> None:
     assert_influences_equal(actual.influences, expected.influences, may_be_zero=True)
 
 
+@fewer(0.6)
 @given(cases(), st.integers(1, 6), st.integers(1, 6), st.booleans())
 def test_block_window_and_laziness(case: Case, block: int, window: int, lazy: bool) -> None:
     same(
@@ -28,6 +29,7 @@ def test_block_window_and_laziness(case: Case, block: int, window: int, lazy: bo
     )
 
 
+@fewer(0.6)
 @given(cases(), st.data())
 def test_when_one_syncs(case: Case, data: st.DataObject) -> None:
     """Deliveries add up, whether the gradients of dormant slices are accumulated at once or later."""
@@ -39,6 +41,7 @@ def test_when_one_syncs(case: Case, data: st.DataObject) -> None:
     )
 
 
+@fewer(0.6)
 @given(cases(), st.data())
 def test_saved_and_loaded_in_mid_stream_bit_for_bit(case: Case, data: st.DataObject) -> None:
     saves = data.draw(st.sets(st.integers(0, case.xs.shape[0] - 1), min_size=1, max_size=3))
@@ -49,6 +52,7 @@ def test_saved_and_loaded_in_mid_stream_bit_for_bit(case: Case, data: st.DataObj
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@fewer(0.6)
 @given(cases(), st.randoms())
 def test_permuted_samples(case: Case, random: Any) -> None:
     order = list(range(case.xs.shape[1]))
@@ -58,6 +62,7 @@ def test_permuted_samples(case: Case, random: Any) -> None:
     same(found, Result(expected.gradients, {name: value[order] for name, value in expected.influences.items()}))
 
 
+@fewer(0.6)
 @given(forced_moe(), st.randoms())
 def test_relabelled_experts(case: Case, random: Any) -> None:
     cell = case.cell
@@ -102,6 +107,7 @@ def test_a_sequence_cut_in_two(case: Case, data: st.DataObject) -> None:
     assert_gradients_equal(total, whole.gradients, may_be_zero=True)
 
 
+@fewer(0.6)
 @given(cases(), st.sampled_from([-2.0, 1e-6, 1e6]))
 def test_gradients_are_linear_in_the_loss(case: Case, factor: float) -> None:
     def scaled(t: int, y: Any) -> Any:
@@ -113,6 +119,7 @@ def test_gradients_are_linear_in_the_loss(case: Case, factor: float) -> None:
     assert_gradients_equal(found, {name: factor * value for name, value in expected.items()}, may_be_zero=True)
 
 
+@fewer(0.6)
 @given(cases())
 def test_two_losses_at_a_step_and_a_plain_backward(case: Case) -> None:
     """Losses of a step add up, added by either method, also late but within the open block."""

@@ -436,7 +436,7 @@ def reached(make: Any, steps: int) -> tuple[int, int]:
 
 
 def test_what_is_held_does_not_grow_with_the_stream() -> None:
-    middle, end = reached(lambda c, b: TBPTT(c, b, 1), 500)
+    middle, end = reached(lambda c, b: TBPTT(c, b, 1), 200)
     assert middle == end
     middle, end = reached(BPTT, 50)
     assert end > middle, "the control: a learner that keeps its past is seen"
