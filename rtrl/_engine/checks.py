@@ -108,8 +108,13 @@ def checked_state(state: Any, batch_size: int, beside: Tensor, like: Tensor | No
     return copy
 
 
-def check_output(y: Any, h: Tensor, h_next: Tensor, step: int) -> None:
+def check_output(y: Any, h: Tensor, h_next: Tensor, step: int, known: bool = False) -> None:
     """Refuse a step whose state changed its form, whose y is not per sample, or whose results are not finite.
+
+    Args:
+        y, h, h_next: of the step.
+        step: its number.
+        known: whether the results are known to be finite, or are tested later.
 
     Raises:
         CellError: the next state has another shape, dtype or device, or a tensor of y has another batch.
@@ -121,7 +126,7 @@ def check_output(y: Any, h: Tensor, h_next: Tensor, step: int) -> None:
             f"{tuple(h_next.shape)} {h_next.dtype} {h_next.device}; a state must keep its shape, dtype and device"
         )
     leaves = pytrees.tensors(y)
-    known = not deferred.on_host(h)  # the host does not wait for it: ``check_recorded`` tests all when the block closes
+    known = known or not deferred.on_host(h)  # the host does not wait: ``check_recorded`` tests all at the block's end
     for leaf in leaves:
         if leaf.ndim == 0 or leaf.shape[0] != h.shape[0]:
             raise CellError(
@@ -149,12 +154,12 @@ def check_recorded(steps: Sequence[Any], reached: Tensor) -> None:
     following = [*(step.h for step in steps[1:]), reached]
     named = [
         (what, value, step.number)
-        for step, h_next in zip(steps, following, strict=True)
+        for step, h in zip(steps, following, strict=True)
         for what, values in (
             ("the state", [step.h]),
             ("x", pytrees.tensors(step.x)),
             ("y", step.outputs),
-            ("the next state", [h_next]),
+            ("the next state", [h if step.reached is None else step.reached]),
             ("a loss or its gradient", step.unchecked),
         )
         for value in values

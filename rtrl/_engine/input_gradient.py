@@ -38,8 +38,8 @@ def input_gradients(cell: nn.Module, steps: Sequence[RecordedStep], takes_replay
         with torch.enable_grad():
             y, h, _ = call_cell(cell, refill(leaves), step.continued(h), step.sparsity if takes_replay else None)
         outputs = [leaf for leaf in pytrees.tensors(y) if is_continuous(leaf)]
-        pairs = zip(outputs, step.outputs, strict=True)
-        heads += [(y, leaf.grad) for y, leaf in pairs if leaf.grad is not None and y.requires_grad]
+        pairs = zip(outputs, step.grads, strict=True)
+        heads += [(y, grad) for y, grad in pairs if grad is not None and y.requires_grad]
     if not heads or not passed:
         return []
     ys, weights = zip(*heads, strict=True)

@@ -13,7 +13,6 @@ from torch.utils.weak import TensorWeakRef
 
 from rtrl._engine import checks, deferred, parameter_hooks
 from rtrl._engine.recorded import RecordedStep, StepBatch
-from rtrl._utils import pytrees
 from rtrl.errors import ConfigError, LossError, NonFiniteError
 
 
@@ -119,7 +118,7 @@ def check_no_feedback(sources: Sequence[Tensor], open_steps: Iterable[RecordedSt
     Raises:
         ConfigError: naming the step.
     """
-    outputs = {id(leaf) for open_step in open_steps for leaf in open_step.outputs}
+    outputs = {id(leaf) for open_step in open_steps for leaf in open_step.leaves}
     for leaf in checks.reached_leaves(*(source for source in sources if source.requires_grad)).values():
         if id(leaf) in outputs or is_closed(leaf):
             raise ConfigError(
@@ -158,14 +157,11 @@ def loss_cotangents(
     """
     heads, weights = [], []
     for place, head in enumerate(outputs):
-        grads = [step.outputs[place].grad for step in batch.steps]
-        if all(grad is None for grad in grads):
+        weight = batch.grad(place)
+        if weight is None:
             continue
-        leaves = [step.outputs[place] for step in batch.steps]
-        filled = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
-        weight = pytrees.interleave(filled)
         if not checks.finite(weight):
-            for step, grad in zip(batch.steps, filled, strict=True):
+            for step, grad in zip(batch.steps, batch.by_step(weight).unbind(dim=1), strict=True):
                 checks.check_finite("the gradient of the loss at y", grad, step.number)
         if head.requires_grad:
             heads.append(head)

@@ -71,8 +71,9 @@ def separate_losses(
     """
     if not isinstance(given, Mapping) or not given or not all(isinstance(name, str) for name in given):
         raise ConfigError('losses must be a dict of scalars by name, such as {"value": y.sum()}, with at least one')
-    outputs = steps[-1].outputs if steps else []
-    earlier = {id(leaf) for step in steps[:-1] for leaf in step.outputs}
+    newest = steps[-1] if steps else None
+    outputs = [] if newest is None else newest.leaves
+    earlier = {id(leaf) for step in steps for leaf in step.leaves} - set(map(id, outputs))
     pulled = []
     direct: list[dict[str, Tensor]] = []
     for name, loss in given.items():
@@ -81,10 +82,7 @@ def separate_losses(
         except LossError as error:
             raise LossError(f"{name!r}: {error}") from error
         if any(id(leaf) in earlier or losses.is_closed(leaf) for leaf in reached):
-            raise LossError(
-                f"{name!r} depends on the y of an earlier step, too; losses of the newest step, {number}, alone can be "
-                "taken apart. Detach the other y"
-            )
+            raise LossError(_of_an_earlier_step(name, number))
         found = {id(leaf) for leaf in reached}
         beside = {key: p for key, p in parameters.items() if id(p) in found}
         try:
@@ -95,11 +93,22 @@ def separate_losses(
                 "gradients() first"
             ) from error
         filled = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(outputs, grads, strict=False)]
+        if newest is not None and newest.sequence is not None:
+            if any(bool(grad[: newest.index].any()) for grad in filled):
+                raise LossError(_of_an_earlier_step(name, number))
+            filled = [grad[newest.index] for grad in filled]
         pulled.append(filled)
         at_parameters = zip(beside, grads[len(outputs) :], strict=True)
         direct.append({key: grad.detach() for key, grad in at_parameters if grad is not None})
     cotangents = [as_real(torch.stack(at_y).detach()) for at_y in zip(*pulled, strict=True)]
     return SeparateLosses(list(given), cotangents, direct)
+
+
+def _of_an_earlier_step(name: str, number: int) -> str:
+    return (
+        f"{name!r} depends on the y of an earlier step, too; losses of the newest step, {number}, alone can be taken "
+        "apart. Detach the other y"
+    )
 
 
 def pull_back(

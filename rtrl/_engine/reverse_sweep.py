@@ -16,8 +16,8 @@ from rtrl._engine.linearization import Linearization
 from rtrl._influence.transition import Transition, flush_subnormals
 from rtrl._utils import index_sets
 
-# Up to this many multiply-adds, a product takes about as long as its launch: fewer launches are worth more products.
-_LAUNCH_MACS = {"cpu": 2**18}
+# Up to this many multiply-adds, a product takes less time than its launch: fewer launches are worth more products.
+_LAUNCH_MACS = {"cpu": 2**14}
 _LAUNCH_MACS_ELSEWHERE = 2**24
 _CHUNK = 2**20  # numbers of state Jacobians that are written out at a time
 _FLUSH_EVERY = 4  # steps: it is a pass over X, and hardly a number becomes subnormal in fewer
@@ -90,20 +90,20 @@ def _one_by_one(group: Linearization, cotangents: Tensor) -> Tensor:
     xs = [*_by_step(first.unsqueeze(1)), *_by_step(cotangents)]  # [j] is X before step j
     stacked = _per_step_adjoints(group)
     adjoints = None if stacked is None else _by_step(stacked)
+    last_rows = [*_by_step(first[:, None, -1]), *_by_step(cotangents[:, :, -1])]
     if adjoints is not None:
-        xs[m][..., -1, :] += adjoints[m]
+        last_rows[m] += adjoints[m]
     span = max(1, _CHUNK // (size * full * full))
     for stop in range(m, 0, -span):
         start = max(0, stop - span)
         jacobians = _by_step(group.state_jacobian(start, stop))
         for j in range(stop - 1, start - 1, -1):
-            x = xs[j]
-            product(xs[j + 1], jacobians[j - start], out=x)
+            product(xs[j + 1], jacobians[j - start], out=xs[j])
             if j % _FLUSH_EVERY == 0:
-                products = x[..., :-1, :]
+                products = xs[j][..., :-1, :]
                 flush_subnormals(products, out=products)
             if adjoints is not None:
-                x[..., -1, :].add_(adjoints[j])
+                last_rows[j].add_(adjoints[j])
     return first
 
 

@@ -16,6 +16,9 @@ from rtrl._utils.real_pairs import is_continuous
 from rtrl.cells.protocol import Sparsity, call_cell, check_input, check_sparsity, own_copy, same_choices
 from rtrl.errors import CellError, ConfigError, RTRLError, ShapeError, SparsityError
 
+NOT_TAKEN = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
+"""What a cell raises that does not take its input."""
+
 
 def check_replay(replay: Any, taken: bool, h: Tensor, named: Mapping[str, Tensor]) -> None:
     """Refuse choices that cannot be made in the state ``h``, or of a cell that takes no ``replay``.
@@ -63,7 +66,7 @@ def take(
     torch._C._set_grad_enabled(False)  # a torch.no_grad() block costs several times as much
     try:
         plain = isinstance(x, Tensor) and not x.requires_grad  # the usual x, for which a call would take longer
-        sources = _with_graph(x, number, input_grad) if grad and not plain else []
+        sources = tensors_with_graph(x, number, input_grad) if grad and not plain else []
         x = _checked_copy(x, h, number)
         y, h_next, sparsity = _run(cell, x, h, replay, number, first)
         checks.check_output(y, h, h_next, number)
@@ -78,7 +81,7 @@ def take(
         outputs = [leaf.requires_grad_() for leaf in pytrees.tensors(y) if is_continuous(leaf)]
         return RecordedStep(x, h, own_copy(sparsity), outputs, number, sources=sources), y, h_next
     except (ShapeError, CellError) as error:
-        _check_state_beside_parameters(h, named, error)
+        check_state_beside_parameters(h, named, error)
         raise
     finally:
         torch._C._set_grad_enabled(grad)
@@ -95,11 +98,8 @@ def _run(
         y, h_next, sparsity = call_cell(cell, x, h, replay)
     except RTRLError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        shapes = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in pytrees.tensors(x))
-        raise ShapeError(
-            f"step {number}: the cell does not take this x ({shapes}) with a state {tuple(h.shape)} {h.dtype}: {error}"
-        ) from error
+    except NOT_TAKEN as error:
+        raise not_taken(error, x, h, number) from error
     if h._version:
         raise CellError(f"step {number}: the cell changes the state h in place; it must return a new one")
     if h_next.requires_grad or h_next._is_view():  # a parameter, for example, or a part of one, which will change
@@ -107,7 +107,15 @@ def _run(
     return y, h_next, sparsity
 
 
-def _with_graph(x: Any, number: int, input_grad: bool) -> list[Tensor]:
+def not_taken(error: Exception, x: Any, h: Tensor, number: int) -> ShapeError:
+    """Say that the cell does not take x, or the state."""
+    shapes = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in pytrees.tensors(x))
+    return ShapeError(
+        f"step {number}: the cell does not take this x ({shapes}) with a state {tuple(h.shape)} {h.dtype}: {error}"
+    )
+
+
+def tensors_with_graph(x: Any, number: int, input_grad: bool) -> list[Tensor]:
     """Return the tensors of x if one of them requires grad; refuse it if no gradient is to be delivered there."""
     leaves = pytrees.tensors(x)
     if not any(leaf.requires_grad for leaf in leaves):
@@ -121,7 +129,7 @@ def _with_graph(x: Any, number: int, input_grad: bool) -> list[Tensor]:
     return leaves
 
 
-def _check_state_beside_parameters(h: Tensor, named: Mapping[str, Tensor], error: Exception) -> None:
+def check_state_beside_parameters(h: Tensor, named: Mapping[str, Tensor], error: Exception) -> None:
     """Say so if the parameters were converted or moved since the learner was made: no x would do."""
     forms = {(p.dtype, p.device) for p in named.values() if p.is_floating_point()}
     if forms and (h.dtype, h.device) not in forms:

@@ -82,10 +82,10 @@ def pull_back_unrolled(
                 elif noise is None:
                     raise CellError(f"step {step.number}: {OTHER_CHOICES}")
             leaves = [leaf for leaf in pytrees.tensors(y) if is_continuous(leaf)]
-            for leaf, output in zip(leaves, step.outputs, strict=True):
-                if output.grad is not None and leaf.requires_grad:
+            for leaf, grad in zip(leaves, step.grads, strict=True):
+                if grad is not None and leaf.requires_grad:
                     heads.append(leaf)
-                    weights.append(shaken(output.grad))
+                    weights.append(shaken(grad))
         if noise is None and not checks.nearly_equal(h.detach(), last):
             raise CellError(
                 f"steps {steps[0].number} … {steps[-1].number}: run again one by one, the cell reaches another state "

@@ -46,6 +46,17 @@ def concatenate(trees: Sequence[Any]) -> Any:
     return pytree.tree_unflatten(joined, specs[0])
 
 
+def stack(trees: Sequence[Any]) -> Any:
+    """Stack trees of one signature along a new dimension 0 of every tensor."""
+    if isinstance(trees[0], Tensor):  # the usual case, faster
+        return torch.stack(list(trees))
+    flats, specs = zip(*(pytree.tree_flatten(tree) for tree in trees), strict=True)
+    stacked = [
+        torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*flats, strict=True)
+    ]
+    return pytree.tree_unflatten(stacked, specs[0])
+
+
 def interleave(trees: Sequence[Any]) -> Any:
     """Join m trees of one signature along dimension 0, from size B to B·m: the m entries of a sample are neighbours."""
     if isinstance(trees[0], Tensor):  # the usual case, faster

@@ -11,6 +11,7 @@ from rtrl.cells.module_cell import ModuleCell
 from rtrl.cells.moe import RecurrentMoE
 from rtrl.cells.protocol import Cell, Sparsity
 from rtrl.cells.routing import MoEOutput, RouterStatistics, load_balancing_loss, router_statistics
+from rtrl.cells.sequences import HasUnroll
 from rtrl.cells.stack import Stack
 from rtrl.cells.torch_cells import TorchCell, TorchLayers, from_torch
 
@@ -21,6 +22,7 @@ __all__ = [
     "Cell",
     "Columns",
     "ElementwiseLSTM",
+    "HasUnroll",
     "MinGRU",
     "MoEOutput",
     "ModuleCell",

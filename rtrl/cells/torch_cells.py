@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from rtrl._utils import pytrees
 from rtrl.cells.analytic import AnalyticStep
 from rtrl.cells.module_cell import ModuleCell, PackedCell, Packing, ReplayingModuleCell
 from rtrl.cells.protocol import takes_replay
 from rtrl.cells.supported import original, runs_as_written
-from rtrl.cells.torch_equations import derivatives, mode_of, step, weights_of
+from rtrl.cells.torch_equations import derivatives, mode_of, sequence, step, weights_of
 from rtrl.errors import ConfigError
 
 _CELLS = (nn.RNNCell, nn.GRUCell, nn.LSTMCell)
@@ -46,6 +47,27 @@ class TorchCell(nn.Module):
         unseen = type(readout) is nn.Identity and runs_as_written(readout)  # a call would only cost time
         y = after[0] if unseen else readout(after[0])
         return y, torch.stack(after, dim=1) if mode == "LSTM" else after[0]
+
+    def unroll(self, xs: Tensor, h: Tensor) -> tuple[Any, Tensor] | None:
+        """Take m steps by PyTorch's function for a whole sequence, equal to ``forward`` up to rounding.
+
+        Args:
+            xs: (m, B, input_size).
+            h: (B, H).
+
+        Returns:
+            The readout of each step, (m, B, ...), and the states (m, B, H). None for an ``LSTMCell``, whose c PyTorch
+            does not return, for a subclass with another ``forward``, and with hooks on a module.
+        """
+        plain = type(self).forward is TorchCell.forward and runs_as_written(self) and runs_as_written(self.cell)
+        mode = mode_of(self.cell)
+        if not plain or mode == "LSTM" or not runs_as_written(self.readout):
+            return None
+        states = sequence(mode, xs, h, weights_of(self.cell))
+        if type(self.readout) is nn.Identity:
+            return states, states
+        y = self.readout(states.flatten(0, 1))
+        return pytrees.map_tensors(lambda leaf: leaf.unflatten(0, states.shape[:2]), y), states
 
     def analytic_step(self, x: Tensor, h: Tensor) -> AnalyticStep | None:
         """Take one step with its derivatives; return None for a subclass with another ``forward``, or with hooks on the

@@ -1,6 +1,7 @@
 """One step of PyTorch's recurrent layers, every weight used in a linear map, and its derivatives, unit by unit."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +90,30 @@ def step(mode: str, x: Tensor, state: tuple[Tensor, ...], weights: Weights) -> t
         h = torch.sigmoid(out) * torch.tanh(c)
         return (h if weights.weight_hr is None else F.linear(h, weights.weight_hr)), c
     return (torch.tanh(from_x + from_h) if mode == "RNN_TANH" else torch.relu(from_x + from_h),)
+
+
+_FUSED_SEQUENCES: dict[str, Callable[..., Any]] = {
+    "RNN_TANH": torch._VF.rnn_tanh,
+    "RNN_RELU": torch._VF.rnn_relu,
+    "GRU": torch._VF.gru,
+}
+
+
+def sequence(mode: str, xs: Tensor, h: Tensor, weights: Weights) -> Tensor:
+    """Take m steps of one layer, without gradients; return the states after them, (m, B, H).
+
+    Args:
+        mode: ``"RNN_TANH"``, ``"RNN_RELU"`` or ``"GRU"``.
+        xs: (m, B, I).
+        h: (B, H), the state before the first step.
+        weights: of the layer.
+
+    Cost: that of the steps, the part that depends on xs in one product.
+    """
+    held = [weight for weight in weights[:4] if weight is not None]
+    with torch.backends.cudnn.flags(enabled=False) if xs.is_cuda else nullcontext():  # cuDNN rounds to TF32
+        out: Tensor = _FUSED_SEQUENCES[mode](xs, h.unsqueeze(0), held, len(held) == 4, 1, 0.0, False, False, False)[0]
+    return out
 
 
 def derivatives(

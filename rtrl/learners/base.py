@@ -11,6 +11,8 @@ from rtrl._engine import step as forward_step
 from rtrl._engine.first_influence import check_constant, first_influence, replace_samples
 from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._engine.parameter_hooks import deliver
+from rtrl._engine.recorded import RecordedStep
+from rtrl._engine.sequence import count_steps, take_sequence
 from rtrl._engine.surroundings import linearizing
 from rtrl._utils import pytrees, validation
 from rtrl._utils.real_pairs import as_real
@@ -118,8 +120,56 @@ class Learner(NewestStepQueries, PortableLearner):
         taken, y, h_next = forward_step.take(
             self._stepping, x, self._state, replay, number, first, named, self._keeps_x
         )
-        if taken.sources:
-            losses.check_no_feedback(taken.sources, self._open_steps, number)
+        self._record([taken], h_next)
+        return y
+
+    def unroll(self, xs: Any) -> Any:
+        """Take m steps at once and return their y, stacked: what m calls of ``step`` do, at fewer launches.
+
+        Equation:
+            States, y, gradients and all that is recorded are those of ``step``, bit for bit. With a cell that has an
+            ``unroll`` of its own (``rtrl.cells.HasUnroll``; ``from_torch`` of ``nn.RNNCell`` and ``nn.GRUCell`` has),
+            they are equal up to rounding.
+
+        Args:
+            xs: the inputs, a tensor (m, B, ...) or a pytree of such tensors. m is at most what is left of the open
+                block; where that is full, it closes first, and m is at most ``block``.
+
+        Returns:
+            y as the cell returns it, each tensor (m, B, ...), its real and complex ones leaves that require grad. A
+            loss on any of them may be added until the block closes.
+
+        Raises:
+            ConfigError: m is larger than that; or x requires grad, and the learner has no ``input_grad``.
+            ShapeError: the tensors of xs do not have one m; or as for ``step``.
+            CellError: the cell breaks its contract, or y has not the same form at every step.
+            RTRLError: as for ``step``. Nothing has changed then.
+
+        Cost:
+            The forward passes of m steps without a graph; one check of all values, one copy of xs.
+        """
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return self.unroll(xs)
+        if not self._guard.unchanged():
+            self._check_parameters()
+        steps = count_steps(xs)
+        room = self.block - len(self._open_steps) or self.block
+        if steps > room:
+            raise ConfigError(
+                f"unroll was given {steps} steps, but the open block takes {room} more of block={self.block}; pass at "
+                "most these, or make a learner with larger blocks"
+            )
+        taken, ys, h_next = take_sequence(
+            self._stepping, xs, self._state, self._steps_taken, self._guard.named, self._keeps_x
+        )
+        self._record(taken, h_next)
+        return ys
+
+    def _record(self, taken: list[RecordedStep], h_next: Tensor) -> None:
+        """Add steps to the open block; a full one closes first."""
+        if taken[0].sources:
+            losses.check_no_feedback([s for step in taken for s in step.sources], self._open_steps, taken[0].number)
         if len(self._open_steps) >= self.block:
             self._close()
             if self._pending_grads:
@@ -127,14 +177,13 @@ class Learner(NewestStepQueries, PortableLearner):
         if not self._open_steps:
             if self._guard.toggled:
                 self._adopt_parameters()
-            self._begin_block(taken)
+            self._begin_block(taken[0])
         elif self._restarting is not None:
-            taken.restarted, self._restarting = self._restarting, None
-        self._open_steps.append(taken)
+            taken[0].restarted, self._restarting = self._restarting, None
+        self._open_steps += taken
         self._state = h_next
-        self._steps_taken = number + 1
+        self._steps_taken += len(taken)
         self._seen_losses = []
-        return y
 
     def backward(self, loss: Tensor) -> None:
         """Add a loss of the newest step; several losses of a step are summed.
@@ -154,8 +203,8 @@ class Learner(NewestStepQueries, PortableLearner):
             The loss's own backward pass.
         """
         newest = self._open_steps[-1] if self._open_steps else None
-        outputs, unchecked = ([], []) if newest is None else (newest.outputs, newest.unchecked)
-        losses.add_loss(loss, outputs, self._seen_losses, self._steps_taken - 1, unchecked)
+        leaves, unchecked = ([], []) if newest is None else (newest.leaves, newest.unchecked)
+        losses.add_loss(loss, leaves, self._seen_losses, self._steps_taken - 1, unchecked)
 
     # ------------------------------------------------------------------ delivery and reset
 

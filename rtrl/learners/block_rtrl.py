@@ -194,7 +194,7 @@ class BlockRTRL(Learner):
     def _held_bytes(self) -> dict[str, int]:
         """Bytes of the influence, the tree, the open block, and memory that large dense blocks use again."""
         steps, leaves = self._open_steps, [leaf for step in self._open_steps for leaf in step.outputs]
-        grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        grads = [grad for step in steps for grad in step.grads if grad is not None]
         x = [step.sources for step in steps]
         return {
             **self._carried.n_bytes(),

@@ -139,7 +139,9 @@ class ReplayedStep(RecordedStep):
         """Add what a step needs to be run once more; see the attributes."""
         sparsity = step.sparsity if replays else Sparsity()
         recorded = step.x, step.h, sparsity, step.outputs, step.number
-        return cls(*recorded, h_next, snapshot, constant_state, replays, list(adjoints), first_influence or {})
+        made = cls(*recorded, h_next, snapshot, constant_state, replays, list(adjoints), first_influence or {})
+        made.sequence, made.index = step.sequence, step.index
+        return made
 
     @property
     def n_bytes(self) -> int:
@@ -159,10 +161,11 @@ class ReplayedStep(RecordedStep):
         Raises:
             NonFiniteError: NaN or infinity in one of them.
         """
-        for leaf in self.outputs:
-            if leaf.grad is not None:
-                checks.check_finite("the gradient of the loss at y", leaf.grad, self.number)
-        self.adjoints = [None if leaf.grad is None else leaf.grad.detach().clone() for leaf in self.outputs]
+        grads = self.grads
+        for grad in grads:
+            if grad is not None:
+                checks.check_finite("the gradient of the loss at y", grad, self.number)
+        self.adjoints = [None if grad is None else grad.detach().clone() for grad in grads]
 
     def drop_adjoints(self) -> None:
         """Forget the losses, whose gradient has been accumulated."""

@@ -106,9 +106,9 @@ class LearningRule(ABC):
 
     def _give_up_block(self) -> None:
         """Let the open steps accept no more losses, and forget them."""
-        closed = [(TensorWeakRef(leaf), step.number) for step in self._open_steps for leaf in step.outputs]
+        last = {id(leaf): (TensorWeakRef(leaf), step.number) for step in self._open_steps for leaf in step.leaves}
         self._open_steps, self._seen_losses, self._restarting = [], [], None
-        losses.close_leaves(closed)
+        losses.close_leaves(last.values())
 
     # ------------------------------------------------------------------ what a rule supplies
 

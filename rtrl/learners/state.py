@@ -177,7 +177,7 @@ def step_to_plain(step: RecordedStep) -> dict[str, Any]:
         "h": step.h.clone(),
         **pytrees.map_tensors(Tensor.clone, step.sparsity._asdict()),
         "outputs": [leaf.detach().clone() for leaf in step.outputs],
-        "grads": [None if leaf.grad is None else leaf.grad.clone() for leaf in step.outputs],
+        "grads": [None if grad is None else grad.clone() for grad in step.grads],
         "number": step.number,
         "restarted": None if step.restarted is None else step.restarted.clone(),
         "reached": None if step.reached is None else step.reached.clone(),

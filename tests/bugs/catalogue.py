@@ -34,7 +34,7 @@ from rtrl._engine.optimizer_watch import OptimizerWatch
 from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._engine.parameter_hooks import has_hooks, hooks_suspended
 from rtrl._engine.probe import ProbeWeights
-from rtrl._engine.recorded import join_steps
+from rtrl._engine.recorded import StepBatch, join_steps
 from rtrl._engine.reverse_sweep import (
     _add_adjoint,
     _init_identity,
@@ -590,9 +590,9 @@ for NAME, INFLUENCE in INFLUENCES.items():
         "a step without a loss is given that of another",
         (
             swap(
-                loss_cotangents,
-                "[ZERO if OWN is None else OWN for LEAF, OWN in zip(LEAVES, GRADS, ...)]",
-                "[next(g for g in GRADS if g is not None) if OWN is None else OWN for LEAF, OWN in zip(LEAVES, GRADS)]",
+                StepBatch.grad,
+                "torch.zeros_like(LEAF) if LEAF.grad is None else LEAF.grad",
+                "next(s.leaves[i].grad for s in self.steps if s.has_loss) if LEAF.grad is None else LEAF.grad",
             ),
         ),
         "learner: losses at some steps",
@@ -903,7 +903,7 @@ if GRADIENT is not None:
     Bug(
         81,
         "the adjoint does not travel through a large dense block",
-        (swap(_one_by_one, "XS[..., -1, :].add_(ROW)", "XS[..., -1, :].copy_(ROW)"),),
+        (swap(_one_by_one, "ROWS[INDEX].add_(ADJOINT)", "ROWS[INDEX].copy_(ADJOINT)"),),
         "long_blocks",
     ),
     Bug(
@@ -1074,7 +1074,7 @@ if GRADIENT is not None:
     Bug(
         105,
         "a copy is not given the losses of the open block",
-        (swap(step_to_plain, "None if LEAF.grad is None else LEAF.grad.clone()", "None"),),
+        (swap(step_to_plain, "None if GRAD is None else GRAD.clone()", "None"),),
         "copies",
     ),
     Bug(

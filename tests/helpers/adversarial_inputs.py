@@ -200,7 +200,7 @@ def check(
     if closing:
         for x in xs[at : at + min(block, 2)]:
             learner.backward(learner.step(x).square().sum())
-        for close in (learner.sync, learner.reset, lambda: learner.influence("enter.weight")):
+        for close in (learner.sync, lambda: learner.influence("enter.weight")):
             with refused(learner, error, match):
                 close()
         learner.load_state_dict(saved)
