@@ -1074,7 +1074,13 @@ if GRADIENT is not None:
     Bug(
         105,
         "a copy is not given the losses of the open block",
-        (swap(step_to_plain, "None if GRAD is None else GRAD.clone()", "None"),),
+        (
+            swap(
+                step_to_plain,
+                "[None if GRAD is None else GRAD.clone() for GRAD in step.grads]",
+                "[None] * len(step.outputs)",
+            ),
+        ),
         "copies",
     ),
     Bug(
