@@ -93,9 +93,9 @@ def step(mode: str, x: Tensor, state: tuple[Tensor, ...], weights: Weights) -> t
 
 
 _FUSED_SEQUENCES: dict[str, Callable[..., Any]] = {
-    "RNN_TANH": torch._VF.rnn_tanh,
-    "RNN_RELU": torch._VF.rnn_relu,
-    "GRU": torch._VF.gru,
+    "RNN_TANH": torch.rnn_tanh,
+    "RNN_RELU": torch.rnn_relu,
+    "GRU": torch.gru,
 }
 
 
