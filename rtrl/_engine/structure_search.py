@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from rtrl._engine.checks import reached_leaves
 from rtrl._engine.mixing import perturb
 from rtrl._engine.recorded import StepBatch
 from rtrl._engine.taps import Tap, record_taps
@@ -145,6 +146,9 @@ def look(
         )
         head = h_next.reshape(len(h), numbers)
     pattern = Pattern(torch.zeros(numbers, numbers, dtype=torch.bool))
+    if not reached_leaves(head).keys().isdisjoint(map(id, parameters.values())):
+        pattern.adjacency |= True  # code that PyTorch does not dispatch from Python took a parameter itself
+        return pattern
     uses: list[tuple[list[tuple[Tap, Orientation]], Tensor]] = []
     for taps in recorder.by_output:
         fitting = []

@@ -40,6 +40,7 @@ LAYERS: dict[str, Make] = {
     "Columns": lambda: Columns(lambda: rtrl.from_torch(nn.LSTMCell(D, 1)), 3),
     "Columns of RTUs": lambda: Columns(lambda: RTU(D, 1), 2),
     "Stack": lambda: rtrl.Stack([MinGRU(D, 2), nn.LayerNorm(2), nn.ReLU(), RTU(2, 2), nn.Linear(4, 2)]),
+    "Stack of pairs": lambda: rtrl.Stack([RTU(D, 2), LRU(4, 1)]),
     "Stack of a dense layer": lambda: rtrl.Stack([rtrl.from_torch(nn.LSTMCell(D, 2)), ElementwiseLSTM(2, 2)]),
 }
 
@@ -109,6 +110,9 @@ def test_rows_of_each_cell() -> None:
     assert [rows.tolist() for rows in RTU(D, 2).row_groups()] == [[[0, 1], [2, 3]]]
     assert [rows.shape for rows in LAYERS["Columns"]().row_groups()] == [(3, 2)]  # type: ignore[operator]
     assert [rows.tolist() for rows in LAYERS["Stack"]().row_groups()] == [[[0], [1]], [[2, 3], [4, 5]]]  # type: ignore[operator]
+    pairs = LAYERS["Stack of pairs"]()
+    assert [rows.tolist() for rows in pairs.row_groups()] == [[[0, 1], [2, 3]], [[4, 5]]]  # type: ignore[operator]
+    assert [own.tolist() for own in pairs.layer_entries().values()] == [[0, 1, 2, 3], [4, 5]]  # type: ignore[operator]
     dense_below = LAYERS["Stack of a dense layer"]().row_groups()  # type: ignore[operator]
     assert [rows.tolist() for rows in dense_below] == [[[0, 1, 2, 3]], [[4], [5]]]
 
