@@ -44,14 +44,20 @@ from rtrl._engine.reverse_sweep import (
     _sparse,
     reverse_sweep,
 )
+from rtrl._engine.row_block import _add_untapped
+from rtrl._engine.row_linearization import RowSeeds, _agrees, _check_rows_reached
+from rtrl._engine.row_sweep import _step_across, sweep_rows
 from rtrl._engine.step import _checked_copy, take
+from rtrl._engine.structure_search import _reach, find_structure
 from rtrl._engine.taps import TapRecorder, _matmul
 from rtrl._engine.unitwise import _state_uses, unitwise_derivatives
 from rtrl._engine.untapped import pull_rows
 from rtrl._influence.catch_up import SampleHops
 from rtrl._influence.history import History
+from rtrl._influence.rows import RowInfluence, at_rows, row_products
 from rtrl._influence.segment_tree import CircularSegmentTree as Tree
 from rtrl._influence.store import ParameterInfluence as Influence
+from rtrl._influence.structure import Structure
 from rtrl._influence.transition import Transition, compose, flush_subnormals
 from rtrl._utils.functional_call import check_substituted
 from rtrl._utils.index_sets import zero
@@ -66,6 +72,7 @@ from rtrl.errors import NonFiniteError
 from rtrl.learners.block_rtrl import BlockRTRL as Learner
 from rtrl.learners.bptt import _add_run
 from rtrl.learners.carried import CarriedInfluence
+from rtrl.learners.carried_rows import CarriedRows
 from rtrl.learners.layer_local import LayerLocal
 from rtrl.learners.replayed_step import ParameterSnapshot, ReplayedStep
 from rtrl.learners.state import step_to_plain
@@ -1238,5 +1245,117 @@ if GRADIENT is not None:
         "RTRL within layers keeps what the layers above remember",
         (swap(LayerLocal._layer_pattern, "OWN[ENTRIES[PREFIX]] = True", "OWN[:] = True"),),
         "influence_of_layers",
+    ),
+    Bug(
+        129,
+        "a coupling is missed: the probe weighs all rows alike",
+        (swap(RowSeeds.__init__, "normal_like(LIKE.new_empty(n, 1), GENERATOR)", "LIKE.new_ones(n, 1)"),),
+        "rows_that_open",
+    ),
+    Bug(
+        130,
+        "a weight that reaches another row than before goes unnoticed",
+        (swap(_add_untapped, "PROBED and not ANY", "False"),),
+        "weights_that_reach_other_rows",
+    ),
+    Bug(
+        131,
+        "an output that reaches another row of an upper layer goes unnoticed",
+        (wrong(_check_rows_reached, idle),),
+        "outputs_above_that_reach_other_rows",
+    ),
+    Bug(
+        132,
+        "what a layer passes on directly is dropped from the products",
+        (swap(_step_across, "OUT += row_products(...).reshape(OUT.shape)", "pass"),),
+        "layers_of_rows",
+    ),
+    Bug(
+        133,
+        "what passes through the layer between is dropped from the products",
+        (swap(_step_across, "(a, c) in YS and (c, b) in CROSS", "False"),),
+        "layers_of_rows",
+    ),
+    Bug(
+        134,
+        "the adjoint does not reach the layer below",
+        (swap(sweep_rows, "(c, a) in CROSS", "False"),),
+        "layers_of_rows",
+    ),
+    Bug(
+        135,
+        "the influence of the layer below does not move on to the one above",
+        (wrong(RowInfluence._add_from_below, idle),),
+        "layers_of_rows",
+    ),
+    Bug(
+        136,
+        "a widened influence is put on other rows",
+        (swap(RowInfluence.to_dense, "ROWS.clamp(min=0)", "ROWS.clamp(min=0).flip(0)"),),
+        "rows_that_open",
+    ),
+    Bug(
+        137,
+        "a row map is off by one",
+        (swap(at_rows, "ROWS.clamp(min=0)", "(ROWS.clamp(min=0) + 1) % value.shape[dim]"),),
+        "rows_of_states",
+    ),
+    Bug(
+        138,
+        "the rows of another sample get the immediate influence",
+        (wrong(RowInfluence.add, lambda add: lambda self, group, left, right: add(self, group, left.flip(0), right)),),
+        "rows_of_states",
+    ),
+    Bug(
+        139,
+        "a reset inside a block leaks into independent rows",
+        (swap(sweep_rows, "VALUE[j].masked_fill_(...)", "pass"),),
+        "resets_of_rows",
+    ),
+    Bug(
+        140,
+        "a reset leaves the influence on rows behind",
+        (wrong(RowInfluence.clear_samples, idle),),
+        "resets_of_rows",
+    ),
+    Bug(
+        141,
+        "one entry of a row is dropped",
+        (swap(row_products, "range(1, WIDTH)", "range(1, 1)"),),
+        "rows_of_states",
+    ),
+    Bug(
+        142,
+        "a parameter of several rows is taken for one of one row, and no probe looks",
+        (
+            swap(_reach, "bool((COUNT > 1).any())", "False"),
+            wrong(_agrees, lambda agrees: lambda *args: True),
+            swap(_add_untapped, "PROBED and not ANY", "False"),
+        ),
+        "weights_of_several_rows",
+    ),
+    Bug(
+        143,
+        "a structure that is widened forgets what was carried",
+        (wrong(CarriedRows.dense, lambda dense: lambda self: {}),),
+        "rows_that_open",
+    ),
+    Bug(
+        144,
+        "the adjoint meets the influence on rows after it has moved",
+        (swap(CarriedRows.add, "INFLUENCE.contract(ADJOINT)", "INFLUENCE.contract(ADJOINT, staged=True)"),),
+        "rows_of_states",
+    ),
+    Bug(
+        145,
+        "the first states' influence on other rows is dropped",
+        (swap(find_structure, "PATTERN.add(NAME, SHAPES[NAME], 'element', HITS)", "pass"),),
+        "rows_of_states",
+    ),
+    Bug(
+        146,
+        "a saved structure is believed whatever it says",
+        (swap(Structure.from_state_dict.__func__, "raise ConfigError(...)", "pass"),),
+        "saved_structures",
     ),
 ]

@@ -16,6 +16,7 @@ from helpers.strategies import normal
 from helpers.tolerances import assert_gradients_equal, assert_influences_equal
 from helpers.toy_cells import PlainRNN, seeded
 from lifecycle_checks import LIFECYCLE_CHECKS
+from structure_checks import STRUCTURE_CHECKS
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from user_cell_checks import USER_CELL_CHECKS
@@ -394,6 +395,7 @@ CHECKS: dict[str, Check] = {
         )
     },
     **LIFECYCLE_CHECKS,
+    **STRUCTURE_CHECKS,
     **USER_CELL_CHECKS,
     **COMPLEX_CHECKS,
 }

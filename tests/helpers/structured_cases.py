@@ -43,7 +43,7 @@ STACKS: dict[str, list[str]] = {
     "a dense layer below": ["dense", "einsum"],
 }
 """Layers from below."""
-OPENING = ("state", "balanced", "drive", "written", "moved", "zero")
+OPENING = ("state", "balanced", "drive", "weight", "written", "moved", "zero")
 
 
 def both_ways(given: dict[str, Any]) -> list[dict[str, Any]]:

@@ -24,9 +24,9 @@ class Opening(Layer):
     """An independent layer of n ≥ 2 rows in which something opens where ``x[:, 0]`` is positive, sample by sample.
 
     ``what`` couples rows, and opens: "state" a neighbour in the state; "balanced" two that cancel in the sum over rows;
-    "drive" a neighbour's drive, so that a weight reaches two rows; "written" the drive itself; "moved" a permutation of
-    the drive, so that each weight still reaches one row, but another one. "zero" is a function of a product of
-    neighbours, which couples at every state but zero.
+    "drive" a neighbour's drive, so that a weight reaches two rows; "weight" a neighbour's element-wise weight;
+    "written" the drive itself; "moved" a permutation of the drive, so that each weight still reaches one row, but
+    another one. "zero" is a function of a product of neighbours, which couples at every state but zero.
     """
 
     def __init__(self, d: int, n: int, what: str = "state") -> None:
@@ -42,6 +42,8 @@ class Opening(Layer):
             kept = kept + opened * torch.cat([h[:, 1:2], -h[:, 1:2], torch.zeros_like(h[:, 2:])], dim=1)
         elif self.what == "drive":
             drive = drive + opened * drive.roll(1, 1)
+        elif self.what == "weight":
+            drive = drive + self.own + opened * self.own.roll(1)
         elif self.what == "written":
             drive = opened * drive
         elif self.what == "moved":
