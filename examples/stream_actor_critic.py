@@ -103,8 +103,8 @@ def main():
         if done:
             returns.append(total)
             seen, total, traces = task.reset(), 0.0, {loss: {} for loss in KAPPA}
-            if len(returns) % 50 == 0:
-                print(f"step {step:>7,}: mean return {sum(returns[-50:]) / 50:.2f} of the last 50 episodes")
+            if len(returns) % 20 == 0:
+                print(f"step {step:>7,}: mean return {sum(returns[-20:]) / 20:.2f} of the last 20 episodes")
 
 
 if __name__ == "__main__":

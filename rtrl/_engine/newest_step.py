@@ -132,7 +132,7 @@ def pull_back(
     Raises:
         CellError: run again, the cell does something else than it did.
 
-    Cost: one run of the steps with a graph, and R backward passes through it; more than two of these in one batch.
+    Cost: one run of the steps with a graph, and R backward passes through it; many of these in one batch.
     """
     with torch.enable_grad():
         first = h = steps[0].h.detach().clone().requires_grad_()
@@ -159,7 +159,7 @@ def pull_back(
     return PulledLosses(state.flatten(2), dict(zip(parameters, map(as_real, gradients), strict=True)))
 
 
-_FEW = 2  # rows: up to this many backward passes take less time one by one than in a batch
+_FEW = 8  # rows: up to this many backward passes take less time one by one than in a batch
 
 
 def _pull(head: Tensor, inputs: Sequence[Tensor], weight: Tensor) -> Sequence[Tensor]:

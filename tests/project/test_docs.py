@@ -21,6 +21,8 @@ ARGUMENTS = {
     "compare_learners.py": (["--hidden", "8", "--batch-size", "1", "2", "--rounds", "1"], r"\| 8 \| 2 \| .* MiB \|"),
     "long_haystack.py": ([], r"BlockRTRL: 100%.*\ntruncated BPTT: +[45]\d%"),
     "online_char_rnn.py": (["--steps", "300", "--hidden", "16"], r"step +300: \d\.\d\d bits per byte"),
+    "online_rtu.py": (["--steps", "100"], r"step +100: mean squared error 0\.\d+"),
+    "stream_actor_critic.py": (["--steps", "600"], r"step +\d+: mean return -?\d\.\d\d of the last 20 episodes"),
     "own_cell.py": ([], r"0 of \d+ checks failed(.|\n)*step 800: squared error 0\.0[01]"),
 }
 
