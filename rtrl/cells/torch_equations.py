@@ -79,6 +79,13 @@ def step(mode: str, x: Tensor, state: tuple[Tensor, ...], weights: Weights) -> t
         fused = _FUSED[mode](x, state if mode == "LSTM" else h, *weights[:4])
         return fused if mode == "LSTM" else (fused,)
     from_x, from_h = F.linear(x, weights.weight_ih, weights.bias_ih), F.linear(h, weights.weight_hh, weights.bias_hh)
+    after = gated(mode, from_x, from_h, state)
+    return after if weights.weight_hr is None else (F.linear(after[0], weights.weight_hr), *after[1:])
+
+
+def gated(mode: str, from_x: Tensor, from_h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the next state from what the weights make of x and of h, each (..., G·H), the gates side by side."""
+    h = state[0]
     if mode == "GRU":
         (reset_x, update_x, new_x), (reset_h, update_h, new_h) = from_x.chunk(3, dim=-1), from_h.chunk(3, dim=-1)
         new = torch.tanh(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
@@ -87,8 +94,7 @@ def step(mode: str, x: Tensor, state: tuple[Tensor, ...], weights: Weights) -> t
     if mode == "LSTM":
         enter, forget, new, out = (from_x + from_h).chunk(4, dim=-1)
         c = torch.sigmoid(forget) * state[1] + torch.sigmoid(enter) * torch.tanh(new)
-        h = torch.sigmoid(out) * torch.tanh(c)
-        return (h if weights.weight_hr is None else F.linear(h, weights.weight_hr)), c
+        return torch.sigmoid(out) * torch.tanh(c), c
     return (torch.tanh(from_x + from_h) if mode == "RNN_TANH" else torch.relu(from_x + from_h),)
 
 

@@ -38,6 +38,7 @@ CELLS: dict[str, tuple[Make, Any]] = {
 LAYERS: dict[str, Make] = {
     **{name: make for name, (make, _) in CELLS.items()},
     "Columns": lambda: Columns(lambda: rtrl.from_torch(nn.LSTMCell(D, 1)), 3),
+    "Columns of wider GRUs": lambda: Columns(lambda: rtrl.from_torch(nn.GRUCell(D, 2)), 2),
     "Columns of RTUs": lambda: Columns(lambda: RTU(D, 1), 2),
     "Stack": lambda: rtrl.Stack([MinGRU(D, 2), nn.LayerNorm(2), nn.ReLU(), RTU(2, 2), nn.Linear(4, 2)]),
     "Stack of pairs": lambda: rtrl.Stack([RTU(D, 2), LRU(4, 1)]),
@@ -160,6 +161,38 @@ def test_a_unit_shrinks_its_state_from_the_first_weights_on() -> None:
 def test_wrong_sizes_are_refused(make: Make, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize("units", [1, 2])
+@pytest.mark.parametrize("kind", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+def test_columns_of_pytorchs_cells_are_these_cells_side_by_side(kind: Any, units: int) -> None:
+    made: list[nn.Module] = []
+
+    def make() -> nn.Module:
+        made.append(rtrl.from_torch(kind(D, units, bias=kind is not nn.GRUCell)).double())
+        return made[-1]
+
+    cell, x = Columns(make, 3), noise(B, D)
+    assert len(list(cell.parameters())) == (2 if kind is nn.GRUCell else 4)
+    h = noise(B, *cell.init_state(B).shape[1:])
+    assert not cell.init_state(B).any() and h.shape == (B, 3, (2 if kind is nn.LSTMCell else 1) * units)
+    y, after = cell(x, h)
+    for i, unit in enumerate(made):
+        own = h[:, i].unflatten(1, unit.init_state(1).shape[1:])  # type: ignore[operator]
+        y_own, after_own = unit(x, own)
+        torch.testing.assert_close(y[:, i * units : (i + 1) * units], y_own, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(after[:, i], after_own.flatten(1), rtol=1e-12, atol=1e-14)
+
+
+def test_columns_of_other_cells_are_separate_modules() -> None:
+    mixed = iter([nn.RNNCell(D, 1), nn.RNNCell(D, 1, nonlinearity="relu")])
+    for make in (
+        lambda: rtrl.from_torch(nn.GRUCell(D, 1), nn.Tanh()),
+        lambda: MinGRU(D, 1),
+        lambda: rtrl.from_torch(next(mixed)),
+        lambda: rtrl.from_torch(nn.utils.parametrizations.weight_norm(nn.GRUCell(D, 1), "weight_hh")),
+    ):
+        assert isinstance(Columns(make, 2).units, nn.ModuleList)
 
 
 def test_columns_are_units_of_their_own() -> None:
