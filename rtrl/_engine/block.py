@@ -106,9 +106,10 @@ def close_block(
             for name, jacobian in group.untapped_jacobians(cotangents.transpose(1, 2)).items():
                 if has_losses:
                     gradient[name] += jacobian[:, -1].sum(dim=0)
-                rows = jacobian[:, :-1].reshape(size, jacobian.shape[1] - 1, -1)
                 if name in sliced:
                     rows = _active_rows(name, jacobian[:, :-1], keys[name], slices[name])
+                else:  # the block may write no row at all
+                    rows = jacobian[:, :-1].reshape(size, jacobian.shape[1] - 1, jacobian[0, 0].numel())
                 untapped[name] = untapped[name] + rows if name in untapped else rows
     restarts = [group.restarted.any(dim=1) for group in groups if group.restarted is not None]
     restarted = torch.stack(restarts).any(dim=0) if restarts else None
