@@ -51,6 +51,7 @@ class Stream:
         scattered: whether each x is a view that is not contiguous.
         overwritten: whether each x is overwritten after the losses of its step.
         plain: whether ``loss.backward()`` replaces ``learner.backward(loss)``.
+        unrolled: whether several steps are taken at once, by ``learner.unroll``, with one loss for all of them.
 
     Raises:
         ConfigError: xs is not a float64 tensor (T, B, ...), the cell is not in float64 or has no ``init_state``, or
@@ -77,6 +78,7 @@ class Stream:
     scattered: bool = False
     overwritten: bool = False
     plain: bool = False
+    unrolled: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.cell, nn.Module):

@@ -67,7 +67,7 @@ from rtrl.cells.complex_state import RealState
 from rtrl.cells.protocol import under_vmap
 from rtrl.cells.row_groups import rows_of
 from rtrl.cells.supported import runs_as_written
-from rtrl.cells.torch_equations import derivatives
+from rtrl.cells.torch_equations import derivatives, sequence
 from rtrl.errors import NonFiniteError
 from rtrl.learners.block_rtrl import BlockRTRL as Learner
 from rtrl.learners.bptt import _add_run
@@ -1357,5 +1357,23 @@ if GRADIENT is not None:
         "a saved structure is believed whatever it says",
         (swap(Structure.from_state_dict.__func__, "raise ConfigError(...)", "pass"),),
         "saved_structures",
+    ),
+    Bug(
+        147,
+        "the gradient at the y of a sequence is put to the step after",
+        (
+            swap(
+                StepBatch.grad,
+                "join(RUNS, FILLED, FILLED, PLACE)",
+                "join(RUNS, FILLED, lambda *a: FILLED(*a).roll(1, 0), PLACE)",
+            ),
+        ),
+        "learner: sequences",
+    ),
+    Bug(
+        148,
+        "a sequence of a GRU's steps is run backward",
+        (wrong(sequence, lambda run: lambda mode, xs, h, weights: run(mode, xs, h, weights).flip(0)),),
+        "cell: unroll",
     ),
 ]

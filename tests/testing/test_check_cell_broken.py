@@ -210,6 +210,24 @@ class Known(nn.Module):
         return AnalyticStep(h_next, h_next, [UnitTap(self.weight, None, h.detach(), slope, part=0)])
 
 
+class Early(nn.Module):
+    """Several steps at once give the state before each step, not after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(4, dtype=F64) / 2)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h_next = torch.tanh(h @ self.weight)
+        return h_next, h_next
+
+    def unroll(self, xs: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        states = [h]
+        for x in xs:
+            states.append(self(x, states[-1])[1])
+        return torch.stack(states[1:]), torch.stack(states[:-1])
+
+
 BROKEN: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
     "a list": ("returns", lambda: broken(lambda c, x, h: [x, h]), "got list"),
     "raises": ("returns", lambda: broken(lambda c, x, h: 1 // 0), "ZeroDivisionError"),
@@ -310,6 +328,7 @@ BROKEN: dict[str, tuple[str, Callable[[], nn.Module], str]] = {
     ),
     "wrong vmap rule": ("torch.func", lambda: broken(dense(_WrongVmap.apply)), "under torch.func.vmap a sample"),
     "half a derivative": ("analytic step", lambda: Known(0.5), "another derivative with respect to the state"),
+    "states too early": ("unroll", Early, "unroll gives another value of the next state than single steps"),
     "another value": ("analytic step", lambda: Known(1.0, 1e-3), "another value of the next state"),
 }
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from rtrl._utils import index_sets, pytrees
 from rtrl._utils.formatting import first_line
 from rtrl.cells.analytic import HasAnalyticStep
 from rtrl.cells.protocol import same_choices
+from rtrl.cells.sequences import HasUnroll
 from rtrl.errors import CellError
 from rtrl.testing.cell_checks.batching import replay_failures, sample_failures, torch_func_failures
 from rtrl.testing.cell_checks.compare import (
@@ -306,6 +308,32 @@ def _dtype(subject: Subject) -> Iterator[Found]:
 
 
 _check("torch.func")(torch_func_failures)
+
+
+@_check("unroll")
+def _unroll(subject: Subject) -> Iterator[Found]:
+    """Several steps at once, if the cell takes them, are those of single steps."""
+    for point in (p.with_own_cell() for p in subject.points):
+        if not isinstance(point.cell, HasUnroll):
+            continue
+        form = pytrees.signature(point.x)
+        own = ([p.x for p in subject.points if pytrees.signature(p.x) == form] * 3)[:3]
+        xs, h = pytrees.stack(own), point.h
+        with torch.no_grad():
+            out = point.cell.unroll(pytrees.map_tensors(torch.clone, xs), h.clone())
+        if out is None:
+            continue
+        ys, states = out
+        for k in range(3):
+            y, h, _ = replace(point, x=own[k], h=h).run(free=True)
+            expected = {"the next state": h, **leaves(y, len(h))}
+            found = {"the next state": states[k], **leaves(pytrees.map_tensors(itemgetter(k), ys), len(h))}
+            for what, value in expected.items():
+                if what not in found or not checks.nearly_equal(found[what], value):
+                    yield Found(
+                        f"unroll gives another value of {what} than single steps", point.step, where=f"step {k} of 3"
+                    )
+                    return
 
 
 @_check("analytic step")

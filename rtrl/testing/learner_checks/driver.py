@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,33 @@ class StreamDriver(Driver):
     def steps(self, first: int = 0) -> Iterator[tuple[int, Any]]:
         """Drive the learner along the stream, from step ``first`` on; yield the number and the y of each step."""
         s = self._stream
+        if s.unrolled:
+            return self._parts()
         events: dict[str, Any] = {"syncs": s.syncs, "resets": s.resets, "offsets": s.offsets, "saves": s.saves}
         return self.along(s.xs, s.loss, first=first, **events)
+
+    def _parts(self) -> Iterator[tuple[int, Any]]:
+        """Take several steps at once, as many as the open block takes, up to the next reset."""
+        stream, block, opened, start = self._stream, int(getattr(self.learner, "block", 1)), 0, 0
+        restarts = [] if stream.resets is None else stream.resets.any(dim=1).nonzero().flatten().tolist()
+        while start < stream.steps:
+            self.step_index = start
+            if stream.resets is not None and start in restarts:
+                self.reset(stream.resets[start].clone())
+            opened %= block
+            following = min([stream.steps, *(t for t in restarts if t > start)])
+            count = min(block - opened, following - start, 2 + start % 3)
+            with self.during("unroll"):
+                ys = self.learner.unroll(in_dtype(stream.xs[start : start + count].clone(), self._spec))
+            steps = [(start + k, pytrees.map_tensors(itemgetter(k), ys)) for k in range(count)]
+
+            def total(ys: Any, steps: list[tuple[int, Any]] = steps) -> Tensor | None:
+                losses = [loss for t, y in steps if (loss := stream.loss(t, y)) is not None]
+                return torch.stack(losses).sum() if losses else None
+
+            self.add_loss(total, ys)
+            opened, start = opened + count, start + count
+            yield from steps
 
     def finish(self, first: int = 0) -> dict[str, Tensor]:
         """Drive the learner to the end of the stream, and return its gradients."""

@@ -304,6 +304,13 @@ def _many_resets(subject: Subject, stream: Stream) -> _Modified:
     yield replace(stream, resets=flags, split_resets=frozenset({2}), syncs=syncs, loss=loss), treatment
 
 
+@_modified("sequences", "unroll", losses=True, steps=True)
+def _sequences(subject: Subject, stream: Stream) -> _Modified:
+    """Several steps at once, with one loss for all of them; samples are reset between them, inside blocks too."""
+    flags = _one_by_one(stream)[0] if subject.has("reset") else None
+    yield replace(stream, unrolled=True, resets=flags), "several steps at once, by unroll"
+
+
 @check("influence")
 def _influence(subject: Subject) -> Iterator[Found]:
     """influence() returns the influence of the law, column by column, and does not change the gradient."""
