@@ -14,7 +14,6 @@ from rivals import Ours, Sequences, Textbook, Unrolled
 from torch import Tensor
 
 import oracles
-import rtrl as rtrl_package
 from rtrl.testing import assert_gradients_equal, worst_difference
 
 STEPS, BLOCK = 17, 5  # three blocks and a part of one
@@ -42,7 +41,7 @@ def check_agreement(kind: str) -> None:
     expected = oracles.bptt(problem.cell, problem.xs, problem.loss)
     sides: list[Ours | Textbook | Unrolled] = [
         *(Ours(problem, block=block) for block in (1, BLOCK, STEPS)),
-        *(Sequences(problem, block=block) for block in (BLOCK, STEPS) if hasattr(rtrl_package.BlockRTRL, "unroll")),
+        *(Sequences(problem, block=block) for block in (BLOCK, STEPS)),
         Textbook(problem),
         Unrolled(problem, STEPS),
     ]

@@ -4,18 +4,15 @@ BPTT."""
 from typing import Any
 
 import jax_rivals
-import pytest
 from agreement import assert_roughly_equal, check_agreement, check_jax_agreement
 from counting import dispatches
 from measuring import Measurement
 from problems import dense
 from rivals import Sequences, Unrolled
 
-import rtrl
 from rtrl.profiling.timing import alternate, median_ratio, medians
 
 
-@pytest.mark.skipif(not hasattr(rtrl.BlockRTRL, "unroll"), reason="not there yet")
 def test_sequences_at_hand(measurement: Measurement, benchmark: Any) -> None:
     size, block = measurement.sizes.cells, 16 * measurement.sizes.cells
     measured: dict[str, float] = {}

@@ -142,6 +142,24 @@ def test_losses_apart_and_by_sample(kind: str) -> None:
             assert_gradients_equal({name: value[b] for name, value in by_sample.items()}, last)
 
 
+@pytest.mark.parametrize("kinds", [["eLSTM"], ["minGRU", "peephole"]], ids=["rows", "layers"])
+def test_sequences_at_hand_with_a_reset_between_them(kinds: list[str]) -> None:
+    case = drawn(stack(kinds, 2), steps=8)
+    flags = torch.zeros(8, 2, dtype=torch.bool)
+    flags[6, 1] = True
+    expected, influences = oracles.dense_rtrl(case.cell, case.xs, case.loss, resets=flags, return_influence=True)
+    case.cell.zero_grad()
+    learner = rtrl.BlockRTRL(case.cell, 2, block=4)
+    for start, stop in ((0, 4), (4, 6), (6, 8)):
+        if bool(flags[start].any()):
+            learner.reset(flags[start])
+        losses = [case.loss(t, y) for t, y in zip(range(start, stop), learner.unroll(case.xs[start:stop]), strict=True)]
+        learner.backward(sum(loss for loss in losses if loss is not None))
+    gradients, found = delivered(learner)
+    assert_gradients_equal(gradients, expected)
+    assert_influences_equal(found, influences[-1])
+
+
 def test_the_gradient_at_x_inside_a_block() -> None:
     case = drawn(stack(["minGRU", "peephole"], 2), steps=3)
     found = []
