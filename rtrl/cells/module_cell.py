@@ -171,10 +171,17 @@ class ModuleCell(PackedCell):
             tree = self._state(batch_size)
         else:
             tree = pytrees.map_tensors(lambda leaf: leaf.expand(batch_size, *leaf.shape[1:]), self._state)
-        like = next((p for p in self.parameters() if p.is_floating_point()), None)
+        like = next((p for p in self.parameters() if is_continuous(p)), None)
         if like is None:
             return tree
-        return pytrees.map_tensors(lambda leaf: leaf.to(like) if leaf.is_floating_point() else leaf, tree)
+        device, real = like.device, like.dtype.to_real()
+
+        def beside(leaf: Tensor) -> Tensor:
+            if not is_continuous(leaf):
+                return leaf
+            return leaf.to(device, real.to_complex() if leaf.is_complex() else real)
+
+        return pytrees.map_tensors(beside, tree)
 
     def forward(self, x: Any, h: Tensor) -> tuple[Any, Tensor] | tuple[Any, Tensor, Sparsity]:
         """Take one step; return ``(y, h_next)``, or ``(y, h_next, Sparsity)`` if the module declares what is active."""

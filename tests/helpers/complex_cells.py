@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import rtrl
+
 
 def complex_noise(*shape: int, generator: torch.Generator, scale: float = 0.5) -> Tensor:
     return scale * torch.randn(*shape, dtype=torch.complex128, generator=generator)
@@ -26,6 +28,7 @@ class ComplexCell(nn.Module):
         self.first = nn.Parameter(complex_noise(n, generator=g)) if learned else None
         with torch.no_grad():
             self.read.weight.copy_(torch.randn(2, 2 * n, dtype=torch.float64, generator=g))
+            self.read.bias.copy_(torch.randn(2, dtype=torch.float64, generator=g))
 
     def init_state(self, batch_size: int) -> Tensor:
         if self.first is not None:
@@ -54,6 +57,24 @@ class ComplexWeights(nn.Module):
         z = h.to(self.weight.dtype) @ self.weight + x.to(self.enter.dtype) @ self.enter
         h = torch.tanh(z.real * z.imag + z.abs())
         return h, h
+
+
+class SparseComplex(nn.Module):
+    """A complex state (B, 3), of which a step reads and writes the row that x names, with that row's parameters."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(seed)
+        self.rate, self.enter = (nn.Parameter(complex_noise(3, generator=g, scale=0.7)) for _ in range(2))
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return torch.full((batch_size, 3), 0.3 - 0.4j, dtype=torch.complex128)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, rtrl.Sparsity]:
+        row = (x[:, 1:] > 0).long() + (x[:, 1:] > 1).long()
+        z = self.rate[row] * h.gather(1, row).conj() + self.enter[row] * x[:, :1]
+        used = rtrl.Sparsity(row, row, {"rate": row, "enter": row})
+        return z, h.scatter(1, row, z), used
 
 
 def complex_loss(t: int, y: Any) -> Tensor | None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.complex_cells import ComplexCell, ComplexWeights, complex_loss
+from helpers.complex_cells import ComplexCell, ComplexWeights, SparseComplex, complex_loss
 from helpers.exact_learners import EXACT
 from helpers.running import run
+from helpers.strategies import normal
 from helpers.tolerances import assert_gradients_equal, assert_influences_equal
 from torch import Tensor, nn
 
@@ -81,6 +82,40 @@ def test_learners_are_exact_on_complex_numbers(name: str, learner: str) -> None:
     assert_gradients_equal(in_pairs(found.gradients), in_pairs(expected), may_be_zero=True)
     if with_influence:
         assert_influences_equal(found.influences, influences[-1], may_be_zero=True)
+
+
+def test_dormant_slices_of_complex_parameters_are_exact() -> None:
+    cell = SparseComplex()
+    xs = normal(3, 12, B, 2)
+    rows = torch.tensor(
+        [[0, 1], [1, 1], [1, 0], [1, 2], [2, 2], [1, 1], [2, 1], [0, 2], [1, 1], [2, 0], [0, 0], [1, 2]]
+    )
+    xs[:, :, 1] = rows.double() - 0.5
+    resets = torch.zeros(12, B, dtype=torch.bool)
+    resets[5, 0] = True
+    expected, influences = oracles.dense_rtrl(cell, xs, complex_loss, resets=resets, return_influence=True)
+    assert check_cell(cell, list(xs[:2])).passed
+    for make in (functools.partial(rtrl.BlockRTRL, block=2, window=2), DenseRTRL):
+        found = run(cell, xs, complex_loss, resets=resets, make=make)
+        assert_gradients_equal(in_pairs(found.gradients), in_pairs(expected))
+        assert_influences_equal(found.influences, influences[-1], may_be_zero=True)
+
+
+def test_steps_at_once_are_steps_one_by_one() -> None:
+    xs, cells = inputs(4), [ComplexCell(), ComplexCell()]
+    for cell in cells:
+        learner = rtrl.BlockRTRL(cell, B, block=4)
+        if cell is cells[0]:
+            ys = learner.unroll(xs)
+        else:
+            steps = [learner.step(x) for x in xs]
+            ys = tuple(torch.stack(parts) for parts in zip(*steps, strict=True))
+        assert ys[1].is_complex()
+        learner_loss = ys[0].square().sum() + ys[1].abs().square().sum()
+        learner_loss.backward()
+        learner.sync()
+    for one, other in zip(*(cell.parameters() for cell in cells), strict=True):
+        assert one.grad is not None and torch.equal(one.grad, other.grad)
 
 
 def test_the_influence_is_over_pairs_of_states_and_parameters() -> None:

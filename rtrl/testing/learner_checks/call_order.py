@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rtrl._utils import pytrees
+from rtrl._utils.real_pairs import is_continuous
 from rtrl.testing.driver import trainable
 from rtrl.testing.learner_checks.driver import StreamDriver
 from rtrl.testing.learner_checks.registry import Subject, check
@@ -108,7 +109,7 @@ def _two_steps(subject: Subject, stream: Stream) -> Mismatch | None:
 
 
 def _floating(y: Any) -> list[Tensor]:
-    return [leaf for leaf in pytrees.tensors(y) if leaf.is_floating_point()]
+    return [leaf for leaf in pytrees.tensors(y) if is_continuous(leaf)]
 
 
 def _product(first: list[Tensor], second: list[Tensor]) -> Tensor:
