@@ -26,6 +26,7 @@ class AutogradLinearization:
 
     Args:
         pattern: how the units of the cell were found to interact; None if they may in any way.
+        elementwise: see ``TapRecorder``.
 
     Raises:
         CellError: run as one batch, the cell computes something else than it did step by step.
@@ -38,7 +39,9 @@ class AutogradLinearization:
         batch: StepBatch,
         untapped: Iterable[str],
         pattern: UnitwisePattern | None = None,
+        elementwise: bool = False,
     ) -> None:
+        self._elementwise = elementwise
         self.cell, self.parameters, self.batch, self.pattern = cell, parameters, batch, pattern
         y, self.h_next, self.recorder = self._run(untapped)
         self.outputs = [leaf for leaf in pytrees.tensors(y) if is_continuous(leaf)]
@@ -62,6 +65,7 @@ class AutogradLinearization:
                     untapped,
                     copy=copy,
                     gated=self.pattern is not None,
+                    elementwise=self._elementwise,
                 )
             if not recorder.changed_in_place:
                 break

@@ -109,7 +109,7 @@ class Linearizer:
         for batch in batches:
             kind = (*batch.steps[0].kind(), len(batch.times), "structured")
             if kind not in self._verified:
-                run = run_perturbed(self._cell, self._parameters, batch, self._untapped)
+                run = run_perturbed(self._cell, self._parameters, batch, self._untapped, elementwise=True)
                 self._untapped |= taps_mixing_samples(self._cell, self._parameters, batch, run)
                 self._verified[kind] = None
                 self.found_new_kind = True

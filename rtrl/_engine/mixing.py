@@ -50,9 +50,13 @@ class PerturbedRun:
 
 
 def run_perturbed(
-    cell: nn.Module, parameters: Mapping[str, nn.Parameter], batch: StepBatch, untapped: Iterable[str]
+    cell: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    batch: StepBatch,
+    untapped: Iterable[str],
+    elementwise: bool = False,
 ) -> PerturbedRun:
-    """Run a batch of steps at a perturbed point.
+    """Run a batch of steps at a perturbed point; ``elementwise`` is that of ``TapRecorder``.
 
     Raises:
         CellError: the cell makes other choices than those it was to repeat.
@@ -61,11 +65,11 @@ def run_perturbed(
     """
     generator = torch.Generator().manual_seed(0)  # not the user's, whose random numbers stay as they are
     try:
-        return _run(cell, parameters, batch, untapped, lambda value: perturb(value, generator))
+        return _run(cell, parameters, batch, untapped, lambda value: perturb(value, generator), elementwise)
     except RTRLError:
         raise
     except RuntimeError:  # the perturbed point may lie outside the cell's domain
-        return _run(cell, parameters, batch, untapped, lambda value: value.detach().clone())
+        return _run(cell, parameters, batch, untapped, lambda value: value.detach().clone(), elementwise)
 
 
 def taps_mixing_samples(
@@ -113,6 +117,7 @@ def _run(
     batch: StepBatch,
     untapped: Iterable[str],
     move: Callable[[Tensor], Tensor],
+    elementwise: bool,
 ) -> PerturbedRun:
     theta = {name: move(p).requires_grad_(name in parameters) for name, p in cell.named_parameters()}
     h = move(batch.h).requires_grad_()
@@ -123,6 +128,7 @@ def _run(
         untapped,
         copy=True,
         gated=batch.steps[0].dense,
+        elementwise=elementwise,
     )
     contract.check_same_choices(batch, sparsity)
     outputs = [leaf for leaf in pytrees.tensors(y) if is_continuous(leaf)]

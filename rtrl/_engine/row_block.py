@@ -11,8 +11,8 @@ from rtrl._engine.mixing import normal_like
 from rtrl._engine.row_linearization import CouplingFound, RowLinearization, RowTap
 from rtrl._engine.row_sweep import SweptRows, sweep_rows
 from rtrl._engine.unrolled import PulledBlock
-from rtrl._influence.rows import RowInfluence, RowTransition, at_rows, row_products
-from rtrl._influence.structure import ALL, ParameterReach, Structure, by_channel, from_channels
+from rtrl._influence.rows import RowInfluence, RowTransition, row_products
+from rtrl._influence.structure import ALL, ParameterReach, RowMap, Structure, by_channel, from_channels
 
 _ROUNDING = 32  # how many rounding errors per step of a sample's largest entry a probe may be off
 
@@ -47,10 +47,6 @@ class RowBlockResult:
             for group, part in parts.items():
                 influences[name].add_whole(group, part)
 
-    def split(self, cotangent: Tensor) -> list[Tensor]:
-        """Return a cotangent of the state (B, H) as (B, n, w) for each group."""
-        return [cotangent[:, group] for group in self.structure.groups]
-
     def pull_back(self, cotangent: Tensor, parameters: Mapping[str, Tensor]) -> tuple[PulledBlock, dict[str, Tensor]]:
         """Pull a cotangent w (B, H) of the last state and the gradients of the losses back through the block.
 
@@ -59,7 +55,7 @@ class RowBlockResult:
 
         Cost: that of the immediate influence, and memory for it.
         """
-        groups = self.split(cotangent)
+        groups = self.structure.split(cotangent)
         trial = {
             name: RowInfluence(self.structure, reach, len(cotangent), cotangent)
             for name, reach in self.structure.parameters.items()
@@ -75,11 +71,8 @@ class RowBlockResult:
             influence.commit()
         immediate = {name: influence.contract(groups).sum(dim=0) for name, influence in trial.items()}
         gradients = {name: value + self.gradient.get(name, 0.0) for name, value in immediate.items()}
-        state = torch.zeros_like(cotangent)
-        pulled = self.transition.pull_back(groups)
-        for group, own, adjoint in zip(self.structure.groups, pulled, self.transition.adjoint, strict=True):
-            state[:, group] = own + adjoint
-        return PulledBlock(state, gradients), immediate
+        pulled = zip(self.transition.pull_back(groups), self.transition.adjoint, strict=True)
+        return PulledBlock(self.structure.join([own + adjoint for own, adjoint in pulled]), gradients), immediate
 
 
 def close_rows(
@@ -116,6 +109,9 @@ def close_rows(
             right = tap.inputs(reach.shape[0] if reach.shape else 1)
             for group, rows in enumerate(reach.groups):
                 left = cotangents.left(group, tap, reach) if tapped and rows is not None else None
+                if left is not None and tap.use.factor is not None:
+                    factor = tap.use.factor.reshape(left.shape[0], left.shape[1], -1)
+                    left = left * (factor.unsqueeze(3) if isinstance(rows, RowMap) else factor.unsqueeze(2))
                 if left is not None:
                     flat = None if right is None else right.reshape(len(left), -1, right.shape[-1])
                     immediate.setdefault(tap.use.name, []).append((group, left, flat))
@@ -179,11 +175,11 @@ class _Cotangents:
         """``C_τ ∂h_next/∂z`` at the rows of a group: (B, m·L, C, w) or (B, m·L, n·w, C); None if it is zero."""
         size, m = self.own[0].shape[:2]
         rows = reach.groups[group]
-        if isinstance(rows, Tensor):
+        if isinstance(rows, RowMap):
             own = self._jacobian_at_rows(group, tap, reach)  # (B, m, L, C, w)
             if own is None:
                 return None
-            cotangents = at_rows(self.own[group][..., :-1, :], rows, dim=2).unsqueeze(2)  # (B, m, 1, C, w, w)
+            cotangents = rows.take(self.own[group][..., :-1, :], 2).unsqueeze(2)  # (B, m, 1, C, w, w)
             left = row_products(cotangents, own.unsqueeze(-1)).squeeze(-1)
             return left.flatten(1, 2)
         total: Tensor | None = None
@@ -196,11 +192,11 @@ class _Cotangents:
             below, rows = self.cross.get((group, b)), reach.groups[b]  # (B, m, H, n_b, w_b)
             if below is None or rows is None:
                 continue
-            if isinstance(rows, Tensor):
+            if isinstance(rows, RowMap):
                 jacobian = self._jacobian_at_rows(b, tap, reach)
                 if jacobian is None:
                     continue
-                weights = at_rows(below, rows, dim=3).unsqueeze(2)  # (B, m, 1, H, C, w_b)
+                weights = rows.take(below, 3).unsqueeze(2)  # (B, m, 1, H, C, w_b)
                 product = (weights * jacobian.unsqueeze(3)).sum(dim=-1)
             else:
                 product = torch.matmul(below.flatten(3).unsqueeze(2), tap.fed[b].unflatten(0, (size, m)))
@@ -210,19 +206,19 @@ class _Cotangents:
     def _jacobian_at_rows(self, group: int, tap: RowTap, reach: ParameterReach) -> Tensor | None:
         """``∂h_next/∂z`` at the row of each channel: (B, m, L, C, w)."""
         rows = reach.groups[group]
-        assert isinstance(rows, Tensor)
+        assert isinstance(rows, RowMap)
         size, m = self.own[0].shape[:2]
         n, width = self.structure.groups[group].shape
         if group in tap.fed:
             values = tap.fed[group].unflatten(2, (n, width))  # (N, L, n, w, O)
-            index = rows.clamp(min=0).view(1, 1, 1, 1, -1).expand(*values.shape[:2], 1, width, -1)
+            index = rows.index.view(1, 1, 1, 1, -1).expand(*values.shape[:2], 1, width, -1)
             jacobian = values.gather(2, index).squeeze(2).transpose(2, 3)
         elif tap.alone is None:
             return None
         else:
             jacobian = tap.alone[:width].permute(1, 2, 3, 0)
-        if not deferred.on_host(rows) or bool((rows < 0).any()):
-            jacobian = jacobian * (rows >= 0).to(jacobian.dtype)[:, None]
+        if not rows.complete:
+            jacobian = jacobian * rows.present.to(jacobian.dtype)[:, None]
         by_sample: Tensor = jacobian.reshape(size, m, *jacobian.shape[1:])
         return by_sample
 
@@ -234,11 +230,11 @@ class _Cotangents:
             if rows is None:
                 continue
             adjoint = self.own[group][..., -1, :]  # (B, m, n, w)
-            if isinstance(rows, Tensor):
+            if isinstance(rows, RowMap):
                 jacobian = self._jacobian_at_rows(group, tap, reach)
                 if jacobian is None:
                     continue
-                product = (jacobian * at_rows(adjoint, rows, dim=2).unsqueeze(2)).sum(dim=-1)
+                product = (jacobian * rows.take(adjoint, 2).unsqueeze(2)).sum(dim=-1)
             elif group in tap.fed:
                 weights = adjoint.flatten(2).unsqueeze(2).unsqueeze(3)  # (B, m, 1, 1, H)
                 product = torch.matmul(weights, tap.fed[group].unflatten(0, (size, m))).squeeze(3)
@@ -255,6 +251,8 @@ def _add_gradient(gradient: dict[str, Tensor], tap: RowTap, right: Tensor | None
     if weight is None:
         return
     target = gradient[tap.use.name]
+    if tap.use.factor is not None:
+        weight = weight * tap.use.factor
     flat = weight.flatten(0, 1)
     if right is None:
         target += flat.sum(dim=0).reshape(target.shape)
@@ -280,35 +278,40 @@ def _add_untapped(
     """
     own = cotangents.own
     size, m = own[0].shape[:2]
-    numbers = sum(group.numel() for group in structure.groups)
+    nothing = [
+        own_group.new_zeros(()).expand(size, m, *group.shape)
+        for own_group, group in zip(own, structure.groups, strict=True)
+    ]
     generator = torch.Generator().manual_seed(3)  # not the user's, whose random numbers stay as they are
     passes: list[Tensor] = []  # (B, m, H)
     found: dict[tuple[int, bool], slice] = {}  # (group, whether on all of its rows) → which of the passes
-    probe, row_weights, mix = own[0].new_zeros(size, m, numbers), [], []
+    row_weights, mix = [], []
+    probe = [value.clone() for value in nothing]
     for a, group in enumerate(structure.groups):
         n, width = group.shape
         reached = [structure.parameters[name].groups[a] for name in batch.untapped]
         for everywhere in sorted({rows is ALL for rows in reached if rows is not None}):
             first = len(passes)
             for i in range(n * width if everywhere else width):
-                passes.append(own[0].new_zeros(size, m, numbers))
-                if not everywhere:
-                    passes[-1][:, :, group] = own[a][:, :, :, i]
-                    continue
-                passes[-1][:, :, group[i // width]] = own[a][:, :, i // width, i % width]
-                for b in (b for b in range(a) if (a, b) in cotangents.cross):
-                    passes[-1][:, :, structure.groups[b]] = cotangents.cross[a, b][:, :, i]
+                parts = list(nothing)
+                if everywhere:
+                    parts[a] = parts[a].clone()
+                    parts[a][:, :, i // width] = own[a][:, :, i // width, i % width]
+                    for b in (b for b in range(a) if (a, b) in cotangents.cross):
+                        parts[b] = cotangents.cross[a, b][:, :, i]
+                else:
+                    parts[a] = own[a][:, :, :, i]
+                passes.append(structure.join(parts))
             found[a, everywhere] = slice(first, len(passes))
         row_weights.append(normal_like(own[0].new_empty(n), generator))
         mix.append(normal_like(own[0].new_empty(width), generator))
-        probe[:, :, group] += torch.einsum("n,k,bmnkw->bmnw", row_weights[a], mix[a], own[a][..., :-1, :])
+        probe[a] += torch.einsum("n,k,bmnkw->bmnw", row_weights[a], mix[a], own[a][..., :-1, :])
         for b in (b for b in range(a) if (a, b) in cotangents.cross):
             both = torch.outer(row_weights[a], mix[a]).flatten()
-            probe[:, :, structure.groups[b]] += torch.einsum("h,bmhnw->bmnw", both, cotangents.cross[a, b])
-    adjoint = own[0].new_zeros(size, m, numbers)
-    for a, group in enumerate(structure.groups):
-        adjoint[:, :, group] = own[a][..., -1, :]
-    for name, values in batch.untapped_jacobians(torch.stack([*passes, probe, adjoint], dim=1)).items():
+            probe[b] += torch.einsum("h,bmhnw->bmnw", both, cotangents.cross[a, b])
+    adjoint = structure.join([value[..., -1, :] for value in own])
+    passes += [structure.join(probe), adjoint]
+    for name, values in batch.untapped_jacobians(torch.stack(passes, dim=1)).items():
         reach = structure.parameters[name]
         if gradient:
             gradient[name] += values[:, -1].sum(dim=0)
@@ -319,17 +322,17 @@ def _add_untapped(
                 continue
             of_group = values[:, found[a, rows is ALL]]
             weights = torch.outer(row_weights[a], mix[a])  # (n, w)
-            if isinstance(rows, Tensor):
+            if isinstance(rows, RowMap):
                 part = of_group.transpose(1, 2).contiguous()
-                terms = part * (at_rows(weights, rows, dim=0) * (rows >= 0)[:, None])[..., None]
+                terms = part * (rows.take(weights, 0) * rows.present[:, None])[..., None]
                 expected += terms.sum(dim=2)
             else:
                 part = of_group.flatten(2)
                 terms = of_group * weights.flatten()[:, None, None]
                 expected += terms.sum(dim=1)
             largest = torch.maximum(largest, terms.abs().flatten(1).amax(dim=1) if terms.numel() else largest)
-            parts = whole.setdefault(name, {})
-            parts[a] = parts[a] + part if a in parts else part
+            known = whole.setdefault(name, {})
+            known[a] = known[a] + part if a in known else part
         error = (values[:, -2] - expected).abs().flatten(1)
         bound = _ROUNDING * m * torch.finfo(values.dtype).eps * largest[:, None]
         if probed and not deferred.holds(~(error > bound).any()):

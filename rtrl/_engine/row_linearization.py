@@ -17,7 +17,7 @@ from rtrl._engine.mixing import normal_like
 from rtrl._engine.recorded import StepBatch
 from rtrl._engine.taps import Tap
 from rtrl._engine.untapped import pull_rows, weighted_jacobians
-from rtrl._influence.structure import ALL, ParameterReach, Structure
+from rtrl._influence.structure import ALL, ParameterReach, RowMap, Structure
 from rtrl._utils.real_pairs import as_real
 
 _FEW = 4  # backward passes: up to this many, one after the other costs less than a batch of them
@@ -144,7 +144,7 @@ def linearize_rows(
 
     Cost: w + 1 backward passes over the batch, ``n·w`` for each group that another feeds, and one for the losses.
     """
-    run = AutogradLinearization(cell, parameters, batch, untapped)
+    run = AutogradLinearization(cell, parameters, batch, untapped, elementwise=True)
     uses = [taps[0] for taps in run.recorder.by_output]
     inputs = [batch.h, *(use.output for use in uses)]
     size, head = batch.h.shape[0], run.written
@@ -180,8 +180,9 @@ def linearize_rows(
         for use in linked:
             _check_rows_reached(structure, structure.parameters[use.name], by_group)
             taps.append(RowTap(use, at_outputs[i][:-1], by_group, grad))
-    flat = None if adjoint is None else adjoint.flatten(1)
-    adjoints = [None if flat is None else batch.by_step(flat[:, group]) for group in structure.groups]
+    adjoints: list[Tensor | None] = [None] * len(structure.groups)
+    if adjoint is not None:
+        adjoints = [batch.by_step(part) for part in structure.split(adjoint.flatten(1))]
     x, h, replay, m = batch.x, batch.h.detach(), batch.replay, len(batch.steps)
 
     def untapped_jacobians(cotangents: Tensor) -> dict[str, Tensor]:
@@ -254,11 +255,11 @@ def _check_rows_reached(structure: Structure, reach: ParameterReach, fed: Mappin
         if rows is ALL:
             continue
         known = values.new_zeros((), dtype=torch.int64)
-        if isinstance(rows, Tensor):
+        if isinstance(rows, RowMap):
             n, width = structure.groups[a].shape
             at = values.unflatten(2, (n, width))
-            index = rows.clamp(min=0).view(1, 1, 1, 1, -1).expand(*at.shape[:2], 1, width, -1)
-            known = (at.gather(2, index) * (rows >= 0)).count_nonzero()
+            index = rows.index.view(1, 1, 1, 1, -1).expand(*at.shape[:2], 1, width, -1)
+            known = (at.gather(2, index) * rows.present).count_nonzero()
         if not deferred.holds(known == values.count_nonzero()):
             raise CouplingFound
 
@@ -268,8 +269,8 @@ def channel_weights(structure: Structure, weights: Tensor, name: str, count: int
     total = weights.new_zeros(count)
     for a in structure.alone:
         rows = structure.parameters[name].groups[a]
-        if isinstance(rows, Tensor):
-            total += weights[structure.groups[a][:, 0]][rows.clamp(min=0)] * (rows >= 0)
+        if isinstance(rows, RowMap):
+            total += weights[structure.groups[a][:, 0]][rows.index] * rows.present
     return total
 
 
@@ -283,10 +284,11 @@ def _jacobians(
     """
     own: list[Tensor] = []
     cross = {}
+    alone = structure.split(at_state)  # (passes, N, n, w)
     for a, group in enumerate(structure.groups):
         n, width = group.shape
         if a not in fed:
-            own.append(batch.by_step(at_state[:width, :, group].permute(1, 2, 0, 3)))  # (N, n, k, w)
+            own.append(batch.by_step(alone[a][:width].permute(1, 2, 0, 3)))  # (N, n, k, w)
             continue
         rows = fed[a].transpose(0, 1).unflatten(1, (n, width))  # (N, n, w, H)
         index = torch.arange(n, device=group.device)

@@ -20,6 +20,7 @@ from rtrl._influence.structure import (
     GroupReach,
     Orientation,
     ParameterReach,
+    RowMap,
     Structure,
     by_channel,
     channels,
@@ -43,11 +44,13 @@ class Pattern:
         adjacency: Boolean (H, H) on the CPU, ``∂h_next[i]/∂h[j]``.
         hits: parameter → its orientation and Boolean (H, C) on the CPU, ``∂h_next[i]/∂θ`` of each channel.
         unfit: parameters with linear uses that are not of this form, or of several.
+        tapped: parameters with linear uses, which say what their channels are.
     """
 
     adjacency: Tensor
     hits: dict[str, tuple[Orientation, Tensor]] = field(default_factory=dict)
     unfit: set[str] = field(default_factory=set)
+    tapped: set[str] = field(default_factory=set)
 
     def add(self, name: str, shape: torch.Size, orientation: Orientation, hits: Tensor) -> None:
         """Add what a parameter reaches. Elements are added to the channels that they belong to."""
@@ -62,7 +65,9 @@ class Pattern:
 
     def include(self, structure: Structure, numbers: int) -> None:
         """Add all that a structure allows."""
-        self.adjacency |= coupled(list(structure.groups), [list(fed) for fed in structure.feeds], numbers)
+        self.adjacency |= coupled(
+            [group.cpu() for group in structure.groups], [list(fed) for fed in structure.feeds], numbers
+        )
         for name, reach in structure.parameters.items():
             self.add(name, reach.shape, reach.orientation, _allowed(structure, reach, numbers))
 
@@ -98,13 +103,13 @@ def _in_orientation(kept: Orientation, orientation: Orientation, hits: Tensor, s
 def _allowed(structure: Structure, reach: ParameterReach, numbers: int) -> Tensor:
     """What a parameter may reach, Boolean (H, C)."""
     count = reach.sizes[0]
-    allowed = torch.zeros(numbers, count, dtype=torch.bool)
+    allowed = torch.zeros(numbers, count, dtype=torch.bool, device="cpu")
     for group, rows in zip(structure.groups, reach.groups, strict=True):
         if rows is ALL:
-            allowed[group.flatten()] = True
+            allowed[group.flatten().cpu()] = True
         elif rows is not None:
-            present = rows >= 0
-            allowed[group[rows[present]], torch.arange(count)[present][:, None]] = True
+            present = rows.present.cpu()
+            allowed[group.cpu()[rows.index.cpu()[present]], torch.arange(count, device="cpu")[present][:, None]] = True
     return allowed
 
 
@@ -127,7 +132,11 @@ def look(
     Cost: H backward passes over the samples, batched.
     """
     size, numbers = batch.h.shape[0], batch.h[0].numel()
-    kept = torch.linspace(0, size - 1, min(size, _SAMPLES)).long().tolist() if generator is not None else range(size)
+    kept = (
+        torch.linspace(0, size - 1, min(size, _SAMPLES), device="cpu").long().tolist()
+        if generator is not None
+        else range(size)
+    )
     x, h, replay = pytrees.map_tensors(lambda leaf: leaf[list(kept)], (batch.x, batch.h.detach(), batch.replay))
 
     def moved(value: Tensor) -> Tensor:
@@ -143,13 +152,14 @@ def look(
             len(h),
             skipped,
             copy=True,
+            elementwise=True,
         )
         head = h_next.reshape(len(h), numbers)
-    pattern = Pattern(torch.zeros(numbers, numbers, dtype=torch.bool))
+    pattern = Pattern(torch.zeros(numbers, numbers, dtype=torch.bool, device="cpu"))
     if not reached_leaves(head).keys().isdisjoint(map(id, parameters.values())):
         pattern.adjacency |= True  # code that PyTorch does not dispatch from Python took a parameter itself
         return pattern
-    uses: list[tuple[list[tuple[Tap, Orientation]], Tensor]] = []
+    uses: list[list[tuple[Tap, Orientation]]] = []
     for taps in recorder.by_output:
         fitting = []
         for tap in taps:
@@ -158,11 +168,11 @@ def look(
                 pattern.unfit.add(tap.name)
             else:
                 fitting.append((tap, orientation))
-        uses.append((fitting, taps[0].output))
+        uses.append(fitting)
     if not head.requires_grad:
         return pattern
     leaves = [theta[name] for name in parameters]
-    inputs = [h, *(output for _, output in uses), *leaves]
+    inputs = [h, *(taps[0].output for taps in recorder.by_output), *leaves]
     span = max(1, _CHUNK // sum(value.numel() for value in inputs))
     eye = torch.eye(numbers, dtype=head.dtype, device=head.device)
     rows: list[list[Tensor]] = [[] for _ in inputs]
@@ -173,17 +183,18 @@ def look(
             if place == 0:
                 found = found.flatten(2).any(dim=1)
             elif place <= len(uses):
-                found = found.reshape(len(found), -1, uses[place - 1][1].shape[-1]).any(dim=1)
+                found = found.reshape(len(found), -1, recorder.by_output[place - 1][0].shape[2]).any(dim=1)
             else:
                 found = as_real(jacobian).ne(0)
                 found = found.reshape(len(found), -1)
             rows[place].append(found.cpu())
     joined = [torch.cat(parts) for parts in rows]
     pattern.adjacency |= joined[0]
-    for (fitting, _), hits in zip(uses, joined[1:], strict=False):
+    for fitting, hits in zip(uses, joined[1:], strict=False):
         for tap, orientation in fitting:
             if tap.name in pattern.hits and pattern.hits[tap.name][0] != orientation:
                 pattern.unfit.add(tap.name)
+            pattern.tapped.add(tap.name)
             pattern.add(tap.name, shapes[tap.name], orientation, hits)
     for name, hits in zip(parameters, joined[1 + len(uses) :], strict=True):
         if hits.any():
@@ -196,6 +207,8 @@ def look(
 def _orientation(tap: Tap, shape: torch.Size) -> Orientation | None:
     """What the outputs of a linear map are to a parameter; None if they are not its channels."""
     count = tap.shape[2]
+    if tap.factor is not None:
+        return "element"
     table = tap.index is not None and tap.inputs is None and len(shape) == 2
     if (tap.transposed or table) and shape[-1] == count:
         return "last"
@@ -269,6 +282,7 @@ def _pattern(
                 continue
             merged.adjacency |= pattern.adjacency
             merged.unfit |= pattern.unfit
+            merged.tapped |= pattern.tapped
             for name, (orientation, hits) in pattern.hits.items():
                 merged.add(name, shapes[name], orientation, hits)
     assert merged is not None
@@ -304,7 +318,7 @@ def _structure(
             continue
         orientation, hits = pattern.hits[name]
         forms = [(orientation, hits)]
-        if orientation == "element" and len(shape) > 1:
+        if name not in pattern.tapped and orientation == "element" and len(shape) > 1:
             element = hits.reshape(len(hits), *shape)
             forms += [(side, by_channel(element, shape, side).any(dim=2)) for side in ("first", "last")]
         reaches = [ParameterReach(shape, side, _reach(groups, feeds, of_side)) for side, of_side in forms]
@@ -328,7 +342,7 @@ def _reach(groups: list[Tensor], feeds: list[list[bool]], hits: Tensor) -> tuple
         elif not bool(rows.any()):
             reach.append(None)
         else:
-            reach.append(torch.where(count > 0, rows.int().argmax(dim=0), -1))
+            reach.append(RowMap.of(torch.where(count > 0, rows.int().argmax(dim=0), -1), group.shape[0]))
     return tuple(reach)
 
 
@@ -337,8 +351,8 @@ def _ambiguous(structure: Structure) -> set[str]:
     found = set()
     for name, reach in structure.parameters.items():
         rows = [reach.groups[a] for a in structure.alone]
-        reached = [each for each in rows if isinstance(each, Tensor)]
-        several = len(reached) > 1 and bool((torch.stack([each >= 0 for each in reached]).sum(dim=0) > 1).any())
+        reached = [each for each in rows if isinstance(each, RowMap)]
+        several = len(reached) > 1 and bool((torch.stack([each.present for each in reached]).sum(dim=0) > 1).any())
         if several or any(each is ALL for each in rows):
             found.add(name)
     return found

@@ -33,6 +33,7 @@ class Tap:
         output: the tensor z in the graph, of any shape that views as (N, K, L, O).
         shape: (K, L, O).
         transposed: the parameter is stored as (I, O), not (O, I).
+        factor: (N, L, O), if ``z[n, 0, l] = θ ⊙ factor[n, l]`` for a parameter θ of O elements; else None.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Tap:
     output: Tensor
     shape: tuple[int, int, int]
     transposed: bool = False
+    factor: Tensor | None = None
 
 
 class Valve:
@@ -82,6 +84,7 @@ class TapRecorder(TorchFunctionMode):
         untapped: names of parameters whose uses are not recorded.
         copy: return copies of recorded outputs; needed where the cell changes them in place.
         gated: put a valve between each recorded output and what it is computed from.
+        elementwise: record products of a parameter and what is as large, too.
 
     Attributes:
         by_output: the taps, those of one output z together: a weight and its bias.
@@ -99,8 +102,10 @@ class TapRecorder(TorchFunctionMode):
         *,
         copy: bool = False,
         gated: bool = False,
+        elementwise: bool = False,
     ) -> None:
         super().__init__()
+        self.elementwise = elementwise
         skipped = set(untapped)
         self._names = {id(p): name for name, p in parameters.items() if name not in skipped and not p.is_complex()}
         self.batch, self._copy = batch, copy
@@ -149,6 +154,7 @@ class TapRecorder(TorchFunctionMode):
         index: Tensor | None = None,
         transposed: bool = False,
         source: Tensor | None = None,
+        factor: Tensor | None = None,
     ) -> Tensor:
         """Record ``out`` as the output of (parameter, inputs) pairs, computed from ``source``; returns the tensor that
         the cell continues with."""
@@ -158,7 +164,7 @@ class TapRecorder(TorchFunctionMode):
         elif self.valve is not None:
             out = _Gate.apply(out, self.valve)  # type: ignore[no-untyped-call]
         self.sources.append(source)
-        self.by_output.append([Tap(name, index, inputs, out, shape, transposed) for name, inputs in uses])
+        self.by_output.append([Tap(name, index, inputs, out, shape, transposed, factor) for name, inputs in uses])
         self._versions.append(out._version)
         return out.clone() if is_leaf or self._copy else out
 
@@ -179,13 +185,14 @@ def record_taps(
     *,
     copy: bool = False,
     gated: bool = False,
+    elementwise: bool = False,
 ) -> tuple[_T, TapRecorder]:
     """Call a function under a ``TapRecorder``; without any tap if it takes a gradient by autograd.
 
     Returns:
         What the function returns, and the recorder.
     """
-    recorder, result = TapRecorder(parameters, batch, untapped, copy=copy, gated=gated), None
+    recorder, result = TapRecorder(parameters, batch, untapped, copy=copy, gated=gated, elementwise=elementwise), None
     try:
         with recorder:
             result = call()
@@ -267,6 +274,23 @@ def _embedding(
     return recorder.record(out, (tokens, 1, out.shape[-1]), [(name, None)], input.reshape(recorder.batch, tokens))
 
 
+def _product(recorder: TapRecorder, input: Any, other: Any, *, out: Tensor | None = None) -> Any:
+    if not recorder.elementwise or out is not None:
+        return NotImplemented
+    name = recorder.name(other)
+    if name is None:
+        input, other, name = other, input, recorder.name(input)
+    if name is None or recorder.name(input) is not None or not isinstance(input, Tensor):
+        return NotImplemented
+    product = torch.mul(input, other.detach())
+    tokens = recorder.tokens(product.shape[: product.ndim - other.ndim])
+    fits = input.ndim == product.ndim > other.ndim > 0 and product.shape[product.ndim - other.ndim :] == other.shape
+    if not fits or tokens is None or product.dtype != other.dtype:
+        return NotImplemented
+    factor = input.detach().expand(product.shape).reshape(recorder.batch, tokens, other.numel())
+    return recorder.record(product, (1, tokens, other.numel()), [(name, None)], source=input, factor=factor)
+
+
 _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: _linear,
     torch.matmul: _matmul,
@@ -274,6 +298,10 @@ _RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.__matmul__: _matmul,
     grouped_linear: _grouped_linear,
     F.embedding: _embedding,
+    torch.mul: _product,
+    Tensor.mul: _product,
+    Tensor.__mul__: _product,
+    Tensor.__rmul__: _product,
 }
 _GRADIENTS: set[Callable[..., Any]] = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 

@@ -38,7 +38,7 @@ def _components(forward: Mask, backward: Mask, *, strong: bool) -> list[list[int
 
 
 def _stacked(rows: list[list[int]]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def independent_rows(adjacency: Tensor) -> list[Tensor]:
@@ -103,7 +103,7 @@ def feeding(groups: list[Tensor], adjacency: Tensor) -> list[list[bool]]:
 
 def coupled(groups: list[Tensor], feeds: list[list[bool]], numbers: int) -> Tensor:
     """Return the adjacency, Boolean (H, H), that groups of independent rows allow."""
-    allowed = torch.zeros(numbers, numbers, dtype=torch.bool)
+    allowed = torch.zeros(numbers, numbers, dtype=torch.bool, device="cpu")
     for a, group in enumerate(groups):
         allowed[group[:, :, None], group[:, None, :]] = True
         for b in (b for b in range(a) if feeds[a][b]):

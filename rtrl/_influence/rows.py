@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtrl._influence.structure import ALL, GroupReach, ParameterReach, Structure, by_channel, from_channels
+from rtrl._influence.structure import ALL, GroupReach, ParameterReach, RowMap, Structure, by_channel, from_channels
 from rtrl.errors import ConfigError
 
 _FEW = 4  # entries of a row: up to this many, a multiplication each costs less than batched small products
@@ -48,11 +48,6 @@ def row_products(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tens
     return out
 
 
-def at_rows(value: Tensor, rows: Tensor, dim: int = 1) -> Tensor:
-    """Return what belongs to the row of each channel: (…, n, …) → (…, C, …). A channel without a row takes row 0."""
-    return value.index_select(dim, rows.clamp(min=0))
-
-
 class RowInfluence:
     """``∂h/∂θ`` of one parameter.
 
@@ -89,8 +84,8 @@ class RowInfluence:
             self._next = {a: torch.empty_like(part) for a, part in self.parts.items()}
         for a, part in self.parts.items():
             rows, out = self.reach.groups[a], self._next[a]
-            if isinstance(rows, Tensor):
-                row_products(at_rows(block.own[a], rows), part, out=out)
+            if isinstance(rows, RowMap):
+                row_products(rows.take(block.own[a], 1), part, out=out)
                 continue
             n, width = self.structure.groups[a].shape
             whole = part.unflatten(1, (n, width)), out.unflatten(1, (n, width))
@@ -102,10 +97,10 @@ class RowInfluence:
     def _add_from_below(self, out: Tensor, cross: Tensor, b: int) -> None:
         """Add what the rows of group b pass on: out (B, H, C·I), cross (B, H, n, w)."""
         rows, part = self.reach.groups[b], self.parts[b]
-        if not isinstance(rows, Tensor):
+        if not isinstance(rows, RowMap):
             out.baddbmm_(cross.flatten(2), part)
             return
-        weights, by_channels = at_rows(cross, rows, dim=2), out.unflatten(2, self.reach.sizes)
+        weights, by_channels = rows.take(cross, 2), out.unflatten(2, self.reach.sizes)
         for k in range(part.shape[2]):
             by_channels.addcmul_(weights[..., k, None], part[:, None, :, k])
 
@@ -149,8 +144,8 @@ class RowInfluence:
         total = None
         for a, part in (self._next if staged else self.parts).items():
             rows, cotangent = self.reach.groups[a], cotangents[a]
-            if isinstance(rows, Tensor):
-                product = row_products(at_rows(cotangent, rows).unsqueeze(2), part).squeeze(2)
+            if isinstance(rows, RowMap):
+                product = row_products(rows.take(cotangent, 1).unsqueeze(2), part).squeeze(2)
             else:
                 product = torch.bmm(cotangent.flatten(1).unsqueeze(1), part).reshape(-1, count, each)
             total = product if total is None else total + product
@@ -164,8 +159,8 @@ class RowInfluence:
         projected = []
         for a, group in enumerate(self.structure.groups):
             rows, out = self.reach.groups[a], direction.new_zeros(self.batch_size, *group.shape)
-            if isinstance(rows, Tensor):
-                out.index_add_(1, rows.clamp(min=0), (self.parts[a] @ by_channels.unsqueeze(-1)).squeeze(-1))
+            if isinstance(rows, RowMap):
+                out.index_add_(1, rows.index, (self.parts[a] @ by_channels.unsqueeze(-1)).squeeze(-1))
             elif rows is not None:
                 out += (self.parts[a] @ by_channels.flatten()).reshape(out.shape)
             projected.append(out)
@@ -186,9 +181,9 @@ class RowInfluence:
         out = like.new_zeros(self.batch_size, numbers, count, each)
         for a, part in self.parts.items():
             entries, rows = self.structure.groups[a], self.reach.groups[a]
-            if isinstance(rows, Tensor):
+            if isinstance(rows, RowMap):
                 channel = torch.arange(count, device=part.device)[:, None]
-                out[:, entries[rows.clamp(min=0)], channel] = part
+                out[:, entries[rows.index], channel] = part
             else:
                 out[:, entries.flatten()] = part.unflatten(2, (count, each))
         values = from_channels(out, self.reach.shape, self.reach.orientation)
@@ -206,9 +201,9 @@ class RowInfluence:
         values = by_channel(influence.unflatten(2, self.reach.shape or (1,)), self.reach.shape, self.reach.orientation)
         for a, part in self.parts.items():
             entries, rows = self.structure.groups[a], self.reach.groups[a]
-            if isinstance(rows, Tensor):
-                channel = torch.arange(len(rows), device=part.device)[:, None]
-                part += values[:, entries[rows.clamp(min=0)], channel] * (rows >= 0)[:, None, None]
+            if isinstance(rows, RowMap):
+                channel = torch.arange(len(rows.index), device=part.device)[:, None]
+                part += values[:, entries[rows.index], channel] * rows.present[:, None, None]
             else:
                 part += values[:, entries.flatten()].flatten(2)
 

@@ -4,8 +4,8 @@ The entries of the state are divided into *groups* of rows. The rows of a group 
 entries, and on the groups before that feed it. The influence of a parameter is kept on the rows that it reaches.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Literal
 
@@ -27,7 +27,54 @@ ALL = Everywhere.ALL
 Orientation = Literal["first", "last", "element"]
 """What makes the channels of a parameter: its first dimension, its last one, or every element by itself."""
 
-GroupReach = Tensor | Everywhere | None
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowMap:
+    """The one row of a group that each channel of a parameter reaches.
+
+    Attributes:
+        rows: LongTensor (C,), −1 for a channel that reaches none.
+        index: the same with 0 for −1.
+        present: Boolean (C,), whether a channel reaches a row.
+        complete: whether all of them do.
+        repeats: (k, each), if the channels are all rows in order, each of them so many times, k times over; else None.
+    """
+
+    rows: Tensor
+    index: Tensor
+    present: Tensor
+    complete: bool
+    repeats: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, rows: Tensor, n: int) -> "RowMap":
+        """Return the map of rows (C,) of a group that has n rows."""
+        index, present, repeats = rows.clamp(min=0), rows >= 0, None
+        each = int((rows == 0).cumprod(dim=0).sum()) if n else 0
+        if each and len(rows) % (n * each) == 0:
+            count = len(rows) // (n * each)
+            in_order = torch.arange(n, device=rows.device).repeat_interleave(each).repeat(count)
+            repeats = (count, each) if torch.equal(in_order, rows) else None
+        return cls(rows, index, present, bool(present.all()), repeats)
+
+    def to(self, device: torch.device) -> "RowMap":
+        """Return the same map on a device."""
+        rows, index, present = (value.to(device) for value in (self.rows, self.index, self.present))
+        return RowMap(rows, index, present, self.complete, self.repeats)
+
+    def take(self, value: Tensor, dim: int) -> Tensor:
+        """Return what belongs to the row of each channel: (…, n, …) → (…, C, …). A channel without one takes row 0."""
+        if self.repeats is None:
+            return value.index_select(dim, self.index)
+        if self.repeats == (1, 1):
+            return value
+        count, each = self.repeats
+        before, after = value.shape[:dim], value.shape[dim + 1 :]
+        wide = value.unsqueeze(dim).unsqueeze(dim + 2).expand(*before, count, value.shape[dim], each, *after)
+        return wide.flatten(dim, dim + 2)
+
+
+GroupReach = RowMap | Everywhere | None
 
 
 def channels(shape: torch.Size, orientation: Orientation) -> tuple[int, int]:
@@ -62,8 +109,8 @@ class ParameterReach:
     Attributes:
         shape: of the parameter.
         orientation: what its channels are; the elements of a channel reach the same rows.
-        groups: for each group, LongTensor (C,), the one row that each channel reaches, −1 if it reaches none; ``ALL``
-            if one may reach several; None if none reaches any.
+        groups: for each group, the one row that each channel reaches; ``ALL`` if one may reach several; None if none
+            reaches any.
     """
 
     shape: torch.Size
@@ -92,6 +139,25 @@ class Structure:
     feeds: tuple[tuple[bool, ...], ...]
     parameters: Mapping[str, ParameterReach]
     untapped: frozenset[str] = frozenset()
+    _order: Tensor | None = field(init=False, repr=False)
+    _place: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        order = torch.cat([group.flatten() for group in self.groups])
+        in_order = torch.equal(order, torch.arange(len(order), device=order.device))
+        object.__setattr__(self, "_order", None if in_order else order)
+        object.__setattr__(self, "_place", order.argsort())
+
+    def split(self, value: Tensor) -> list[Tensor]:
+        """Return what belongs to the rows of each group: (…, H) → (…, n, w)."""
+        in_order = value if self._order is None else value.index_select(-1, self._order)
+        parts = in_order.split([group.numel() for group in self.groups], dim=-1)
+        return [part.unflatten(-1, tuple(group.shape)) for part, group in zip(parts, self.groups, strict=True)]
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return what ``split`` was given."""
+        in_order = torch.cat([part.flatten(-2) for part in parts], dim=-1) if len(parts) > 1 else parts[0].flatten(-2)
+        return in_order if self._order is None else in_order.index_select(-1, self._place)
 
     def __str__(self) -> str:
         parts = []
@@ -122,7 +188,7 @@ class Structure:
             return self
 
         def moved(rows: GroupReach) -> GroupReach:
-            return rows.to(device) if isinstance(rows, Tensor) else rows
+            return rows.to(device) if isinstance(rows, RowMap) else rows
 
         parameters = {
             name: ParameterReach(reach.shape, reach.orientation, tuple(moved(rows) for rows in reach.groups))
@@ -133,7 +199,7 @@ class Structure:
     def state_dict(self) -> dict[str, Any]:
         """Return the structure as tensors, numbers and containers of these."""
         reach = {
-            name: [list(each.shape), each.orientation, [rows.value if rows is ALL else rows for rows in each.groups]]
+            name: [list(each.shape), each.orientation, [_plain(rows) for rows in each.groups]]
             for name, each in self.parameters.items()
         }
         feeds, untapped = [list(fed) for fed in self.feeds], sorted(self.untapped)
@@ -153,18 +219,29 @@ class Structure:
         """
         groups, feeds = tuple(saved["groups"]), tuple(tuple(bool(b) for b in fed) for fed in saved["feeds"])
         entries = torch.cat([group.flatten() for group in groups]).cpu()
-        fits = torch.equal(entries.sort().values, torch.arange(numbers)) and len(feeds) == len(groups)
+        fits = torch.equal(entries.sort().values, torch.arange(numbers, device="cpu")) and len(feeds) == len(groups)
         fits = fits and all(len(fed) == len(groups) and not any(fed[a:]) for a, fed in enumerate(feeds))
         parameters = {}
         for name, (shape, orientation, rows) in saved["parameters"].items():
-            reach = tuple(ALL if isinstance(row, str) and row == ALL.value else row for row in rows)
-            parameters[name] = ParameterReach(torch.Size(shape), orientation, reach)
-            fits = fits and orientation in ("first", "last", "element") and len(reach) == len(groups)
-            fits = fits and parameters[name].shape == shapes.get(name)
-            for group, row in zip(groups, reach, strict=False):
-                if fits and isinstance(row, Tensor):
+            fits = fits and orientation in ("first", "last", "element") and len(rows) == len(groups)
+            fits = fits and torch.Size(shape) == shapes.get(name)
+            if not fits:
+                break
+            count = channels(torch.Size(shape), orientation)[0]
+            reach: list[GroupReach] = []
+            for group, row in zip(groups, rows, strict=True):
+                if isinstance(row, Tensor):
                     inside = not row.numel() or -1 <= int(row.min()) <= int(row.max()) < group.shape[0]
-                    fits = inside and tuple(row.shape) == parameters[name].sizes[:1]
+                    fits = fits and inside and tuple(row.shape) == (count,) and row.dtype == torch.int64
+                    reach.append(RowMap.of(row, group.shape[0]) if fits else None)
+                else:
+                    fits = fits and row in (None, ALL.value)
+                    reach.append(ALL if row == ALL.value else None)
+            parameters[name] = ParameterReach(torch.Size(shape), orientation, tuple(reach))
         if not fits:
             raise ConfigError("the saved structure is damaged, or that of another cell")
         return cls(groups, feeds, parameters, frozenset(saved["untapped"]))
+
+
+def _plain(rows: GroupReach) -> Tensor | str | None:
+    return rows.rows if isinstance(rows, RowMap) else None if rows is None else rows.value

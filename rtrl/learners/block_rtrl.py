@@ -281,6 +281,15 @@ class BlockRTRL(Learner):
     def _checked_block(self, span: str) -> Result:
         if not deferred.on_host(self._state):
             checks.check_recorded(self._open_steps, self._reached)
+        structured = self._linearizer.structured
+        try:
+            return self._linearized_by_rows(span) or self._linearized_whole(span)
+        except BaseException:
+            self._linearizer.structured = structured
+            raise
+
+    def _linearized_by_rows(self, span: str) -> RowBlockResult | None:
+        """Linearise the open steps with the structure of the cell; None if it has none."""
         if self._linearizer.structured:
             first = self._carried.dense() if isinstance(self._carried, CarriedInfluence) else {}
             with torch.enable_grad():
@@ -288,6 +297,10 @@ class BlockRTRL(Learner):
             if rows is not None:
                 self._check_rows(rows, span)
                 return rows
+        return None
+
+    def _linearized_whole(self, span: str) -> BlockResult:
+        """Linearise the open steps without structure."""
         with torch.enable_grad():
             groups = self._linearizer(self._open_steps, self._state)
         try:

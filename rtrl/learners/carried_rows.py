@@ -116,7 +116,7 @@ class CarriedRows:
         Cost:
             A product (1 × w) @ (w × P) per sample and loss; in groups that others feed, (1 × H) @ (H × P).
         """
-        by_loss = [[adjoint[:, group] for group in self.structure.groups] for adjoint in adjoints]
+        by_loss = [self.structure.split(adjoint) for adjoint in adjoints]
         contracted = {}
         for name, parameter in self._parameters.items():
             influence = self.influences.get(name)

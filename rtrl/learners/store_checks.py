@@ -98,7 +98,7 @@ def check_rows(
     Raises:
         AuditError: an influence, or the gradient that it contributes, is not what it must be.
     """
-    groups = result.split(cotangent)
+    groups = result.structure.split(cotangent)
     pulled = result.transition.pull_back(groups)
     for name, influence in influences.items():
         before = influence.contract(pulled).sum(dim=0)
