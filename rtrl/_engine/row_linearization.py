@@ -20,7 +20,7 @@ from rtrl._engine.untapped import pull_rows, weighted_jacobians
 from rtrl._influence.structure import ALL, ParameterReach, RowMap, Structure
 from rtrl._utils.real_pairs import as_real
 
-_FEW = 4  # backward passes: up to this many, one after the other costs less than a batch of them
+_FEW = 6  # backward passes: up to this many, one after the other costs less than a batch of them
 _ROUNDING = 32  # how many rounding errors of a sample's largest entry a probe may be off
 
 
@@ -188,8 +188,7 @@ def linearize_rows(
     def untapped_jacobians(cotangents: Tensor) -> dict[str, Tensor]:
         tapped = {use.name for use in run.recorder.taps}
         if size == m and not run.recorder.inner_gradient and tapped.isdisjoint(run.untapped):  # this graph serves
-            weights = cotangents[0]
-            rows = pull_rows(head, [parameters[name] for name in run.untapped], weights)
+            rows = _pull(head, [parameters[name] for name in run.untapped], cotangents[0])
             return {name: as_real(value).unsqueeze(0) for name, value in zip(run.untapped, rows, strict=True)}
         by_sample = run.recorder.inner_gradient
         return weighted_jacobians(cell, run.untapped, cotangents, x, h, replay, None, by_sample=by_sample)
@@ -206,10 +205,12 @@ def _rows_and_channels(use: Tap) -> tuple[int, int]:
 
 
 def _pull(head: Tensor, inputs: Sequence[Tensor], cotangents: Sequence[Tensor] | Tensor) -> list[Tensor]:
-    """Pull cotangents (H,) of the next state of every sample back to the inputs: (I, *input.shape) for each."""
+    """Pull cotangents of the next state, (H,) for every sample or (N, H), back to the inputs: (I, *input.shape) for
+    each."""
     if len(cotangents) > _FEW or not head.requires_grad:
         stacked = cotangents if isinstance(cotangents, Tensor) else torch.stack(list(cotangents))
-        return pull_rows(head, inputs, stacked.unsqueeze(1).expand(-1, *head.shape))
+        stacked = stacked if stacked.ndim == 3 else stacked.unsqueeze(1)
+        return pull_rows(head, inputs, stacked.expand(-1, *head.shape))
     columns: list[list[Tensor]] = [[] for _ in inputs]
     for cotangent in cotangents:
         grads = torch.autograd.grad(head, inputs, cotangent.expand_as(head), retain_graph=True, allow_unused=True)

@@ -27,7 +27,7 @@ from rtrl._influence.structure import (
     from_channels,
 )
 from rtrl._utils import pytrees
-from rtrl._utils.real_pairs import RealForms, as_real
+from rtrl._utils.real_pairs import RealForms, as_real, real_numbers
 
 _SAMPLES = 4  # of a batch of steps, at each perturbed point
 _POINTS = 2
@@ -79,9 +79,8 @@ class Pattern:
         if bool((self.adjacency & ~allowed.adjacency).any()):
             return False
         for name, (orientation, hits) in self.hits.items():
-            shape = structure.parameters[name].shape
-            most = _elements(*allowed.hits[name], shape)
-            if bool((_elements(orientation, hits, shape) & ~most).any()):
+            most = _in_orientation(orientation, *allowed.hits[name], structure.parameters[name].shape)
+            if bool((hits & ~most).any()):
                 return False
         return True
 
@@ -157,8 +156,7 @@ def look(
         head = h_next.reshape(len(h), numbers)
     pattern = Pattern(torch.zeros(numbers, numbers, dtype=torch.bool, device="cpu"))
     if not reached_leaves(head).keys().isdisjoint(map(id, parameters.values())):
-        pattern.adjacency |= True  # code that PyTorch does not dispatch from Python took a parameter itself
-        return pattern
+        return _everything(pattern)  # code that PyTorch does not dispatch from Python took a parameter itself
     uses: list[list[tuple[Tap, Orientation]]] = []
     for taps in recorder.by_output:
         fitting = []
@@ -171,7 +169,11 @@ def look(
         uses.append(fitting)
     if not head.requires_grad:
         return pattern
-    leaves = [theta[name] for name in parameters]
+    reached = reached_leaves(head)
+    other_uses = [name for name in parameters if id(theta[name]) in reached]
+    if numbers * sum(real_numbers(theta[name]) for name in other_uses) > _MOST:
+        return _everything(pattern)
+    leaves = [theta[name] for name in other_uses]
     inputs = [h, *(taps[0].output for taps in recorder.by_output), *leaves]
     span = max(1, _CHUNK // sum(value.numel() for value in inputs))
     eye = torch.eye(numbers, dtype=head.dtype, device=head.device)
@@ -196,11 +198,17 @@ def look(
                 pattern.unfit.add(tap.name)
             pattern.tapped.add(tap.name)
             pattern.add(tap.name, shapes[tap.name], orientation, hits)
-    for name, hits in zip(parameters, joined[1 + len(uses) :], strict=True):
+    for name, hits in zip(other_uses, joined[1 + len(uses) :], strict=True):
         if hits.any():
             if name in pattern.hits:
                 pattern.unfit.add(name)
             pattern.add(name, shapes[name], "element", hits)
+    return pattern
+
+
+def _everything(pattern: Pattern) -> Pattern:
+    """A pattern that leaves no structure."""
+    pattern.adjacency |= True
     return pattern
 
 
@@ -239,8 +247,6 @@ def find_structure(
     Cost: once, two to four times H backward passes over four samples and, with ``known``, over all steps.
     """
     numbers, shapes = batches[0].h[0].numel(), {name: p.shape for name, p in RealForms(parameters).items()}
-    if numbers * sum(p.numel() for p in RealForms(parameters).values()) > _MOST:
-        return None
     skipped = set(untapped)
     for _ in range(3):
         pattern = _pattern(cell, parameters, batches, skipped, known is not None)

@@ -54,10 +54,10 @@ from rtrl._engine.unitwise import _state_uses, unitwise_derivatives
 from rtrl._engine.untapped import pull_rows
 from rtrl._influence.catch_up import SampleHops
 from rtrl._influence.history import History
-from rtrl._influence.rows import RowInfluence, at_rows, row_products
+from rtrl._influence.rows import RowInfluence, row_products
 from rtrl._influence.segment_tree import CircularSegmentTree as Tree
 from rtrl._influence.store import ParameterInfluence as Influence
-from rtrl._influence.structure import Structure
+from rtrl._influence.structure import RowMap, Structure
 from rtrl._influence.transition import Transition, compose, flush_subnormals
 from rtrl._utils.functional_call import check_substituted
 from rtrl._utils.index_sets import zero
@@ -1291,13 +1291,13 @@ if GRADIENT is not None:
     Bug(
         136,
         "a widened influence is put on other rows",
-        (swap(RowInfluence.to_dense, "ROWS.clamp(min=0)", "ROWS.clamp(min=0).flip(0)"),),
+        (swap(RowInfluence.to_dense, "ROWS.index", "ROWS.index.flip(0)"),),
         "rows_that_open",
     ),
     Bug(
         137,
         "a row map is off by one",
-        (swap(at_rows, "ROWS.clamp(min=0)", "(ROWS.clamp(min=0) + 1) % value.shape[dim]"),),
+        (wrong(RowMap.take, lambda take: lambda self, value, dim: take(self, value.roll(1, dim), dim)),),
         "rows_of_states",
     ),
     Bug(
