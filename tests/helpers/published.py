@@ -24,4 +24,5 @@ class Published:
 CLAIMS = Published(RESULTS / "results.json", (RESULTS / "claims.md",), RESULTS / "pictures")
 CLAIMS_FULL = Published(RESULTS / "results-full.json", (RESULTS / "claims-full.md",), RESULTS / "pictures-full")
 PERFORMANCE = Published(RESULTS / "performance.json", (RESULTS / "performance.md",), RESULTS / "pictures-performance")
-ALL = {"claims": CLAIMS, "claims-full": CLAIMS_FULL, "performance": PERFORMANCE}
+DEVICE = Published(RESULTS / "device.json", (RESULTS / "device.md",), RESULTS / "pictures-device")
+ALL = {"claims": CLAIMS, "claims-full": CLAIMS_FULL, "performance": PERFORMANCE, "device": DEVICE}
