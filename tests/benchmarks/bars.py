@@ -164,7 +164,7 @@ BARS = {
     "updates.RTU.128": _clock("time of TBPTT(1), RTU, H = 128", "≤", 2.5),
     "updates.eLSTM.128": _clock("time of exact RTRL by hand, element-wise LSTM, H = 128", "≤", 1.5),
     "updates.eLSTM.512": _clock("time of exact RTRL by hand, element-wise LSTM, H = 512", "≤", 1.5),
-    "unroll.operations": _both("operations launched by an eager BPTT step, the worst of two", "≤", 0.6),
+    "unroll.operations": _both("operations launched by an eager BPTT step, the worst of two", "≤", 0.42),
     "unroll.rnn.jax": _clock("faster per step than jitted JAX RTRL, RNNCell", "≥", 1.5),
     "unroll.rnn.eager": _clock("time of an eager BPTT step, RNNCell", "≤", 0.6),
     "unroll.gru.jax": _clock("faster per step than jitted JAX RTRL, GRUCell", "≥", 1.5),

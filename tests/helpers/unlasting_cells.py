@@ -88,3 +88,18 @@ class RoutedOpening(Routed):
     def forward(self, x: Tensor, h: Tensor, replay: Sparsity | None = None) -> tuple[Tensor, Tensor, Sparsity]:
         seen = h + torch.relu(x[:, :1, None]) * h.roll(1, 1)
         return super().forward(x, seen, replay)
+
+
+class TwoKinds(MinGRU):
+    """Takes features at some steps and symbols at others, whose parameters serve no step before."""
+
+    def __init__(self, d: int, n: int) -> None:
+        super().__init__(d, n)
+        self.embed, self.extra = nn.Embedding(4, 2 * n), nn.Parameter(torch.zeros(n))
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        if x.is_floating_point():
+            return super().forward(x, h)
+        gate, candidate = self.embed(x).chunk(2, dim=-1)
+        h = torch.sigmoid(gate) * h + candidate * self.extra
+        return h, h

@@ -4,6 +4,7 @@ is found, breaks in mid-stream, or is not looked for."""
 import pytest
 import torch
 from helpers.ordered_cells import ORDERED
+from helpers.plain_autograd import assert_exact
 from helpers.running import trainable
 from helpers.strategies import Case, normal
 from helpers.structured_cases import (
@@ -21,7 +22,8 @@ from helpers.structured_cases import (
     stack,
 )
 from helpers.structured_cells import Routed
-from helpers.unlasting_cells import Coupled, Feedback, RoutedOpening
+from helpers.toy_cells import seeded
+from helpers.unlasting_cells import Coupled, Feedback, RoutedOpening, TwoKinds
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -95,6 +97,13 @@ def test_an_early_feedback_from_the_layer_above_is_exact() -> None:
     xs[..., 0] = -xs[..., 0].abs()
     xs[5, 1, 0] *= -1
     check(drawn(Feedback(D, 2), steps=9, xs=xs))
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_a_parameter_that_begins_to_be_used_is_exact(block: int) -> None:
+    """By another kind of steps, alone in a block and among those of the first kind."""
+    xs = [torch.tensor([t % 4, (t + 1) % 4]) if t in (3, 4, 5, 7) else normal(t, 2, D) for t in range(9)]
+    assert_exact(seeded(TwoKinds(D, 3), 1), xs, 2, block=block)
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e-6, 1e-9, 1e-12, 1e-15])
