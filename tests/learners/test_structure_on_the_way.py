@@ -78,21 +78,21 @@ def test_an_audit_of_every_block_agrees(kinds: list[str]) -> None:
 @pytest.mark.parametrize("opens", [False, True])
 @pytest.mark.parametrize(("first", "second"), [("find", "off"), ("off", "find"), ("find", "find")])
 def test_saved_with_one_setting_and_loaded_into_another_it_is_exact(first: str, second: str, opens: bool) -> None:
-    """Also where the structure has broken before the save, or breaks after it; and into blocks of another length."""
-    for saved_at in (3, 6):
-        case = drawn(Opening(D, 3) if opens else stack(["minGRU", "peephole"], 2), steps=10)
-        case.xs[:5, :, 0] = -case.xs[:5, :, 0].abs()
-        expected, influences = oracles.dense_rtrl(case.cell, case.xs, case.loss, return_influence=True)
-        case.cell.zero_grad()
-        learner = rtrl.BlockRTRL(case.cell, 2, block=3, structure=first)
-        advance(learner, case, range(saved_at))
-        other = rtrl.BlockRTRL(case.cell, 2, block=2, structure=second)
-        learner.sync()
-        other.load_state_dict(learner.state_dict())
-        advance(other, case, range(saved_at, 10))
-        gradients, found_influences = delivered(other)
-        assert_gradients_equal(gradients, expected)
-        assert_influences_equal(found_influences, influences[-1])
+    """Into blocks of another length; and where the structure has broken before the save."""
+    saved_at = 6 if opens else 3
+    case = drawn(Opening(D, 3) if opens else stack(["minGRU", "peephole"], 2), steps=10)
+    case.xs[:5, :, 0] = -case.xs[:5, :, 0].abs()
+    expected, influences = oracles.dense_rtrl(case.cell, case.xs, case.loss, return_influence=True)
+    case.cell.zero_grad()
+    learner = rtrl.BlockRTRL(case.cell, 2, block=3, structure=first)
+    advance(learner, case, range(saved_at))
+    other = rtrl.BlockRTRL(case.cell, 2, block=2, structure=second)
+    learner.sync()
+    other.load_state_dict(learner.state_dict())
+    advance(other, case, range(saved_at, 10))
+    gradients, found_influences = delivered(other)
+    assert_gradients_equal(gradients, expected)
+    assert_influences_equal(found_influences, influences[-1])
 
 
 def test_a_state_saved_of_one_structure_is_refused_by_a_cell_of_another_or_exact() -> None:
