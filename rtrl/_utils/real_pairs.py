@@ -4,7 +4,7 @@ The gradient of a real number by ``a + i b`` is ``∂/∂a + i ∂/∂b``, as Py
 the pairs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -53,6 +53,12 @@ class RealForms(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         parameter = self._parameters[name]
         return as_real(parameter.detach()) if parameter.is_complex() else parameter
+
+    def items(self) -> ItemsView[str, Tensor]:
+        """Return the names and forms; where none is complex, at the price of a dict's."""
+        if any(parameter.is_complex() for parameter in self._parameters.values()):
+            return super().items()
+        return self._parameters.items()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rtrl._engine import checks
 from rtrl._utils import pytrees
-from rtrl._utils.real_pairs import as_real, is_continuous
+from rtrl._utils.real_pairs import as_real, is_continuous, real_numbers
 from rtrl.errors import ConfigError, LossError, NonFiniteError, ParameterChangedError
 from rtrl.testing.cell_checks.compare import same_bits
 from rtrl.testing.cell_checks.points import copied
@@ -79,7 +79,7 @@ class LearnerRun(Driver):
 
     Attributes:
         parameters: those with a gradient, by name.
-        sizes: their numbers of entries.
+        sizes: their numbers of entries, twice that of complex ones.
         total: (P,) float64, the sum of all gradients so far.
     """
 
@@ -95,7 +95,7 @@ class LearnerRun(Driver):
             if not callable(getattr(self.learner, method, None)):
                 raise ConfigError(f"{self._label}: a {type(self.learner).__name__} has no method {method}")
         self.parameters = {name: p for name, p in trainable(self.cell).items() if p.numel()}
-        self.sizes = [p.numel() for p in self.parameters.values()]
+        self.sizes = [real_numbers(p) for p in self.parameters.values()]
         self.take_gradients()
         self.total = self._flat({})
 
@@ -137,12 +137,12 @@ class LearnerRun(Driver):
         return gradient
 
     def _flat(self, gradients: Mapping[str, Tensor | None]) -> Tensor:
-        """Gradients as one vector (P,) in float64; zeros where there is none."""
+        """Gradients as one vector (P,) in float64, complex ones as pairs; zeros where there is none."""
         parts = []
         for name, p in self.parameters.items():
             gradient = gradients.get(name)
             parts.append(torch.zeros_like(p) if gradient is None else gradient.to_dense())
-        return torch.cat([part.detach().reshape(-1).to(torch.float64) for part in parts])
+        return torch.cat([as_real(part.detach()).reshape(-1).to(torch.float64) for part in parts])
 
 
 def through_y(loss: Any, y: Any, rng_state: RngState, step: int) -> Tensor | None:

@@ -18,7 +18,7 @@ import oracles
 import rtrl
 from rtrl.errors import AuditError, ConfigError, NonFiniteError, ShapeError
 from rtrl.learners import UORO, DenseRTRL, DiagonalRTRL
-from rtrl.testing import CheckFailed, check_cell
+from rtrl.testing import CheckFailed, alignment, check_cell
 
 B, T = 2, 5
 CELLS = {
@@ -201,6 +201,13 @@ def test_losses_of_a_step_are_taken_apart(make: Any) -> None:
     assert alone["rate"].shape == (B, 2) and alone["rate"].is_complex()
     for name, value in alone.items():
         torch.testing.assert_close(value.sum(dim=0), found["complex"][name], rtol=1e-10, atol=1e-14)
+
+
+def test_gradients_of_complex_parameters_are_aligned() -> None:
+    stream = [(x, functools.partial(complex_loss, t)) for t, x in enumerate(inputs())]
+    found = alignment({"dense": DenseRTRL, "diagonal": DiagonalRTRL}, ComplexCell(), stream)
+    assert found["dense"].cosine == pytest.approx(1) and found["dense"].bias < 1e-12
+    assert 1e-3 < found["diagonal"].bias < 1 and 0 < found["diagonal"].by_parameter["rate"].cosine < 1
 
 
 def test_hooks_on_a_complex_parameter_see_its_whole_gradient() -> None:
