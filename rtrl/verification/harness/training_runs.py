@@ -71,16 +71,23 @@ class EpisodeTrainer:
         """Learn from one episode; return the sum of the scores, and the number of targets."""
         total, n_targets = 0.0, 0
         self._learner.reset()
-        for step in steps:
-            y = self._learner.step(step.x)
-            loss = self._config.task.loss(y, step)
-            if loss is not None:
-                self._learner.backward(loss)
-                score, count = self._config.task.score(y.detach(), step)
-                total, n_targets = total + score, n_targets + count
+        start = 0
+        while start < len(steps):
+            part = steps[start : start + (1 if self._metered < _METERED else self._learner.block)]
+            ys = self._learner.unroll(torch.stack([step.x for step in part]))
+            losses = []
+            for y, step in zip(ys, part, strict=True):
+                loss = self._config.task.loss(y, step)
+                if loss is not None:
+                    losses.append(loss)
+                    score, count = self._config.task.score(y.detach(), step)
+                    total, n_targets = total + score, n_targets + count
+            if losses:
+                self._learner.backward(torch.stack(losses).sum())
             if self._metered < _METERED:
                 self._meter()
                 self._metered += 1
+            start += len(part)
         self._meter()
         self._learner.sync()
         for p in self._parameters:  # Adam leaves alone what has no gradient, and moves what has one of zeros

@@ -148,12 +148,16 @@ def run(
     losses: list[float] = []
     held = [0] * math.ceil(config.steps / config.part)
     began = time.perf_counter()
-    for t in range(config.steps):
-        x, target = stream[t]
-        y = learner.step(x)
-        loss = F.cross_entropy(y, target)
-        learner.backward(loss)
-        losses.append(float(loss.detach()) / math.log(2))
+    t = -1  # the newest step
+    while t + 1 < config.steps:
+        left = config.block - (t + 1) % config.block
+        count = min(learner.block, left, config.steps - t - 1)
+        xs, targets = zip(*(stream[t + 1 + k] for k in range(count)), strict=True)
+        ys = learner.unroll(torch.stack(xs))
+        loss = F.cross_entropy(ys.flatten(0, 1), torch.cat(targets), reduction="none")
+        learner.backward(loss.sum())
+        losses += (loss.detach() / math.log(2)).tolist()
+        t += count
         if (t + 1) % config.block == 0 or t + 1 == config.steps:
             held[t // config.part] = max(held[t // config.part], _held(learner))
             progress(f"{name}, step {t + 1} of {config.steps}")
