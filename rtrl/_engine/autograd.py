@@ -13,7 +13,7 @@ from rtrl._engine.losses import loss_cotangents
 from rtrl._engine.recorded import StepBatch
 from rtrl._engine.taps import TapRecorder, record_taps
 from rtrl._engine.unitwise import UnitwiseDerivatives, UnitwisePattern, unitwise_derivatives
-from rtrl._engine.untapped import jacobian_rows, weighted_jacobians
+from rtrl._engine.untapped import sample_jacobians, weighted_jacobians
 from rtrl._utils import index_sets, pytrees
 from rtrl._utils.real_pairs import as_real, is_continuous
 from rtrl.cells.protocol import call_cell
@@ -87,7 +87,7 @@ class AutogradLinearization:
         inputs = [batch.h, *(taps[0].output for taps in self.recorder.by_output)]
         unitwise = self._unitwise()
         if unitwise is None:
-            jacobian, *rows = jacobian_rows(self.written, inputs)
+            jacobian, *rows = sample_jacobians(self.written, inputs)
             states = self._state_jacobian(jacobian, touched)
             state_jacobian = _of_steps(batch.by_step(states))
             output_jacobians: Sequence[OutputJacobian | None] = self._output_jacobians(rows)
@@ -136,14 +136,16 @@ class AutogradLinearization:
             return None
         return index_sets.mask_to_indices(index_sets.union(reads, writes, self.batch.h.shape[1]))
 
-    def _state_jacobian(self, jacobian: Tensor, touched: Tensor | None) -> Tensor:
-        """``∂h_next[written]/∂h`` (W, *h.shape) → (N, W, c·slot_size)."""
-        batch = self.batch
-        slots = jacobian.reshape(jacobian.shape[0], *batch.h.shape[:2], batch.slot_size)
+    def _state_jacobian(self, jacobian: Tensor | None, touched: Tensor | None) -> Tensor:
+        """``∂h_next[written]/∂h`` (N, W, numbers of a state) → (N, W, c·slot_size)."""
+        batch, rows = self.batch, self.written.shape[1]
+        if jacobian is None:
+            jacobian = batch.h.new_zeros(len(batch.h), rows, batch.h[0].numel())
+        slots: Tensor = jacobian.unflatten(2, (batch.h.shape[1], batch.slot_size))
         contract.check_declared_columns(batch, slots)
         if touched is not None:
-            slots = slots.gather(2, touched[None, :, :, None].expand(slots.shape[0], -1, -1, batch.slot_size))
-        return slots.permute(1, 0, 2, 3).flatten(2)
+            slots = slots.gather(2, touched[:, None, :, None].expand(-1, rows, -1, batch.slot_size))
+        return slots.flatten(2)
 
     def _touched_adjoint(self, adjoint: Tensor | None, touched: Tensor | None) -> Tensor | None:
         """``∂ℓ/∂h`` like h → (N, c·slot_size)."""
@@ -155,11 +157,15 @@ class AutogradLinearization:
             slots = index_sets.gather(slots, touched)
         return slots.flatten(1)
 
-    def _output_jacobians(self, rows: list[Tensor]) -> list[DenseOutputJacobian]:
-        size, uses = self.batch.h.shape[0], (taps[0] for taps in self.recorder.by_output)
+    def _output_jacobians(self, rows: list[Tensor | None]) -> list[DenseOutputJacobian | None]:
+        """One for each recorded output, one for those that share their values and shape."""
+        jacobians: dict[Any, DenseOutputJacobian | None] = {}
+        for taps, values in zip(self.recorder.by_output, rows, strict=True):
+            shape = taps[0].shape
+            jacobian = None if values is None else DenseOutputJacobian(values.unflatten(2, shape))
+            jacobians.setdefault((id(values), shape), jacobian)
         return [
-            DenseOutputJacobian(values.reshape(values.shape[0], size, *use.shape))
-            for use, values in zip(uses, rows, strict=True)
+            jacobians[id(values), taps[0].shape] for taps, values in zip(self.recorder.by_output, rows, strict=True)
         ]
 
     def _taps(
@@ -176,8 +182,7 @@ class AutogradLinearization:
             named.append(("the adjoint", adjoint))
         for tap in taps:
             if isinstance(tap.output_jacobian, DenseOutputJacobian):
-                values = tap.output_jacobian.values.movedim(1, 0)
-                named.append((f"the immediate Jacobian of parameter {tap.name!r}", values))
+                named.append((f"the immediate Jacobian of parameter {tap.name!r}", tap.output_jacobian.values))
             if tap.grad_output is not None:
                 named.append((f"the gradient of parameter {tap.name!r}", tap.grad_output))
         contract.check_finite_samples(self.batch, named)

@@ -139,11 +139,11 @@ def check_same_result(batch: StepBatch, h_next: Tensor, outputs: Sequence[Tensor
 
 
 def check_declared_columns(batch: StepBatch, jacobian: Tensor) -> None:
-    """Refuse a state Jacobian (W, N, n, slot_size) with an entry in a slot that is neither read nor written."""
+    """Refuse a state Jacobian (N, W, n, slot_size) with an entry in a slot that is neither read nor written."""
     declared = index_sets.union(batch.sparsity.reads, batch.sparsity.writes, jacobian.shape[2])
     if declared is None:
         return
-    stray = (jacobian != 0).any(dim=3).any(dim=0) & ~declared
+    stray = (jacobian != 0).any(dim=3).any(dim=1) & ~declared
     if bool(stray.any()):
         i, sample = batch.locate(stray.any(dim=1))
         row = int(batch.by_step(stray)[sample, i].nonzero()[0])

@@ -17,7 +17,7 @@ from rtrl._engine.linearization import (
     OutputJacobian,
     UnitwiseOutputJacobian,
 )
-from rtrl._engine.taps import segment_products
+from rtrl._engine.taps import Tap, segment_products
 from rtrl._influence.store import ParameterInfluence
 from rtrl._influence.transition import Transition
 from rtrl.errors import SparsityError
@@ -27,6 +27,7 @@ from rtrl.errors import SparsityError
 _CHUNK = 2**22
 _ROWS_CHUNK = 2**20
 _LEAST_ROWS = 8
+_LEAST_ROWS_DENSE = 64  # for fewer, each matrix of an output Jacobian is read for too little work
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,12 @@ class InfluenceWriter:
         """Add (rows, R, p) to all rows of a parameter."""
         self.influences[name].add(self.rows[name], self.block, immediate, part)
 
-    def parts(self, count: int, numbers: int) -> Iterator[slice]:
+    def parts(self, count: int, numbers: int, least: int) -> Iterator[slice]:
         """Cut the ``count`` entries of the state that the block writes into parts that fit a processor's cache, if each
-        entry takes this many numbers; a part holds whole slots unless the block writes all."""
+        entry takes this many numbers; a part holds ``least`` entries at least, and whole slots unless the block writes
+        all."""
         slot_size = 1 if self.block.rows is None else self.block.width
-        span = max(_LEAST_ROWS, _ROWS_CHUNK // max(1, numbers))
+        span = max(least, _ROWS_CHUNK // max(1, numbers))
         span = -(-span // slot_size) * slot_size
         return (slice(start, min(start + span, count)) for start in range(0, count, span))
 
@@ -85,7 +87,8 @@ class DenseImmediate:
         size, m, r = self.cotangents.shape[0], self.cotangents.shape[1], self.cotangents.shape[2] - 1
         k, length, o = self.taps[0].use.shape
         cotangents = self.cotangents.flatten(0, 1)
-        for part in writer.parts(r if length else 0, size * m * k * length * o):
+        least = _LEAST_ROWS_DENSE if isinstance(self.output_jacobian, DenseOutputJacobian) else _LEAST_ROWS
+        for part in writer.parts(r if length else 0, size * m * k * length * o, least):
             left = self.output_jacobian.vjp(cotangents[:, part])  # (N, K, L, R, O)
             for tap in self.taps:
                 if tap.use.index is not None:
@@ -157,13 +160,13 @@ class SlicedImmediate:
                 writer.add_products(tap.name, keys, left, factors)
 
     def _own_jacobian(self, at: Tensor, which: Tensor) -> DenseOutputJacobian:
-        """The output Jacobian of each entry's part of z, (W, E, 1, L, O)."""
+        """The output Jacobian of each entry's part of z, (E, W, 1, L, O)."""
         use, values = self.taps[0].use, self.output_jacobian.values
         if use.index is not None:
-            return DenseOutputJacobian(values[:, at, which].unsqueeze(2))
+            return DenseOutputJacobian(values[at, :, which].unsqueeze(2))
         if use.transposed:
-            return DenseOutputJacobian(values[:, at])
-        return DenseOutputJacobian(values[:, at, 0, :, which].permute(1, 0, 2)[:, :, None, :, None])
+            return DenseOutputJacobian(values[at])
+        return DenseOutputJacobian(values[at, :, 0, :, which][:, :, None, :, None])
 
     @staticmethod
     def _own_inputs(tap: LinearizedTap, at: Tensor, which: Tensor) -> Tensor | None:
@@ -195,6 +198,9 @@ def immediate_terms(
     terms: list[DenseImmediate | SlicedImmediate] = []
     by_output: dict[tuple[int, int], list[LinearizedTap]] = {}  # outputs may share their Jacobian
     for tap in group.taps:
+        if tap.output_jacobian is None and tap.name in keys:
+            used = _used_slices(group, tap, slices[tap.name], cotangents.shape[0])
+            _active_places(tap.use, used, keys[tap.name], slices[tap.name], len(group.times))
         if tap.output_jacobian is not None and tap.name not in group.untapped:
             output = id(tap.use.output) if tap.name in keys else 0
             by_output.setdefault((id(tap.output_jacobian), output), []).append(tap)
@@ -228,12 +234,23 @@ def _sliced(
     assert isinstance(output_jacobian, DenseOutputJacobian)
     k = index.shape[1]
     at = torch.arange(size * m, device=cotangents.device).repeat_interleave(k)
-    entries = at // m * slices[use.name] + index.flatten()
+    key = _active_places(use, index, keys, slices[use.name], m)
+    which = torch.arange(k, device=cotangents.device).repeat(size * m) if use.index is not None else index.flatten()
+    return SlicedImmediate(taps, output_jacobian, cotangents, key, at, which, keys.numel())
+
+
+def _active_places(use: Tap, index: Tensor, keys: Tensor, slices: int, m: int) -> Tensor:
+    """Where ``sample · slices + slice`` of the slices ``index`` (N, k) that a use touches stand among the active ones.
+
+    Raises:
+        SparsityError: one is not there.
+    """
+    sample = torch.arange(len(index), device=index.device) // m
+    entries = (sample[:, None] * slices + index).flatten()
     key = torch.searchsorted(keys, entries).clamp(max=max(keys.numel() - 1, 0))
     if entries.numel() and not bool((keys[key] == entries).all()):
         raise SparsityError(f"a slice of parameter {use.name!r} was used that Sparsity.active does not declare")
-    which = torch.arange(k, device=cotangents.device).repeat(size * m) if use.index is not None else index.flatten()
-    return SlicedImmediate(taps, output_jacobian, cotangents, key, at, which, keys.numel())
+    return key
 
 
 def _used_slices(group: Linearization, tap: LinearizedTap, slices: int, size: int) -> Tensor:
@@ -254,8 +271,8 @@ def _used_slices(group: Linearization, tap: LinearizedTap, slices: int, size: in
 
 
 def _count_inside(values: Tensor, index: Tensor) -> int:
-    """The number of nonzero entries of values (..., N, 1, L, slices) in each sample's slices ``index``."""
-    wide = index[:, None, None, :].expand(*values.shape[:-1], -1)
+    """The number of nonzero entries of values (N, ..., slices) in each sample's slices ``index``."""
+    wide = index.view(len(index), *[1] * (values.ndim - 2), -1).expand(*values.shape[:-1], -1)
     return int(values.gather(values.ndim - 1, wide).count_nonzero())
 
 

@@ -29,24 +29,24 @@ class DenseOutputJacobian:
     """An output Jacobian of which every entry is written out.
 
     Attributes:
-        values: (W, N, K, L, O).
+        values: (N, W, K, L, O).
     """
 
     values: Tensor
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         """See ``OutputJacobian``. Cost: N·R·W·K·L·O multiply-adds."""
-        w, n, k, length, o = self.values.shape
+        n, w, k, length, o = self.values.shape
         r = cotangents.shape[1]
         if k * length == 1:
-            return torch.bmm(cotangents, self.values.reshape(w, n, o).transpose(0, 1)).view(n, 1, 1, r, o)
+            return torch.bmm(cotangents, self.values.reshape(n, w, o)).view(n, 1, 1, r, o)
         if k * length > _FEW:
-            product = torch.bmm(cotangents, self.values.reshape(w, n, -1).transpose(0, 1))
+            product = torch.bmm(cotangents, self.values.reshape(n, w, -1))
             return product.view(n, r, k, length, o).permute(0, 2, 3, 1, 4)
         out = cotangents.new_empty(n, k, length, r, o)
         for i in range(k):
             for j in range(length):
-                torch.bmm(cotangents, self.values[:, :, i, j].transpose(0, 1), out=out[:, i, j])
+                torch.bmm(cotangents, self.values[:, :, i, j], out=out[:, i, j])
         return out
 
     def largest(self) -> Tensor:
@@ -77,9 +77,9 @@ class UnitwiseOutputJacobian:
     def written_out(self) -> DenseOutputJacobian:
         """The same with every entry."""
         n, s, g, u = self.values.shape
-        entries = self.values.new_zeros(s, u, n, g, u)
-        entries.diagonal(dim1=1, dim2=4).copy_(self.values.transpose(0, 1))
-        return DenseOutputJacobian(entries.view(s * u, n, 1, 1, g * u))
+        entries = self.values.new_zeros(n, s, u, g, u)
+        entries.diagonal(dim1=2, dim2=4).copy_(self.values)
+        return DenseOutputJacobian(entries.view(n, s * u, 1, 1, g * u))
 
     def largest(self) -> Tensor:
         """See ``OutputJacobian``."""

@@ -15,7 +15,10 @@ from rtrl._utils.real_pairs import as_real
 from rtrl.cells.protocol import Sparsity, call_cell
 from rtrl.errors import PerformanceWarning, RTRLError
 
-_CHUNK = 2**23  # numbers of a Jacobian that are pulled back at a time
+_CHUNK = 2**23  # numbers of weighted Jacobians that are pulled back at a time
+_ROWS_CHUNK = (
+    2**20
+)  # of Jacobians of samples: few enough that they are still in a processor's cache when they are copied
 
 
 def call_with(
@@ -105,6 +108,47 @@ def jacobian_rows(head: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     return pull_rows(head, inputs, eye)
 
 
+def sample_jacobians(head: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """All Jacobians ``∂head[n, i]/∂input[n]`` of head (N, I): (N, I, numbers of a sample) for each input.
+
+    None where head does not depend on an input; one tensor for inputs at which autograd gives one and the same, as it
+    does for the terms of a sum. Some rows are pulled back at a time, each written to its place.
+    """
+    n, rows = head.shape
+    jacobians: list[Tensor | None] = [None] * len(inputs)
+    if not head.requires_grad:
+        return jacobians
+    eye = torch.eye(rows, dtype=head.dtype, device=head.device).unsqueeze(1).expand(rows, n, rows)
+    span = max(1, _ROWS_CHUNK // max([1, *(t.numel() for t in inputs)]))
+    same: list[int | None] = []
+    for start in range(0, rows, span):
+        chunk = slice(start, start + span)
+        grads = _pull(head, inputs, eye[chunk])
+        firsts = [_first_alike(grads, place) for place in range(len(grads))]
+        if start == 0:
+            same = firsts
+        if firsts != same:  # a backward pass that depends on the numbers
+            return [values.flatten(2).transpose(0, 1) for values in pull_rows(head, inputs, eye)]
+        for place, (grad, first) in enumerate(zip(grads, same, strict=True)):
+            if grad is None or first is None:
+                continue
+            values = jacobians[first]
+            if values is None:
+                values = grad.new_empty(n, rows, grad[0].numel() // n)
+            jacobians[place] = values
+            if first == place:
+                values[:, chunk] = grad.reshape(len(grad), n, -1).transpose(0, 1)
+    return jacobians
+
+
+def _first_alike(grads: Sequence[Tensor | None], place: int) -> int | None:
+    """The first place with the very tensor of this place; None if there is none."""
+    grad = grads[place]
+    if grad is None:
+        return None
+    return next(i for i, other in enumerate(grads[: place + 1]) if other is not None and grad.is_set_to(other))
+
+
 def pull_rows(head: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     """Pull each of ``weights`` (I, *head.shape) back to the inputs: (I, *input.shape) for each input, zeros where head
     does not depend on it. Some rows at a time, so that what lies between is small beside the results."""
@@ -131,7 +175,13 @@ def _pull(head: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> Sequence[T
     except RuntimeError as error:
         _warn_slow("the cell's backward pass cannot be batched; it is taken row by row", error)
     rows = [torch.autograd.grad(head, inputs, weight, retain_graph=True, allow_unused=True) for weight in weights]
-    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+    return [_stacked(column) for column in zip(*rows, strict=True)]
+
+
+def _stacked(column: Sequence[Tensor | None]) -> Tensor | None:
+    """The rows of one input; None if there are none."""
+    form = next((grad for grad in column if grad is not None), None)
+    return None if form is None else torch.stack([torch.zeros_like(form) if grad is None else grad for grad in column])
 
 
 @contextmanager

@@ -369,4 +369,15 @@ _FORMS: dict[str, Callable[..., Tensor]] = {
     "aten.stack": _stacked,
 }
 
-_READ: dict[str, Callable[[Any], Any]] = {"aten._local_scalar_dense": _scalar, "aten.equal": lambda args: True}
+
+def _is_same(args: Any) -> bool:
+    """Whether two tensors without numbers would be one and the same."""
+    first, second = args
+    return first.storage_ is second.storage_ and first.form is second.form
+
+
+_READ: dict[str, Callable[[Any], Any]] = {
+    "aten._local_scalar_dense": _scalar,
+    "aten.equal": lambda args: True,
+    "aten.is_set_to": _is_same,
+}

@@ -240,7 +240,7 @@ _MOVES = _aten(
     """eq ne lt le gt ge equal isin isnan isinf isposinf isneginf logical_and logical_or logical_xor logical_not
     bitwise_and bitwise_or bitwise_xor bitwise_not all any max min amax amin aminmax argmax argmin sort topk
     searchsorted bucketize unique_dim _unique2 unique_consecutive count_nonzero nonzero nonzero_static bincount
-    is_same_size """
+    is_same_size is_set_to """
     # between layouts
     """_to_sparse _to_sparse_csr _to_sparse_csc _to_dense _coalesce _nnz is_coalesced _sparse_coo_tensor_unsafe
     _sparse_coo_tensor_with_dims _sparse_coo_tensor_with_dims_and_tensors _sparse_compressed_tensor_unsafe""",

@@ -51,7 +51,7 @@ from rtrl._engine.step import _checked_copy, take
 from rtrl._engine.structure_search import _reach, find_structure
 from rtrl._engine.taps import TapRecorder, _matmul
 from rtrl._engine.unitwise import _state_uses, unitwise_derivatives
-from rtrl._engine.untapped import pull_rows
+from rtrl._engine.untapped import sample_jacobians
 from rtrl._influence.catch_up import SampleHops
 from rtrl._influence.history import History
 from rtrl._influence.rows import RowInfluence, row_products
@@ -874,7 +874,7 @@ if GRADIENT is not None:
     Bug(
         75,
         "of many rows of a Jacobian only the first ones are pulled back",
-        (swap(pull_rows, "slice(START, START + SPAN)", "slice(0, SPAN)"),),
+        (swap(sample_jacobians, "slice(START, START + SPAN)", "slice(0, SPAN)"),),
         "long_blocks",
     ),
     Bug(
@@ -886,7 +886,13 @@ if GRADIENT is not None:
     Bug(
         77,
         "rows of a Jacobian that are pulled back together are stored in reverse order",
-        (swap(pull_rows, "OUT[ROWS] = GRAD", "OUT[ROWS] = GRAD.flip(0)"),),
+        (
+            swap(
+                sample_jacobians,
+                "GRAD.reshape(len(GRAD), NN, -1).transpose(0, 1)",
+                "GRAD.reshape(len(GRAD), NN, -1).flip(0).transpose(0, 1)",
+            ),
+        ),
         "long_blocks",
     ),
     Bug(

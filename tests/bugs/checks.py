@@ -331,9 +331,11 @@ def long_blocks() -> None:
     """Blocks that are worked off in pieces: the limits are set so low that everything goes in several."""
     limits = (
         (untapped, "_CHUNK", 60),
+        (untapped, "_ROWS_CHUNK", 60),
         (immediate, "_CHUNK", 60),
         (immediate, "_ROWS_CHUNK", 60),
         (immediate, "_LEAST_ROWS", 2),
+        (immediate, "_LEAST_ROWS_DENSE", 2),
         (buffers, "_LEAST_BYTES", 1),
         (store, "BUFFER_NUMBERS", 30),
         (reverse_sweep, "_CHUNK", 40),

@@ -9,7 +9,7 @@ from torch import nn
 
 import oracles
 import rtrl
-from rtrl._engine import linearizer, reverse_sweep, untapped
+from rtrl._engine import linearizer, reverse_sweep, unitwise, untapped
 from rtrl._engine.buffers import ReusableBuffer
 from rtrl._engine.recorded import RecordedStep
 from rtrl._engine.step import take
@@ -27,7 +27,7 @@ def readout() -> nn.Module:
 def test_rows_of_jacobians_are_pulled_back_some_at_a_time(
     monkeypatch: pytest.MonkeyPatch, kind: type, lossless: bool, analytic: bool
 ) -> None:
-    monkeypatch.setattr(untapped, "_CHUNK", 3 * 8 * 2 * 4)  # three rows of a block of 8 steps, and then one
+    monkeypatch.setattr(untapped, "_ROWS_CHUNK", 3 * 8 * 2 * 4)  # three rows of a block of 8 steps, and then one
     cell, xs = seeded(rtrl.cells.from_torch(kind(3, 4), readout()), 0), normal(0, 11, 2, 3)
     if not analytic:
         monkeypatch.setattr(type(cell), "analytic_step", lambda self, x, h: None)
@@ -47,10 +47,11 @@ def test_a_wide_state_and_a_long_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a limit set low: B·H²·m is above what is pulled back at a time."""
     cell = seeded(rtrl.cells.from_torch(nn.RNNCell(1, 128)), 0)
     monkeypatch.setattr(type(cell), "analytic_step", lambda self, x, h: None)
-    xs = normal(0, 66, 8, 1)
-    assert xs.numel() * 128**2 > untapped._CHUNK
+    monkeypatch.setattr(unitwise, "_LEAST_NUMBERS", 10**9)
+    xs = normal(0, 18, 4, 1)
+    assert xs.numel() * 128**2 > untapped._ROWS_CHUNK
     loss = lambda t, y: y.square().sum() if t == len(xs) - 1 else None
-    learner = rtrl.BlockRTRL(cell, 8, block=len(xs))
+    learner = rtrl.BlockRTRL(cell, 4, block=len(xs))
     for x in xs:
         y = learner.step(x)
     learner.backward(y.square().sum())

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import oracles
 import rtrl.testing
 from rtrl import Sparsity
+from rtrl._engine import untapped
 from rtrl.errors import CellError, PerformanceWarning
 from rtrl.learners import DenseRTRL
 
@@ -212,6 +213,18 @@ class LoneSquare(OldSquare):
         return OldSquare.backward(ctx, grad) if grad.abs().sum() > 0 else torch.zeros_like(grad)
 
 
+class SilentSquare(OldSquare):
+    """Its backward pass returns nothing where there is nothing to return."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor | None:
+        return OldSquare.backward(ctx, grad) if grad.abs().sum() > 0 else None
+
+
+def _square_of_one_unit(c: Any, h: Tensor) -> Tensor:
+    return torch.cat([SilentSquare.apply(F.linear(h, c.one)), c.recur(h)[:, 1:]], dim=1)
+
+
 LEGAL: dict[str, tuple[Callable[[], Cell], Callable[[int], Any]]] = {
     "in place after a linear": (lambda: Cell(lambda c, x, h: c.enter(x).relu_() + c.recur(h).tanh_()), floats),
     "x @ W and x @ W.T": (
@@ -334,6 +347,7 @@ OLD_STYLE = {
     "of a parameter": lambda: Cell(tanh_of(lambda c, h: OldSquare.apply(c.gain) * c.recur(h)), gain=theta(4)),
     "beside a parameter": lambda: Cell(tanh_of(lambda c, h: OldSquare.apply(h) * c.gain), gain=theta(4)),
     "that cannot be batched": lambda: Cell(tanh_of(lambda c, h: LoneSquare.apply(c.recur(h)).roll(1, 1))),
+    "that may return nothing": lambda: Cell(tanh_of(_square_of_one_unit), one=theta(1, 4)),
 }
 
 
@@ -352,6 +366,13 @@ def test_an_old_style_function_is_exact_and_said_to_be_slow(build, block, size):
     torch.manual_seed(1)
     with pytest.warns(PerformanceWarning, match="row by row|sample by sample"):
         check_exact(build(), [floats(size) for _ in range(STEPS - 1)], first_square, block=block)
+
+
+def test_a_backward_pass_that_may_return_nothing_is_exact_row_by_row(monkeypatch):
+    torch.manual_seed(1)
+    monkeypatch.setattr(untapped, "_ROWS_CHUNK", 1)
+    with pytest.warns(PerformanceWarning, match="row by row"):
+        check_exact(OLD_STYLE["that may return nothing"](), [floats(1) for _ in range(4)], first_square, block=2)
 
 
 @pytest.mark.parametrize("block", [1, 3])
