@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rtrl
 from rtrl._engine import deferred, row_linearizer, unitwise
 from rtrl._engine import step as forward_step
+from rtrl._influence.structure import Structure
 from rtrl.errors import NonFiniteError
 from rtrl.learners import DenseRTRL
 
@@ -52,7 +53,18 @@ class NoTraffic(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
+def there(structure: Structure | None, monkeypatch: pytest.MonkeyPatch) -> Structure | None:
+    """A structure on the device, where what is asked once as it is made is not so."""
+    if structure is None:
+        return None
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "equal", lambda *_: False)
+        moved = structure.to(torch.device("meta"))
+    monkeypatch.setattr(Structure, "to", lambda self, device: self)
+    return moved
+
+
+@pytest.mark.parametrize("batch_size", [2])
 @pytest.mark.parametrize("block", [1, 4])
 @pytest.mark.parametrize("name", CELLS)
 def test_the_host_reads_one_flag_a_block(
@@ -64,7 +76,7 @@ def test_the_host_reads_one_flag_a_block(
     for x in torch.zeros(2 * block + 1, batch_size, 2):
         model.backward(model.step(x).square().sum())
     assert name == "gru" or model.structure is not None or any(model._linearizer._verified.values()), "a form is found"
-    monkeypatch.setattr(row_linearizer, "find_structure", lambda *_: model.structure)
+    monkeypatch.setattr(row_linearizer, "find_structure", lambda *_: there(model.structure, monkeypatch))
     reads = Reads()
     monkeypatch.setattr(deferred, "read", reads)
     monkeypatch.setattr(forward_step, "check_purity", lambda *_: None)
@@ -81,6 +93,11 @@ def test_the_host_reads_one_flag_a_block(
             if not learner.at_block_end:  # there, the host must know who restarts
                 learner.reset(torch.zeros(batch_size, dtype=torch.bool, device="meta"))
     assert reads.count == (3 if model.structure is None else 6)
+    reads.count = 0
+    if block > 1:
+        with NoTraffic():
+            learner.backward(learner.unroll(xs.expand(block - 1, batch_size, 2)).square().sum())
+    assert not reads.count
 
 
 def test_traffic_is_found() -> None:
