@@ -19,11 +19,11 @@ from rtrl._utils.real_pairs import is_continuous
 from rtrl.errors import CellError, RTRLError
 
 
-def perturb(value: Tensor, generator: torch.Generator) -> Tensor:
-    """A copy with ``0.1 (1 + |value|)`` times normal noise on top; integers stay as they are."""
+def perturb(value: Tensor, generator: torch.Generator, size: float = 0.1) -> Tensor:
+    """A copy with ``size (1 + |value|)`` times normal noise on top; integers stay as they are."""
     if not is_continuous(value):
         return value.detach()
-    return value.detach() + 0.1 * normal_like(value, generator) * (1 + value.detach().abs())
+    return value.detach() + size * normal_like(value, generator) * (1 + value.detach().abs())
 
 
 def normal_like(value: Tensor, generator: torch.Generator) -> Tensor:

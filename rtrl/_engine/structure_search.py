@@ -30,7 +30,7 @@ from rtrl._utils import pytrees
 from rtrl._utils.real_pairs import RealForms, as_real, real_numbers
 
 _SAMPLES = 4  # of a batch of steps, at each perturbed point
-_POINTS = 2
+_POINTS = (0.1, 0.1, 1.0, 1.0)  # sizes of the perturbations: units that are cut off at one point are not at another
 _CHUNK = 2**23  # numbers of Jacobians that are looked at together
 _MOST = 2**28  # pairs of an entry of the state and an element of a parameter that are kept apart
 _WORTH = 0.6  # of the influence's numbers: a structure that saves less is not used
@@ -79,7 +79,10 @@ class Pattern:
         if bool((self.adjacency & ~allowed.adjacency).any()):
             return False
         for name, (orientation, hits) in self.hits.items():
-            most = _in_orientation(orientation, *allowed.hits[name], structure.parameters[name].shape)
+            side, most = allowed.hits[name]
+            if side != orientation:
+                shape = structure.parameters[name].shape
+                hits, most = _elements(orientation, hits, shape), _elements(side, most, shape)
             if bool((hits & ~most).any()):
                 return False
         return True
@@ -118,6 +121,7 @@ def look(
     batch: StepBatch,
     untapped: Iterable[str],
     generator: torch.Generator | None = None,
+    size_of_noise: float = 0.1,
 ) -> Pattern:
     """Look which derivatives of a batch of dense steps are not zero.
 
@@ -127,19 +131,18 @@ def look(
         batch: the steps.
         untapped: parameters whose uses are not recorded.
         generator: perturbs the states and parameters of some of the samples; None looks at all of them as they are.
+        size_of_noise: see ``perturb``.
 
     Cost: H backward passes over the samples, batched.
     """
     size, numbers = batch.h.shape[0], batch.h[0].numel()
-    kept = (
-        torch.linspace(0, size - 1, min(size, _SAMPLES), device="cpu").long().tolist()
-        if generator is not None
-        else range(size)
-    )
-    x, h, replay = pytrees.map_tensors(lambda leaf: leaf[list(kept)], (batch.x, batch.h.detach(), batch.replay))
+    kept = list(range(size))
+    if generator is not None:
+        kept = torch.linspace(0, size - 1, _SAMPLES, device="cpu").long().tolist()
+    x, h, replay = pytrees.map_tensors(lambda leaf: leaf[kept], (batch.x, batch.h.detach(), batch.replay))
 
     def moved(value: Tensor) -> Tensor:
-        return value.detach().clone() if generator is None else perturb(value, generator)
+        return value.detach().clone() if generator is None else perturb(value, generator, size_of_noise)
 
     theta = {name: moved(p).requires_grad_(name in parameters) for name, p in cell.named_parameters()}
     h = moved(h).requires_grad_()
@@ -181,14 +184,14 @@ def look(
     for start in range(0, numbers, span):
         weights = eye[start : start + span, None].expand(-1, *head.shape)
         for place, jacobian in enumerate(pull_rows(head, inputs, weights)):
-            found = jacobian != 0
+            found = (jacobian != 0) & (jacobian == jacobian)  # NaN says nothing
             if place == 0:
                 found = found.flatten(2).any(dim=1)
             elif place <= len(uses):
                 found = found.reshape(len(found), -1, recorder.by_output[place - 1][0].shape[2]).any(dim=1)
             else:
-                found = as_real(jacobian).ne(0)
-                found = found.reshape(len(found), -1)
+                found = as_real(jacobian)
+                found = ((found != 0) & (found == found)).reshape(len(found), -1)
             rows[place].append(found.cpu())
     joined = [torch.cat(parts) for parts in rows]
     pattern.adjacency |= joined[0]
@@ -275,12 +278,13 @@ def _pattern(
 ) -> Pattern:
     """What is found at perturbed points, and at the steps themselves if ``everywhere``."""
     shapes = {name: p.shape for name, p in RealForms(parameters).items()}
-    points: list[torch.Generator | None] = [torch.Generator().manual_seed(seed) for seed in range(4, 4 + _POINTS)]
     merged: Pattern | None = None
     for batch in batches:
-        for generator in [*points, None] if everywhere else points:
+        generators: list[torch.Generator | None] = [torch.Generator().manual_seed(4 + i) for i in range(len(_POINTS))]
+        points = list(zip(generators, _POINTS, strict=True))
+        for generator, noise in [*points, (None, 0.0)] if everywhere else points:
             try:
-                pattern = look(cell, parameters, batch, untapped, generator)
+                pattern = look(cell, parameters, batch, untapped, generator, noise)
             except RuntimeError:  # the perturbed point may lie outside the cell's domain
                 pattern = look(cell, parameters, batch, untapped)
             if merged is None:

@@ -225,15 +225,13 @@ class Structure:
         for name, (shape, orientation, rows) in saved["parameters"].items():
             fits = fits and orientation in ("first", "last", "element") and len(rows) == len(groups)
             fits = fits and torch.Size(shape) == shapes.get(name)
-            if not fits:
-                break
             count = channels(torch.Size(shape), orientation)[0]
             reach: list[GroupReach] = []
             for group, row in zip(groups, rows, strict=True):
                 if isinstance(row, Tensor):
                     inside = not row.numel() or -1 <= int(row.min()) <= int(row.max()) < group.shape[0]
                     fits = fits and inside and tuple(row.shape) == (count,) and row.dtype == torch.int64
-                    reach.append(RowMap.of(row, group.shape[0]) if fits else None)
+                    reach.append(RowMap.of(row, group.shape[0]))
                 else:
                     fits = fits and row in (None, ALL.value)
                     reach.append(ALL if row == ALL.value else None)
