@@ -22,6 +22,7 @@ def as_real(value: Tensor) -> Tensor:
 
 def paired(value: Tensor) -> Tensor:
     """Return a copy of a complex tensor as pairs; unlike for ``as_real``, gradients of any strides flow back."""
+    value = value.resolve_conj()  # the imaginary part of a lazy conjugate has no rule for batches
     return torch.stack([value.real, value.imag], dim=-1)
 
 

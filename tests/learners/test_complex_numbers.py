@@ -54,7 +54,7 @@ def in_pairs(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", CELLS)
 def test_oracles_agree_on_complex_numbers(name: str) -> None:
-    cell, xs = CELLS[name](), inputs()
+    cell, xs = CELLS[name](), inputs(3)
     expected = unrolled(cell, xs)
     assert any(g.is_complex() and bool((g.imag != 0).all()) for g in expected.values())
     assert_gradients_equal(in_pairs(oracles.bptt(cell, xs, complex_loss)), in_pairs(expected))
@@ -82,6 +82,27 @@ def test_learners_are_exact_on_complex_numbers(name: str, learner: str) -> None:
     assert_gradients_equal(in_pairs(found.gradients), in_pairs(expected), may_be_zero=True)
     if with_influence:
         assert_influences_equal(found.influences, influences[-1], may_be_zero=True)
+
+
+class Conjugated(ComplexCell):
+    """Returns lazy conjugates, and holds one as a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(self.rate.detach().conj())
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Any, Tensor]:
+        (real, _), h = super().forward(x, h)
+        return (real, h.conj()), h.conj()
+
+
+def test_lazy_conjugates_are_exact_and_no_slower() -> None:
+    cell, xs = Conjugated(), inputs(4)
+    assert cell.rate.is_conj()
+    expected = in_pairs(oracles.bptt(cell, xs, complex_loss))
+    for structure in ("find", "off"):
+        found = run(cell, xs, complex_loss, block=2, structure=structure, influences=False)
+        assert_gradients_equal(in_pairs(found.gradients), expected, may_be_zero=True)
 
 
 def test_dormant_slices_of_complex_parameters_are_exact() -> None:
