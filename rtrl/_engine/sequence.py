@@ -64,7 +64,7 @@ def take_sequence(
         ys, states, sparsities = _one_by_one(cell, by_step, h, number, named) if found is None else found
         leaves = [leaf.requires_grad_() for leaf in pytrees.tensors(ys) if is_continuous(leaf)]
         rows = list(zip(*(leaf.detach().unbind() for leaf in leaves), strict=True)) or [()] * len(by_step)
-        dense = all(_is_dense(sparsity) for sparsity in sparsities)
+        dense = found is not None or all(_is_dense(sparsity) for sparsity in sparsities)
         kind = RecordedStep(by_step[0], h, Sparsity(), [], number).kind() if dense else None
         sequence = RecordedSequence(xs, states, leaves, kind)
         steps = [

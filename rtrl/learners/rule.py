@@ -106,9 +106,15 @@ class LearningRule(ABC):
 
     def _give_up_block(self) -> None:
         """Let the open steps accept no more losses, and forget them."""
-        last = {id(leaf): (TensorWeakRef(leaf), step.number) for step in self._open_steps for leaf in step.leaves}
+        number = {id(leaf): step.number for step in self._open_steps for leaf in step.leaves}  # of a sequence, the last
+        closed = [
+            (TensorWeakRef(leaf), number[id(leaf)])
+            for step in self._open_steps
+            if step.sequence is None or step.index == 0
+            for leaf in step.leaves
+        ]
         self._open_steps, self._seen_losses, self._restarting = [], [], None
-        losses.close_leaves(last.values())
+        losses.close_leaves(closed)
 
     # ------------------------------------------------------------------ what a rule supplies
 

@@ -31,7 +31,11 @@ def mixture() -> nn.Module:
     return seeded(rtrl.RecurrentMoE(2, 1, d_model=2, n_slots=4, n_experts=4, topk=1, read_slots=2, write_slots=1), 3)
 
 
-CELLS: dict[str, Any] = {"dense": lambda: seeded(PlainRNN(2, 3), 1), "mixture": mixture}
+CELLS: dict[str, Any] = {
+    "dense": lambda: seeded(PlainRNN(2, 3), 1),
+    "mixture": mixture,
+    "rows": lambda: seeded(rtrl.cells.Stack([rtrl.cells.MinGRU(2, 2), rtrl.cells.MinGRU(2, 2)]), 1),
+}
 
 
 @pytest.mark.parametrize("kind", CELLS)
