@@ -42,23 +42,24 @@ class CartPole:
         self.game = __import__("gymnasium").make("CartPole-v1")
 
     def reset(self):
-        return [float(self.game.reset(seed=int(torch.randint(2**31, ())))[0][i]) for i in (0, 2)]
+        return self.look(self.game.reset(seed=int(torch.randint(2**31, ())))[0])
+
+    def look(self, seen):
+        return [float(seen[0]) / 2.4, float(seen[2]) / 0.2]
 
     def step(self, action):
         seen, reward, fallen, stopped, _ = self.game.step(action)
-        return [float(seen[i]) for i in (0, 2)], reward, fallen or stopped
+        return self.look(seen), reward, fallen or stopped
 
 
-class Agent(nn.Module):
+class Agent(rtrl.cells.MinGRU):
     def __init__(self, task, hidden=16):
-        super().__init__()
-        self.memory = rtrl.cells.MinGRU(task.observations, hidden)
-        self.memory.gates.bias.data[:hidden] -= torch.linspace(1, 10, hidden).log()  # from fast units to slow ones
-        self.init_state = self.memory.init_state
+        super().__init__(task.observations, hidden)
+        self.gates.bias.data[:hidden] -= torch.linspace(1, 10, hidden).log()  # from fast units to slow ones
         self.head = nn.Linear(hidden + task.observations, 1 + task.actions)
 
     def forward(self, x, h):
-        seen, h = self.memory(x, h)
+        seen, h = super().forward(x, h)
         return self.head(torch.cat([seen, x], dim=1)), h
 
 
