@@ -56,7 +56,7 @@ def workload() -> list[Stream]:
         _eventful(streams.dense_stream(0, 10)),
         streams.unusual_stream(0, 8),
         _eventful(streams.scheduled_stream(0)),
-        _eventful(streams.dormant_stream(0, 22)),
+        _eventful(streams.dormant_stream(0, 26)),
         streams.long_dormancy_stream(0, 40),
         _eventful(Stream(gru, normal(1, 10, 2, 2), name="GRU")),
         streams.shared_stream(0, 8),
