@@ -17,7 +17,7 @@ from rtrl._engine.unitwise import StateUse, UnitwiseStateJacobian
 from rtrl._utils import pytrees
 from rtrl._utils.functional_call import Substitution, functional_call
 from rtrl._utils.real_pairs import is_continuous
-from rtrl.cells.analytic import AnalyticStep
+from rtrl.cells.analytic import AnalyticStep, UnitTap
 from rtrl.errors import CellError
 
 
@@ -114,6 +114,29 @@ def _state_jacobian(step: AnalyticStep) -> UnitwiseStateJacobian:
         if tap.part is not None
     ]
     return UnitwiseStateJacobian(step.h_next.detach(), (step.h_next[0].numel() // u, u), uses, step.direct)
+
+
+def written_out(step: AnalyticStep) -> Tensor:
+    """``∂h'/∂h`` of all samples, every entry written out: (N, S·U, S·U), in few launches.
+
+    Cost: ``N·S·G·U²`` multiplications for each linear map of the state.
+    """
+    taps = [tap for tap in step.taps if tap.part is not None]
+    if step.h_next.ndim > 2 or len(taps) != 1:
+        return _state_jacobian(step).written_out(slice(None))
+    return _of_one_map(taps[0], step.direct)
+
+
+def _of_one_map(tap: UnitTap, direct: Tensor | None) -> Tensor:
+    """``∂h'/∂h`` of all samples (E, U, U), for a state of one part and one linear map of it, in few launches."""
+    size, _, gates, units = tap.response.shape
+    if gates == 1:
+        jacobian = tap.response.view(size, units, 1) * tap.weight
+    else:
+        jacobian = (tap.response.view(size, gates, units, 1) * tap.weight.view(gates, units, units)).sum(dim=1)
+    if direct is not None:
+        jacobian.diagonal(dim1=1, dim2=2).add_(direct.view(size, units))
+    return jacobian
 
 
 def check_analytic_step(

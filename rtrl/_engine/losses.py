@@ -2,6 +2,7 @@
 refused afterwards."""
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
-from torch.utils.weak import TensorWeakRef
 
 from rtrl._engine import checks, deferred, parameter_hooks
 from rtrl._engine.recorded import RecordedStep, StepBatch
@@ -52,7 +52,7 @@ def add_loss(
     for leaf, gradient in zip(leaves, gradients, strict=True):
         if gradient is not None:
             # A copy: what autograd returns may be a view, an expanded scalar, or a tensor that others hold.
-            leaf.grad = gradient.detach().clone() if leaf.grad is None else (leaf.grad + gradient).detach()
+            leaf.grad = gradient.clone() if leaf.grad is None else (leaf.grad + gradient).detach()
     seen_losses.append(weakref.ref(loss))
 
 
@@ -100,15 +100,16 @@ def check_loss(loss: Any, outputs: list[Tensor], seen_losses: list["weakref.ref[
     return list(reached.values())
 
 
-def close_leaves(leaves: Iterable[tuple[TensorWeakRef, int]]) -> None:
+def close_leaves(leaves: Iterable[tuple[Tensor, int]]) -> None:
     """Make a backward pass into the leaves of closed steps fail; its gradients would be lost without a word.
 
     Args:
-        leaves: weak references, so that leaves that nobody holds are passed over; and the numbers of their steps.
+        leaves: the leaves, and the numbers of their steps.
     """
-    for reference, step in leaves:
-        leaf = reference()
-        if leaf is not None:
+    for leaf, step in leaves:
+        if leaf._backward_hooks is None:
+            leaf._backward_hooks = OrderedDict({-1: partial(_refuse, step)})  # register_hook takes longer
+        else:
             leaf.register_hook(partial(_refuse, step))
 
 

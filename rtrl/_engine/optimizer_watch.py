@@ -48,7 +48,7 @@ class OptimizerWatch:
             self._warn(
                 f"the gradients that sync() delivered were erased {self.lost} times before the optimizer stepped: "
                 "it found none, and the parameters do not learn. Call sync(), then optimizer.step(), then zero_grad()",
-                stacklevel=5,  # sync() is decorated
+                stacklevel=4,
             )
 
     def check_idle(self) -> None:
@@ -68,7 +68,7 @@ class OptimizerWatch:
         """Take note of an optimizer that is about to step, or has done so."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         names = [name for name, p in self._parameters.items() if id(p) in held]
-        self.updated.update(name for name in names if self._parameters[name].grad is not None)
+        self.updated.update([name for name in names if self._parameters[name].grad is not None])
         if self.lost is None or not names:
             return
         self._seen = True
@@ -98,5 +98,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    closure = bool(args or kwargs)  # which brings gradients that were not there before
     for watch in list(_WATCHES):
-        watch.step(optimizer, done=True)
+        if closure or watch.lost is not None:
+            watch.step(optimizer, done=True)

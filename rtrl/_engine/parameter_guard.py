@@ -38,22 +38,19 @@ class ParameterGuard:
         self.toggled = False
         self.optimizers = OptimizerWatch(self.parameters)
         self._all = self.named
-        self._versions: dict[str, tuple[int, int]] = {}
         self._fingerprint: _Fingerprint | None = None
 
     def begin(self) -> None:
-        """Take the present values as those that the open block is computed with."""
-        same = self._same_parameters()
-        self._versions = {name: (value.data_ptr(), value._version) for name, value in self._held()}
-        self._fingerprint = _Fingerprint(self._cell) if same else None  # else ``check`` must refuse them
-        self.optimizers.updated.clear()
+        """Take the present values as those that the open block is computed with.
 
-    def unchanged(self) -> bool:
-        """Whether nothing has changed since the last ``begin``, so that ``check`` would find nothing.
-
-        Cost: a few comparisons per module and parameter.
+        Cost: a few comparisons per module and parameter; more where a tensor was added, removed, replaced or frozen.
         """
-        return self._fingerprint is not None and not self.optimizers.updated and self._fingerprint.matches()
+        if self._fingerprint is not None and self._fingerprint.same_tensors():
+            self._fingerprint.take_values()
+        else:
+            same = self._same_parameters()
+            self._fingerprint = _Fingerprint(self._cell) if same else None  # else ``check`` must refuse them
+        self.optimizers.updated.clear()
 
     def check(self, open_steps: list[int]) -> None:
         """Refuse parameters that were replaced, or that changed while the steps of a block are open.
@@ -61,23 +58,26 @@ class ParameterGuard:
         A change through ``.data`` leaves no trace here; it is found when the block is run again.
 
         Args:
-            open_steps: the numbers of the steps of the open block.
+            open_steps: the numbers of the first and the last step of the open block; empty if no step is open.
 
         Raises:
             ParameterChangedError: naming them.
+
+        Cost: a few comparisons per module and parameter.
         """
         self.toggled = False
-        if self.unchanged():
-            return
-        if not self._same_parameters():
+        values_matter = bool(open_steps) and self._values
+        known, updated = self._fingerprint, self.optimizers.updated
+        if known is not None and known.same_tensors():
+            if not values_matter or (not updated and known.same_values()):
+                return
+        elif not self._same_parameters():
             self._refuse_others(open_steps)
             self.toggled = True
-        if self.toggled or not open_steps or not self._values:
+        if self.toggled or not values_matter:
             return
         changed = [
-            name
-            for name, value in self._held()
-            if self._versions.get(name) != (value.data_ptr(), value._version) or name in self.optimizers.updated
+            name for name, value in self._held() if known is None or name in updated or known.differs(name, value)
         ]
         if changed:
             raise ParameterChangedError(
@@ -132,7 +132,7 @@ class ParameterGuard:
         return [*self.named.items(), *self._cell.named_buffers()]
 
 
-_VERSION = attrgetter("_version", "requires_grad")
+_REQUIRES_GRAD, _VERSION = attrgetter("requires_grad"), attrgetter("_version")
 
 
 class _Fingerprint:
@@ -147,20 +147,37 @@ class _Fingerprint:
         ]
         self._tables = [table for table in tables if table]
         self._empty = [table for table in tables if not table]
-        self._content = list(self._entries())
+        self._content = self._entries()
         held = {id(entry): entry for entry in self._content if isinstance(entry, Tensor)}
         self._tensors = list(held.values())
-        self._versions = self._state()
+        self._trainable = [*map(_REQUIRES_GRAD, self._tensors)]
+        self._named = {**dict(cell.named_parameters()), **dict(cell.named_buffers())}
+        self.take_values()
 
-    def matches(self) -> bool:
-        """Whether the cell still looks the same."""
+    def take_values(self) -> None:
+        """Take the present values of the tensors as the known ones."""
+        self._values = self._present_values()
+
+    def same_tensors(self) -> bool:
+        """Whether the cell has the same tensors under the same names, frozen or not as before."""
         now = self._entries()
         return (
             not any(self._empty)
             and len(now) == len(self._content)
             and all(map(is_, now, self._content))
-            and self._state() == self._versions
+            and [*map(_REQUIRES_GRAD, self._tensors)] == self._trainable
         )
+
+    def same_values(self) -> bool:
+        """Whether the tensors have the known values, as far as their versions tell."""
+        return self._present_values() == self._values
+
+    def differs(self, name: str, tensor: Tensor) -> bool:
+        """Whether a tensor is not the known one of this name, or does not have its known value."""
+        if self._named.get(name) is not tensor:
+            return True
+        count, place = len(self._tensors), [*map(id, self._tensors)].index(id(tensor))
+        return self._values[place::count] != [tensor._version, tensor.data_ptr()]
 
     def _entries(self) -> list[Any]:
         entries: list[Any] = []
@@ -169,5 +186,5 @@ class _Fingerprint:
             entries += table.values()
         return entries
 
-    def _state(self) -> list[Any]:
+    def _present_values(self) -> list[int]:
         return [*map(_VERSION, self._tensors), *map(Tensor.data_ptr, self._tensors)]

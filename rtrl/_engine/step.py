@@ -142,17 +142,23 @@ def check_state_beside_parameters(h: Tensor, named: Mapping[str, Tensor], error:
 
 def _checked_copy(x: Any, h: Tensor, number: int) -> Any:
     """Check and copy each tensor of x, in one pass."""
+    if type(x) is Tensor:  # the usual x
+        return _checked_leaf(x, h, number)
     count = 0
 
     def copy(leaf: Tensor) -> Tensor:
         nonlocal count
         count += 1
-        check_input("x", leaf, h.shape[0], h)
-        if deferred.on_host(h) and not checks.finite(leaf):
-            checks.check_finite("x", leaf, number)
-        return leaf.clone()
+        return _checked_leaf(leaf, h, number)
 
     copied = pytrees.map_tensors(copy, x)
     if not count:
         raise ShapeError("x holds no tensor")
     return copied
+
+
+def _checked_leaf(leaf: Tensor, h: Tensor, number: int) -> Tensor:
+    check_input("x", leaf, h.shape[0], h)
+    if deferred.on_host(h) and not checks.finite(leaf):
+        checks.check_finite("x", leaf, number)
+    return leaf.clone()

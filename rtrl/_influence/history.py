@@ -101,6 +101,10 @@ class History:
         """Add the newest block."""
         self.tree.append(block)
 
+    def skip(self) -> None:
+        """Count a block that need not be held, because all influences are up to date with it."""
+        self.tree.skip()
+
     def plan(self, columns: Mapping[int, int]) -> CatchUpPlan:
         """Plan how to bring influences up to date: ``columns`` of them, over all samples, by their last block.
 

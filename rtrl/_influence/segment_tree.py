@@ -115,6 +115,11 @@ class CircularSegmentTree(Generic[T]):
         self._hold(node, element)
         self._stop += 1
 
+    def skip(self) -> None:
+        """Count a step without an element; those before it are forgotten."""
+        self._stop += 1
+        self._first = self._stop
+
     def query(self, start: int, stop: int) -> T:
         """Return the product of the elements of steps ``start`` … ``stop − 1``, earliest first; the identity for none.
 

@@ -46,6 +46,7 @@ class ParameterInfluence:
         self.slice = torch.empty_like(self.sample)
         self.last_block = torch.empty(0, dtype=torch.int64, device="cpu")
         self._row = torch.full((batch_size * self.slices,), -1, dtype=torch.int64, device="cpu")  # key → row
+        self._in_use = 0  # how many rows are
 
     def allocate(self, keys: Tensor, now: int) -> Tensor:
         """Return the rows (on the CPU) of the keys ``sample · slices + slice``; new ones start at zero, up to date with
@@ -69,6 +70,7 @@ class ParameterInfluence:
             self.slice[there] = (new % self.slices).to(there.device)
             self.last_block[rows] = now
             self._row[new] = rows
+            self._in_use += new.numel()
         return self._row[keys]
 
     def add_first(self, influence: Tensor, now: int) -> None:
@@ -80,6 +82,11 @@ class ParameterInfluence:
             keys = by_slice.count_nonzero(dim=(1, 2)).nonzero().flatten()
         rows = self.allocate(keys, now).to(self.values.device)  # it may replace the values
         self.values[rows] += by_slice[keys]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every slice of every sample has a row."""
+        return self._in_use == self.batch_size * self.slices
 
     def active_rows(self) -> Tensor:
         """The rows in use, ascending, on the CPU."""
@@ -93,6 +100,7 @@ class ParameterInfluence:
         self.sample[rows] = -1
         self.slice[rows] = -1
         self._row[cleared] = -1
+        self._in_use -= rows.numel()
 
     def to_dense(self) -> Tensor:
         """Return the influence as one tensor (B, H, P); every row must be up to date."""
@@ -184,7 +192,7 @@ class ParameterInfluence:
         """
         first, count = int(rows[0]), rows.numel()
         contiguous = count == 1 or bool((rows == torch.arange(first, first + count, device="cpu")).all())
-        if contiguous and block.rows is None and not transposed:
+        if contiguous and block.rows is None and not transposed and self.values.is_contiguous():
             target = self.values[first : first + count, part].unflatten(2, (-1, right.shape[2])).flatten(1, 2)
             if count == 1:
                 target[0].addmm_(left[0].mT, right[0])
@@ -258,3 +266,4 @@ class ParameterInfluence:
         self.values = state["values"].to(device, copy=True)
         self.sample, self.slice = (state[k].to(device, copy=True) for k in ("sample", "slice"))
         self.last_block, self._row = state["last_block"].cpu().clone(), state["row"].cpu().clone()
+        self._in_use = int((self._row >= 0).sum())

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # frozen ones take several times as long to make, at every step
 class UnitTap:
     """Describe a linear map ``z = W u + b`` whose output acts on the state unit by unit.
 
@@ -31,7 +31,7 @@ class UnitTap:
     part: int | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class AnalyticStep:
     """Hold one step of N samples and its derivatives, over a state of S parts of U units (a state (N, U) has S = 1).
 

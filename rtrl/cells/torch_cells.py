@@ -44,8 +44,7 @@ class TorchCell(nn.Module):
         mode = mode_of(cell)
         before = h.unbind(dim=1) if mode == "LSTM" else (h,)
         after = step(mode, x, before, weights_of(cell)) if runs_as_written(cell) else _called(cell, x, before)
-        unseen = type(readout) is nn.Identity and runs_as_written(readout)  # a call would only cost time
-        y = after[0] if unseen else readout(after[0])
+        y = after[0] if _is_identity(readout) else readout(after[0])
         return y, torch.stack(after, dim=1) if mode == "LSTM" else after[0]
 
     def unroll(self, xs: Tensor, h: Tensor) -> tuple[Any, Tensor] | None:
@@ -72,17 +71,29 @@ class TorchCell(nn.Module):
     def analytic_step(self, x: Tensor, h: Tensor) -> AnalyticStep | None:
         """Take one step with its derivatives; return None for a subclass with another ``forward``, or with hooks on the
         module."""
-        if type(self).forward is not TorchCell.forward or not runs_as_written(self.cell):
+        cell: Any = self._modules["cell"]
+        readout: Any = self._modules["readout"]
+        if type(self).forward is not TorchCell.forward or not runs_as_written(cell):
             return None
-        mode = mode_of(self.cell)
-        with torch.no_grad():
-            after, taps, direct = derivatives(
-                mode, x, h.unbind(dim=1) if mode == "LSTM" else (h,), weights_of(self.cell)
-            )
-        h_next = (torch.stack(after, dim=1) if mode == "LSTM" else after[0]).requires_grad_()
-        with torch.enable_grad():
-            y = self.readout(h_next[:, 0] if mode == "LSTM" else h_next)
+        mode = mode_of(cell)
+        grad = torch.is_grad_enabled()
+        try:
+            torch._C._set_grad_enabled(False)  # contexts cost several times as much
+            before = h.unbind(dim=1) if mode == "LSTM" else (h,)
+            after, taps, direct = derivatives(mode, x, before, weights_of(cell))
+            h_next = (torch.stack(after, dim=1) if mode == "LSTM" else after[0]).requires_grad_()
+            torch._C._set_grad_enabled(True)
+            y = h_next[:, 0] if mode == "LSTM" else h_next
+            if not _is_identity(readout):
+                y = readout(y)
+        finally:
+            torch._C._set_grad_enabled(grad)
         return AnalyticStep(y, h_next, taps, direct)
+
+
+def _is_identity(readout: nn.Module) -> bool:
+    """Whether a call of the readout would only cost time."""
+    return type(readout) is nn.Identity and runs_as_written(readout)
 
 
 class TorchLayers(PackedCell):

@@ -148,14 +148,17 @@ def derivatives(
         ]
 
     if mode == "GRU":
-        (reset_x, update_x, new_x), (reset_h, update_h, new_h) = from_x.chunk(3, dim=-1), from_h.chunk(3, dim=-1)
-        reset, update = torch.sigmoid(reset_x + reset_h), torch.sigmoid(update_x + update_h)
-        new = torch.tanh(new_x + reset * new_h)
-        by_new = (1 - update) * (1 - new.square())
-        by_reset = by_new * new_h * reset * (1 - reset)
-        by_update = (h - new) * update * (1 - update)
-        by_x, by_h = (torch.stack([by_reset, by_update, last], dim=1).unsqueeze(1) for last in (by_new, by_new * reset))
-        return (new + update * (h - new),), taps(by_x, by_h), update[:, None, None]
+        size, units = h.shape
+        (gates_x, new_x), (gates_h, new_h) = (z.split((2 * units, units), dim=1) for z in (from_x, from_h))
+        gates = torch.sigmoid(gates_x + gates_h)
+        reset, update = gates.chunk(2, dim=1)
+        new = torch.tanh(torch.addcmul(new_x, reset, new_h))
+        change, rest = h - new, 1 - update
+        by_new = torch.addcmul(rest, rest * new, new, value=-1)  # (1 − update) (1 − new²)
+        slopes = torch.addcmul(gates, gates, gates, value=-1)
+        by_gates = torch.cat([by_new * new_h, change], dim=1) * slopes
+        by_x, by_h = (torch.cat([by_gates, last], dim=1).view(size, 1, 3, units) for last in (by_new, by_new * reset))
+        return (torch.addcmul(new, update, change),), taps(by_x, by_h), update.view(size, 1, 1, units)
     if mode == "LSTM":
         before = state[1]
         enter, forget, new, out = (from_x + from_h).chunk(4, dim=-1)

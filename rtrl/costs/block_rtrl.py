@@ -67,7 +67,8 @@ def block_rtrl(
         most, count = steps, full
     else:
         most = most or (MOST_STEPS // 3 if profile.declares else MOST_STEPS)
-        count = min(full, MOST_ROUTING_BLOCKS, max(2, most // block - 1)) if profile.declares else min(full, 2)
+        alike = 4 if block == 1 else 2  # the first blocks of one step are held against another way to process them
+        count = min(full, MOST_ROUTING_BLOCKS, max(2, most // block - 1)) if profile.declares else min(full, alike)
     longest = 4
     while 2 * longest * (count + 1) <= most:
         longest *= 2

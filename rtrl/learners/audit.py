@@ -120,6 +120,7 @@ class Auditor:
         self._cell, self._parameters = cell, parameters
         self._draws = 0
         self._blocks = self._resets = 0
+        self._asked = -1  # the last step of the block that was asked for last
         self._unfinished = False  # a block that is due stays due until it was found to be right
         self._seen_losses = self._seen_restarts = self._seen_reset_of_some = False
 
@@ -130,16 +131,24 @@ class Auditor:
             linearizer.structured = False
             linearizer.way = WAYS.index(self.audits.fallback) if self.audits.fallback in WAYS else 0
 
-    def is_due(self, new_kind: bool, has_losses: bool, has_restarts: bool) -> bool:
-        """Return whether the block that is being closed is to be audited; to be asked once per block."""
+    def is_due(self, number: int, new_kind: bool, has_losses: bool, has_restarts: bool) -> bool:
+        """Return whether the block that is being closed is to be audited.
+
+        Args:
+            number: of the block's last step; a block that is asked for again is not counted again.
+            new_kind: whether no block like it was met before.
+            has_losses: whether a loss was added inside it.
+            has_restarts: whether samples restarted inside it.
+        """
         if self.mode == "off":
             return False
         first_losses = has_losses and not self._seen_losses
         first_restarts = has_restarts and not self._seen_restarts
         self._seen_losses |= has_losses
         self._seen_restarts |= has_restarts
-        self._blocks += 1
-        every = isinstance(self.mode, int) and self._blocks % self.mode == 0
+        new, self._asked = number != self._asked, number
+        self._blocks += new
+        every = new and isinstance(self.mode, int) and self._blocks % self.mode == 0
         self._unfinished = self._unfinished or new_kind or first_losses or first_restarts or every
         return self._unfinished
 

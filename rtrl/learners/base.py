@@ -111,8 +111,7 @@ class Learner(NewestStepQueries, PortableLearner):
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 return self.step(x, replay=replay)
-        if not self._guard.unchanged():
-            self._check_parameters()
+        self._check_parameters()
         named, number = self._guard.named, self._steps_taken
         if replay is not None:
             forward_step.check_replay(replay, self._takes_replay, self._state, named)
@@ -151,8 +150,7 @@ class Learner(NewestStepQueries, PortableLearner):
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 return self.unroll(xs)
-        if not self._guard.unchanged():
-            self._check_parameters()
+        self._check_parameters()
         steps = count_steps(xs)
         room = self.block - len(self._open_steps) or self.block
         if steps > room:
@@ -208,7 +206,6 @@ class Learner(NewestStepQueries, PortableLearner):
 
     # ------------------------------------------------------------------ delivery and reset
 
-    @torch.inference_mode(False)
     def sync(self, dormant: bool = True) -> None:
         """Process the open steps, and add the gradient of all losses not yet delivered to every ``.grad``.
 
@@ -230,10 +227,13 @@ class Learner(NewestStepQueries, PortableLearner):
         Cost:
             The processing of the open steps; the learner says what it adds.
         """
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return self.sync(dormant)
         self._guard.optimizers.idle = 0
         self._close()
         self._flush(dormant)
-        pending = self._pending_grads
+        pending = {} if self._pending_grads is self._finite_grads else self._pending_grads
         for name, gradient in {} if checks.all_finite([*pending.values()]) else pending.items():
             if not checks.finite(gradient):
                 raise NonFiniteError(
@@ -242,6 +242,7 @@ class Learner(NewestStepQueries, PortableLearner):
         deliver(self._parameters, self._pending_grads)
         self._pending_grads = {}
         self._guard.optimizers.delivered()
+        return None
 
     @torch.inference_mode(False)
     def reset(

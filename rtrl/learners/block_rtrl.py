@@ -1,5 +1,6 @@
 """Exact RTRL in blocks of steps, with dormant slices brought up to date lazily."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
@@ -13,13 +14,15 @@ from rtrl._engine.buffers import ReusableBuffer
 from rtrl._engine.input_gradient import delivered_to_inputs
 from rtrl._engine.linearizer import Linearizer
 from rtrl._engine.newest_step import pull_back
+from rtrl._engine.one_step import OneStep, Trial
 from rtrl._engine.recorded import RecordedStep
 from rtrl._engine.row_block import RowBlockResult
+from rtrl._engine.surroundings import check_surroundings
 from rtrl._influence.structure import Structure
 from rtrl._utils import pytrees, validation
 from rtrl._utils.real_pairs import RealForms, as_real, real_numbers
 from rtrl.cells.protocol import Sparsity
-from rtrl.errors import AuditError, ConfigError, NonFiniteError, SparsityError
+from rtrl.errors import AuditError, ConfigError, NonFiniteError, PerformanceWarning, SparsityError
 from rtrl.learners.audit import AuditMode, Auditor, Audits, Result
 from rtrl.learners.base import Learner
 from rtrl.learners.block_choice import chosen_block
@@ -127,6 +130,7 @@ class BlockRTRL(Learner):
         self._linearizer = Linearizer(self.cell, self._parameters, self._finds_structure)
         self._auditor.attach(self._parameters, self._linearizer)
         count = sum(map(real_numbers, self._parameters.values()))
+        self._one_step = OneStep(self.cell, self._parameters)
         self._scratch = ReusableBuffer(count * self._state.numel() * self._state.element_size())  # the influence's size
 
     # ------------------------------------------------------------------ inspection
@@ -206,7 +210,7 @@ class BlockRTRL(Learner):
                     [(step.x, step.h, tuple(step.sparsity), step.restarted, step.reached) for step in steps],
                 ]
             ),
-            "scratch": self._scratch.n_bytes,
+            "scratch": self._scratch.n_bytes + self._one_step.n_bytes,
         }
 
     # ------------------------------------------------------------------ blocks
@@ -219,19 +223,37 @@ class BlockRTRL(Learner):
         self._first_influence = {}
 
     def _close(self) -> None:
-        if not any(step.sources for step in self._open_steps):
+        if not self._keeps_x or not any(step.sources for step in self._open_steps):
             super()._close()
             return
         self._check_parameters()
         with delivered_to_inputs(self.cell, self._open_steps, self._takes_replay):
             super()._close()
 
+    def _process_at_once(self) -> bool:
+        step, carried = self._open_steps[0], self._by_one_step()
+        if carried is None or not self._one_step.takes(step):
+            return False
+        self._check_none_is_lost(step.number)
+        if self._auditor.is_due(step.number, False, step.has_loss, False):
+            return False
+        check_surroundings()
+        gradients = self._one_step.process(step, self._reached, carried.influences, carried.now + 1)
+        if gradients is None:
+            return False
+        carried.count_block()
+        self._wait_for_delivery(gradients)
+        self._processed = step.number + 1
+        return True
+
     def _process(self) -> None:
         first, newest = self._open_steps[0].number, self._open_steps[-1].number
         self._check_none_is_lost(first)
         span = f"steps {first} … {newest}"
         result, audit = self._linearized(span), None
-        if self._auditor.is_due(self._linearizer.found_new_kind, bool(result.gradient), result.restarted is not None):
+        if self._auditor.is_due(
+            newest, self._linearizer.found_new_kind, bool(result.gradient), result.restarted is not None
+        ):
             result, audit = self._auditor.examine(
                 result,
                 self._linearizer,
@@ -240,12 +262,58 @@ class BlockRTRL(Learner):
                 self._reached,
                 self._carried.sliced,
             )
+        trial = self._tried_out(result, audit is not None)
+        before = {} if trial is None else {name: grad.clone() for name, grad in self._pending_grads.items()}
         carried = self._fitting(result)
         carried.stage(result, audit, span)
         with self._refusing_after_failure(f"the block of {span} could not be added"):
             self._carried = carried
             carried.add(result, audit)
+            if trial is not None:
+                self._settle(trial, before, span)
         self._processed = newest + 1
+
+    def _by_one_step(self) -> CarriedInfluence | None:
+        """What is carried, if single steps may be processed in a way of their own."""
+        carried = self._carried
+        if self.block > 1 or self._linearizer.way > 0 or type(carried) is not CarriedInfluence:
+            return None
+        return carried
+
+    def _tried_out(self, result: Result, audited: bool) -> Trial | None:
+        """Process a block of one step in the quicker way, too, before it is added."""
+        step, carried = self._open_steps[0], self._by_one_step()
+        if carried is None or not isinstance(result, BlockResult):
+            return None
+        return self._one_step.try_out(step, self._reached, carried.influences, carried.now, result, audited)
+
+    def _settle(self, trial: Trial, before: dict[str, Tensor], span: str) -> None:
+        """Go on with what a step gives in the quicker way, if that is what it gave in the other one.
+
+        Args:
+            trial: what was found in the quicker way.
+            before: the gradients that were waiting before the step.
+            span: the step, for messages.
+        """
+        gradients = self._one_step.settle(trial, self._carried.now)
+        if gradients is None:
+            warnings.warn(
+                f"{span}: the quicker way to process a single step gives another result than the one for blocks. From "
+                "now on the learner takes the slower way, which was audited",
+                PerformanceWarning,
+                stacklevel=6,
+            )
+        else:
+            self._pending_grads = before
+            self._wait_for_delivery(gradients)
+
+    def _wait_for_delivery(self, gradients: dict[str, Tensor]) -> None:
+        """Add finite gradients, by name, to those that the next delivery takes."""
+        if self._pending_grads:
+            for name, gradient in gradients.items():
+                self._gradient_of(name).add_(gradient)
+        else:
+            self._pending_grads = self._finite_grads = gradients
 
     def _check_none_is_lost(self, step: int) -> None:
         """Refuse to go on with a step if those before it have not all been processed."""
@@ -363,13 +431,14 @@ class BlockRTRL(Learner):
 
     def _gradient_of(self, name: str) -> Tensor:
         """The buffer that collects the gradient of a parameter, as pairs if that is complex."""
+        self._finite_grads = None
         if name not in self._pending_grads:
             self._pending_grads[name] = torch.zeros_like(self._parameters[name])
         return as_real(self._pending_grads[name])
 
     def _flush(self, dormant: bool) -> None:
         self._check_none_is_lost(self._steps_taken)
-        if dormant:
+        if dormant and self._carried.sliced:
             with self._refusing_after_failure("the gradients of dormant slices could not be accumulated"):
                 self._carried.accumulate_all()
 
@@ -388,13 +457,17 @@ class BlockRTRL(Learner):
     # ------------------------------------------------------------------ saving
 
     _adaptable = ("block", "window", "lazy")
-    _rebuilt = (*Learner._rebuilt, "_linearizer", "_scratch", "_carried")
+    _rebuilt = (*Learner._rebuilt, "_linearizer", "_one_step", "_scratch", "_carried")
 
     def _arguments(self) -> dict[str, Any]:
         return {"block": self.block, "window": self.window, "lazy": self.lazy}
 
     def _buffers(self) -> dict[str, Any]:
-        return {**self._carried.state_dict(), "structured": self._linearizer.structured}
+        return {
+            **self._carried.state_dict(),
+            "structured": self._linearizer.structured,
+            "one_step": self._one_step.state_dict(),
+        }
 
     def _load_buffers(self, loaded: LearnerState) -> dict[str, Any]:
         processed = loaded.steps_taken - len(loaded.open_steps)
@@ -414,4 +487,6 @@ class BlockRTRL(Learner):
         if not between and len({loaded.steps_taken > 0, has_influences, has_history}) != 1:
             raise ConfigError("the parts of the saved learner do not fit together")
         self._linearizer.structured = structured
-        return {"_carried": carried, "_processed": processed}
+        one_step = OneStep(self.cell, self._parameters)
+        one_step.load_state_dict(loaded.buffers.get("one_step", []))
+        return {"_carried": carried, "_one_step": one_step, "_processed": processed}

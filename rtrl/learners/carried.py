@@ -170,6 +170,11 @@ class CarriedInfluence:
             for name in sliced:
                 self._witness.forget(name, active[name])
 
+    def count_block(self) -> None:
+        """Take note of a block that all influences have been brought up to date with; none is kept slice by slice."""
+        assert self.history is not None
+        self.history.skip()
+
     def _advance(self, rows: Mapping[str, Tensor]) -> None:
         """Bring rows of influences, by parameter, up to date together, and accumulate their pending gradients."""
         assert self.history is not None

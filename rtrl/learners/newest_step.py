@@ -102,8 +102,7 @@ class NewestStepQueries(LearningRule):
             One forward pass without a graph.
         """
         self._check_intact()
-        if not self._guard.unchanged():
-            self._check_parameters()
+        self._check_parameters()
         named, number = self._guard.named, self._steps_taken
         if replay is not None:
             forward_step.check_replay(replay, self._takes_replay, self._state, named)

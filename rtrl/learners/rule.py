@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import TensorWeakRef
 
 from rtrl._engine import losses
 from rtrl._engine.parameter_guard import ParameterGuard
@@ -42,6 +41,7 @@ class LearningRule(ABC):
     _open_steps: list[RecordedStep]  # these still accept losses
     _seen_losses: list[weakref.ref[Tensor]]  # of the newest step
     _pending_grads: dict[str, Tensor]  # by parameter, not yet delivered to .grad
+    _finite_grads: dict[str, Tensor] | None = None  # the same object, as long as its gradients are known to be finite
     _damage: str | None  # why the learner refuses to go on
 
     # ------------------------------------------------------------------ what all rules share
@@ -54,7 +54,8 @@ class LearningRule(ABC):
 
     def _check_parameters(self) -> None:
         """Refuse parameters that were replaced, or that changed while steps are open."""
-        self._guard.check([step.number for step in self._open_steps])
+        steps = self._open_steps
+        self._guard.check([step.number for step in (*steps[:1], *steps[-1:])])
 
     def _first_influence_of(self, name: str) -> Tensor:
         """Return the influence (B, H, P) of one parameter on first states from which no step was taken yet."""
@@ -97,8 +98,9 @@ class LearningRule(ABC):
         if self._guard.toggled:
             self._adopt_parameters()
         if self._open_steps:
-            with torch.no_grad(), linearizing(self._parameters.values()):
-                self._process()
+            if not self._process_at_once():
+                with torch.no_grad(), linearizing(self._parameters.values()):
+                    self._process()
             restarting = self._restarting
             self._give_up_block()
             if restarting is not None:
@@ -106,21 +108,16 @@ class LearningRule(ABC):
 
     def _give_up_block(self) -> None:
         """Let the open steps accept no more losses, and forget them."""
-        number = {id(leaf): step.number for step in self._open_steps for leaf in step.leaves}  # of a sequence, the last
-        closed = [
-            (TensorWeakRef(leaf), number[id(leaf)])
-            for step in self._open_steps
-            if step.sequence is None or step.index == 0
-            for leaf in step.leaves
-        ]
+        last = {id(leaf): (leaf, step.number) for step in self._open_steps for leaf in step.leaves}
         self._open_steps, self._seen_losses, self._restarting = [], [], None
-        losses.close_leaves(closed)
+        losses.close_leaves(last.values())  # of a sequence, with the number of its last step
 
     # ------------------------------------------------------------------ what a rule supplies
 
     _adaptable: Collection[str] = ()  # arguments in which a learner and the saved one that it loads may differ
     _rebuilt: tuple[str, ...] = (  # attributes that a copy does not take over: it loads what the original saves
         *("_guard", "_parameters", "_open_steps", "_seen_losses", "_pending_grads", "_first_influence", "_restarting"),
+        "_finite_grads",
     )
 
     def _prepare(self) -> None:
@@ -143,6 +140,11 @@ class LearningRule(ABC):
     def _process(self) -> None:
         """Process the open steps, of which there is at least one. Everything that can fail comes before the first
         change."""
+
+    def _process_at_once(self) -> bool:
+        """Process the open steps in a quicker way than ``_process``, if there is one for them; return whether it was
+        done."""
+        return False
 
     def _adopt(self, before: Mapping[str, int]) -> None:
         """Carry on with the present ``_parameters``; before they were these, by name and size."""

@@ -215,7 +215,7 @@ _ELEMENTS = {
     **_aten(
         _inputs(0),
         """sum nansum mean prod cumsum cumprod var std var_mean std_mean logsumexp logcumsumexp norm linalg_vector_norm
-        trace embedding_dense_backward mse_loss smooth_l1_loss huber_loss nll_loss_forward binary_cross_entropy
+        dist trace embedding_dense_backward mse_loss smooth_l1_loss huber_loss nll_loss_forward binary_cross_entropy
         binary_cross_entropy_with_logits""",
     ),
     **_aten(_inputs(3), "index_add scatter_add index_reduce"),

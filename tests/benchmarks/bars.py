@@ -116,7 +116,7 @@ BARS = {
     "growth.T.control": _both("the same by BPTT over all that was", "≥", 1.5, unit="", control=True),
     "growth.bytes": _both("exponent of the bytes held over T, to nine places", "≤", 0.0, unit=""),
     "growth.bytes.control": _both("the same of BPTT", "≥", 0.95, unit="", control=True),
-    "growth.block": _both("worst deviation from a + b/block, over blocks of 1 … 2 H", "≤", 0.02, unit=""),
+    "growth.block": _both("worst deviation from a + b/block, over blocks of 2 … 2 H", "≤", 0.02, unit=""),
     "growth.block.slope": _both("b, in units of H²·P", "≤", 1.05, unit=""),
     "growth.experts": _both("exponent of the multiply-adds per step over the number of experts", "≤", 0.3, unit=""),
     "growth.experts.control": _both("the same, if nothing is declared and block = 1", "≥", 0.8, unit="", control=True),

@@ -47,7 +47,7 @@ from rtrl._engine.reverse_sweep import (
 from rtrl._engine.row_block import _add_untapped
 from rtrl._engine.row_linearization import RowSeeds, _agrees, _check_rows_reached
 from rtrl._engine.row_sweep import _step_across, sweep_rows
-from rtrl._engine.step import _checked_copy, take
+from rtrl._engine.step import _checked_leaf, take
 from rtrl._engine.structure_search import _reach, find_structure
 from rtrl._engine.taps import TapRecorder, _matmul
 from rtrl._engine.unitwise import _state_uses, unitwise_derivatives
@@ -802,13 +802,13 @@ if GRADIENT is not None:
     Bug(
         64,
         "adjoints are clipped",
-        (swap(add_loss, "GRADIENT.detach().clone()", "GRADIENT.detach().clamp(-1000, 1000)"),),
+        (swap(add_loss, "GRADIENT.clone()", "GRADIENT.clamp(-1000, 1000)"),),
         "learner: losses of all scales",
     ),
     Bug(
         65,
         "x is kept, not copied",
-        (swap(_checked_copy, "LEAF.clone()", "LEAF.detach()"),),
+        (swap(_checked_leaf, "LEAF.clone()", "LEAF.detach()"),),
         "learner: views as inputs",
     ),
     Bug(
@@ -856,7 +856,10 @@ if GRADIENT is not None:
     Bug(
         72,
         "an analytic step forgets what a gate does",
-        (swap(derivatives, "BY_NEW * NEW * GATE * (1 - GATE)", "0 * BY_NEW"), ANALYTIC_STEPS_ARE_BELIEVED),
+        (
+            swap(derivatives, "[BY_NEW * NEW, CHANGE]", "[0 * BY_NEW, CHANGE]"),
+            ANALYTIC_STEPS_ARE_BELIEVED,
+        ),
         "analytic_steps",
     ),
     Bug(
@@ -910,7 +913,7 @@ if GRADIENT is not None:
     Bug(
         80,
         "the slope of a gate is taken for the gate",
-        (swap(derivatives, "(OLD - NEW) * GATE * (1 - GATE)", "(OLD - NEW) * GATE"),),
+        (swap(derivatives, "torch.addcmul(GATES, GATES, GATES, value=-1)", "GATES"),),
         "cell: analytic step",
     ),
     Bug(
