@@ -37,7 +37,7 @@ class RowMap:
         index: the same with 0 for −1.
         present: Boolean (C,), whether a channel reaches a row.
         complete: whether all of them do.
-        repeats: (k, each), if the channels are all rows in order, each of them so many times, k times over; else None.
+        repeats: (k, each), if the channels are all rows in order, each of them ``each`` times, k times over; else None.
     """
 
     rows: Tensor
