@@ -108,6 +108,7 @@ def test_two_independent_layers(measurement: Measurement, benchmark: Any) -> Non
 
 def test_times_of_independent_rows(measurement: Measurement, benchmark: Any) -> None:
     measured: dict[str, float] = {}
+    bytes_held: list[float] = []
     facts: dict[str, str | float] = {}
     for kind in ROWS:
         check_agreement(kind)
@@ -124,10 +125,12 @@ def test_times_of_independent_rows(measurement: Measurement, benchmark: Any) -> 
                     {"ours": lambda s=ours, n=block: s.advance(n), "eager": lambda s=eager, n=block: s.advance(n)},
                     measurement.sizes.rounds,
                 )
+            bytes_held.append(held(ours) / allowed(problem, WIDTH[kind], block))
             ratios.append(median_ratio(times["ours"], times["eager"]))
             each = ", ".join(f"{name} {1e3 * value:.3g}" for name, value in medians(times).items())
             facts[f"ms per step, {kind}, H = {hidden}, inputs = {hidden if wide else 32}, block = {block}"] = each
         measured[f"rows.time.{kind}"] = max(ratios)
+        measured["rows.bytes.large"] = max(bytes_held)
     ours = warm(plain("minGRU", 16), 16)
     benchmark.pedantic(ours.advance, args=(16,), rounds=3)
     measurement.settle(measured, threads_of_these_times=1, **facts)
