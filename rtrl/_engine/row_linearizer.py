@@ -1,5 +1,6 @@
 """Linearise blocks of steps with the structure of the cell: found at the first block, and held against every one."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from rtrl._engine.structure_search import find_structure, look
 from rtrl._influence.structure import Structure
 from rtrl._utils.real_pairs import RealForms
 from rtrl.cells.protocol import takes_replay
+from rtrl.cells.row_groups import groups_of
+from rtrl.errors import PerformanceWarning
 
 _MOST_CHANGES = 3  # a structure that was found to be another one more often than that is given up
 
@@ -97,8 +100,12 @@ class RowLinearizer:
     ) -> Structure | None:
         """Look for a structure."""
         with deferring(None):
-            found = find_structure(self._cell, self._parameters, batches, untapped, known, first)
+            found = find_structure(self._cell, self._parameters, batches, untapped, known, first, self._declared())
         return None if found is None else found.to(batches[0].h.device)
+
+    def _declared(self) -> list[Tensor] | None:
+        """The groups that the cell declares."""
+        return groups_of(self._cell) if callable(getattr(self._cell, "row_groups", None)) else None
 
     def _wider(self, batches: Sequence[StepBatch], untapped: set[str], structure: Structure) -> Structure | None:
         """The structure that these steps have; the same one if it was rounding that contradicted it."""
@@ -108,7 +115,15 @@ class RowLinearizer:
         ):
             return structure
         self._changes += 1
-        return None if self._changes > _MOST_CHANGES else self._find(batches, untapped, structure, {})
+        found = None if self._changes > _MOST_CHANGES else self._find(batches, untapped, structure, {})
+        if found is None:
+            warnings.warn(
+                f"{batches[0].span}: rows of the state that were independent are no longer. From now on the influence "
+                "is kept on the whole state, which takes longer",
+                PerformanceWarning,
+                stacklevel=8,
+            )
+        return found
 
     def _close(
         self,

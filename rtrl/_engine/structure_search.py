@@ -28,6 +28,7 @@ from rtrl._influence.structure import (
 )
 from rtrl._utils import pytrees
 from rtrl._utils.real_pairs import RealForms, as_real, real_numbers
+from rtrl.errors import CellError
 
 _SAMPLES = 4  # of a batch of steps, at each perturbed point
 _POINTS = (0.1, 0.1, 1.0, 1.0)  # sizes of the perturbations: units that are cut off at one point are not at another
@@ -233,6 +234,7 @@ def find_structure(
     untapped: Iterable[str],
     known: Structure | None = None,
     first: Mapping[str, Tensor] | None = None,
+    declared: list[Tensor] | None = None,
 ) -> Structure | None:
     """Look for a structure that the steps of a block have.
 
@@ -243,9 +245,13 @@ def find_structure(
         untapped: parameters whose uses are not recorded.
         known: a structure that they had so far; what it allows stays allowed.
         first: parameter → influence of a learned first state (B, H, P).
+        declared: the groups that the cell declares, see ``rtrl.cells.row_groups``.
 
     Returns:
         The structure, on the CPU; None if there is none that makes the influence much smaller.
+
+    Raises:
+        CellError: rows that are declared as independent are not.
 
     Cost: once, two to four times H backward passes over four samples and, with ``known``, over all steps.
     """
@@ -261,7 +267,7 @@ def find_structure(
         for name, influence in (first or {}).items():
             hits = (influence != 0).any(dim=0).cpu()
             pattern.add(name, shapes[name], "element", hits)
-        structure = _best(pattern, parameters, numbers, frozenset(skipped))
+        structure = _best(pattern, parameters, numbers, frozenset(skipped), declared)
         ambiguous = set() if structure is None else _ambiguous(structure) - skipped
         if not ambiguous:
             return structure
@@ -300,21 +306,46 @@ def _pattern(
 
 
 def _best(
-    pattern: Pattern, parameters: Mapping[str, nn.Parameter], numbers: int, untapped: frozenset[str]
+    pattern: Pattern,
+    parameters: Mapping[str, nn.Parameter],
+    numbers: int,
+    untapped: frozenset[str],
+    declared: list[Tensor] | None,
 ) -> Structure | None:
-    """The structure with the fewest numbers of influence, if it is worth having; rather rows than layers."""
+    """The structure that is declared, or else the one with the fewest numbers of influence, if it is worth having;
+    rather rows than layers."""
     shapes = {name: parameter.shape for name, parameter in RealForms(parameters).items()}
     reached = sum(shapes[name].numel() for name, (_, hits) in pattern.hits.items() if hits.any())
     least = _WORTH * numbers * reached
     best = None
-    for divide in (independent_rows, layers):
-        groups = divide(pattern.adjacency)
+    if declared is None:
+        divisions = [independent_rows(pattern.adjacency), layers(pattern.adjacency)]
+    else:
+        _check_declared(declared, pattern.adjacency)
+        divisions = [declared]
+    for groups in divisions:
         if groups is None or (len(groups) == 1 and groups[0].shape[0] == 1):
             continue
         structure = _structure(groups, pattern, shapes, untapped)
         if structure.numbers() <= least:
             best, least = structure, _WORTH * structure.numbers()
     return best
+
+
+def _check_declared(groups: list[Tensor], adjacency: Tensor) -> None:
+    """Refuse rows that are declared as independent and are not.
+
+    Raises:
+        CellError: naming two entries.
+    """
+    feeds = [[b < a for b in range(len(groups))] for a in range(len(groups))]
+    stray = adjacency & ~coupled(groups, feeds, len(adjacency))
+    if bool(stray.any()):
+        i, j = stray.nonzero()[0].tolist()
+        raise CellError(
+            f"the cell declares by row_groups() that entry {i} of the state does not depend on entry {j}, but it does. "
+            "Declare one row for both, or let the learner find the rows: leave row_groups() out"
+        )
 
 
 def _structure(

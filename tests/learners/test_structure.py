@@ -28,6 +28,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import rtrl
+
 
 @given(layered(), st.data())
 def test_structured_cells_equal_bptt_and_full_rtrl(case: Case, data: st.DataObject) -> None:
@@ -134,3 +136,14 @@ def test_an_update_after_every_step_is_exact(kind: str, block: int) -> None:
     cell = stack(STACKS[kind], 2, readout=True) if kind in STACKS else LAYERS[kind](D, 2)
     case = drawn(cell, steps=6, block=block)
     check(case, offsets=moved(case))
+
+
+def test_rows_that_are_independent_no_longer_are_announced() -> None:
+    learner = rtrl.BlockRTRL(seeded(placed("state", "alone", 3), 0), 1)
+    learner.step(torch.full((1, D), -1.0, dtype=torch.float64))
+    learner.sync()
+    assert learner.structure is not None
+    learner.step(torch.full((1, D), 1.0, dtype=torch.float64))
+    with pytest.warns(rtrl.errors.PerformanceWarning, match="rows of the state that were independent are no longer"):
+        learner.sync()
+    assert learner.structure is None
