@@ -5,7 +5,7 @@ backward pass, and the state detached; its gradient ignores everything before th
 
     python examples/compare_learners.py --hidden 32 128 --batch-size 1 16 --rounds 9 --json comparison.json
 
-The table is printed in Markdown, as README has it.
+The table is printed in Markdown. ``--page README.md`` puts it between the two comments of README that say where.
 """
 
 import argparse
@@ -113,6 +113,14 @@ def caption(record: dict[str, Any]) -> str:
     )
 
 
+def with_table(page: str, record: dict[str, Any]) -> str:
+    """The text of a page, with the table of a record between its two comments."""
+    before, _, rest = page.partition("<!-- comparison -->")
+    after = rest.partition("<!-- /comparison -->")[2]
+    shown = f"{table([Comparison(**row) for row in record['rows']])}\n\n{caption(record)}"
+    return f"{before}<!-- comparison -->\n\n{shown}\n\n<!-- /comparison -->{after}"
+
+
 def milliseconds(seconds: float) -> str:
     return f"{two_digits(seconds * 1e3)} ms"
 
@@ -132,6 +140,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 4], help="batch sizes")
     parser.add_argument("--rounds", type=int, default=3, help="how often each side is timed")
     parser.add_argument("--json", type=Path, help="write the numbers and the machine to this file")
+    parser.add_argument("--page", type=Path, help="put the table into this page")
     options = parser.parse_args()
 
     machine = {
@@ -145,6 +154,8 @@ def main() -> None:
     print(f"{table(rows)}\n\n{caption(record)}")
     if options.json is not None:
         options.json.write_text(json.dumps(record, indent=1) + "\n")
+    if options.page is not None:
+        options.page.write_text(with_table(options.page.read_text(encoding="utf-8"), record), encoding="utf-8")
 
 
 def processor() -> str:

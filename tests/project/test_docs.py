@@ -206,11 +206,11 @@ def test_the_six_results_are_those_of_the_run() -> None:
 
 def test_the_comparison_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    from compare_learners import Comparison, caption, table
+    from compare_learners import with_table
 
     record = json.loads((DOCS / "results" / "comparison.json").read_text(encoding="utf-8"))
-    rows = [Comparison(**row) for row in record["rows"]]
-    assert [(row.hidden, row.batch_size) for row in rows] == [(32, 1), (32, 16), (128, 1), (128, 16)]
+    assert [(row["hidden"], row["batch_size"]) for row in record["rows"]] == [(32, 1), (32, 16), (128, 1), (128, 16)]
     text = README.read_text(encoding="utf-8")
-    shown = text.split("<!-- comparison -->")[1].split("<!-- /comparison -->")[0]
-    assert shown.strip() == f"{table(rows)}\n\n{caption(record)}"
+    assert with_table(text, record) == text
+    record["rows"][0]["tbptt_bytes"] *= 2
+    assert with_table(text, record) != text
