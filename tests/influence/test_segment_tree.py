@@ -253,3 +253,24 @@ def test_reversed_ranges_and_bad_capacities() -> None:
     for capacity in (0, -1, 1.5, True, "3"):
         with pytest.raises(ConfigError, match="positive integer"):
             CircularSegmentTree(capacity, Counting(), "")  # type: ignore[arg-type]
+
+
+class Uncopied:
+    """An element that refuses to be copied."""
+
+    def __deepcopy__(self, memo: object) -> "Uncopied":
+        raise TypeError("not I")
+
+
+def test_a_query_is_a_copy_unless_the_tree_has_a_store() -> None:
+    tree = CircularSegmentTree(2, lambda a, b: a + b, [])
+    tree.append([[1]])
+    tree.query(0, 1)[0].append(2)
+    assert tree.query(0, 1) == [[1]]
+    held = CircularSegmentTree(2, lambda a, b: a + b, [], store=lambda number, value: value)
+    held.append([[1]])
+    assert held.query(0, 1) is held.query(0, 1)
+    refusing = CircularSegmentTree(1, lambda a, b: a, Uncopied())
+    refusing.append(Uncopied())
+    with pytest.raises(ConfigError, match=r"Uncopied, cannot be copied \(not I\). Pass store="):
+        refusing.query(0, 1)
