@@ -39,7 +39,7 @@ from helpers.toy_cells import PlainRNN, seeded
 from torch import Tensor, nn
 
 import rtrl
-from rtrl._engine import buffers
+from rtrl._engine import buffers, unitwise
 from rtrl.costs import block_rtrl as blocks
 from rtrl.costs import others
 from rtrl.costs.block_rtrl import block_rtrl
@@ -133,12 +133,23 @@ def test_choices_drawn_at_random_cost_what_random_choices_cost() -> None:
 def test_blocks_that_are_extrapolated(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From blocks of at most 16 steps, of a state too large for a scan: up to twice H."""
     monkeypatch.setattr(blocks, "MOST_STEPS", 48)
+    monkeypatch.setattr(unitwise, "_LEAST_NUMBERS", 10**9)  # what a plan counts
     cell = torch_cell(nn.GRUCell, 66) if kind == "GRU" else seeded(PlainRNN(3, 66), 0)
     xs = inputs(cell, 150, 1)
     found = profiled(cell, xs[:1])
     for m in (33, 66):
         assert block(m).planned(found, 2 * m + 18).extrapolated
         expect(block(m), cell, xs[: 2 * m + 18], found)
+
+
+def test_for_units_that_interact_in_linear_maps_alone_a_plan_is_the_most() -> None:
+    """A run without numbers cannot see how units interact, and counts the general way."""
+    cell = seeded(PlainRNN(3, 64), 0)
+    xs = inputs(cell, 17, 1)
+    choice, real = block(17).planned(profiled(cell, xs[:1]), 17), really(block(17).make, cell, xs)
+    assert real.macs < choice.macs
+    assert real.peak < choice.peak_bytes
+    assert sum(real.held.values()) == choice.held_bytes
 
 
 @pytest.mark.nightly
