@@ -45,6 +45,11 @@ class ProbeWeights:
         return deferred.holds((difference <= torch.finfo(plain.dtype).eps ** 0.5 * largest).all())
 
 
+def has_numbers(value: Tensor) -> bool:
+    """Return whether a tensor holds numbers that can be looked at; in a dry run it does not, and all are equal."""
+    return not torch.equal(value.new_zeros(1), value.new_ones(1))
+
+
 def probe_weights(units: int, like: Tensor, seed: int) -> list[ProbeWeights]:
     """Draw the weights of the passes that hold a pattern together.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rtrl._engine.checks import reached_leaves
 from rtrl._engine.mixing import perturb
+from rtrl._engine.probe import has_numbers
 from rtrl._engine.recorded import StepBatch
 from rtrl._engine.taps import Tap, record_taps
 from rtrl._engine.untapped import call_with, pull_rows
@@ -248,7 +249,8 @@ def find_structure(
         declared: the groups that the cell declares, see ``rtrl.cells.row_groups``.
 
     Returns:
-        The structure, on the CPU; None if there is none that makes the influence much smaller.
+        The structure, on the CPU; None if there is none that makes the influence much smaller, or if none is declared
+        and there are no numbers to look at.
 
     Raises:
         CellError: rows that are declared as independent are not.
@@ -259,6 +261,8 @@ def find_structure(
     skipped = set(untapped)
     for _ in range(3):
         pattern = _pattern(cell, parameters, batches, skipped, known is not None)
+        if declared is None and not has_numbers(batches[0].h):
+            return None
         if not pattern.unfit <= skipped:
             skipped |= pattern.unfit
             continue
