@@ -31,7 +31,7 @@ class OptimizerWatch:
         self.updated: set[str] = set()
         self.lost: int | None = 0
         self.idle = 0
-        _WATCHES.add(self)
+        _WATCHES.append(weakref.ref(self, _WATCHES.remove))
         if not _HANDLES:
             _HANDLES.append(register_optimizer_step_pre_hook(_before_step))
             _HANDLES.append(register_optimizer_step_post_hook(_after_step))
@@ -57,7 +57,7 @@ class OptimizerWatch:
             self._warn(
                 f"an optimizer has stepped {self.idle} times without a gradient, while losses of this learner wait: "
                 "call sync() before optimizer.step()",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _warn(self, text: str, stacklevel: int) -> None:
@@ -88,17 +88,18 @@ class OptimizerWatch:
         return any(bool((grad != 0).any()) for grad in grads)
 
 
-_WATCHES: "weakref.WeakSet[OptimizerWatch]" = weakref.WeakSet()
+_WATCHES: list["weakref.ref[OptimizerWatch]"] = []
 _HANDLES: list[Any] = []  # of the two hooks, once there is a watch
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    for watch in list(_WATCHES):
-        watch.step(optimizer, done=False)
+    for reference in [*_WATCHES]:
+        if (watch := reference()) is not None:
+            watch.step(optimizer, done=False)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     closure = bool(args or kwargs)  # which brings gradients that were not there before
-    for watch in list(_WATCHES):
-        if closure or watch.lost is not None:
+    for reference in [*_WATCHES]:
+        if (watch := reference()) is not None and (closure or watch.lost is not None):
             watch.step(optimizer, done=True)
