@@ -104,6 +104,10 @@ class Linearizer:
         self.structured = result is not None
         return result
 
+    def find_structure(self, steps: Sequence[RecordedStep], last: Tensor) -> Structure | None:
+        """Return the structure that steps show; None if there is none worth having."""
+        return self._rows.find(steps, last) if self.structured else None
+
     def _verified_kinds(self, batches: Sequence[StepBatch]) -> set[str]:
         """Verify steps that are linearised with structure; return the parameters whose uses may not be recorded."""
         for batch in batches:

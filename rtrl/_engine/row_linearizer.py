@@ -84,6 +84,13 @@ class RowLinearizer:
                     return None
                 probed, structure = wider is not structure, wider
 
+    def find(self, steps: Sequence[RecordedStep], last: Tensor) -> Structure | None:
+        """Return the structure that steps show; None if there is none worth having."""
+        if not steps or not all(step.dense for step in steps):
+            return None
+        batches = self._batches(steps, last)
+        return self._find(batches, self._verify(batches), None, {})
+
     def _batches(self, steps: Sequence[RecordedStep], last: Tensor) -> list[StepBatch]:
         """The steps, those of one kind together."""
         kinds: dict[object, list[int]] = {}

@@ -196,6 +196,8 @@ def look(
                 found = ((found != 0) & (found == found)).reshape(len(found), -1)
             rows[place].append(found.cpu())
     joined = [torch.cat(parts) for parts in rows]
+    if not any(bool(found.any()) for found in joined):
+        return _everything(pattern)  # these numbers say nothing
     pattern.adjacency |= joined[0]
     for fitting, hits in zip(uses, joined[1:], strict=False):
         for tap, orientation in fitting:

@@ -180,7 +180,8 @@ def _last(holds: Any) -> int | None:
 
 def _notes(profile: Profile, stream: list[Any] | None, rows: list[Choice]) -> tuple[str, ...]:
     notes = [
-        "Counted: a loss at every step, one sync at the end, the checks of the first blocks included, audits not. A "
+        "Counted: a loss at every step, one sync at the end, the checks of the first blocks included, audits and the "
+        "search for structure not. A "
         "choice is exact if its gradient is that of the whole run.",
         "Bytes: beside the cell, its .grad and its optimizer. Held: between two steps, at most. At its peak: at once, "
         "while a block closes or a gradient is delivered.",

@@ -16,6 +16,7 @@ from rtrl.cells.example_input import WIDTHS, guessed_input
 from rtrl.cells.protocol import Cell, Sparsity, call_cell, check_input, first_state, own_copy, takes_replay
 from rtrl.errors import ConfigError, RTRLError, ShapeError, UnknownOperationError
 from rtrl.learners import BPTT
+from rtrl.learners.block_rtrl import BlockRTRL
 from rtrl.profiling.dry_run import DryRun
 from rtrl.profiling.live_bytes import LiveBytes
 from rtrl.profiling.macs import MacCounter, Rule
@@ -67,6 +68,7 @@ class Profile:
         sizes: trainable parameter → its number of entries.
         sliced: parameters that are kept slice by slice → their number of slices.
         declares: whether a step declares a sparsity, of rows or of slices.
+        structure: what ``BlockRTRL`` finds in the cell; None if it finds none.
         steady: whether all steps have the same shapes and widths of sparsity.
         given: how many steps of a stream the user gave.
 
@@ -118,6 +120,9 @@ class Profile:
             BPTT(self._cell, batch_size, state=self.state).step(self._xs[0])  # for the checks of a step
             self._free_macs = 0
             self._choices = self._walk()
+            learner = BlockRTRL(self._cell, batch_size, state=self.state, audit="off")
+            learner.step(self._xs[0])
+            self.structure = learner.find_structure()
         self.steady = (
             len({pytrees.signature((x, tuple(c))) for x, c in zip(self._xs, self._choices, strict=False)}) == 1
         )
@@ -232,6 +237,8 @@ class Profile:
             ConfigError: the cell cannot be run without numbers, and is too large to be run with them.
             UnknownOperationError: the cell runs an operation without a count.
         """
+        if issubclass(learner, BlockRTRL):
+            options["structure"] = self.structure or "off"
         key = learner, steps, *sorted(options.items())
         if key not in self._runs:
             self._runs[key] = self._measured(

@@ -63,7 +63,8 @@ class BlockRTRL(Learner):
             of each kind; a number n every n-th one as well; "off" none.
         structure: "find" looks at the first block which entries of the state depend on which. Where they form
             independent rows, the influence is kept on the rows that each parameter reaches, at the price of a forward
-            pass; see ``structure`` among the attributes. "off" keeps it on the whole state.
+            pass. "off" keeps it on the whole state. What ``find_structure`` of another learner of this cell returned is
+            taken without looking.
 
     Raises:
         ConfigError: a size is not a positive integer, or the cell has no trainable parameter or no first state.
@@ -102,9 +103,10 @@ class BlockRTRL(Learner):
         input_grad: Literal["block"] | None = None,
         state: Tensor | None = None,
         audit: AuditMode = 1000,
-        structure: Literal["find", "off"] = "find",
+        structure: Literal["find", "off"] | Structure = "find",
     ) -> None:
-        validation.choice("structure", structure, ["find", "off"])
+        if not isinstance(structure, Structure):
+            validation.choice("structure", structure, ["find", "off"])
         validation.choice("input_grad", input_grad, [None, "block"])
         super().__init__(cell, batch_size, state=state)
         self._keeps_x = input_grad is not None
@@ -113,7 +115,8 @@ class BlockRTRL(Learner):
             block = chosen_block(cell, batch_size, state)
         self.block, self.window = validation.integer("block", block), validation.integer("window", window)
         self.lazy = bool(lazy)
-        self._finds_structure = structure == "find"
+        self._finds_structure = structure != "off"
+        self._known_structure = structure if isinstance(structure, Structure) else None
         self._prepare()
         self._processed = 0  # how many steps have been
         self._carried: CarriedInfluence | CarriedRows = self._empty_carried(self._state)
@@ -144,6 +147,22 @@ class BlockRTRL(Learner):
     def structure(self) -> Structure | None:
         """The structure of the cell that is used; None before the first block, and if there is none worth having."""
         return self._carried.structure if isinstance(self._carried, CarriedRows) else None
+
+    @torch.inference_mode(False)
+    def find_structure(self) -> Structure | None:
+        """Return the structure that the cell shows in the open steps, and change nothing.
+
+        Returns:
+            The structure; None if there is none worth having, or no step is open.
+
+        Raises:
+            CellError: see ``sync``.
+
+        Cost:
+            H backward passes, in a batch, over a few samples at four points.
+        """
+        with torch.enable_grad():
+            return self._linearizer.find_structure(self._open_steps, self._reached)
 
     @torch.inference_mode(False)
     def influence(self, name: str) -> Tensor:
@@ -360,8 +379,9 @@ class BlockRTRL(Learner):
         """Linearise the open steps with the structure of the cell; None if it has none."""
         if self._linearizer.structured:
             first = self._carried.dense() if isinstance(self._carried, CarriedInfluence) else {}
+            known = self.structure or (None if first else self._known_structure)
             with torch.enable_grad():
-                rows = self._linearizer.with_structure(self._open_steps, self._reached, self.structure, first)
+                rows = self._linearizer.with_structure(self._open_steps, self._reached, known, first)
             if rows is not None:
                 self._check_rows(rows, span)
                 return rows

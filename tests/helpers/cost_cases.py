@@ -139,11 +139,17 @@ class Way:
 
 
 def block(m: int, window: int = 4, lazy: bool = True) -> Way:
-    return Way(
-        f"block {m}, window {window}{'' if lazy else ', eager'}",
-        lambda cell, size: rtrl.BlockRTRL(cell, size, block=m, window=window, lazy=lazy, audit="off"),
-        lambda found, steps: block_rtrl(found, steps, m, window, lazy),
-    )
+    """The search for structure is not planned for: a real learner takes what was found."""
+    known: dict[str, Any] = {}
+
+    def make(cell: nn.Module, size: int) -> Any:
+        return rtrl.BlockRTRL(cell, size, block=m, window=window, lazy=lazy, audit="off", **known)
+
+    def planned(found: Profile, steps: int) -> Choice:
+        known["structure"] = found.structure or "off"
+        return block_rtrl(found, steps, m, window, lazy)
+
+    return Way(f"block {m}, window {window}{'' if lazy else ', eager'}", make, planned)
 
 
 def truncated(k: int, sliding: bool) -> Way:
