@@ -196,8 +196,6 @@ def look(
                 found = ((found != 0) & (found == found)).reshape(len(found), -1)
             rows[place].append(found.cpu())
     joined = [torch.cat(parts) for parts in rows]
-    if not any(bool(found.any()) for found in joined):
-        return _everything(pattern)  # these numbers say nothing
     pattern.adjacency |= joined[0]
     for fitting, hits in zip(uses, joined[1:], strict=False):
         for tap, orientation in fitting:
@@ -251,8 +249,8 @@ def find_structure(
         declared: the groups that the cell declares, see ``rtrl.cells.row_groups``.
 
     Returns:
-        The structure, on the CPU; None if there is none that makes the influence much smaller, or if none is declared
-        and there are no numbers to look at.
+        The structure, on the CPU; None if there is none that makes the influence much smaller, or if there are
+        no numbers to look at.
 
     Raises:
         CellError: rows that are declared as independent are not.
@@ -260,11 +258,11 @@ def find_structure(
     Cost: once, two to four times H backward passes over four samples and, with ``known``, over all steps.
     """
     numbers, shapes = batches[0].h[0].numel(), {name: p.shape for name, p in RealForms(parameters).items()}
+    if not has_numbers(batches[0].h):
+        return None
     skipped = set(untapped)
     for _ in range(3):
         pattern = _pattern(cell, parameters, batches, skipped, known is not None)
-        if declared is None and not has_numbers(batches[0].h):
-            return None
         if not pattern.unfit <= skipped:
             skipped |= pattern.unfit
             continue
