@@ -62,9 +62,15 @@ class BlockRTRL(Learner):
         audit: which blocks are checked against plain autograd of the cell, unrolled step by step: "first" the first one
             of each kind; a number n every n-th one as well; "off" none.
         structure: "find" looks at the first block which entries of the state depend on which. Where they form
-            independent rows, the influence is kept on the rows that each parameter reaches, at the price of a forward
-            pass. "off" keeps it on the whole state. What ``find_structure`` of another learner of this cell returned is
-            taken without looking.
+            independent rows, the influence is kept on the rows that each parameter reaches; every later block is held
+            against what was found. "off" keeps it on the whole state. What ``find_structure`` of another learner of
+            this cell returned is taken without looking, and held against every block.
+
+    Attributes:
+        block: the number of steps that are processed together.
+        window: the number of blocks that the tree holds.
+        lazy: whether dormant slices are left as they are.
+        structure: the structure of the cell that is used; None before the first block, and if there is none.
 
     Raises:
         ConfigError: a size is not a positive integer, or the cell has no trainable parameter or no first state.
@@ -72,8 +78,10 @@ class BlockRTRL(Learner):
 
     Cost:
         A block of m steps, for a dense cell: ``H·P·(H + m)`` multiply-adds for the influence and ``m·H³`` for the
-        products. Bytes held: see ``retained_bytes``, mainly the ``B·H·P_active`` numbers of the influence. A ``sync``
-        adds, for each group of slices last active in the same block, O(log window) row-vector products and one product
+        products. Bytes held: see ``retained_bytes``, mainly the ``B·H·P_active`` numbers of the influence. For
+        independent rows of w entries: ``w + 2`` backward passes, ``m·w·P + w²·P`` multiply-adds, and twice ``B·w·P``
+        numbers; in groups of rows that others feed, H in place of one w. A ``sync`` adds, for each group of slices
+        last active in the same block, O(log window) row-vector products and one product
         (1 × H) @ (H × p) per slice; it does not move dormant influences.
 
     Source:
@@ -153,7 +161,8 @@ class BlockRTRL(Learner):
         """Return the structure that the cell shows in the open steps, and change nothing.
 
         Returns:
-            The structure; None if there is none worth having, or no step is open.
+            The structure; None if there is none worth having, if no step is open, and from a learner that does not
+            look for any.
 
         Raises:
             CellError: see ``sync``.
@@ -161,6 +170,8 @@ class BlockRTRL(Learner):
         Cost:
             H backward passes, in a batch, over a few samples at four points.
         """
+        if not self._open_steps:
+            return None
         with torch.enable_grad():
             return self._linearizer.find_structure(self._open_steps, self._reached)
 

@@ -9,7 +9,7 @@ import torch
 from helpers import structured_cells as cells
 from helpers.running import run, trainable
 from helpers.strategies import Case
-from helpers.structured_cases import LAYERS, D, both_ways, drawn, stack
+from helpers.structured_cases import LAYERS, D, both_ways, drawn, routes, stack
 from helpers.tolerances import assert_gradients_equal, assert_influences_equal
 from helpers.unlasting_cells import Opening
 from torch import Tensor
@@ -282,3 +282,38 @@ def test_where_it_breaks_it_is_given_up(what: str) -> None:
     advance(learner, case, range(4, 8))
     learner.sync()
     assert before <= 2.5 < 4 < kept(learner)
+
+
+class Undeclared(cells.Routed):
+    """The same rows, and no word of its experts."""
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y, new, _ = super().forward(x, h)
+        return y, new
+
+
+def test_structure_is_not_used_beside_declared_sparsity() -> None:
+    for declares in (True, False):
+        cell = cells.Routed(writes=False) if declares else Undeclared(writes=False)
+        learner = rtrl.BlockRTRL(drawn(cell).cell, 2, block=2)
+        for x in routes(4):
+            learner.step(x)
+        learner.sync()
+        assert (learner.structure is None) == declares
+
+
+def test_without_an_open_step_nothing_is_found() -> None:
+    learner = rtrl.BlockRTRL(LAYERS["minGRU"](D, 3).double(), 2, block=2)
+    assert learner.find_structure() is None
+    learner.step(torch.ones(2, D, dtype=torch.float64))
+    assert learner.find_structure() is not None and learner.structure is None
+
+
+def test_a_layer_of_a_stack_that_declares_nothing_is_one_row() -> None:
+    for declares in (True, False):
+        layers = [rtrl.cells.MinGRU(D, 4), rtrl.cells.MinGRU(4, 4)]
+        for layer in layers if not declares else []:
+            layer.row_groups = None  # type: ignore[assignment]
+        learner = rtrl.BlockRTRL(rtrl.Stack(layers), 2)
+        learner.step(torch.ones(2, D))
+        assert (learner.find_structure() is not None) == declares

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import rtrl
 from rtrl import tasks, training
 from rtrl.errors import CellError, ConfigError
 from rtrl.tasks.protocol import Task
@@ -231,3 +232,11 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
 def test_bad_settings_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Settings(**{"task": "anbn", "cell": "gru", **changes}).build()
+
+
+def test_a_trainer_takes_one_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*given: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(rtrl.BlockRTRL, "unroll", refused)
+    walk(trainer_of(tasks.make("anbn", train_n=[1, 2, 3]), "block"), 5)
