@@ -104,6 +104,11 @@ class Linearizer:
         self.structured = result is not None
         return result
 
+    @property
+    def skipped(self) -> frozenset[str]:
+        """Parameters whose uses may not be recorded."""
+        return frozenset(self._untapped)
+
     def find_structure(self, steps: Sequence[RecordedStep], last: Tensor) -> Structure | None:
         """Return the structure that steps show; None if there is none worth having."""
         return self._rows.find(steps, last) if self.structured else None

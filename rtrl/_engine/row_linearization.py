@@ -21,7 +21,7 @@ from rtrl._influence.structure import ALL, ParameterReach, RowMap, Structure
 from rtrl._utils.real_pairs import as_real
 
 _FEW = 6  # backward passes: up to this many, one after the other costs less than a batch of them
-_ROUNDING = 32  # how many rounding errors of a sample's largest entry a probe may be off
+ROUNDING = 32  # how many rounding errors of a sample's largest entry a probe may be off
 
 
 class CouplingFound(Exception):
@@ -240,7 +240,7 @@ def _agrees(
             continue
         largest = terms.abs().sum(dim=0).flatten(1).amax(dim=1)
         error = (values[-1] - weights * terms.sum(dim=0)).abs().flatten(1)
-        bound = _ROUNDING * eps * largest * seeds.weights.abs().max()
+        bound = ROUNDING * eps * largest * seeds.weights.abs().max()
         worst.append((error > bound[:, None]).any())
     return deferred.holds(~torch.stack(worst).any())
 

@@ -17,6 +17,7 @@ from rtrl._engine.newest_step import pull_back
 from rtrl._engine.one_step import OneStep, Trial
 from rtrl._engine.recorded import RecordedStep
 from rtrl._engine.row_block import RowBlockResult
+from rtrl._engine.row_step import RowStep, RowTrial
 from rtrl._engine.surroundings import check_surroundings
 from rtrl._influence.structure import Structure
 from rtrl._utils import pytrees, validation
@@ -142,6 +143,7 @@ class BlockRTRL(Learner):
         self._auditor.attach(self._parameters, self._linearizer)
         count = sum(map(real_numbers, self._parameters.values()))
         self._one_step = OneStep(self.cell, self._parameters)
+        self._row_step = RowStep(self.cell, self._parameters)
         self._scratch = ReusableBuffer(count * self._state.numel() * self._state.element_size())  # the influence's size
 
     # ------------------------------------------------------------------ inspection
@@ -262,13 +264,22 @@ class BlockRTRL(Learner):
 
     def _process_at_once(self) -> bool:
         step, carried = self._open_steps[0], self._by_one_step()
-        if carried is None or not self._one_step.takes(step):
+        if carried is None:
+            return False
+        if isinstance(carried, CarriedRows):
+            takes = self._row_step.takes(step, carried.structure)
+        else:
+            takes = self._one_step.takes(step)
+        if not takes:
             return False
         self._check_none_is_lost(step.number)
         if self._auditor.is_due(step.number, False, step.has_loss, False):
             return False
         check_surroundings()
-        gradients = self._one_step.process(step, self._reached, carried.influences, carried.now + 1)
+        if isinstance(carried, CarriedRows):
+            gradients = self._row_step.process(step, self._reached, carried.influences)
+        else:
+            gradients = self._one_step.process(step, self._reached, carried.influences, carried.now + 1)
         if gradients is None:
             return False
         carried.count_block()
@@ -292,9 +303,9 @@ class BlockRTRL(Learner):
                 self._reached,
                 self._carried.sliced,
             )
-        trial = self._tried_out(result, audit is not None)
-        before = {} if trial is None else {name: grad.clone() for name, grad in self._pending_grads.items()}
         carried = self._fitting(result)
+        trial = self._tried_out(result, carried, audit is not None)
+        before = {} if trial is None else {name: grad.clone() for name, grad in self._pending_grads.items()}
         carried.stage(result, audit, span)
         with self._refusing_after_failure(f"the block of {span} could not be added"):
             self._carried = carried
@@ -303,21 +314,28 @@ class BlockRTRL(Learner):
                 self._settle(trial, before, span)
         self._processed = newest + 1
 
-    def _by_one_step(self) -> CarriedInfluence | None:
+    def _by_one_step(self) -> CarriedInfluence | CarriedRows | None:
         """What is carried, if single steps may be processed in a way of their own."""
         carried = self._carried
-        if self.block > 1 or self._linearizer.way > 0 or type(carried) is not CarriedInfluence:
+        if self.block > 1 or self._linearizer.way > 0 or type(carried) not in (CarriedInfluence, CarriedRows):
             return None
         return carried
 
-    def _tried_out(self, result: Result, audited: bool) -> Trial | None:
-        """Process a block of one step in the quicker way, too, before it is added."""
+    def _tried_out(
+        self, result: Result, fitting: CarriedInfluence | CarriedRows, audited: bool
+    ) -> Trial | RowTrial | None:
+        """Process a block of one step in the quicker way, too, before it is added to what is carried."""
         step, carried = self._open_steps[0], self._by_one_step()
-        if carried is None or not isinstance(result, BlockResult):
+        if carried is None:
+            return None
+        if isinstance(fitting, CarriedRows) and isinstance(result, RowBlockResult):
+            skipped, influences = self._linearizer.skipped, fitting.influences
+            return self._row_step.try_out(step, self._reached, influences, result, skipped, audited)
+        if not isinstance(carried, CarriedInfluence) or not isinstance(result, BlockResult):
             return None
         return self._one_step.try_out(step, self._reached, carried.influences, carried.now, result, audited)
 
-    def _settle(self, trial: Trial, before: dict[str, Tensor], span: str) -> None:
+    def _settle(self, trial: Trial | RowTrial, before: dict[str, Tensor], span: str) -> None:
         """Go on with what a step gives in the quicker way, if that is what it gave in the other one.
 
         Args:
@@ -325,7 +343,12 @@ class BlockRTRL(Learner):
             before: the gradients that were waiting before the step.
             span: the step, for messages.
         """
-        gradients = self._one_step.settle(trial, self._carried.now)
+        if isinstance(self._carried, CarriedRows):
+            assert isinstance(trial, RowTrial)
+            gradients = self._row_step.settle(trial, self._carried.influences)
+        else:
+            assert isinstance(trial, Trial)
+            gradients = self._one_step.settle(trial, self._carried.now)
         if gradients is None:
             warnings.warn(
                 f"{span}: the quicker way to process a single step gives another result than the one for blocks. From "
@@ -488,7 +511,7 @@ class BlockRTRL(Learner):
     # ------------------------------------------------------------------ saving
 
     _adaptable = ("block", "window", "lazy")
-    _rebuilt = (*Learner._rebuilt, "_linearizer", "_one_step", "_scratch", "_carried")
+    _rebuilt = (*Learner._rebuilt, "_linearizer", "_one_step", "_row_step", "_scratch", "_carried")
 
     def _arguments(self) -> dict[str, Any]:
         return {"block": self.block, "window": self.window, "lazy": self.lazy}

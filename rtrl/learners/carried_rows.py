@@ -100,6 +100,10 @@ class CarriedRows:
             self._gradient(name).add_(gradient)
         self.now += 1
 
+    def count_block(self) -> None:
+        """Take note of a block that all influences have been brought up to date with."""
+        self.now += 1
+
     def accumulate_all(self) -> None:
         """Nothing is dormant, so that no gradient is pending."""
 
