@@ -174,9 +174,10 @@ class _Fingerprint:
 
     def differs(self, name: str, tensor: Tensor) -> bool:
         """Whether a tensor is not the known one of this name, or does not have its known value."""
-        if self._named.get(name) is not tensor:
+        known = self._named.get(name)
+        if known is None or (known is not tensor and not _alike(known, tensor)):
             return True
-        count, place = len(self._tensors), [*map(id, self._tensors)].index(id(tensor))
+        count, place = len(self._tensors), [*map(id, self._tensors)].index(id(known))
         return self._values[place::count] != [tensor._version, tensor.data_ptr()]
 
     def _entries(self) -> list[Any]:
@@ -188,3 +189,9 @@ class _Fingerprint:
 
     def _present_values(self) -> list[int]:
         return [*map(_VERSION, self._tensors), *map(Tensor.data_ptr, self._tensors)]
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors that share their memory hold the same numbers."""
+    forms = [(t.dtype, t.shape, t.stride(), t.requires_grad, type(t)) for t in (one, other)]
+    return forms[0] == forms[1]

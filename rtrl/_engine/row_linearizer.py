@@ -13,7 +13,7 @@ from rtrl._engine.structure_search import find_structure, look
 from rtrl._influence.structure import Structure
 from rtrl._utils.real_pairs import RealForms
 from rtrl.cells.protocol import takes_replay
-from rtrl.cells.row_groups import groups_of
+from rtrl.cells.row_groups import declared_groups
 from rtrl.errors import PerformanceWarning
 
 _MOST_CHANGES = 3  # a structure that was found to be another one more often than that is given up
@@ -112,7 +112,7 @@ class RowLinearizer:
 
     def _declared(self) -> list[Tensor] | None:
         """The groups that the cell declares."""
-        return groups_of(self._cell) if callable(getattr(self._cell, "row_groups", None)) else None
+        return declared_groups(self._cell)
 
     def _wider(self, batches: Sequence[StepBatch], untapped: set[str], structure: Structure) -> Structure | None:
         """The structure that these steps have; the same one if it was rounding that contradicted it."""

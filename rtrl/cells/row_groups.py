@@ -20,13 +20,16 @@ def rows_of(n: int, width: int) -> list[Tensor]:
     return [torch.arange(n * width).view(n, width)]
 
 
+def declared_groups(cell: nn.Module) -> list[Tensor] | None:
+    """Return what a cell declares; None if it declares nothing."""
+    declare: Any = getattr(cell, "row_groups", None)
+    return declare() if callable(declare) else None
+
+
 def groups_of(cell: nn.Module) -> list[Tensor]:
     """Return what a cell declares, or one row of all entries if it declares nothing."""
-    declared: Any = getattr(cell, "row_groups", None)
-    if declared is not None:
-        groups: list[Tensor] = declared()
-        return groups
-    return rows_of(1, first_state(cell, 1).numel())
+    declared = declared_groups(cell)
+    return rows_of(1, first_state(cell, 1).numel()) if declared is None else declared
 
 
 def moved(groups: Sequence[Tensor], offset: int) -> list[Tensor]:

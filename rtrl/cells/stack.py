@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rtrl.cells.protocol import Cell, Sparsity, call_cell, first_state, takes_replay
-from rtrl.cells.row_groups import groups_of, moved
+from rtrl.cells.row_groups import declared_groups, groups_of, moved
 from rtrl.cells.supported import check_supported
 from rtrl.errors import ConfigError, ShapeError
 
@@ -84,8 +84,11 @@ class Stack(nn.Module):
         """Return the layers' first states, concatenated along dimension 1."""
         return torch.cat([self._joint(first_state(self.layers[k], batch_size)) for k in self._places], dim=1)
 
-    def row_groups(self) -> list[Tensor]:
-        """Return the groups of each layer above those of the layers below; see ``rtrl.cells.row_groups``."""
+    def row_groups(self) -> list[Tensor] | None:
+        """Return the groups of each layer above those of the layers below; None if a layer declares none. See
+        ``rtrl.cells.row_groups``."""
+        if any(declared_groups(self.layers[k]) is None for k in self._places):
+            return None
         groups, offset = [], 0
         for k, place in self._places.items():
             groups += moved(groups_of(self.layers[k]), offset)

@@ -114,6 +114,14 @@ class DrivenEntriesLearner(MaskedInfluenceLearner):
     def _seen(self, influence: Tensor) -> None:
         self._widen(self._pattern() | (influence != 0).any(dim=0))
 
+    def _buffers(self) -> dict[str, Any]:
+        return {**super()._buffers(), "pattern": self._pattern()}
+
+    def _saved_pattern(self, loaded: LearnerState, dense: Tensor) -> Tensor:
+        return copy_like("pattern", loaded.buffers["pattern"], self._no_pattern()) | super()._saved_pattern(
+            loaded, dense
+        )
+
     def _rows(self) -> Tensor:
         """The row of each entry held, (E,)."""
         return self._places // self._n_theta

@@ -86,7 +86,7 @@ def test_they_keep_their_promises(name: str) -> None:
     assert check_cell(LAYERS[name](), [noise(B, D).float(), noise(B, D, seed=3).float()]).passed
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "Stack of a dense layer"])
 def test_declared_rows_hold_and_leave_out_nothing(name: str) -> None:
     """Every entry is in one row; J is zero between rows of a group, and from a group to those before it."""
     cell = seeded(LAYERS[name]().double(), 1)
@@ -114,8 +114,7 @@ def test_rows_of_each_cell() -> None:
     pairs = LAYERS["Stack of pairs"]()
     assert [rows.tolist() for rows in pairs.row_groups()] == [[[0, 1], [2, 3]], [[4, 5]]]  # type: ignore[operator]
     assert [own.tolist() for own in pairs.layer_entries().values()] == [[0, 1, 2, 3], [4, 5]]  # type: ignore[operator]
-    dense_below = LAYERS["Stack of a dense layer"]().row_groups()  # type: ignore[operator]
-    assert [rows.tolist() for rows in dense_below] == [[[0, 1, 2, 3]], [[4], [5]]]
+    assert LAYERS["Stack of a dense layer"]().row_groups() is None  # type: ignore[operator]
 
 
 def test_a_stack_of_states_that_differ_is_flat_and_keeps_sparsities() -> None:

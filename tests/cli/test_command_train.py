@@ -233,4 +233,4 @@ def test_the_guide_lists_every_task_and_learner() -> None:
     for head, names in (("task", TASKS), ("learner", LEARNERS)):
         (table,) = re.findall(rf"^\| {head} \|.*?(?=\n\n)", guide, re.MULTILINE | re.DOTALL)
         first = [row.split("|")[1] for row in table.splitlines()[2:]]
-        assert sorted(re.findall(r"`(\w+)`", " ".join(first))) == sorted(names)
+        assert sorted(re.findall(r"`([\w-]+)`", " ".join(first))) == sorted(names)

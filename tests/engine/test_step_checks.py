@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -333,16 +334,15 @@ def test_a_loss_of_a_closed_block_is_refused_however_it_is_held(
 
 
 def test_what_nobody_holds_any_more_is_gone_when_its_block_closes() -> None:
-    learner, hooked = plain(block=3), []
-    register = Tensor.register_hook
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tensor, "register_hook", lambda leaf, hook: (hooked.append(hook.args[0]), register(leaf, hook)))
-        kept = [learner.step(x) for x in stream()[:2]]
-        del kept[0]
-        learner.step(stream()[2])
-        learner.sync()
-    assert 0 not in hooked
-    assert 1 in hooked
+    learner = plain(block=3)
+    kept = [learner.step(x) for x in stream()[:2]]
+    gone = weakref.ref(kept.pop(0))
+    learner.step(stream()[2])
+    assert gone() is not None
+    learner.sync()
+    assert gone() is None
+    with pytest.raises(LossError, match="step 1, whose block has closed"):
+        kept[0].sum().backward()
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])

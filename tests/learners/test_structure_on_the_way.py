@@ -309,11 +309,12 @@ def test_without_an_open_step_nothing_is_found() -> None:
     assert learner.find_structure() is not None and learner.structure is None
 
 
-def test_a_layer_of_a_stack_that_declares_nothing_is_one_row() -> None:
+def test_the_rows_of_a_stack_are_found_where_a_layer_declares_nothing() -> None:
     for declares in (True, False):
         layers = [rtrl.cells.MinGRU(D, 4), rtrl.cells.MinGRU(4, 4)]
         for layer in layers if not declares else []:
             layer.row_groups = None  # type: ignore[assignment]
         learner = rtrl.BlockRTRL(rtrl.Stack(layers), 2)
         learner.step(torch.ones(2, D))
-        assert (learner.find_structure() is not None) == declares
+        found = learner.find_structure()
+        assert found is not None and [len(group) for group in found.groups] == [4, 4]

@@ -1,11 +1,10 @@
 """The check of a cell that declares by ``row_groups()`` which entries of its state depend on which."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
-from rtrl.cells.row_groups import check_row_groups
+from rtrl.cells.row_groups import check_row_groups, declared_groups
 from rtrl.errors import CellError
 from rtrl.testing.cell_checks.compare import STATE, gradients, must_be_zero
 from rtrl.testing.cell_checks.points import Subject
@@ -19,10 +18,9 @@ def row_group_failures(subject: Subject) -> Iterator[Found]:
         A backward pass for each row and sample, at every point.
     """
     for point in (p.with_own_cell().with_leaf_state() for p in subject.points):
-        declared: Any = getattr(point.cell, "row_groups", None)
-        if declared is None:
+        groups, size = declared_groups(point.cell), point.h[0].numel()
+        if groups is None:
             return
-        groups, size = declared(), point.h[0].numel()
         try:
             check_row_groups(groups, size)
         except CellError as error:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,8 +113,24 @@ class _CountsTwice(CarriedInfluence):
         self.accumulated_until = until
 
 
-def _learner_with(name: str, carried: type[CarriedInfluence]) -> type[BlockRTRL]:
-    return type(f"{name}Learner", (BlockRTRL,), {"_carries": carried, "__doc__": carried.__doc__})
+class _Broken(BlockRTRL):
+    """Carries the influence of the whole state, in a way that is wrong."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "structure": "off"})
+
+
+class _BrokenAtResets(_Broken):
+    """Closes the block before a reset, so that it is the reset that clears the influence."""
+
+    def reset(self, *args: Any, **options: Any) -> None:
+        self._close()
+        super().reset(*args, **options)
+
+
+def _learner_with(carried: type[CarriedInfluence]) -> type[BlockRTRL]:
+    base = _BrokenAtResets if carried is _KeepsInfluenceOverResets else _Broken
+    return type(f"{carried.__name__}Learner", (base,), {"_carries": carried, "__doc__": carried.__doc__})
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +142,7 @@ class BrokenLearner:
 
 
 BROKEN_LEARNERS: dict[str, BrokenLearner] = {
-    name: BrokenLearner((carried.__doc__ or "").strip(), _learner_with(carried.__name__, carried))
+    name: BrokenLearner((carried.__doc__ or "").strip(), _learner_with(carried))
     for name, carried in {
         "truncate": _Truncates,
         "forget-dormant-losses": _ForgetsDormantLosses,
