@@ -14,7 +14,7 @@ from rtrl._influence.structure import Structure
 from rtrl.cells.protocol import Sparsity
 from rtrl.errors import ConfigError, NonFiniteError
 from rtrl.learners.audit import Auditor, BlockAudit
-from rtrl.learners.store_checks import check_rows
+from rtrl.learners.row_checks import DeliveryCheck, RowResetCheck, added_dense, check_rows, checked_dense
 
 
 class CarriedRows:
@@ -52,7 +52,7 @@ class CarriedRows:
     def influence(self, name: str) -> Tensor | None:
         """Return the influence (B, H, P) of a parameter; None if it reaches no row."""
         influence = self.influences.get(name)
-        return influence.to_dense() if influence is not None and influence.parts else None
+        return checked_dense(name, influence) if influence is not None and influence.parts else None
 
     def last_updates(self, name: str) -> Tensor:
         """Return the number of closed blocks, LongTensor (B, 1): nothing is dormant."""
@@ -65,9 +65,13 @@ class CarriedRows:
     # ------------------------------------------------------------------ blocks
 
     def begin(self, sparsity: Sparsity, first_influence: Mapping[str, Tensor]) -> None:
-        """Prepare for a block: add the influence of learned first states, which must fit."""
+        """Prepare for a block: add the influence of learned first states, which must fit.
+
+        Raises:
+            AuditError: it does not.
+        """
         for name, influence in first_influence.items():
-            self.influences[name].add_dense(influence)
+            added_dense(name, self.influences[name], influence)
 
     def fits(self, first_influence: Mapping[str, Tensor]) -> bool:
         """Whether the influence (B, H, P) of learned first states lies on the rows that the parameters reach."""
@@ -91,13 +95,20 @@ class CarriedRows:
             check_rows(self.influences, result, audit.cotangent, audit.immediate, self._auditor.draw)
 
     def add(self, result: RowBlockResult, audit: BlockAudit | None) -> None:
-        """Add a block that was staged."""
+        """Add a block that was staged.
+
+        Raises:
+            AuditError: of an audited block, a gradient is not what it must be.
+        """
+        check = None if audit is None else DeliveryCheck(self.influences, result, self._gradient)
         for name, influence in self.influences.items():
             if influence.parts:
                 self._gradient(name).add_(influence.contract(result.transition.adjoint).sum(dim=0))
             influence.commit()
         for name, gradient in result.gradient.items():
             self._gradient(name).add_(gradient)
+        if check is not None:
+            check.check()
         self.now += 1
 
     def count_block(self) -> None:
@@ -135,9 +146,17 @@ class CarriedRows:
     # ------------------------------------------------------------------ resets and changes
 
     def clear(self, samples: Tensor, discard: bool) -> None:
-        """Clear the influence of samples, Boolean (B,)."""
+        """Clear the influence of samples, Boolean (B,).
+
+        Raises:
+            AuditError: of a reset that is checked, influence of these samples is left, or that of others has changed.
+        """
+        due = bool(self.influences) and self._auditor.is_reset_due(not bool(samples.all()))
+        check = RowResetCheck(self.influences, samples, self._auditor.draw) if due else None
         for influence in self.influences.values():
             influence.clear_samples(samples)
+        if check is not None:
+            check.check()
 
     def adopt(self) -> None:
         """Go on with the present parameters: the influence of those that are gone is dropped, that of new ones zero."""
@@ -152,8 +171,12 @@ class CarriedRows:
         """Nothing is dormant."""
 
     def dense(self) -> dict[str, Tensor]:
-        """Return the influence (B, H, P) of every parameter that reaches a row."""
-        return {name: influence.to_dense() for name, influence in self.influences.items() if influence.parts}
+        """Return the influence (B, H, P) of every parameter that reaches a row.
+
+        Raises:
+            AuditError: it is not that on the rows.
+        """
+        return {name: checked_dense(name, influence) for name, influence in self.influences.items() if influence.parts}
 
     # ------------------------------------------------------------------ saving
 

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 
 from rtrl._engine.block import BlockResult
-from rtrl._engine.row_block import RowBlockResult
-from rtrl._influence.rows import RowInfluence
 from rtrl._influence.store import ParameterInfluence
 from rtrl.errors import AuditError
 from rtrl.learners.witness import YOURS_IS_RIGHT, Draw, apply_block, check, contract, project
@@ -77,42 +75,6 @@ class StoreCheck:
             right = before + immediate[name].reshape(before.shape)
             scale = max(float(value.abs().max()) if value.numel() else 0.0 for value in (before, after))
             check(f"the influence of parameter {name!r} after the block", after, right, scale)
-
-
-def check_rows(
-    influences: Mapping[str, RowInfluence],
-    result: RowBlockResult,
-    cotangent: Tensor,
-    immediate: Mapping[str, Tensor],
-    draw: Draw,
-) -> None:
-    """Check what an audited block is about to do to influences on independent rows.
-
-    Args:
-        influences: name → influence, with what the block makes of it staged.
-        result: the block.
-        cotangent: (B, H), the cotangent of its last state.
-        immediate: name → the contraction of its immediate influence with the cotangent, of the parameter's shape.
-        draw: draws normal numbers of a shape, like a tensor.
-
-    Raises:
-        AuditError: an influence, or the gradient that it contributes, is not what it must be.
-    """
-    groups = result.structure.split(cotangent)
-    pulled = result.transition.pull_back(groups)
-    for name, influence in influences.items():
-        before = influence.contract(pulled).sum(dim=0)
-        after = influence.contract(groups, staged=True).sum(dim=0)
-        right = before + immediate[name]
-        scale = max(float(value.abs().max()) if value.numel() else 0.0 for value in (before, after))
-        check(f"the influence of parameter {name!r} after the block", after.reshape(1, -1), right.reshape(1, -1), scale)
-        if not influence.parts:
-            continue
-        direction = draw(tuple(influence.reach.shape), cotangent)
-        along = [(w * s).sum() for w, s in zip(pulled, influence.project(direction), strict=True)]
-        found, expected = (before * direction).sum().reshape(1, 1), torch.stack(along).sum().reshape(1, 1)
-        size = (before.abs() * direction.abs()).sum().reshape(1, 1)
-        check(f"the gradient that the influence of parameter {name!r} contributes", found, expected, size)
 
 
 class ResetCheck:

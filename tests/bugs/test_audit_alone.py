@@ -36,6 +36,7 @@ QUICK = {
     31: "unusual parameters",
     44: "dormant slices",
     72: "GRU",
+    144: "rows",
 }
 """Bugs of all parts of the engine, and a stream that shows each, for every run; the rest is nightly."""
 UNNOTICED = {
@@ -59,6 +60,7 @@ def workload() -> list[Stream]:
         _eventful(streams.dormant_stream(0, 26)),
         streams.long_dormancy_stream(0, 40),
         _eventful(Stream(gru, normal(1, 10, 2, 2), name="GRU")),
+        _eventful(Stream(seeded(rtrl.cells.MinGRU(2, 3).double(), 3), normal(1, 10, 2, 2), name="rows")),
         streams.shared_stream(0, 8),
         streams.layered_stream(0, 8),
         streams.near_tie_stream(0),
