@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
+from torch.autograd.graph import _engine_run_backward
 
 from rtrl._engine import deferred
 from rtrl._engine.recorded import RecordedStep
 from rtrl._engine.row_block import RowBlockResult
-from rtrl._engine.row_linearization import ROUNDING
 from rtrl._engine.row_step_plan import Place, StepPlan, StepRun, form_of, plan_for, run_again
 from rtrl._influence.rows import RowInfluence, RowTransition
 from rtrl._influence.structure import Structure, by_channel, from_channels
@@ -173,16 +174,15 @@ class RowStep:
             if run is None or form_of(run) != plan.form or not _same(run, step, last):
                 return None
             parts: list[Tensor] = []
-            for cotangent in plan.cotangents:
-                pulled = torch.autograd.grad(run.h_next, run.inputs, cotangent, retain_graph=True, allow_unused=True)
-                if tuple([value is not None for value in pulled]) != plan.reached:
+            heads, inputs = (run.h_next,), tuple(run.inputs)
+            for cotangent in plan.cotangents:  # ``torch.autograd.grad``, without its own argument checks
+                pulled = _engine_run_backward(heads, (cotangent,), True, False, inputs, True, accumulate_grad=False)
+                if not parts and tuple([value is not None for value in pulled]) != plan.reached:
                     return None
-                parts += [value.reshape(-1) for value in pulled if value is not None]
-            through_y = _through_y(run, step)
+                parts += [value for value in pulled if value is not None]
+            through_y = _through_y(run, step, inputs)
             torch._C._set_grad_enabled(False)
-            values = torch.cat(parts).view(len(plan.cotangents), -1)
-            if not _as_weighted(plan, values):
-                return None
+            values = _flatten_dense_tensors(parts).view(len(plan.cotangents), -1)
             groups = plan.structure.groups
             alone = plan.structure.split(values[:-1, : run.h.numel()])  # (w, n, width)
             own = [rows[: g.shape[1]].transpose(0, 1).unsqueeze(0) for rows, g in zip(alone, groups, strict=True)]
@@ -192,11 +192,10 @@ class RowStep:
             for place in plan.places:
                 self._add(influences[place.name], place, values[: place.width, place.columns], run)
             gradients = self._gradients(run, through_y, influences, plan.structure)
-            numbers = [values, *gradients.values()]
+            numbers = list(gradients.values())
             for influence in influences.values():
                 numbers += influence.staged()
-            total = torch.stack(torch._foreach_norm(numbers, 1)).sum().item()
-            return (own, gradients) if math.isfinite(total) else None
+            return (own, gradients) if _as_expected(plan, values, numbers) else None
         finally:
             torch._C._set_grad_enabled(grad)
 
@@ -259,29 +258,38 @@ def _same(run: StepRun, step: RecordedStep, last: Tensor) -> bool:
     for value, before in zip([run.h_next, *run.outputs], [last, *step.outputs], strict=True):
         if value.shape != before.shape or value.dtype != before.dtype:
             return False
-        value, before = value.detach(), before.detach()
         if not torch.equal(value, before):
-            change = torch.dist(value, before, math.inf).item()
+            change = torch.dist(value.detach(), before.detach(), math.inf).item()
             if not change <= torch.finfo(value.dtype).eps ** 0.5:
                 return False
     return True
 
 
-def _through_y(run: StepRun, step: RecordedStep) -> Sequence[Tensor | None] | None:
+def _through_y(run: StepRun, step: RecordedStep, inputs: tuple[Tensor, ...]) -> Sequence[Tensor | None] | None:
     """Pull the gradients of the losses at y back to the inputs; None without any."""
     heads, weights = [], []
     for output, grad in zip(run.outputs, step.grads, strict=True):
         if grad is not None and output.requires_grad:
             heads.append(output)
             weights.append(grad)
-    return torch.autograd.grad(heads, run.inputs, weights, allow_unused=True) if heads else None
+    if not heads:
+        return None
+    return _engine_run_backward(tuple(heads), tuple(weights), False, False, inputs, True, accumulate_grad=False)
 
 
-def _as_weighted(plan: StepPlan, values: Tensor) -> bool:
-    """Whether the probe, the last of the passes, is what the others say."""
+def _as_expected(plan: StepPlan, values: Tensor, numbers: Sequence[Tensor]) -> bool:
+    """Whether the probe, the last of the passes, is what the others say, and numbers are finite; read at once."""
     terms = plan.mix * values[:-1]
-    error = (values[-1] - plan.weights * terms.sum(dim=0)).abs_()
-    size = terms.abs_().sum(dim=0)
-    of_input = size.new_zeros(len(plan.reached) + 1).scatter_reduce_(0, plan.segment, size, "amax")
-    bound = of_input.mul_(ROUNDING * torch.finfo(size.dtype).eps * plan.largest)
-    return bool((error <= bound[plan.segment]).all())
+    if len(terms) == 1:
+        total, size = terms[0], terms[0].abs()
+    else:
+        total, size = terms.sum(dim=0), terms.abs().sum(dim=0)
+    error = torch.addcmul(values[-1], plan.weights, total, value=-1.0).abs_()
+    largest = [part.amax() for part in (*error.split(plan.sizes), *size.split(plan.sizes))]
+    sums = [part.sum() for part in numbers]  # not finite with NaN or infinity in it
+    read = torch.stack([*largest, *sums]).tolist()
+    count = len(plan.sizes)
+    for of_error, of_size in zip(read[:count], read[count : 2 * count], strict=True):
+        if not of_error <= plan.allowed * of_size:  # so it is with NaN
+            return False
+    return math.isfinite(sum(read))

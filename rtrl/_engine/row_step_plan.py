@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rtrl._engine.recorded import RecordedStep
-from rtrl._engine.row_linearization import RowSeeds, channel_weights
+from rtrl._engine.row_linearization import ROUNDING, RowSeeds, channel_weights
 from rtrl._engine.taps import Tap, TapRecorder
 from rtrl._influence.structure import RowMap, Structure, from_channels
 from rtrl._utils import pytrees
@@ -60,8 +60,8 @@ class StepPlan(NamedTuple):
         cotangents: of the passes, like the state; the last one is the probe.
         mix: (w, 1), the weight of each pass but the last in the probe.
         weights: (T,), what the probe weights each column with.
-        segment: LongTensor (T,), the input that each column belongs to.
-        largest: the largest weight.
+        sizes: of the inputs that are reached, in numbers; none of them is empty.
+        allowed: how far the probe may be off, as a part of the largest number of each input.
         places: of the parameters that the next state depends on.
     """
 
@@ -72,8 +72,8 @@ class StepPlan(NamedTuple):
     cotangents: list[Tensor]
     mix: Tensor
     weights: Tensor
-    segment: Tensor
-    largest: Tensor
+    sizes: list[int]
+    allowed: float
     places: list[Place]
 
 
@@ -140,7 +140,8 @@ def plan_for(
             weights.append(by_channels.repeat(value.numel() // max(len(by_channels), 1)))
         sizes.append(value.numel())
         start += value.numel()
-    segment = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    if not all(sizes):
+        return None
     return StepPlan(
         structure=structure,
         skipped=skipped,
@@ -149,8 +150,8 @@ def plan_for(
         cotangents=[seed.view_as(run.h_next) for seed in (*seeds.alone, seeds.probe)],
         mix=seeds.mix[:, None],
         weights=torch.cat(weights),
-        segment=segment,
-        largest=seeds.weights.abs().max(),
+        sizes=sizes,
+        allowed=ROUNDING * torch.finfo(run.h.dtype).eps * float(seeds.weights.abs().max()),
         places=places,
     )
 
