@@ -33,6 +33,7 @@ from rtrl.errors import CellError
 
 _SAMPLES = 4  # of a batch of steps, at each perturbed point
 _POINTS = (0.1, 0.1, 1.0, 1.0)  # sizes of the perturbations: units that are cut off at one point are not at another
+_MORE_POINTS = 12  # at most, as long as an entry of the next state is cut off from the state at all of them
 _CHUNK = 2**23  # numbers of Jacobians that are looked at together
 _MOST = 2**28  # pairs of an entry of the state and an element of a parameter that are kept apart
 _WORTH = 0.6  # of the influence's numbers: a structure that saves less is not used
@@ -288,24 +289,28 @@ def _pattern(
 ) -> Pattern:
     """What is found at perturbed points, and at the steps themselves if ``everywhere``."""
     shapes = {name: p.shape for name, p in RealForms(parameters).items()}
-    merged: Pattern | None = None
+    merged = Pattern(torch.zeros(2 * [batches[0].h[0].numel()], dtype=torch.bool, device="cpu"))
+
+    def take(batch: StepBatch, generator: torch.Generator | None, noise: float) -> None:
+        try:
+            pattern = look(cell, parameters, batch, untapped, generator, noise)
+        except RuntimeError:  # the perturbed point may lie outside the cell's domain
+            pattern = look(cell, parameters, batch, untapped)
+        merged.adjacency.logical_or_(pattern.adjacency)
+        merged.unfit.update(pattern.unfit)
+        merged.tapped.update(pattern.tapped)
+        for name, (orientation, hits) in pattern.hits.items():
+            merged.add(name, shapes[name], orientation, hits)
+
     for batch in batches:
-        generators: list[torch.Generator | None] = [torch.Generator().manual_seed(4 + i) for i in range(len(_POINTS))]
-        points = list(zip(generators, _POINTS, strict=True))
-        for generator, noise in [*points, (None, 0.0)] if everywhere else points:
-            try:
-                pattern = look(cell, parameters, batch, untapped, generator, noise)
-            except RuntimeError:  # the perturbed point may lie outside the cell's domain
-                pattern = look(cell, parameters, batch, untapped)
-            if merged is None:
-                merged = pattern
-                continue
-            merged.adjacency |= pattern.adjacency
-            merged.unfit |= pattern.unfit
-            merged.tapped |= pattern.tapped
-            for name, (orientation, hits) in pattern.hits.items():
-                merged.add(name, shapes[name], orientation, hits)
-    assert merged is not None
+        for i, noise in enumerate(_POINTS):
+            take(batch, torch.Generator().manual_seed(4 + i), noise)
+        for i in range(_MORE_POINTS):
+            if merged.adjacency.any(dim=1).all():
+                break
+            take(batch, torch.Generator().manual_seed(4 + len(_POINTS) + i), _POINTS[-1])
+        if everywhere:
+            take(batch, None, 0.0)
     return merged
 
 
