@@ -147,11 +147,12 @@ def merged(records: Sequence[Record]) -> Record:
     """All records in one; where several have a number, the last one's counts.
 
     Raises:
-        ConfigError: they are of several machines or sizes.
+        ConfigError: they are of several kinds of machine (memory counts in GiB), or sizes.
     """
 
     def run(record: Record) -> dict[str, Any]:
         machine = {name: value for name, value in record.machine.items() if name != "load_before"}
+        machine["memory_bytes"] = round(machine["memory_bytes"] / 2**30)
         return {"size": record.mode, "machine": machine}
 
     for record in records[1:]:
