@@ -80,6 +80,11 @@ class Learner(NewestStepQueries, PortableLearner):
         return self._steps_taken
 
     @property
+    def room(self) -> int:
+        """The most steps that ``unroll`` takes now: those left of the open block, or all of the next one."""
+        return self.block - len(self._open_steps) % self.block
+
+    @property
     def at_block_end(self) -> bool:
         """Whether the open block is full: the natural moment to ``sync``."""
         return len(self._open_steps) >= self.block

@@ -73,7 +73,7 @@ class EpisodeTrainer:
         self._learner.reset()
         start = 0
         while start < len(steps):
-            part = steps[start : start + (1 if self._metered < _METERED else self._learner.block)]
+            part = steps[start : start + (1 if self._metered < _METERED else self._learner.room)]
             ys = self._learner.unroll(torch.stack([step.x for step in part]))
             losses = []
             for y, step in zip(ys, part, strict=True):
