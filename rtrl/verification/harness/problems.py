@@ -181,7 +181,7 @@ class LearnerRun:
         self.cell.zero_grad()
         cell = self.cell if declared is None else HideSparsity(self.cell, **declared)
         options = {"audit": "off", **options}  # the learner alone is counted and timed, not its audits
-        self.learner = BlockRTRL(cell, problem.xs.shape[1], **options)
+        self.learner = BlockRTRL(cell, problem.xs.shape[1], **{"structure": "off", **options})
 
     def advance(self, steps: int) -> int:
         """Take steps; their gradients wait for ``sync``."""
