@@ -343,3 +343,18 @@ def test_in_inference_mode_and_before_any_step() -> None:
 
     with pytest.raises(CellError, match="draws random numbers"):
         rtrl.BlockRTRL(seeded(Draws(2, 3), 1), 2, block=4).unroll(xs)
+
+
+def test_there_is_room_for_what_is_left_of_the_block_or_for_the_next_one() -> None:
+    learner, xs = rtrl.BlockRTRL(seeded(PlainRNN(2, 3), 1), 2, block=4), normal(2, 9, 2, 2)
+    assert learner.room == 4
+    for x in xs[:3]:
+        learner.step(x)
+    assert learner.room == 1
+    with pytest.raises(ConfigError, match="the open block takes 1 more"):
+        learner.unroll(xs[3:5])
+    learner.unroll(xs[3:4])
+    assert learner.at_block_end and learner.room == 4
+    learner.unroll(xs[4:8])
+    learner.sync()
+    assert learner.room == 4

@@ -14,6 +14,7 @@ from rtrl.learners.block_rtrl import BlockRTRL
 from rtrl.report import Finding, plain
 from rtrl.verification import record, runner
 from rtrl.verification.claim import Claim, Settings
+from rtrl.verification.harness import training_runs
 from rtrl.verification.harness.training_runs import History, TrainingConfig, episodes, train, train_in_lockstep
 from rtrl.verification.learning import anbn_learns, anbn_lr, byte_stream, haystack_bptt, haystack_long, haystack_rtrl
 
@@ -91,6 +92,15 @@ def test_twins_differ_where_learners_do() -> None:
     other = train_in_lockstep(cell, config, BPTT, lambda c, b: truncating(c, b, block=4), silent)
     assert len(same) == len(other) == 3
     assert max(same) < 1e-12 and min(other) > 1e-6
+
+
+@pytest.mark.parametrize("metered", [0, 3])
+def test_episodes_are_unrolled_as_far_as_a_block_has_room(metered: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks border neither on the steps that are taken one by one nor on episodes."""
+    monkeypatch.setattr(training_runs, "_METERED", metered)
+    cell, config = gru(episodes=3)
+    apart = train_in_lockstep(cell, config, BPTT, lambda c, b: BlockRTRL(c, b, block=4), silent)
+    assert len(apart) == 3 and max(apart) < 1e-12
 
 
 # ---------------------------------------------------------------------- aⁿbⁿ
