@@ -5,7 +5,7 @@ samples, with its choices replayed, and every derivative is taken in one batched
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,7 +91,11 @@ class Linearizer:
             return linearized
 
     def with_structure(
-        self, steps: Sequence[RecordedStep], last: Tensor, known: Structure | None, first: Mapping[str, Tensor]
+        self,
+        steps: Sequence[RecordedStep],
+        last: Tensor,
+        known: Structure | None,
+        first: Callable[[], Mapping[str, Tensor]],
     ) -> RowBlockResult | None:
         """Linearise the steps of a block with the structure of the cell, and sweep them; see ``RowLinearizer``.
 
@@ -108,6 +112,11 @@ class Linearizer:
     def skipped(self) -> frozenset[str]:
         """Parameters whose uses may not be recorded."""
         return frozenset(self._untapped)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes held between blocks."""
+        return self._rows.n_bytes
 
     def find_structure(self, steps: Sequence[RecordedStep], last: Tensor) -> Structure | None:
         """Return the structure that steps show; None if there is none worth having."""

@@ -111,6 +111,11 @@ class RowSeeds:
         self.fed = {a: eye[group.flatten()] for a, group in enumerate(groups) if a not in alone}
 
     @property
+    def n_bytes(self) -> int:
+        """Bytes held."""
+        return sum(t.numel() * t.element_size() for t in (self.alone, self.mix, self.weights, *self.fed.values()))
+
+    @property
     def probe(self) -> Tensor:
         """(H,), the cotangent of the probe."""
         return self.weights * (self.mix @ self.alone)

@@ -45,7 +45,7 @@ class RowLinearizer:
         steps: Sequence[RecordedStep],
         last: Tensor,
         known: Structure | None,
-        first: Mapping[str, Tensor],
+        first: Callable[[], Mapping[str, Tensor]],
     ) -> RowBlockResult | None:
         """Linearise the steps of a block, and sweep them.
 
@@ -53,7 +53,7 @@ class RowLinearizer:
             steps: the steps in order.
             last: (B, n, ...), the state after the last of them.
             known: the structure so far; None at the first block.
-            first: parameter → influence (B, H, P) that is there before the first block.
+            first: gives parameter → influence (B, H, P) that is there before a structure is looked for.
 
         Returns:
             The block, with its structure, which is wider than ``known`` if that no longer held; None if no structure
@@ -71,7 +71,7 @@ class RowLinearizer:
             untapped = self._verify(batches)
         structure = known
         if structure is None or not self._parameters.keys() <= structure.parameters.keys():
-            structure = self._find(batches, untapped, known, first)
+            structure = self._find(batches, untapped, known, {} if known is not None else first())
             if structure is None:
                 return None
         probed = True
@@ -83,6 +83,11 @@ class RowLinearizer:
                 if wider is None:
                     return None
                 probed, structure = wider is not structure, wider
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes held between blocks: the cotangents of the structure."""
+        return 0 if self._seeds is None else self._seeds[1].n_bytes
 
     def find(self, steps: Sequence[RecordedStep], last: Tensor) -> Structure | None:
         """Return the structure that steps show; None if there is none worth having."""

@@ -256,7 +256,8 @@ def find_structure(
     Raises:
         CellError: rows that are declared as independent are not.
 
-    Cost: once, two to four times H backward passes over four samples and, with ``known``, over all steps.
+    Cost: once, four to sixteen times H backward passes over four samples, one time where every entry of the state
+        depends on every other; with ``known``, over all steps as well.
     """
     numbers, shapes = batches[0].h[0].numel(), {name: p.shape for name, p in RealForms(parameters).items()}
     if not has_numbers(batches[0].h):
@@ -304,6 +305,8 @@ def _pattern(
 
     for batch in batches:
         for i, noise in enumerate(_POINTS):
+            if merged.adjacency.all():  # there is nothing more to find
+                return merged
             take(batch, torch.Generator().manual_seed(4 + i), noise)
         for i in range(_MORE_POINTS):
             if merged.adjacency.any(dim=1).all():

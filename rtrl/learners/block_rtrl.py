@@ -125,7 +125,7 @@ class BlockRTRL(Learner):
         self.block, self.window = validation.integer("block", block), validation.integer("window", window)
         self.lazy = bool(lazy)
         self._finds_structure = structure != "off"
-        self._known_structure = structure if isinstance(structure, Structure) else None
+        self._known_structure = self._own_structure(structure) if isinstance(structure, Structure) else None
         self._prepare()
         self._processed = 0  # how many steps have been
         self._carried: CarriedInfluence | CarriedRows = self._empty_carried(self._state)
@@ -136,6 +136,22 @@ class BlockRTRL(Learner):
         """What is carried before the first step, or after ``now`` blocks."""
         learner = RealForms(self._parameters), state, self._gradient_of, self._auditor
         return self._carries(*learner, block=self.block, window=self.window, lazy=self.lazy, now=now)
+
+    def _own_structure(self, structure: Structure) -> Structure:
+        """A structure, checked to be one of this cell's state and parameters.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        shapes = {name: p.shape for name, p in RealForms(self._parameters).items()}
+        try:
+            checked = Structure.from_state_dict(structure.state_dict(), self._state[0].numel(), shapes)
+        except ConfigError as error:
+            raise ConfigError(
+                "structure is that of another cell; pass what find_structure() of a learner of this cell returned, or "
+                '"find"'
+            ) from error
+        return checked.to(self._state.device)
 
     def _prepare(self) -> None:
         """Make what depends on which parameters are trainable, and on the state's dtype."""
@@ -170,7 +186,7 @@ class BlockRTRL(Learner):
             CellError: see ``sync``.
 
         Cost:
-            H backward passes, in a batch, over a few samples at four points.
+            H backward passes, in a batch, over four samples, at one to sixteen points.
         """
         if not self._open_steps:
             return None
@@ -242,7 +258,7 @@ class BlockRTRL(Learner):
                     [(step.x, step.h, tuple(step.sparsity), step.restarted, step.reached) for step in steps],
                 ]
             ),
-            "scratch": self._scratch.n_bytes + self._one_step.n_bytes,
+            "scratch": self._scratch.n_bytes + self._one_step.n_bytes + self._linearizer.n_bytes,
         }
 
     # ------------------------------------------------------------------ blocks
@@ -412,10 +428,11 @@ class BlockRTRL(Learner):
     def _linearized_by_rows(self, span: str) -> RowBlockResult | None:
         """Linearise the open steps with the structure of the cell; None if it has none."""
         if self._linearizer.structured:
-            first = self._carried.dense() if isinstance(self._carried, CarriedInfluence) else {}
-            known = self.structure or (None if first else self._known_structure)
+            carried, known = self._carried, self.structure
+            if isinstance(carried, CarriedInfluence) and not carried.begun:
+                known = self._known_structure
             with torch.enable_grad():
-                rows = self._linearizer.with_structure(self._open_steps, self._reached, known, first)
+                rows = self._linearizer.with_structure(self._open_steps, self._reached, known, carried.dense)
             if rows is not None:
                 self._check_rows(rows, span)
                 return rows

@@ -317,6 +317,11 @@ class CarriedInfluence:
                 influence.last_block.zero_()
             self.accumulated_until, self.history, self._witness = 0, None, None
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is any influence."""
+        return any(influence.active_rows().numel() for influence in self.influences.values())
+
     def dense(self) -> dict[str, Tensor]:
         """Return the influence (B, H, P) of every parameter that has one; every slice must be up to date."""
         return {name: held.to_dense() for name, held in self.influences.items() if held.active_rows().numel()}

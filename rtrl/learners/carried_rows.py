@@ -75,7 +75,10 @@ class CarriedRows:
 
     def fits(self, first_influence: Mapping[str, Tensor]) -> bool:
         """Whether the influence (B, H, P) of learned first states lies on the rows that the parameters reach."""
-        return all(self.influences[name].fits(influence) for name, influence in first_influence.items())
+        return all(
+            name in self.influences and self.influences[name].fits(influence)
+            for name, influence in first_influence.items()
+        )
 
     def stage(self, result: RowBlockResult, audit: BlockAudit | None, span: str) -> None:
         """Compute all that a block makes of what is carried; nothing has changed yet.

@@ -318,3 +318,50 @@ def test_the_rows_of_a_stack_are_found_where_a_layer_declares_nothing() -> None:
         learner.step(torch.ones(2, D))
         found = learner.find_structure()
         assert found is not None and [len(group) for group in found.groups] == [4, 4]
+
+
+def test_a_structure_of_another_cell_is_refused_before_the_first_step() -> None:
+    def found(n: int, kind: str = "minGRU") -> Any:
+        learner = rtrl.BlockRTRL(LAYERS[kind](D, n).double(), 2)
+        learner.step(torch.ones(2, D, dtype=torch.float64))
+        return learner.find_structure()
+
+    cell = LAYERS["minGRU"](D, 3).double()
+    for structure in (found(4), found(3, "eLSTM")):
+        with pytest.raises(rtrl.errors.ConfigError, match="structure is that of another cell"):
+            rtrl.BlockRTRL(cell, 2, structure=structure)
+    learner = rtrl.BlockRTRL(cell, 2, structure=found(3))
+    learner.step(torch.ones(2, D, dtype=torch.float64))
+    learner.sync()
+    assert learner.structure is not None
+
+
+class _LearnedStart(rtrl.cells.MinGRU):
+    def __init__(self) -> None:
+        super().__init__(D, 3)
+        self.start = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 3))
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return self.start.expand(batch_size, 3)
+
+
+def test_a_first_state_that_is_learned_later_is_exact() -> None:
+    cell = _LearnedStart().double()
+    cell.start.requires_grad_(False)
+    learner = rtrl.BlockRTRL(cell, 2, block=2)
+    x = torch.ones(2, D, dtype=torch.float64)
+    for _ in range(3):
+        learner.step(x)
+    learner.sync()
+    assert learner.structure is not None
+    cell.start.requires_grad_()
+    learner.reset()
+    h = cell.start.expand(2, 3)
+    for _ in range(5):
+        y = learner.step(x)
+        h = cell(x, h)[1]
+    learner.backward(y.sum())
+    learner.sync()
+    (expected,) = torch.autograd.grad(h.sum(), [cell.start])
+    assert cell.start.grad is not None
+    torch.testing.assert_close(cell.start.grad, expected, rtol=1e-10, atol=0)
