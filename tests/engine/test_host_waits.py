@@ -25,7 +25,7 @@ from rtrl.learners import DenseRTRL
 
 CELLS: dict[str, Callable[[], nn.Module]] = {
     "gru": lambda: rtrl.from_torch(nn.GRUCell(2, 3), nn.Linear(3, 2)),
-    "plain": lambda: PlainRNN(2, 3),
+    "plain": lambda: seeded(PlainRNN(2, 3), 1).float(),
     "mingru": lambda: rtrl.cells.MinGRU(2, 3),
 }
 

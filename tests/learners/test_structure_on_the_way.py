@@ -11,6 +11,7 @@ from helpers.running import run, trainable
 from helpers.strategies import Case
 from helpers.structured_cases import LAYERS, D, both_ways, drawn, routes, stack
 from helpers.tolerances import assert_gradients_equal, assert_influences_equal
+from helpers.toy_cells import seeded
 from helpers.unlasting_cells import Opening
 from torch import Tensor
 
@@ -303,7 +304,7 @@ def test_structure_is_not_used_beside_declared_sparsity() -> None:
 
 
 def test_without_an_open_step_nothing_is_found() -> None:
-    learner = rtrl.BlockRTRL(LAYERS["minGRU"](D, 3).double(), 2, block=2)
+    learner = rtrl.BlockRTRL(seeded(LAYERS["minGRU"](D, 3), 1), 2, block=2)
     assert learner.find_structure() is None
     learner.step(torch.ones(2, D, dtype=torch.float64))
     assert learner.find_structure() is not None and learner.structure is None
@@ -322,11 +323,11 @@ def test_the_rows_of_a_stack_are_found_where_a_layer_declares_nothing() -> None:
 
 def test_a_structure_of_another_cell_is_refused_before_the_first_step() -> None:
     def found(n: int, kind: str = "minGRU") -> Any:
-        learner = rtrl.BlockRTRL(LAYERS[kind](D, n).double(), 2)
+        learner = rtrl.BlockRTRL(seeded(LAYERS[kind](D, n), 1), 2)
         learner.step(torch.ones(2, D, dtype=torch.float64))
         return learner.find_structure()
 
-    cell = LAYERS["minGRU"](D, 3).double()
+    cell = seeded(LAYERS["minGRU"](D, 3), 1)
     for structure in (found(4), found(3, "eLSTM")):
         with pytest.raises(rtrl.errors.ConfigError, match="structure is that of another cell"):
             rtrl.BlockRTRL(cell, 2, structure=structure)
