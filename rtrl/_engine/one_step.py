@@ -118,7 +118,7 @@ class OneStep:
     def process(
         self, step: RecordedStep, last: Tensor, influences: Mapping[str, ParameterInfluence], now: int
     ) -> dict[str, Tensor] | None:
-        """Bring all influences up to date with a step, and return the gradient of its losses.
+        """Compute what all influences become by a step, for ``commit``, and return the gradient of its losses.
 
         Args:
             step: the step, of a kind that is taken.
@@ -127,7 +127,7 @@ class OneStep:
             now: the number of blocks, this step included.
 
         Returns:
-            The gradient by parameter name; or None if the step must go the general way. Nothing has changed then.
+            The gradient by parameter name; or None if the step must go the general way. Nothing has changed yet.
 
         Cost: ``B·H²·P`` multiply-adds in one product, ``B·H·P`` in another, and some launches.
         """
@@ -136,10 +136,12 @@ class OneStep:
             return None
         joint.allocate(now - 1)
         found = self._next(joint, step, last)
-        if found is None:
-            return None
-        joint.swap(now)
-        return self._by_name(found[1])
+        return None if found is None else self._by_name(found[1])
+
+    def commit(self, now: int) -> None:
+        """Take the influences that ``process`` computed, which are up to date with block ``now``."""
+        assert self._joint is not None
+        self._joint.swap(now)
 
     # ------------------------------------------------------------------ held against the general way
 

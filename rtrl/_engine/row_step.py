@@ -69,7 +69,7 @@ class RowStep:
     def process(
         self, step: RecordedStep, last: Tensor, influences: Mapping[str, RowInfluence]
     ) -> dict[str, Tensor] | None:
-        """Bring all influences up to date with a step, and return the gradient of its losses.
+        """Stage what all influences become by a step, for ``commit``, and return the gradient of its losses.
 
         Args:
             step: the step, of a kind that is taken.
@@ -77,16 +77,18 @@ class RowStep:
             influences: of all parameters, by name.
 
         Returns:
-            The gradient by parameter name; or None if the step must go the general way. Nothing has changed then.
+            The gradient by parameter name; or None if the step must go the general way. Nothing has changed yet.
 
         Cost: w + 2 backward passes, and some launches for each parameter.
         """
         found = self._next(self._plans[self._kind(step)], step, last, influences)
-        if found is None:
-            return None
+        return None if found is None else found[1]
+
+    @staticmethod
+    def commit(influences: Mapping[str, RowInfluence]) -> None:
+        """Take the influences that ``process`` staged."""
         for influence in influences.values():
             influence.commit()
-        return found[1]
 
     # ------------------------------------------------------------------ held against the general way
 

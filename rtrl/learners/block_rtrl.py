@@ -32,6 +32,10 @@ from rtrl.learners.carried_rows import CarriedRows
 from rtrl.learners.state import LearnerState
 from rtrl.learners.witness import YOURS_IS_RIGHT
 
+_HALF_CHANGED = (
+    ", and what the learner carries was left half changed. Load a saved learner, or start again by reset(discard=True)"
+)
+
 
 class BlockRTRL(Learner):
     """Carry exact gradients of a recurrent cell forward in memory that does not grow with the number of steps.
@@ -298,9 +302,15 @@ class BlockRTRL(Learner):
             gradients = self._one_step.process(step, self._reached, carried.influences, carried.now + 1)
         if gradients is None:
             return False
+        self._damage = f"step {step.number} was not added as a whole{_HALF_CHANGED}"  # a context takes longer
+        if isinstance(carried, CarriedRows):
+            self._row_step.commit(carried.influences)
+        else:
+            self._one_step.commit(carried.now + 1)
         carried.count_block()
         self._wait_for_delivery(gradients)
         self._processed = step.number + 1
+        self._damage = None
         return True
 
     def _process(self) -> None:
@@ -395,10 +405,7 @@ class BlockRTRL(Learner):
         try:
             yield
         except BaseException as error:
-            self._damage = (
-                f"{what} ({type(error).__name__}: {error}), and what the learner carries was left half changed. Load "
-                "a saved learner, or start again by reset(discard=True)"
-            )
+            self._damage = f"{what} ({type(error).__name__}: {error}){_HALF_CHANGED}"
             raise
 
     def _linearized(self, span: str) -> Result:

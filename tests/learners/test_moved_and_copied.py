@@ -20,6 +20,7 @@ import rtrl
 from rtrl.errors import ConfigError, LossError, NonFiniteError, ParameterChangedError
 from rtrl.learners import BPTT, SnAp
 from rtrl.learners.carried import CarriedInfluence
+from rtrl.learners.carried_rows import CarriedRows
 
 Make = Callable[..., Any]
 BLOCKS = [
@@ -334,3 +335,36 @@ def test_a_cell_made_in_inference_mode_is_refused() -> None:
         cell = Rows()
     with pytest.raises(ConfigError, match=r"made under torch\.inference_mode.*make it outside"):
         rtrl.BlockRTRL(cell, 2)
+
+
+@pytest.mark.parametrize("kind", [CarriedInfluence, CarriedRows])
+def test_an_interruption_while_a_single_step_is_added_leaves_the_learner_refusing(
+    kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = {CarriedInfluence: lambda: rtrl.from_torch(nn.GRUCell(2, 3)), CarriedRows: lambda: rtrl.cells.MinGRU(2, 3)}
+    learner, x = rtrl.BlockRTRL(make[kind](), 1), torch.ones(1, 2)
+
+    def interrupted(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    def take(steps: int) -> None:
+        for _ in range(steps):
+            learner.backward(learner.step(x).square().sum())
+        learner.sync()
+
+    take(6)  # the first go the general way
+    with monkeypatch.context() as broken:
+        broken.setattr(kind, "count_block", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            take(1)
+    for do in (
+        learner.sync,
+        learner.state_dict,
+        lambda: learner.influence(next(iter(dict(learner.cell.named_parameters())))),
+    ):
+        with pytest.raises(
+            rtrl.errors.RTRLError, match="step 6 was not added as a whole, and what the learner carries"
+        ):
+            do()
+    learner.reset(discard=True)
+    take(2)
