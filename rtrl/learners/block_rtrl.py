@@ -78,7 +78,8 @@ class BlockRTRL(Learner):
         structure: the structure of the cell that is used; None before the first block, and if there is none.
 
     Raises:
-        ConfigError: a size is not a positive integer, or the cell has no trainable parameter or no first state.
+        ConfigError: a size is not a positive integer, or the cell has no trainable parameter or no first state;
+            or ``structure`` is that of another cell.
         ShapeError: the first state has the wrong shape, dtype or device.
 
     Cost:
