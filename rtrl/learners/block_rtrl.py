@@ -14,10 +14,10 @@ from rtrl._engine.buffers import ReusableBuffer
 from rtrl._engine.input_gradient import delivered_to_inputs
 from rtrl._engine.linearizer import Linearizer
 from rtrl._engine.newest_step import pull_back
-from rtrl._engine.one_step import OneStep, Trial
+from rtrl._engine.one_step import Trial
 from rtrl._engine.recorded import RecordedStep
 from rtrl._engine.row_block import RowBlockResult
-from rtrl._engine.row_step import RowStep, RowTrial
+from rtrl._engine.row_step import RowTrial
 from rtrl._engine.surroundings import check_surroundings
 from rtrl._influence.structure import Structure
 from rtrl._utils import pytrees, validation
@@ -29,6 +29,7 @@ from rtrl.learners.base import Learner
 from rtrl.learners.block_choice import chosen_block
 from rtrl.learners.carried import CarriedInfluence
 from rtrl.learners.carried_rows import CarriedRows
+from rtrl.learners.single_steps import SingleSteps
 from rtrl.learners.state import LearnerState
 from rtrl.learners.witness import YOURS_IS_RIGHT
 
@@ -163,8 +164,7 @@ class BlockRTRL(Learner):
         self._linearizer = Linearizer(self.cell, self._parameters, self._finds_structure)
         self._auditor.attach(self._parameters, self._linearizer)
         count = sum(map(real_numbers, self._parameters.values()))
-        self._one_step = OneStep(self.cell, self._parameters)
-        self._row_step = RowStep(self.cell, self._parameters)
+        self._single = SingleSteps(self.cell, self._parameters)
         self._scratch = ReusableBuffer(count * self._state.numel() * self._state.element_size())  # the influence's size
 
     # ------------------------------------------------------------------ inspection
@@ -263,7 +263,7 @@ class BlockRTRL(Learner):
                     [(step.x, step.h, tuple(step.sparsity), step.restarted, step.reached) for step in steps],
                 ]
             ),
-            "scratch": self._scratch.n_bytes + self._one_step.n_bytes + self._linearizer.n_bytes,
+            "scratch": self._scratch.n_bytes + self._single.n_bytes + self._linearizer.n_bytes,
         }
 
     # ------------------------------------------------------------------ blocks
@@ -284,31 +284,18 @@ class BlockRTRL(Learner):
             super()._close()
 
     def _process_at_once(self) -> bool:
-        step, carried = self._open_steps[0], self._by_one_step()
-        if carried is None:
-            return False
-        if isinstance(carried, CarriedRows):
-            takes = self._row_step.takes(step, carried.structure)
-        else:
-            takes = self._one_step.takes(step)
-        if not takes:
+        step, carried = self._open_steps[0], self._carried
+        if self.block > 1 or self._linearizer.way > 0 or not self._single.takes(step, carried):
             return False
         self._check_none_is_lost(step.number)
         if self._auditor.is_due(step.number, False, step.has_loss, False):
             return False
         check_surroundings()
-        if isinstance(carried, CarriedRows):
-            gradients = self._row_step.process(step, self._reached, carried.influences)
-        else:
-            gradients = self._one_step.process(step, self._reached, carried.influences, carried.now + 1)
+        gradients = self._single.process(step, self._reached, carried)
         if gradients is None:
             return False
         self._damage = f"step {step.number} was not added as a whole{_HALF_CHANGED}"  # a context takes longer
-        if isinstance(carried, CarriedRows):
-            self._row_step.commit(carried.influences)
-        else:
-            self._one_step.commit(carried.now + 1)
-        carried.count_block()
+        self._single.commit(carried)
         self._wait_for_delivery(gradients)
         self._processed = step.number + 1
         self._damage = None
@@ -341,26 +328,14 @@ class BlockRTRL(Learner):
                 self._settle(trial, before, span)
         self._processed = newest + 1
 
-    def _by_one_step(self) -> CarriedInfluence | CarriedRows | None:
-        """What is carried, if single steps may be processed in a way of their own."""
-        carried = self._carried
-        if self.block > 1 or self._linearizer.way > 0 or type(carried) not in (CarriedInfluence, CarriedRows):
-            return None
-        return carried
-
     def _tried_out(
         self, result: Result, fitting: CarriedInfluence | CarriedRows, audited: bool
     ) -> Trial | RowTrial | None:
         """Process a block of one step in the quicker way, too, before it is added to what is carried."""
-        step, carried = self._open_steps[0], self._by_one_step()
-        if carried is None:
+        if self.block > 1 or self._linearizer.way > 0:
             return None
-        if isinstance(fitting, CarriedRows) and isinstance(result, RowBlockResult):
-            skipped, influences = self._linearizer.skipped, fitting.influences
-            return self._row_step.try_out(step, self._reached, influences, result, skipped, audited)
-        if not isinstance(carried, CarriedInfluence) or not isinstance(result, BlockResult):
-            return None
-        return self._one_step.try_out(step, self._reached, carried.influences, carried.now, result, audited)
+        step, skipped = self._open_steps[0], self._linearizer.skipped
+        return self._single.try_out(step, self._reached, fitting, result, skipped, audited)
 
     def _settle(self, trial: Trial | RowTrial, before: dict[str, Tensor], span: str) -> None:
         """Go on with what a step gives in the quicker way, if that is what it gave in the other one.
@@ -370,12 +345,7 @@ class BlockRTRL(Learner):
             before: the gradients that were waiting before the step.
             span: the step, for messages.
         """
-        if isinstance(self._carried, CarriedRows):
-            assert isinstance(trial, RowTrial)
-            gradients = self._row_step.settle(trial, self._carried.influences)
-        else:
-            assert isinstance(trial, Trial)
-            gradients = self._one_step.settle(trial, self._carried.now)
+        gradients = self._single.settle(trial, self._carried)
         if gradients is None:
             warnings.warn(
                 f"{span}: the quicker way to process a single step gives another result than the one for blocks. From "
@@ -536,7 +506,7 @@ class BlockRTRL(Learner):
     # ------------------------------------------------------------------ saving
 
     _adaptable = ("block", "window", "lazy")
-    _rebuilt = (*Learner._rebuilt, "_linearizer", "_one_step", "_row_step", "_scratch", "_carried")
+    _rebuilt = (*Learner._rebuilt, "_linearizer", "_single", "_scratch", "_carried")
 
     def _arguments(self) -> dict[str, Any]:
         return {"block": self.block, "window": self.window, "lazy": self.lazy}
@@ -545,7 +515,7 @@ class BlockRTRL(Learner):
         return {
             **self._carried.state_dict(),
             "structured": self._linearizer.structured,
-            "one_step": self._one_step.state_dict(),
+            "one_step": self._single.state_dict(),
         }
 
     def _load_buffers(self, loaded: LearnerState) -> dict[str, Any]:
@@ -566,6 +536,6 @@ class BlockRTRL(Learner):
         if not between and len({loaded.steps_taken > 0, has_influences, has_history}) != 1:
             raise ConfigError("the parts of the saved learner do not fit together")
         self._linearizer.structured = structured
-        one_step = OneStep(self.cell, self._parameters)
-        one_step.load_state_dict(loaded.buffers.get("one_step", []))
-        return {"_carried": carried, "_one_step": one_step, "_processed": processed}
+        single = SingleSteps(self.cell, self._parameters)
+        single.load_state_dict(loaded.buffers.get("one_step", []))
+        return {"_carried": carried, "_single": single, "_processed": processed}
