@@ -2,33 +2,32 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from rtrl._engine import checks, deferred
-from rtrl._engine.block import BlockResult, close_block, overflowing
-from rtrl._engine.buffers import ReusableBuffer
+from rtrl._engine import checks
+from rtrl._engine.block import BlockResult
 from rtrl._engine.input_gradient import delivered_to_inputs
 from rtrl._engine.linearizer import Linearizer
 from rtrl._engine.newest_step import pull_back
 from rtrl._engine.one_step import Trial
 from rtrl._engine.recorded import RecordedStep
-from rtrl._engine.row_block import RowBlockResult
 from rtrl._engine.row_step import RowTrial
 from rtrl._engine.surroundings import check_surroundings
 from rtrl._influence.structure import Structure
 from rtrl._utils import pytrees, validation
-from rtrl._utils.real_pairs import RealForms, as_real, real_numbers
+from rtrl._utils.real_pairs import RealForms, as_real
 from rtrl.cells.protocol import Sparsity
-from rtrl.errors import AuditError, ConfigError, NonFiniteError, PerformanceWarning, SparsityError
+from rtrl.errors import AuditError, ConfigError, NonFiniteError, PerformanceWarning
 from rtrl.learners.audit import AuditMode, Auditor, Audits, Result
 from rtrl.learners.base import Learner
 from rtrl.learners.block_choice import chosen_block
 from rtrl.learners.carried import CarriedInfluence
 from rtrl.learners.carried_rows import CarriedRows
+from rtrl.learners.closing import BlockCloser, span_of
 from rtrl.learners.single_steps import SingleSteps
 from rtrl.learners.state import LearnerState
 from rtrl.learners.witness import YOURS_IS_RIGHT
@@ -163,9 +162,8 @@ class BlockRTRL(Learner):
         """Make what depends on which parameters are trainable, and on the state's dtype."""
         self._linearizer = Linearizer(self.cell, self._parameters, self._finds_structure)
         self._auditor.attach(self._parameters, self._linearizer)
-        count = sum(map(real_numbers, self._parameters.values()))
         self._single = SingleSteps(self.cell, self._parameters)
-        self._scratch = ReusableBuffer(count * self._state.numel() * self._state.element_size())  # the influence's size
+        self._closer = BlockCloser(self._linearizer, self._parameters, self._state, self._known_structure)
 
     # ------------------------------------------------------------------ inspection
 
@@ -263,7 +261,7 @@ class BlockRTRL(Learner):
                     [(step.x, step.h, tuple(step.sparsity), step.restarted, step.reached) for step in steps],
                 ]
             ),
-            "scratch": self._scratch.n_bytes + self._single.n_bytes + self._linearizer.n_bytes,
+            "scratch": self._closer.n_bytes + self._single.n_bytes,
         }
 
     # ------------------------------------------------------------------ blocks
@@ -304,15 +302,15 @@ class BlockRTRL(Learner):
     def _process(self) -> None:
         first, newest = self._open_steps[0].number, self._open_steps[-1].number
         self._check_none_is_lost(first)
-        span = f"steps {first} … {newest}"
-        result, audit = self._linearized(span), None
+        span = span_of(self._open_steps)
+        result, audit = self._closed(), None
         if self._auditor.is_due(
             newest, self._linearizer.found_new_kind, bool(result.gradient), result.restarted is not None
         ):
             result, audit = self._auditor.examine(
                 result,
                 self._linearizer,
-                lambda: self._linearized(span),
+                self._closed,
                 self._open_steps,
                 self._reached,
                 self._carried.sliced,
@@ -379,55 +377,9 @@ class BlockRTRL(Learner):
             self._damage = f"{what} ({type(error).__name__}: {error}){_HALF_CHANGED}"
             raise
 
-    def _linearized(self, span: str) -> Result:
-        """Linearise the open steps; nothing is changed. On a device, the host reads all checks by one transfer."""
-        if deferred.on_host(self._state):
-            return self._checked_block(span)
-        found, block = deferred.Deferred(), None
-        with suppress(Exception), deferred.deferring(found):
-            block = self._checked_block(span)
-        if block is not None and found.passed():
-            return block
-        is_new = self._linearizer.found_new_kind
-        result = self._checked_block(span)  # each check by itself: it says what is wrong, if something is
-        self._linearizer.found_new_kind |= is_new
-        return result
-
-    def _checked_block(self, span: str) -> Result:
-        if not deferred.on_host(self._state):
-            checks.check_recorded(self._open_steps, self._reached)
-        structured = self._linearizer.structured
-        try:
-            return self._linearized_by_rows(span) or self._linearized_whole(span)
-        except BaseException:
-            self._linearizer.structured = structured
-            raise
-
-    def _linearized_by_rows(self, span: str) -> RowBlockResult | None:
-        """Linearise the open steps with the structure of the cell; None if it has none."""
-        if self._linearizer.structured:
-            carried, known = self._carried, self.structure
-            if isinstance(carried, CarriedInfluence) and not carried.begun:
-                known = self._known_structure
-            with torch.enable_grad():
-                rows = self._linearizer.with_structure(self._open_steps, self._reached, known, carried.dense)
-            if rows is not None:
-                self._check_rows(rows, span)
-                return rows
-        return None
-
-    def _linearized_whole(self, span: str) -> BlockResult:
-        """Linearise the open steps without structure."""
-        with torch.enable_grad():
-            groups = self._linearizer(self._open_steps, self._state)
-        try:
-            forms = RealForms(self._parameters)
-            result = close_block(groups, self._state, forms, self._carried.sliced, self._scratch)
-        except SparsityError as error:
-            raise SparsityError(f"{span}: {error}") from error
-        del groups  # and with it the graph
-        self._check_result(result, span)
-        return result
+    def _closed(self) -> Result:
+        """Linearise the open steps, and sweep them; nothing is changed."""
+        return self._closer.close(self._open_steps, self._reached, self._carried)
 
     def _fitting(self, result: Result) -> Any:
         """What is carried, in the form that a block needs; made beside what there is."""
@@ -445,27 +397,6 @@ class BlockRTRL(Learner):
         dense = self._empty_carried(self._state, self._carried.now)
         dense.begin(Sparsity(), self._carried.dense())
         return dense
-
-    def _check_rows(self, result: RowBlockResult, span: str) -> None:
-        transition = result.transition
-        values = {"Jacobian product": [*transition.own, *transition.cross.values()], "adjoint": transition.adjoint}
-        for what, parts in values.items():
-            if not checks.all_finite(parts):
-                raise NonFiniteError(f"NaN or infinity in the {what} of {span}: the state's dynamics overflow")
-        for name, gradient in result.gradient.items():
-            if not checks.finite(gradient):
-                raise NonFiniteError(f"NaN or infinity in the gradient of parameter {name!r} inside {span}")
-
-    def _check_result(self, result: BlockResult, span: str) -> None:
-        for what, value in (("Jacobian product", result.transition.jacobian), ("adjoint", result.transition.adjoint)):
-            if not checks.finite(value):
-                raise NonFiniteError(f"NaN or infinity in the {what} of {span}: the state's dynamics overflow")
-        for name, gradient in result.gradient.items():
-            if not checks.finite(gradient):
-                raise NonFiniteError(f"NaN or infinity in the gradient of parameter {name!r} inside {span}")
-        overflown = overflowing(result, self._state, RealForms(self._parameters), self._carried.sliced)
-        if overflown is not None:
-            raise NonFiniteError(f"NaN or infinity in the immediate influence of parameter {overflown!r} in {span}")
 
     def _pull_losses(self, cotangents: Sequence[Tensor], per_sample: bool) -> dict[str, Tensor]:
         steps, parameters = self._open_steps, self._parameters
@@ -506,7 +437,7 @@ class BlockRTRL(Learner):
     # ------------------------------------------------------------------ saving
 
     _adaptable = ("block", "window", "lazy")
-    _rebuilt = (*Learner._rebuilt, "_linearizer", "_single", "_scratch", "_carried")
+    _rebuilt = (*Learner._rebuilt, "_linearizer", "_single", "_closer", "_carried")
 
     def _arguments(self) -> dict[str, Any]:
         return {"block": self.block, "window": self.window, "lazy": self.lazy}
