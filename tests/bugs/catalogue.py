@@ -46,6 +46,7 @@ from rtrl._engine.reverse_sweep import (
 )
 from rtrl._engine.row_block import _add_untapped
 from rtrl._engine.row_linearization import RowSeeds, _agrees, _check_rows_reached
+from rtrl._engine.row_step import _as_expected
 from rtrl._engine.row_sweep import _step_across, sweep_rows
 from rtrl._engine.step import _checked_leaf, take
 from rtrl._engine.structure_search import _reach, find_structure
@@ -1384,5 +1385,11 @@ if GRADIENT is not None:
         "a sequence of a GRU's steps is run backward",
         (wrong(sequence, lambda run: lambda mode, xs, h, weights: run(mode, xs, h, weights).flip(0)),),
         "cell: unroll",
+    ),
+    Bug(
+        149,
+        "a coupling that begins after steps are processed at once goes unnoticed",
+        (wrong(_as_expected, lambda check: lambda *args: True),),
+        "single_steps_that_open",
     ),
 ]

@@ -46,6 +46,14 @@ def rows_that_open() -> None:
     _opening("state", "alone")
 
 
+def single_steps_that_open() -> None:
+    """From step 6 on, when steps are processed at once."""
+    xs = normal(5, 9, 1, D)
+    xs[..., 0] = -xs[..., 0].abs()
+    xs[6:, 0, 0] *= -1
+    check(drawn(placed("state", "alone", 3), steps=9, xs=xs, block=1))
+
+
 def weights_that_reach_other_rows() -> None:
     _opening("weight", "alone")
 
@@ -92,6 +100,7 @@ STRUCTURE_CHECKS = {
         weights_of_several_rows,
         resets_of_rows,
         rows_that_open,
+        single_steps_that_open,
         weights_that_reach_other_rows,
         outputs_above_that_reach_other_rows,
         saved_structures,

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from helpers.exact_learners import EXACT
-from helpers.strategies import Case, dense, forced_moe, normal, resets, scheduled
+from helpers.strategies import Case, dense, fewer, forced_moe, normal, resets, scheduled
 from helpers.tolerances import assert_gradients_equal
 from helpers.toy_cells import PlainRNN, ScheduledCell, seeded
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -53,7 +53,7 @@ def check_by_sample(learner: Learner, case: Case, y: Any, t: int) -> None:
         assert_gradients_equal({name: value[b] for name, value in found.items()}, expected, may_be_zero=True)
 
 
-@settings(max_examples=6)
+@fewer(0.3)
 @given(scheduled(max_steps=9) | forced_moe(max_steps=9) | dense(max_steps=7), st.data())
 def test_each_loss_by_itself_equals_bptt_of_it_alone(case: Case, data: st.DataObject) -> None:
     """Inside and at the end of blocks, with dormant slices that the window has brought up to date or not."""
@@ -80,7 +80,7 @@ def test_every_exact_learner_takes_losses_apart(name: str) -> None:
             check_by_sample(learner, case, y, t)
 
 
-@settings(max_examples=5)
+@fewer(0.25)
 @given(scheduled(max_steps=8) | forced_moe(max_steps=8))
 def test_by_sample_with_sparsity_and_dormant_slices(case: Case) -> None:
     learner = rtrl.BlockRTRL(case.cell, case.xs.shape[1], **case.options)
