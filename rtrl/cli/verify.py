@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from rtrl.report import ClaimResult, Record
     from rtrl.verification.runner import Outcome
 
-_STYLES = {"holds": "green", "holds when": "yellow", "does not hold": "red", "not measured": "magenta"}
+_STYLES = {
+    "holds": "green",
+    "holds when": "yellow",
+    "does not hold": "red",
+    "not measured at the claimed size": "magenta",
+    "not measured": "magenta",
+}
 _MOVED = "--file", "--steps", "--block", "--window", "--quick", "--break"
 
 Seed = Annotated[int, typer.Option(help="The seed of everything that is drawn.", min=0)]

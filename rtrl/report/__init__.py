@@ -7,7 +7,7 @@ need matplotlib: ``pip install 'rtrl[report]'``.
 from rtrl._utils.renamed_names import renamed_names
 from rtrl.report.load import load_record
 from rtrl.report.markdown import update_markdown
-from rtrl.report.model import ClaimResult, Finding, Plot, Record, Series, Table, Verdict
+from rtrl.report.model import ClaimResult, Finding, Plot, Record, Series, Table, Verdict, VerticalLine
 from rtrl.report.page import render_page
 from rtrl.report.pictures import draw_pictures, outdated_pictures
 from rtrl.report.save import plain, to_json
@@ -20,6 +20,7 @@ __all__ = [
     "Series",
     "Table",
     "Verdict",
+    "VerticalLine",
     "draw_pictures",
     "load_record",
     "outdated_pictures",

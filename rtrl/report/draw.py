@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 WIDTH = 5.0  # inches; at 10 points a letter, a phone still shows it large enough to read
 MARKED = 40  # points of a line that all have their marks
 PARTS = 8  # marks of a line that has more points
+LETTERS = 40  # of names that stand beside one another below the axis
 SMALLEST_LOG = 1e-250  # on a logarithmic axis, whose margins must be numbers too; its inverse is the largest
 
 
@@ -32,6 +33,11 @@ def drawn(plot: Plot, series: Series) -> list[tuple[float, float]]:
         for x, y in zip(series.x, series.y, strict=True)
         if x is not None and y is not None and _fits(x, plot.log_x) and _fits(y, plot.log_y)
     ]
+
+
+def axis_text(value: float, names: Sequence[str]) -> str:
+    """A coordinate for people: the name of a category, or a number."""
+    return names[int(value)] if _whole(value) and 0 <= value < len(names) else number(value)
 
 
 def left_out(plot: Plot) -> int:
@@ -99,22 +105,25 @@ def _figure(plot: Plot, style: Style) -> "Figure":
     from matplotlib.figure import Figure
 
     levels = sorted({y for series in plot.series for _, y in drawn(plot, series)}) if plot.kind == "raster" else []
-    banded = bool(levels) and len(levels) <= 256 and all(_whole(y) for y in levels)
-    height = min(6.0, max(1.6, 0.9 + 0.14 * (levels[-1] - levels[0] + 1))) if banded else 3.1
+    bars = bool(levels) and len(levels) <= 256 and all(_whole(y) for y in levels)
+    row = 0.3 if plot.y_names else 0.14
+    height = min(9.0, max(1.6, 0.9 + row * (levels[-1] - levels[0] + 1))) if bars else 3.1
+    height += 0.085 * max(len(line) for name in plot.x_names for line in _name(name)) if _turned(plot.x_names) else 0.0
     names = [textwrap.fill(series.name, 56) for series in plot.series]
     columns, lines = _legend_size(names)
     figure = Figure(figsize=(WIDTH, height + 0.19 * lines), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    handles = (_bands if banded else _marks if plot.kind == "raster" else _lines)(axes, plot, style)
+    handles = (_bars if bars else _lines if plot.kind == "line" else _points)(axes, plot, style)
     if not any(drawn(plot, series) for series in plot.series):
         axes.text(0.5, 0.5, "no points", ha="center", va="center", transform=axes.transAxes)
         axes.set_xticks([])
         axes.set_yticks([])
     else:
-        for axis, log, at in ((axes.xaxis, plot.log_x, 0), (axes.yaxis, plot.log_y, 1)):
-            values = [point[at] for series in plot.series for point in drawn(plot, series)]
-            _scale(axis, log, values, whole=banded and at == 1)
+        xs, ys = _extent(plot)
+        _scale(axes.xaxis, plot.log_x, xs, plot.x_names)
+        _scale(axes.yaxis, plot.log_y, ys, plot.y_names, whole=bars)
+        _mark(axes, plot, style)
     axes.set_xlabel(textwrap.fill(plot.x_label, 62))
     axes.set_ylabel(textwrap.fill(plot.y_label, 40))
     axes.grid(True, color=style.ink, alpha=0.25, linewidth=0.6)
@@ -162,17 +171,31 @@ def _lines(axes: "Axes", plot: Plot, style: Style) -> list[Any]:
             label=f"\u2060{series.name}",
         )
         handles.append(line)
+        low, high = zip(*_spread(plot, series), strict=True) if series.low else ((), ())
+        if series.low:
+            axes.fill_between(
+                [math.nan if x is None else x for x in series.x], low, high,
+                color=style.colours[i % len(style.colours)], alpha=0.22, linewidth=0,
+            )  # fmt: skip
     return handles
 
 
-def _marks(axes: "Axes", plot: Plot, style: Style) -> list[Any]:
+def _points(axes: "Axes", plot: Plot, style: Style) -> list[Any]:
+    """Points with their error bars; those of several series in one category stand side by side."""
+    apart = 0.5 / max(1, len(plot.series)) if plot.x_names else 0.0
+    shifts = [apart * (i - (len(plot.series) - 1) / 2) for i in range(len(plot.series))]
+    for i, series in enumerate(plot.series):
+        for x, (low, high) in zip(series.x, _spread(plot, series), strict=True) if series.low else ():
+            if x is not None:
+                at = [x + shifts[i]] * 2
+                axes.plot(at, [low, high], color=style.colours[i % len(style.colours)], linewidth=1.2)
     return [
         axes.plot(
-            [x for x, _ in drawn(plot, series)],
+            [x + shifts[i] for x, _ in drawn(plot, series)],
             [y for _, y in drawn(plot, series)],
             color=style.colours[i % len(style.colours)],
             marker=MARKS[i % len(MARKS)],
-            markersize=2.5,
+            markersize=2.5 if plot.kind == "raster" else 5,
             markerfacecolor="none" if series.dashed else None,
             linestyle="",
         )[0]
@@ -180,7 +203,41 @@ def _marks(axes: "Axes", plot: Plot, style: Style) -> list[Any]:
     ]
 
 
-def _bands(axes: "Axes", plot: Plot, style: Style) -> list[Any]:
+def _spread(plot: Plot, series: Series) -> list[tuple[float, float]]:
+    """The ends of the spread; on a logarithmic axis what is too low ends at the lowest point of the picture."""
+    floor = min(_extent(plot)[1], default=SMALLEST_LOG)
+
+    def at(end: float | None) -> float:
+        if end is None:
+            return math.nan
+        return end if _fits(end, plot.log_y) else floor
+
+    return [(at(low), at(high)) for low, high in zip(series.low, series.high, strict=True)]
+
+
+def _extent(plot: Plot) -> tuple[list[float], list[float]]:
+    """All x and all y that the axes reach over."""
+    points = [point for series in plot.series for point in drawn(plot, series)]
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    xs += [mark.x for mark in plot.vertical_lines if mark.x is not None and _fits(mark.x, plot.log_x)]
+    ends = [end for series in plot.series for end in (*series.low, *series.high)]
+    return xs, ys + [end for end in ends if end is not None and _fits(end, plot.log_y)]
+
+
+def _mark(axes: "Axes", plot: Plot, style: Style) -> None:
+    """Vertical lines, each with its label above the axes."""
+    placed = [mark for mark in plot.vertical_lines if mark.x is not None and _fits(mark.x, plot.log_x)]
+    for i, mark in enumerate(placed):
+        axes.axvline(mark.x or 0.0, color=style.ink, linewidth=1.2, linestyle=(0, (1, 1.5)))
+        across = axes.transAxes.inverted().transform(axes.transData.transform((mark.x or 0.0, 1.0)))[0]
+        side = "left" if across < 1 / 3 else "right" if across > 2 / 3 else "center"
+        axes.annotate(
+            textwrap.fill(mark.label, 40), (mark.x or 0.0, 1.0), (0, 2 + 12 * (len(placed) - 1 - i)),
+            xycoords=axes.get_xaxis_transform(), textcoords="offset points", ha=side, va="bottom", fontsize=9,
+        )  # fmt: skip
+
+
+def _bars(axes: "Axes", plot: Plot, style: Style) -> list[Any]:
     """Marks at whole y as bars of one step, neighbours joined into one: a picture of thousands of steps stays small."""
     from matplotlib.patches import Patch, PathPatch
     from matplotlib.path import Path
@@ -223,10 +280,18 @@ def runs(plot: Plot, index: int) -> list[tuple[float, float, float]]:
     return found
 
 
-def _scale(axis: "Axis", log: bool, values: Sequence[float], whole: bool) -> None:
+def _scale(axis: "Axis", log: bool, values: Sequence[float], names: Sequence[str], whole: bool = False) -> None:
     """Ticks: the values themselves where they are few and apart on a logarithmic axis; numbers a person can read."""
     from matplotlib import ticker
 
+    if names:
+        axis.set_ticks(range(len(names)), ["\n".join(_name(name)) for name in names])
+        if axis is axis.axes.xaxis:
+            axis.axes.set_xlim(-0.5, len(names) - 0.5)
+            axis.set_tick_params(rotation=90 if _turned(names) else 0)
+        else:
+            axis.axes.set_ylim(-0.5, len(names) - 0.5)
+        return
     name = "x" if axis is axis.axes.xaxis else "y"
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: number(value, 5)))
     if not log:
@@ -248,6 +313,16 @@ def _scale(axis: "Axis", log: bool, values: Sequence[float], whole: bool) -> Non
         axis.set_major_locator(ticker.LogLocator(subs=steps, numticks=7 if decades > 3 else 12))
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: number(value, 3, whole=1e5)))
     axis.set_minor_locator(ticker.NullLocator())
+
+
+def _name(name: str) -> list[str]:
+    """A name of a category in lines; an empty one is a line, too."""
+    return textwrap.wrap(name, 24) or [""]
+
+
+def _turned(names: Sequence[str]) -> bool:
+    """Whether names below the axis are set upright, for want of room."""
+    return sum(map(len, names)) > LETTERS
 
 
 def _whole(value: float) -> bool:

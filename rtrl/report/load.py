@@ -120,8 +120,10 @@ def _check(made: object, where: str) -> None:
         for i, row in enumerate(made.rows):
             if len(row) != len(made.columns):
                 _refuse(row, _inside(where, f"rows[{i}]"), f"a list of {len(made.columns)} cells, one per column")
-    elif isinstance(made, Series) and len(made.x) != len(made.y):
-        _refuse(made.y, _inside(where, "y"), f"as many numbers as x has, {len(made.x)}, not {len(made.y)}")
+    elif isinstance(made, Series):
+        for name, values in (("y", made.y), ("low", made.low), ("high", made.high)):
+            if len(values) != len(made.x) and (name == "y" or made.low or made.high):
+                _refuse(values, _inside(where, name), f"as many numbers as x has, {len(made.x)}, not {len(values)}")
     elif isinstance(made, ClaimResult) and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}", made.id):
         _refuse(made.id, _inside(where, "id"), "an id of letters, digits, _ and -, for it names files and sections")
     elif isinstance(made, Record):

@@ -15,7 +15,7 @@ from pathlib import Path
 from rtrl._utils import validation
 from rtrl._utils.formatting import number
 from rtrl.errors import ConfigError
-from rtrl.report.draw import drawn, left_out, picture
+from rtrl.report.draw import axis_text, drawn, left_out, picture
 from rtrl.report.model import Plot, Record
 from rtrl.report.style import NEUTRAL, PAPER
 
@@ -83,24 +83,31 @@ def outdated_pictures(record: Record, folder: Path, forms: Sequence[str] = ("svg
 
 def digest(plot: Plot) -> str:
     """Sixteen hexadecimal digits that stand for all that a picture shows."""
-    return hashlib.sha256(json.dumps(asdict(plot), sort_keys=True).encode()).hexdigest()[:16]
+    shown = asdict(plot)
+    for part in (shown, *shown["series"]):
+        for name in ("vertical_lines", "x_names", "y_names", "low", "high"):
+            if not part.get(name, True):  # what is empty draws nothing
+                del part[name]
+    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def describe(plot: Plot) -> str:
     """The picture in words: what is drawn against what, and every series with its first and last value."""
     logarithmic = " and ".join(axis for axis, log in (("x", plot.log_x), ("y", plot.log_y)) if log)
     axes = f"{plot.y_label} against {plot.x_label}" + (f", logarithmic in {logarithmic}" if logarithmic else "")
-    parts = [plot.title, f"{'Marks' if plot.kind == 'raster' else 'Lines'}: {axes}"]
+    parts = [plot.title, f"{'Lines' if plot.kind == 'line' else 'Points'}: {axes}"]
     for series in plot.series:
         points = drawn(plot, series)
         name = series.name + (" (predicted)" if series.dashed else "")
         if not points:
             parts.append(f"{name}: no points")
         elif plot.kind == "raster":
-            parts.append(f"{name}: {len(points)} marks")
+            parts.append(f"{name}: {len(points)} points")
         else:
             (x0, y0), (x1, y1) = points[0], points[-1]
-            parts.append(f"{name}: {number(y0)} at {number(x0)}, {number(y1)} at {number(x1)}")
+            ends = (f"{number(y)} at {axis_text(x, plot.x_names)}" for x, y in ((x0, y0), (x1, y1)))
+            parts.append(f"{name}: {', '.join(ends)}" + (", with its spread" if series.low else ""))
+    parts += [f"A line at {number(mark.x)}: {mark.label}" for mark in plot.vertical_lines if mark.x is not None]
     return ". ".join(part.strip().rstrip(".") for part in parts if part.strip()) + "." + note(plot)
 
 

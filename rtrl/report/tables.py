@@ -4,12 +4,18 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from rtrl._utils.formatting import duration, number, show_bytes
-from rtrl.report.draw import runs, spacing
+from rtrl.report.draw import axis_text, runs, spacing
 from rtrl.report.model import VERDICTS, Cell, Plot, Record, Table
 
 ROWS = 200  # of a table of numbers behind a picture; the results file has them all
 
-SIGNS = {"holds": "✓", "holds when": "◐", "does not hold": "✗", "not measured": "○"}
+SIGNS = {
+    "holds": "✓",
+    "holds when": "◐",
+    "does not hold": "✗",
+    "not measured at the claimed size": "◔",
+    "not measured": "○",
+}
 
 
 def numbers(plot: Plot) -> tuple[Table, str]:
@@ -19,18 +25,25 @@ def numbers(plot: Plot) -> tuple[Table, str]:
     """
     if plot.kind == "raster" and all(y is None or y == int(y) for series in plot.series for y in series.y):
         rows: list[list[Cell]] = [
-            [series.name, y, _span(begin, end)]
+            [series.name, _named(y, plot.y_names), _span(begin, end, plot)]
             for i, series in enumerate(plot.series)
             for y, begin, end in runs(plot, i)
         ]
         table = Table(
             plot.title, ["series", plot.y_label, f"{plot.x_label}, in steps of {number(spacing(plot))}"], rows
         )
-    elif plot.kind == "line" and all(len(set(series.x)) == len(series.x) for series in plot.series):
-        found = [dict(zip(series.x, series.y, strict=True)) for series in plot.series]
-        xs = sorted({x for line in found for x in line if x is not None})
-        names = [f"{s.name} (predicted)" if s.dashed else s.name for s in plot.series]
-        table = Table(plot.title, [plot.x_label, *names], [[x, *(line.get(x) for line in found)] for x in xs])
+    elif plot.kind != "raster" and all(len(set(series.x)) == len(series.x) for series in plot.series):
+        names, columns = [], []
+        for s in plot.series:
+            names.append(f"{s.name} (predicted)" if s.dashed else s.name)
+            columns.append(dict(zip(s.x, s.y, strict=True)))
+            for what, ends in (("low", s.low), ("high", s.high)):
+                if ends:
+                    names.append(f"{s.name}, {what}")
+                    columns.append(dict(zip(s.x, ends, strict=True)))
+        xs = sorted({x for column in columns for x in column if x is not None})
+        rows = [[_named(x, plot.x_names), *(column.get(x) for column in columns)] for x in xs]
+        table = Table(plot.title, [plot.x_label, *names], rows)
     else:
         points = [[s.name, x, y] for s in plot.series for x, y in zip(s.x, s.y, strict=True)]
         table = Table(plot.title, ["series", plot.x_label, plot.y_label], points)
@@ -41,8 +54,13 @@ def numbers(plot: Plot) -> tuple[Table, str]:
     return Table(table.title, table.columns, table.rows[::every]), note
 
 
-def _span(begin: float, end: float) -> str:
-    return number(begin) if begin == end else f"{number(begin)} – {number(end)}"
+def _named(value: float, names: Sequence[str]) -> Cell:
+    return axis_text(value, names) if names else value
+
+
+def _span(begin: float, end: float, plot: Plot) -> str:
+    first, last = (axis_text(x, plot.x_names) for x in (begin, end))
+    return first if begin == end else f"{first} – {last}"
 
 
 def run(record: Record) -> list[tuple[str, str]]:

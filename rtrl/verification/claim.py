@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Generic, TypeVar
 
-from rtrl.report.model import Finding, Plot, Table, Verdict
+from rtrl.report.model import Finding, Plot, Question, Table, Verdict
 
 Progress = Callable[[str], None]
 """Called with the name of every piece of work before it begins."""
@@ -71,14 +71,29 @@ class Judgement:
         """Return the verdict of a claim that is wrong, with what is true instead."""
         return cls("does not hold", instead)
 
+    @classmethod
+    def not_at_claimed_size(cls, found: str) -> "Judgement":
+        """Return the verdict of a claim that was measured at another size, with what was found at that size."""
+        return cls("not measured at the claimed size", found)
+
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What people see of the measurements: the result in a few words, tables and plots."""
+    """What people see of the measurements.
+
+    Attributes:
+        result: what was measured, in a few words with its unit.
+        tables: the measurements as tables.
+        plots: the measurements as pictures.
+        headline: the result as one plain sentence for the top of the results page; for its question's main claims.
+        model: what was measured on: the model, its P and H, T and the seeds.
+    """
 
     result: str
     tables: list[Table] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
+    headline: str = ""
+    model: str = ""
 
 
 C = TypeVar("C")
@@ -100,6 +115,7 @@ class Claim(Generic[C, M]):
         show: the function that shows the measurements.
         void: why the verdict is "does not hold" whenever there are failures; "" leaves the verdict to ``verdict``.
         explanation: how it is measured, why that is fair, and what it leaves open.
+        question: the question of the results page that the claim belongs to.
     """
 
     id: str
@@ -112,6 +128,7 @@ class Claim(Generic[C, M]):
     show: Callable[[M], Shown]
     void: str = ""
     explanation: str = ""
+    question: Question = ""
 
     def __call__(self, config: C, settings: Settings) -> M:
         """Measure."""
@@ -127,7 +144,8 @@ class Claim(Generic[C, M]):
         """Judge and show ``measurements``."""
         found, shown = self.judge(measurements), self.show(measurements)
         parts = (measurements.failures, shown.tables, shown.plots, asdict(measurements))
-        return Finding(shown.result, self.threshold, found.name, found.condition, *parts)
+        words = (shown.headline, shown.model)
+        return Finding(shown.result, self.threshold, found.name, found.condition, *parts, *words)
 
 
 def claim(
@@ -141,11 +159,13 @@ def claim(
     show: Callable[[M], Shown],
     void: str = "",
     explanation: str = "",
+    question: Question = "",
 ) -> Callable[[Callable[[C, Settings], M]], Claim[C, M]]:
     """Make a function that measures into a claim; see ``Claim``. The module's docstring is the default explanation."""
 
     def decorate(measure: Callable[[C, Settings], M]) -> Claim[C, M]:
         text = explanation or sys.modules[measure.__module__].__doc__ or ""
-        return Claim(id, claimed, threshold, quick, full, measure, verdict, show, void, inspect.cleandoc(text))
+        words = (void, inspect.cleandoc(text), question)
+        return Claim(id, claimed, threshold, quick, full, measure, verdict, show, *words)
 
     return decorate

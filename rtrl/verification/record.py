@@ -24,7 +24,8 @@ def entry(outcome: Outcome) -> ClaimResult:
     """Return what a claim came to, with its words."""
     claim, seconds = outcome.claim, round(outcome.duration_s, 3)
     finding: dict[str, Any] = {part.name: getattr(outcome.finding, part.name) for part in fields(Finding)}
-    return ClaimResult(**finding, id=claim.id, claimed=claim.claimed, explanation=claim.explanation, duration_s=seconds)
+    words = {name: getattr(claim, name) for name in ("id", "claimed", "explanation", "question")}
+    return ClaimResult(**finding, **words, duration_s=seconds)
 
 
 def record(entries: Sequence[ClaimResult], settings: Settings, command: str) -> Record:

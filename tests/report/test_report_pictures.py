@@ -13,8 +13,8 @@ import pytest
 from report_samples import MEMORY, RASTER, nasty, sample, written
 
 from rtrl.errors import ConfigError
-from rtrl.report import Plot, Record, draw_pictures, load_record, outdated_pictures
-from rtrl.report.draw import _bands, runs
+from rtrl.report import Plot, Record, Series, draw_pictures, load_record, outdated_pictures
+from rtrl.report.draw import _bars, runs
 from rtrl.report.load import record as read
 from rtrl.report.pictures import describe, digest, inline, names, note
 from rtrl.report.style import DARK, LIGHT, MARKS, NEUTRAL, PAPER
@@ -114,7 +114,7 @@ def test_pictures_have_words(record: Record) -> None:
         "500\u202f000 at 1000. _BPTT: 100\u202f000 at 100, 100\u202f000 at 100. T·B (predicted): 10\u202f000 at 10, "
         "1\u202f000\u202f000 at 1000. 1 point has no place on a logarithmic axis, being 0 or less."
     )
-    assert "experts: 6 marks" in describe(plots["depends-1"])
+    assert "experts: 6 points" in describe(plots["depends-1"])
 
 
 def test_neighbours_in_a_raster_are_one_bar() -> None:
@@ -140,7 +140,7 @@ def test_bands_of_several_series_lie_beside_one_another() -> None:
     plot = plot_of(RASTER)
     alike = [replace(plot.series[0], name=name, x=[0.0, 1.0, 5.0], y=[0.0, 0.0, 1.0]) for name in "abc"]
     axes = Figure().add_subplot()
-    _bands(axes, replace(plot, series=alike), PAPER)
+    _bars(axes, replace(plot, series=alike), PAPER)
     assert len({patch.get_facecolor() for patch in axes.patches}) == 3
     spans = []
     for patch in axes.patches:
@@ -153,7 +153,38 @@ def test_bands_of_several_series_lie_beside_one_another() -> None:
     assert len(spans) == 6 and all(stop - start == pytest.approx(0.8 / 3) for start, stop in spans)
 
 
-@pytest.mark.parametrize("kind", ["line", "raster"])
+SPREAD = {
+    "title": "Seconds",
+    "x_label": "learner",
+    "y_label": "seconds",
+    "kind": "points",
+    "log_y": True,
+    "series": [{"name": "H = 32", "x": [0, 1], "y": [1, 4], "low": [0, 2], "high": [2, 8]}],
+    "x_names": ["BlockRTRL", "BPTT"],
+    "vertical_lines": [{"x": 0.5, "label": "T* = 70"}],
+}
+
+
+@pytest.mark.parametrize("kind", ["points", "line"])
+def test_a_spread_a_mark_and_categories_are_drawn_and_said(kind: str) -> None:
+    plot = plot_of(SPREAD, kind=kind)
+    svg = inline(plot, "k")
+    assert {"BlockRTRL", "BPTT", "T* = 70", "H = 32"} <= set(texts(svg))
+    assert describe(plot).endswith("H = 32: 1 at BlockRTRL, 4 at BPTT, with its spread. A line at 0.5: T* = 70.")
+    grid = numbers(plot)[0]
+    assert grid.columns == ["learner", "H = 32", "H = 32, low", "H = 32, high"]
+    assert grid.rows == [["BlockRTRL", 1, 0, 2], ["BPTT", 4, 2, 8]]
+    bare = replace(plot, vertical_lines=[], series=[replace(plot.series[0], low=[], high=[])])
+    assert len({digest(plot), digest(bare), digest(replace(plot, x_names=[]))}) == 3
+    assert len({svg, inline(bare, "k")}) == 2
+
+
+def test_runs_become_their_median_and_their_spread() -> None:
+    found = Series.of_runs("a", [1, 2], [[1, 5], [3, 4], [2, 9]])
+    assert (found.y, found.low, found.high) == ([2, 5], [1, 4], [3, 9])
+
+
+@pytest.mark.parametrize("kind", ["line", "points", "raster"])
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize(
     ("x", "y"),

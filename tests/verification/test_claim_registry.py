@@ -174,7 +174,8 @@ def test_the_record_is_json_without_nan(tmp_path: Path) -> None:
     path.write_text(to_json(record.record([record.entry(outcome)], Settings(full=True, seed=3), "rtrl verify")))
     whole = json.loads(path.read_text(encoding="utf-8"))
     assert whole.keys() == {
-        "schema", "created", "command", "mode", "seed", "device", "machine", "versions", "duration_s", "claims",
+        "schema", "created", "command", "mode", "seed", "device", "code", "machine", "versions", "duration_s",
+        "claims",
     }  # fmt: skip
     assert (whole["schema"], whole["mode"], whole["seed"], whole["device"]) == (2, "full", 3, "cpu")
     assert whole["machine"].keys() == {"cpu", "cores", "threads", "memory_bytes", "os"}
@@ -195,10 +196,12 @@ def test_the_record_is_json_without_nan(tmp_path: Path) -> None:
         "plots": [
             {
                 "title": "p", "x_label": "x", "y_label": "y", "kind": "raster", "log_x": True, "log_y": False,
-                "series": [{"name": "s", "x": [1.0], "y": [None], "dashed": True}],
+                "series": [{"name": "s", "x": [1.0], "y": [None], "dashed": True, "low": [], "high": []}],
+                "vertical_lines": [], "x_names": [], "y_names": [],
             }
         ],
         "data": {"failures": ["4"], "pair": [1, 2.5]},
+        "headline": "", "model": "", "question": "", "tried": [], "noticed": [], "no_break": "", "kept": False,
     }  # fmt: skip
 
 
