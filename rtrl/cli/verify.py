@@ -25,6 +25,7 @@ _STYLES = {
     "not measured at the claimed size": "magenta",
     "not measured": "magenta",
 }
+_SHORT = {"holds when": "holds when …", "not measured at the claimed size": "smaller size"}
 _MOVED = "--file", "--steps", "--block", "--window", "--quick", "--break"
 
 Seed = Annotated[int, typer.Option(help="The seed of everything that is drawn.", min=0)]
@@ -142,7 +143,7 @@ def _measure(only: list[str], full: bool, seed: int, device: str, json_path: str
 
 def _print(console: Console, found: "ClaimResult", width: int) -> None:
     """Print one line for a claim, and more for its condition and its failures."""
-    verdict = "holds when …" if found.verdict == "holds when" else found.verdict
+    verdict = _SHORT.get(found.verdict, found.verdict)
     threshold = f"  (required: {found.threshold})" if found.threshold else ""
     style = _STYLES[found.verdict]
     console.print(f"[bold]{found.id:{width}}[/bold]  [{style}]{verdict:13}[/{style}]", end="  ", highlight=False)

@@ -59,7 +59,7 @@ def verify_gradients(
     About a minute, some seconds with --quick. Exit code 0: all agree; 1: they do not; 2: the command cannot be carried
     out.
     """
-    changes: dict[str, Any] = {"file": None if file is None else str(file), "broken": break_}
+    changes: dict[str, Any] = {"file": None if file is None else str(file)}
     if steps is not None:
         changes["steps"] = steps
     for name, sizes in (("blocks", block), ("windows", window)):
@@ -69,33 +69,37 @@ def verify_gradients(
         if break_ == "help":
             _list_broken()
         else:
-            _compare(changes, quick, seed, device, ResultsFile(json_path))
+            _compare(changes, quick, break_, seed, device, ResultsFile(json_path))
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from error
 
 
 def _list_broken() -> None:
-    from rtrl.verification.gradients.broken_learners import BROKEN_LEARNERS
+    from rtrl.verification import breaks
 
     listing = Table("--break", "what is wrong then")
-    for name, broken in BROKEN_LEARNERS.items():
-        listing.add_row(name, broken.fault)
+    for name in breaks.OF_GRADIENTS:
+        listing.add_row(name, breaks.find(name).fault)
     show(listing)
 
 
-def _compare(changes: dict[str, Any], quick: bool, seed: int, device: str, results: ResultsFile) -> None:
-    from rtrl.verification import record, runner
+def _compare(
+    changes: dict[str, Any], quick: bool, broken: str | None, seed: int, device: str, results: ResultsFile
+) -> None:
+    from rtrl.verification import breaks, record, runner
     from rtrl.verification.claim import Settings
     from rtrl.verification.gradients import equivalence
 
+    if broken is not None:
+        breaks.find(broken)
     config = replace(equivalence.QUICK if quick else equivalence.FULL, **changes)
     with progress() as bar:
         task = bar.add_task("reading", total=config.pieces, completed=-1)
         settings = Settings(not quick, seed, device, lambda piece: bar.update(task, description=piece, advance=1))
-        outcome = runner.measure_one(equivalence.measure, settings, config)
+        outcome = runner.measure_one(equivalence.measure, settings, config, broken=broken)
     finding, rows = outcome.finding, outcome.measurements
     assert isinstance(rows, equivalence.OracleRows)
-    show(_table(finding.tables[0], _caption(rows, seed)), stderr=results.to_stdout)
+    show(_table(finding.tables[0], _caption(rows, seed, broken)), stderr=results.to_stdout)
     results.write(record.record([record.entry(outcome)], settings, command()))
     summary = f"PASS: {finding.result}" if rows.passed else f"FAIL: {finding.condition}; first: {rows.failures[0]}"
     typer.echo(f"{summary} ({outcome.duration_s:.0f} s)", err=results.to_stdout)
@@ -120,11 +124,11 @@ def _cell(value: object) -> Text:
     return Text("" if value is None else str(value), style=style, justify="right" if isinstance(value, int) else None)
 
 
-def _caption(rows: "OracleRows", seed: int) -> str:
-    broken = "" if rows.config.broken is None else f"\nThe learner is broken on purpose: {rows.config.broken}."
+def _caption(rows: "OracleRows", seed: int, broken: str | None) -> str:
+    fault = "" if broken is None else f"\nThe learner is broken on purpose: {broken}."
     return (
         f"Text: {rows.stream['source']}, {rows.config.batch_size} samples, seed {seed}. Errors are relative, in "
         "float64; finite differences are held to their own error estimate. Dormant slices caught up: (sample, expert) "
         "pairs reactivated after a whole dormant block + those dormant at the time of the comparison; dormancy in "
-        f"steps.{broken}"
+        f"steps.{fault}"
     )

@@ -173,6 +173,7 @@ class ClaimResult(Finding):
         noticed: those of them that changed the verdict.
         no_break: why no break can change the verdict; may be empty.
         kept: whether the result was taken from an earlier file and not measured in this run.
+        measured: when it was measured, in ISO 8601; empty if unknown.
     """
 
     id: str
@@ -184,6 +185,7 @@ class ClaimResult(Finding):
     noticed: list[str] = field(default_factory=list)
     no_break: str = ""
     kept: bool = False
+    measured: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +195,7 @@ class Record:
     Attributes:
         created: when the record was written, in ISO 8601.
         command: the command that wrote it.
-        mode: the form of the run: "quick" or "full".
+        mode: the form of the run: "quick", "full", or "small" of the matrix of breaks.
         seed: the seed of everything that was drawn.
         machine: properties of the machine by name; those ending in "_bytes" are numbers of bytes.
         versions: versions of software by name.

@@ -116,6 +116,10 @@ class Claim(Generic[C, M]):
         void: why the verdict is "does not hold" whenever there are failures; "" leaves the verdict to ``verdict``.
         explanation: how it is measured, why that is fair, and what it leaves open.
         question: the question of the results page that the claim belongs to.
+        small: how much is measured in the tests and in the matrix of breaks: a second or so; None for the quick form.
+        noticed_breaks: names of breaks (see ``rtrl.verification.breaks``) each of which must change the verdict or the
+            failures of the small form.
+        no_break: why no break can change the verdict; "" where one can.
     """
 
     id: str
@@ -129,6 +133,9 @@ class Claim(Generic[C, M]):
     void: str = ""
     explanation: str = ""
     question: Question = ""
+    small: C | None = None
+    noticed_breaks: tuple[str, ...] = ()
+    no_break: str = ""
 
     def __call__(self, config: C, settings: Settings) -> M:
         """Measure."""
@@ -160,12 +167,15 @@ def claim(
     void: str = "",
     explanation: str = "",
     question: Question = "",
+    small: C | None = None,
+    noticed_breaks: tuple[str, ...] = (),
+    no_break: str = "",
 ) -> Callable[[Callable[[C, Settings], M]], Claim[C, M]]:
     """Make a function that measures into a claim; see ``Claim``. The module's docstring is the default explanation."""
 
     def decorate(measure: Callable[[C, Settings], M]) -> Claim[C, M]:
         text = explanation or sys.modules[measure.__module__].__doc__ or ""
-        words = (void, inspect.cleandoc(text), question)
+        words = (void, inspect.cleandoc(text), question, small, noticed_breaks, no_break)
         return Claim(id, claimed, threshold, quick, full, measure, verdict, show, *words)
 
     return decorate

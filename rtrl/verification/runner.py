@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rtrl.report.model import Finding
+from rtrl.verification.breaks import planted
 from rtrl.verification.claim import Claim, Measurements, NotMeasured, Settings
 
 Report = Callable[[str, int], None]
@@ -37,21 +38,25 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def measure_one(claim: Claim[Any, Any], settings: Settings, config: Any = None) -> Outcome:
+def measure_one(
+    claim: Claim[Any, Any], settings: Settings, config: Any = None, *, broken: str | None = None
+) -> Outcome:
     """Measure one claim, with one thread and seeded random numbers.
 
     Args:
         claim: the claim.
         settings: how it is measured.
         config: how much is measured; None for the claim's own quick or full form.
+        broken: the name of a break that is planted meanwhile; None for none.
 
     Raises:
+        ConfigError: there is no such break.
         Exception: the claim raises it; not for ``NotMeasured``.
     """
     gc.collect()  # what the claim before left behind must not count as memory of this one
     began = time.perf_counter()
     measurements = None
-    with torch.random.fork_rng(devices=[]), one_thread():
+    with torch.random.fork_rng(devices=[]), one_thread(), planted(*filter(None, [broken])):
         torch.manual_seed(settings.seed)
         try:
             measurements = claim(config or (claim.full if settings.full else claim.quick), settings)

@@ -202,6 +202,7 @@ def test_the_record_is_json_without_nan(tmp_path: Path) -> None:
         ],
         "data": {"failures": ["4"], "pair": [1, 2.5]},
         "headline": "", "model": "", "question": "", "tried": [], "noticed": [], "no_break": "", "kept": False,
+        "measured": "",
     }  # fmt: skip
 
 

@@ -18,7 +18,8 @@ from rtrl.cli.app import app
 from rtrl.errors import ConfigError, NonFiniteError
 from rtrl.report.model import SCHEMA
 from rtrl.tasks import ByteStream
-from rtrl.verification.gradients import broken_learners, equivalence
+from rtrl.verification import breaks
+from rtrl.verification.gradients import equivalence
 from rtrl.verification.gradients.driver import DormancyCount
 from rtrl.verification.harness.compare import Comparison, compare_gradients, compare_influences
 
@@ -128,11 +129,12 @@ WRONG = {  # where the break must be seen; where it makes no difference, and mus
     "reverse-products": ({FIXED}, set()),
     "keep-over-resets": ({RESETS}, {FIXED, SGD, ADAM}),
     "count-twice": ({SGD}, {FIXED}),
+    "cut-every-5-steps": ({FIXED, SGD, ADAM, RESETS}, set()),
 }
 
 
 def test_every_broken_learner_is_tried() -> None:
-    assert WRONG.keys() == broken_learners.BROKEN_LEARNERS.keys()
+    assert WRONG.keys() == set(breaks.OF_GRADIENTS)
 
 
 IN_THE_GATE = {"forget-dormant-losses", "keep-over-resets", "truncate"}
@@ -141,10 +143,7 @@ IN_THE_GATE = {"forget-dormant-losses", "keep-over-resets", "truncate"}
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in IN_THE_GATE else pytest.mark.nightly)
-        for name in broken_learners.BROKEN_LEARNERS
-    ],
+    [pytest.param(name, marks=() if name in IN_THE_GATE else pytest.mark.nightly) for name in breaks.OF_GRADIENTS],
 )
 def test_a_broken_learner_fails(name: str, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
@@ -170,12 +169,11 @@ def test_a_broken_learner_fails(name: str, tmp_path: Path) -> None:
 
 
 def test_what_a_learner_raises_is_a_failure_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Raises(rtrl.BlockRTRL):
-        def sync(self, dormant: bool = True) -> None:
-            raise NonFiniteError("a Jacobian of step 7")
+    def raises(self: rtrl.BlockRTRL, dormant: bool = True) -> None:
+        raise NonFiniteError("a Jacobian of step 7")
 
-    monkeypatch.setitem(broken_learners.BROKEN_LEARNERS, "raises", broken_learners.BrokenLearner("", Raises))
-    result = run(*SMALL, "--break", "raises", "--json", "-")
+    monkeypatch.setattr(rtrl.BlockRTRL, "sync", raises)
+    result = run(*SMALL, "--json", "-")
     assert result.exit_code == 1
     assert all(
         "NonFiniteError: a Jacobian of step 7" in failure
@@ -203,7 +201,7 @@ def test_rows_in_which_no_expert_was_dormant_prove_nothing() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--break", "nope"], "no broken learner is called 'nope'; there are truncate, forget-dormant-losses"),
+        (["--break", "nope"], "there is no break 'nope'; there are: truncate, cut-every-5-steps"),
         (["--steps", "32"], "steps must be more than 64"),
         (["--quick", "--block", "0"], "blocks and windows must be positive"),
         (["--device", "nowhere"], "device 'nowhere' cannot be used"),
@@ -221,7 +219,7 @@ def test_usage_errors(arguments: list[str], message: str) -> None:
 def test_broken_learners_are_listed() -> None:
     result = run("verify-gradients", "--break", "help")
     assert result.exit_code == 0
-    assert all(name in result.stdout and fault.fault for name, fault in broken_learners.BROKEN_LEARNERS.items())
+    assert all(name in result.stdout and breaks.find(name).fault for name in breaks.OF_GRADIENTS)
 
 
 def test_the_app_is_a_group() -> None:

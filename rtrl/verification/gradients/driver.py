@@ -118,7 +118,6 @@ class LearnerRecord:
 def run_learner(
     cell: RecurrentMoE,
     segment: Segment,
-    learner_type: type[BlockRTRL],
     block: int,
     window: int,
     checkpoints: Collection[int] = (),
@@ -129,7 +128,6 @@ def run_learner(
     Args:
         cell: where to start from; it is copied, not changed.
         segment: the stream.
-        learner_type: the learner.
         block: its block.
         window: its window.
         checkpoints: numbers of steps after which a copy of the learner, made from its ``state_dict``, returns its
@@ -151,7 +149,7 @@ def run_learner(
     optimizer = _optimizer(cell, interventions)
 
     def make(cell: nn.Module, batch_size: int) -> BlockRTRL:
-        return learner_type(cell, batch_size, block=block, window=window)
+        return BlockRTRL(cell, batch_size, block=block, window=window)
 
     driver = Driver(make, cell, segment.inputs.shape[1])
     dormancy, snapshots = DormancyCount(window), {}

@@ -18,7 +18,7 @@ reset samples in mid-stream.
 so that a seldom used expert is not hidden by the others; a reference that is zero or explodes voids its row. Each
 oracle sees more steps than the block has, for a block as long as the stream would be BPTT by another name. And the
 check fails if no expert was dormant through a block and reactivated, or none was dormant for longer than the window.
-Nine deliberately broken learners (``rtrl verify-gradients --break help``) confirm that the check fails when it should.
+Ten faults planted on purpose (``rtrl verify-gradients --break help``) confirm that the check fails when it should.
 
 **What it leaves open.** One cell and one text: the property suite has the others. Float32 rounds more (see
 *conditioning*).
@@ -38,7 +38,6 @@ from rtrl.errors import ConfigError, RTRLError
 from rtrl.report.model import Cell, Table
 from rtrl.tasks import ByteStream
 from rtrl.verification.claim import Judgement, Measurements, Settings, Shown, claim
-from rtrl.verification.gradients.broken_learners import learner_type
 from rtrl.verification.gradients.driver import DormancyCount, Interventions, LearnerRecord, Segment, run_learner
 from rtrl.verification.gradients.references import Slope, compare_slopes, dense_rtrl, finite_differences
 from rtrl.verification.harness.compare import Comparison, compare_gradients, compare_influences, void
@@ -63,11 +62,9 @@ class Config:
         blocks: blocks of the learner; a block is compared with oracles of more steps than it has, and with no others.
         windows: windows of the learner; every pair of block and window is a run.
         batch_size: B.
-        broken: the name of a deliberately broken learner to take in place of the real one.
 
     Raises:
-        ConfigError: the largest block does not fit into ``steps``, the smallest does not fit into the prefixes, or no
-            broken learner has that name.
+        ConfigError: the largest block does not fit into ``steps``, or the smallest does not fit into the prefixes.
     """
 
     file: str | None = None
@@ -77,7 +74,6 @@ class Config:
     blocks: tuple[int, ...] = (1, 7, 16, 32)
     windows: tuple[int, ...] = (1, 3, 64)
     batch_size: int = 2
-    broken: str | None = None
 
     def __post_init__(self) -> None:
         least = max(*self.blocks, self.prefix, self.side_prefix)
@@ -89,7 +85,6 @@ class Config:
             raise ConfigError(
                 f"blocks and windows must be positive, the prefixes longer than the smallest block, got {self}"
             )
-        learner_type(self.broken)
 
     @property
     def pieces(self) -> int:
@@ -233,7 +228,6 @@ class _Comparisons:
 
     def __init__(self, config: Config, settings: Settings, cell: RecurrentMoE, segment: Segment) -> None:
         self._config, self._settings, self._cell, self._segment = config, settings, cell, segment
-        self._learner = learner_type(config.broken)
 
     def rows(self) -> Iterator[OracleRow]:
         config, cell, segment, progress = self._config, self._cell, self._segment, self._settings.progress
@@ -280,7 +274,7 @@ class _Comparisons:
         self, block: int, window: int, checkpoints: tuple[int, ...], interventions: Interventions | None = None
     ) -> LearnerRecord | RTRLError:
         try:
-            return run_learner(self._cell, self._segment, self._learner, block, window, checkpoints, interventions)
+            return run_learner(self._cell, self._segment, block, window, checkpoints, interventions)
         except RTRLError as error:
             return error
 

@@ -1,7 +1,7 @@
 """Measure the memory of a whole process, in a new interpreter that does nothing else.
 
-``python -m rtrl.verification.harness.subprocesses NAME '{"seed": 0, …}'`` runs one of ``RUNS`` with these arguments and
-writes what it returns as JSON.
+``python -m rtrl.verification.harness.subprocesses NAME '{"seed": 0, …}' BREAK …`` runs one of ``RUNS`` with these
+arguments, the breaks planted, and writes what it returns as JSON.
 """
 
 import gc
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import rtrl
+from rtrl.verification.breaks import active, planted
 from rtrl.verification.harness.memory import use_all_slices
 from rtrl.verification.harness.problems import CONFIGS, LearnerRun, Mixture, problem
 
@@ -85,7 +86,7 @@ RUNS: dict[str, Callable[..., dict[str, list[int | None]]]] = {"bptt": bptt, "on
 
 
 def launch(name: str, **arguments: Any) -> dict[str, list[int | None]]:
-    """Call one of ``RUNS`` in a new interpreter with one thread.
+    """Call one of ``RUNS`` in a new interpreter with one thread, with the breaks that are planted here.
 
     Raises:
         RuntimeError: the process failed; the message ends with its last output.
@@ -93,7 +94,7 @@ def launch(name: str, **arguments: Any) -> dict[str, list[int | None]]:
     root = str(Path(rtrl.__file__).parents[1])
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
-        [sys.executable, "-m", "rtrl.verification.harness.subprocesses", name, json.dumps(arguments)],
+        [sys.executable, "-m", "rtrl.verification.harness.subprocesses", name, json.dumps(arguments), *active()],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -123,4 +124,6 @@ def online_bytes(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.stdout.write(json.dumps(RUNS[sys.argv[1]](**json.loads(sys.argv[2]))))
+    with planted(*sys.argv[3:]):
+        found = RUNS[sys.argv[1]](**json.loads(sys.argv[2]))
+    sys.stdout.write(json.dumps(found))
