@@ -1,7 +1,8 @@
 """Rewrite what stands between the markers of a page in Markdown, from a record.
 
-``<!-- rtrl:claims-table -->`` … ``<!-- /rtrl:claims-table -->`` holds the table of all claims, ``rtrl:claims`` one
-section per claim, ``rtrl:claim:ID`` one claim without its heading, ``rtrl:run`` how, when and where it was measured.
+``<!-- rtrl:claims-table -->`` … ``<!-- /rtrl:claims-table -->`` holds the table of all claims, ``rtrl:questions`` the
+five questions and their answers, ``rtrl:claims`` one section per claim, ``rtrl:claim:ID`` one claim without its
+heading, ``rtrl:run`` how, when and where it was measured.
 All else on the page is left as it is.
 """
 
@@ -11,11 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rtrl.errors import ConfigError
-from rtrl.report import prose, tables
+from rtrl.report import cards, prose, questions, tables
 from rtrl.report.model import Cell, ClaimResult, Record, Table
 
-LONG = 12  # rows that a table may have in the open
-NAMES = ("claims-table", "claims", "run", "claim:ID")
+NAMES = ("questions", "claims-table", "claims", "run", "claim:ID")
 _MARKER = re.compile(r"<!-- (/?)rtrl:([\w:-]+) -->")
 
 
@@ -94,6 +94,8 @@ def _path(target: Path, page: Path) -> str:
 def _content(record: Record, name: str, link: str | None, images: str | None, page: Path) -> str:
     if name == "claims-table":
         return claims_table(record, link)
+    if name == "questions":
+        return "\n\n".join(_answer(answer, link, images) for answer in questions.answers(record))
     if name == "claims":
         return "\n\n".join(section(claim, images) for claim in record.claims)
     if name.startswith("claim:"):
@@ -101,14 +103,32 @@ def _content(record: Record, name: str, link: str | None, images: str | None, pa
             if claim.id == name.removeprefix("claim:"):
                 return body(claim, images)
         raise ConfigError(f"{page}: the marker rtrl:{name} names a claim that the results do not have")
-    return _table(["", ""], [[escape(entry), escape(text)] for entry, text in tables.run(record)])
+    rows = [[escape(entry), escape(text)] for entry, text in tables.run(record)]
+    return f"{_table(['', ''], rows)}\n\n{tables.TRUST}"
+
+
+def _answer(answer: questions.Answer, link: str | None, images: str | None) -> str:
+    """A question under its heading: the answer, its sentences, the claims and a picture."""
+    parts = [f"### {answer.question}", f"**{tables.SIGNS[answer.verdict]} {answer.word}.**"]
+    parts += [escape(sentence) for sentence in answer.sentences]
+    if answer.claims:
+        parts.append("Claims: " + ", ".join(_name(claim, link) for claim in answer.claims) + ".")
+    if images is not None and answer.figure is not None:
+        claim, plot = answer.figure
+        parts.append(f"![{escape(plot.title or claim.id)}]({images}/{claim.id}-1.svg)")
+    return "\n\n".join(parts)
+
+
+def _name(claim: ClaimResult, link: str | None) -> str:
+    """The claim's id, as a link to its section where there is one."""
+    return f"`{claim.id}`" if link is None else f"[`{claim.id}`]({link}#{anchor(claim.id)})"
 
 
 def claims_table(record: Record, link: str | None) -> str:
     """All claims, a row each; ``link`` is the page with their sections, "" this one, None no page."""
     rows = [
         [
-            f"`{claim.id}`" if link is None else f"[`{claim.id}`]({link}#{anchor(claim.id)})",
+            _name(claim, link),
             escape(claim.claimed),
             escape(claim.result),
             escape(claim.threshold),
@@ -120,26 +140,32 @@ def claims_table(record: Record, link: str | None) -> str:
 
 
 def section(claim: ClaimResult, images: str | None) -> str:
-    """A claim under its heading, with what was claimed."""
-    return "\n\n".join([f"## `{claim.id}`", escape(claim.claimed), body(claim, images)])
+    """A claim under its heading."""
+    return f"## `{claim.id}`\n\n{body(claim, images)}"
 
 
 def body(claim: ClaimResult, images: str | None) -> str:
-    """The finding of a claim, how it was measured, its tables, and its pictures from the folder ``images``, if any."""
-    parts = [
-        _table(["measured", "threshold", "verdict"], [[escape(claim.result), escape(claim.threshold), _verdict(claim)]])
-    ]
+    """The card of a claim, its tables, its pictures from the folder ``images``, if any, and how it was measured."""
+    parts = ["\n".join(f"- **{name}**: {''.join(map(_piece, pieces))}" for name, pieces in _card(claim))]
     if claim.failures:
         lines = "\n".join(f"- {escape(line)}" for line in claim.failures)
         parts.append(f"**✗ The code does not do what it says:**\n\n{lines}")
-    if claim.explanation.strip():
-        parts.append(_prose(claim.explanation))
     parts += [_grid(grid) for grid in claim.tables]
     if images is not None:
         parts += [
             f"![{escape(plot.title or claim.id)}]({images}/{claim.id}-{i}.svg)" for i, plot in enumerate(claim.plots, 1)
         ]
+    if explained := _prose(cards.explanation(claim)):
+        parts.append(f'<details markdown="1">\n<summary>How it is measured</summary>\n\n{explained}\n\n</details>')
     return "\n\n".join(parts)
+
+
+def _card(claim: ClaimResult) -> list[cards.Entry]:
+    """The card; the verdict has its sign."""
+    return [
+        (name, [prose.Piece(f"{tables.SIGNS[claim.verdict]} ", "text"), *pieces] if name == "verdict" else pieces)
+        for name, pieces in cards.card(claim)
+    ]
 
 
 def anchor(heading: str) -> str:
@@ -167,7 +193,7 @@ def _grid(grid: Table) -> str:
     rows = [[_cell(value) for value in row] for row in grid.rows]
     body = _table([escape(name) for name in grid.columns], rows, right)
     title = escape(grid.title)
-    if len(rows) <= LONG:
+    if len(rows) <= tables.LONG:
         return f"{title}:\n\n{body}" if title else body
     summary = (
         f"{title or 'Table'} ({len(rows)} rows)"  # the attribute is for MkDocs, which else takes all inside for HTML
@@ -184,10 +210,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
 
 
-def _prose(text: str) -> str:
+def _prose(blocks: Sequence[prose.Block]) -> str:
     """A docstring as Markdown; items of a list stand together."""
     out, before = "", ""
-    for block in prose.blocks(text):
+    for block in blocks:
         if block.kind == "lines":
             part = "\n".join(f"    {line}".rstrip() for line in block.pieces[0].text.splitlines())
         else:

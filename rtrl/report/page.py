@@ -1,22 +1,24 @@
 """One HTML page of a record that needs nothing but itself: no script, no font, no picture from elsewhere."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import rtrl
-from rtrl._utils import formatting
+from rtrl._utils.code_digest import installed_code
 from rtrl.errors import ConfigError
-from rtrl.report import pictures, prose, tables
-from rtrl.report.model import ClaimResult, Record, Table
+from rtrl.report import cards, pictures, questions, tables
+from rtrl.report.model import ClaimResult, Plot, Record, Table
 from rtrl.report.style import DARK, LIGHT
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from markupsafe import Markup
 
 
 def render_page(record: Record) -> str:
-    """Render one HTML page: all claims in a table, each claim with its pictures, tables and explanation, and the run.
+    """Render one HTML page: five questions and their answers, all claims in a table, a card per claim, and the run.
 
-    With one version of matplotlib, equal records give equal pages. All text of the record is escaped.
+    With one version of matplotlib and of this package, equal records give equal pages. All text of the record is
+    escaped.
 
     Args:
         record: the results.
@@ -27,6 +29,35 @@ def render_page(record: Record) -> str:
     Raises:
         ConfigError: jinja2 or matplotlib is not installed; install the extra ``report``.
     """
+    template = _environment().get_template("page.html.j2")
+    asked = [
+        (answer, None if answer.figure is None else _figure(answer.figure[1], f"question-{answer.name}"))
+        for answer in questions.answers(record)
+    ]
+    return template.render(
+        record=record,
+        answers=asked,
+        claims=[(claim, cards.card(claim), _figures(claim), cards.explanation(claim)) for claim in record.claims],
+        failures=[(claim, line) for claim in record.claims for line in claim.failures],
+        run=dict(tables.run(record, installed_code())),
+        summary=tables.summary(record),
+        sign=tables.SIGNS,
+        long=tables.LONG,
+        trust=tables.TRUST,
+    )
+
+
+class Figure(NamedTuple):
+    """A picture on a page, what it cannot show, its numbers, and what was left out of them."""
+
+    title: str
+    picture: "Markup"
+    note: str
+    numbers: Table
+    left_out: str
+
+
+def _environment() -> "Environment":
     try:
         import jinja2
     except ImportError as error:
@@ -39,32 +70,18 @@ def render_page(record: Record) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(cell=tables.cell, duration=formatting.duration)
+    environment.filters.update(cell=tables.cell)
     environment.tests["numeric"] = tables.is_number
-    return environment.get_template("page.html.j2").render(
-        record=record,
-        claims=[(claim, _figures(claim), prose.blocks(claim.explanation)) for claim in record.claims],
-        failures=[(claim, line) for claim in record.claims for line in claim.failures],
-        run=tables.run(record),
-        summary=tables.summary(record),
-        sign=tables.SIGNS,
-        numeric=tables.numeric,
-        light=LIGHT,
-        dark=DARK,
-        version=rtrl.__version__,
-    )
+    environment.globals.update(numeric=tables.numeric, light=LIGHT, dark=DARK, version=rtrl.__version__)
+    return environment
 
 
-def _figures(claim: ClaimResult) -> list[tuple[str, "Markup", str, tuple[Table, str]]]:
-    """For every plot: its title, its picture, what the picture cannot show, and its numbers with a note."""
+def _figures(claim: ClaimResult) -> list["Figure"]:
+    return [_figure(plot, f"{claim.id}-{i}") for i, plot in enumerate(claim.plots, 1)]
+
+
+def _figure(plot: Plot, key: str) -> "Figure":
     from markupsafe import Markup
 
-    return [
-        (
-            plot.title,
-            Markup(pictures.inline(plot, f"{claim.id}-{i}")),  # an element tree wrote it, and escaped it
-            pictures.note(plot).strip(),
-            tables.numbers(plot),
-        )
-        for i, plot in enumerate(claim.plots, 1)
-    ]
+    picture = Markup(pictures.inline(plot, key))  # an element tree wrote it, and escaped it
+    return Figure(plot.title, picture, pictures.note(plot).strip(), *tables.numbers(plot))

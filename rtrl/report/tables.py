@@ -5,8 +5,9 @@ from datetime import datetime
 
 from rtrl._utils.formatting import duration, number, show_bytes
 from rtrl.report.draw import axis_text, runs, spacing
-from rtrl.report.model import VERDICTS, Cell, Plot, Record, Table
+from rtrl.report.model import VERDICTS, Cell, ClaimResult, Plot, Record, Table
 
+LONG = 12  # rows that a table may have in the open
 ROWS = 200  # of a table of numbers behind a picture; the results file has them all
 
 SIGNS = {
@@ -63,8 +64,14 @@ def _span(begin: float, end: float, plot: Plot) -> str:
     return first if begin == end else f"{first} – {last}"
 
 
-def run(record: Record) -> list[tuple[str, str]]:
-    """How, when and where the record was made: names and texts."""
+TRUST = (
+    "A results file is a statement of who made it: nothing in it proves that it was measured. To check it, run the "
+    "command with the same code, and compare."
+)
+
+
+def run(record: Record, installed: str = "") -> list[tuple[str, str]]:
+    """How, when and where the record was made: names and texts; ``installed`` is a digest that its code is held to."""
     when = datetime.fromisoformat(record.created)
     zone = when.tzname() or ""
     return [
@@ -80,7 +87,16 @@ def run(record: Record) -> list[tuple[str, str]]:
             "versions",
             ", ".join(f"{name} {cell(value)}" for name, value in record.versions.items() if value is not None),
         ),
+        *([("code", _code(record.code, installed))] if record.code or installed else []),
     ]
+
+
+def _code(measured: str, installed: str) -> str:
+    """The digest of the code that was measured, and whether it is that of the code here."""
+    if not measured:
+        return "unknown: the file has no digest of the code that was measured"
+    same = "the code that is installed here" if measured == installed else f"not the code installed here, {installed}"
+    return f"{measured} ({same})" if installed else measured
 
 
 def _entry(name: str, value: Cell) -> str:
@@ -91,13 +107,18 @@ def _entry(name: str, value: Cell) -> str:
 
 def summary(record: Record) -> str:
     """How many claims came to what, and how many failures there are: "12 claims: 9 hold, 2 hold when …"."""
+    failed = sum(len(claim.failures) for claim in record.claims)
+    text = f"{tally(record.claims)}."
+    return text + f" {failed} failure{'s' * (failed > 1)}: the code does not do what it says." * bool(failed)
+
+
+def tally(claims: Sequence[ClaimResult]) -> str:
+    """How many claims came to what."""
     plural = {"holds": "hold", "holds when": "hold when a condition is met", "does not hold": "do not hold"}
-    counts = [(verdict, sum(claim.verdict == verdict for claim in record.claims)) for verdict in VERDICTS]
+    counts = [(verdict, sum(claim.verdict == verdict for claim in claims)) for verdict in VERDICTS]
     parts = [f"{n} {plural.get(verdict, verdict) if n > 1 else verdict}" for verdict, n in counts if n]
     parts = [part.replace("1 holds when", "1 holds when a condition is met") for part in parts]
-    failed = sum(len(claim.failures) for claim in record.claims)
-    text = f"{len(record.claims)} claim{'s' * (len(record.claims) > 1)}: {', '.join(parts)}."
-    return text + f" {failed} failure{'s' * (failed > 1)}: the code does not do what it says." * bool(failed)
+    return f"{len(claims)} claim{'s' * (len(claims) > 1)}: {', '.join(parts)}"
 
 
 def cell(value: Cell) -> str:

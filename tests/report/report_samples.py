@@ -76,17 +76,33 @@ def sample() -> dict[str, Any]:
         "machine": {"cpu": "A processor", "cores": 2, "threads": 1, "memory_bytes": 2**34, "os": "Linux", "gpu": None},
         "versions": {"rtrl": "0.1.0", "torch": "2.13.0", "commit": None},
         "duration_s": 75.0,
+        "code": "0123456789abcdef",
         "claims": [
             claim(
                 "memory",
                 tables=[grid, long_grid],
                 plots=[MEMORY],
                 explanation="Claim: memory **stays** as *it is*.\n\n    S = J S + B\n\n"
-                "Bytes of ``rtrl.BlockRTRL`` (:func:`sync`).\n\n- one\n- two",
+                "Bytes of ``rtrl.BlockRTRL`` (:func:`sync`).\n\n- one\n- two\n\n**What it leaves open.** The bytes\nof "
+                "``optimizers``.\n\n**More.** Of it.",
+                question="memory",
+                headline="It holds 500 kB at every T",
+                model="GRU, P = 3.2 k, H = 32, T = 1000, seeds 0–2",
+                tried=["leak", "truncate"],
+                noticed=["leak"],
             ),
-            claim("depends", "holds when", condition="B ≤ 4; from H = 64 on", plots=[RASTER, CURVE]),
-            claim("slow_thing", "does not hold", condition="it is slower", failures=["gradients differ at step 3"]),
-            claim("absent", "not measured", result="", condition="no device"),
+            claim("depends", "holds when", condition="B ≤ 4; from H = 64 on", plots=[RASTER, CURVE], question="memory"),
+            claim(
+                "slow_thing",
+                "does not hold",
+                condition="it is slower",
+                failures=["gradients differ at step 3"],
+                question="clock",
+                tried=["leak"],
+                kept=True,
+                measured="2026-01-30T11:00:00+00:00",
+            ),
+            claim("absent", "not measured", result="", condition="no device", no_break="nothing is measured"),
         ],
     }
     return copy.deepcopy(whole)
@@ -100,7 +116,7 @@ def nasty() -> dict[str, Any]:
             return {name: spoil(item, name) for name, item in value.items()}
         if isinstance(value, list):
             return [spoil(item, key) for item in value]
-        kept = key in ("id", "verdict", "kind", "created")
+        kept = key in ("id", "verdict", "kind", "created", "question", "measured")
         return NASTY if isinstance(value, str) and not kept else value
 
     return spoil(sample())  # type: ignore[no-any-return]

@@ -81,9 +81,15 @@ def test_the_table_of_claims(tmp_path: Path) -> None:
         "<!-- /rtrl:claims-table -->",
         "after claims-table",
     ]
-    assert "## `memory`\n\nwhat memory claims\n\n| measured | threshold | verdict |" in other
+    assert (
+        "## `memory`\n\n- **claimed**: what memory claims\n- **measured**: 3.1 × of memory\n- **threshold**: ≥ 2.72 ×\n"
+        "- **verdict**: ✓ holds\n- **model and seeds**: GRU, P = 3.2 k, H = 32, T = 1000, seeds 0–2\n- **could"
+    ) in other
+    assert "\n- **what it does not show**: The bytes of `optimizers`.\n" in other
+    assert '<details markdown="1">\n<summary>How it is measured</summary>\n\nClaim: memory' in other
     assert "    S = J S + B\n\nBytes of `rtrl.BlockRTRL` (`sync`).\n\n- one\n- two\n\n" in other
     assert "\n\nClaim: memory **stays** as *it is*.\n\n" in other
+    assert "nothing in it proves that it was measured" in one
     assert "Costs:\n\n| side | H | multiply-adds | exact |\n| --- | ---: | ---: | --- |\n" in other
     assert "| rtrl | 16 | 131\u202f072 | yes |\n| dense | 16 | 1.5·10⁹ |  |\n\n" in other
     assert "<summary>Every row (40 rows)</summary>\n\n| n | n² |" in other
@@ -94,9 +100,20 @@ def test_the_table_of_claims(tmp_path: Path) -> None:
 def test_one_claim_alone(tmp_path: Path) -> None:
     whole, text = (after(sample(), pages(tmp_path, a=marked(n)), tmp_path)[0] for n in ("claims", "claim:memory"))
     body = text.split("<!-- rtrl:claim:memory -->\n\n")[1].split("\n\n<!-- /rtrl:claim:memory -->")[0]
-    assert body.startswith("| measured | threshold | verdict |")
-    assert body.endswith("![Memory against T](./memory-1.svg)")
-    assert f"## `memory`\n\nwhat memory claims\n\n{body}\n\n## `depends`" in whole
+    assert body.startswith("- **claimed**: what memory claims\n")
+    assert "![Memory against T](./memory-1.svg)" in body
+    assert f"## `memory`\n\n{body}\n\n## `depends`" in whole
+
+
+def test_five_questions(tmp_path: Path) -> None:
+    (text,) = after(sample(), pages(tmp_path, a=marked("questions", "claims")), tmp_path)
+    assert (
+        "### Does it need less memory, and from where on?\n\n**◐ In part.**\n\nIt holds 500 kB at every T.\n\n"
+        "depends holds when B ≤ 4; from H = 64 on.\n\n2 claims belong to this question; measured in the quick form, 1 "
+        "holds, 1 holds when a condition is met.\n\nClaims: [`memory`](#memory), [`depends`](#depends).\n\n"
+        "![Memory against T](./memory-1.svg)\n\n### Is it faster by the clock?\n\n**✗ No.**\n\n"
+    ) in text
+    assert text.count("This record has no claim about it.") == 3
 
 
 def test_without_sections_and_pictures_there_are_no_links(tmp_path: Path) -> None:
@@ -153,7 +170,7 @@ def test_escapes(text: str, escaped: str) -> None:
         ("\n<!-- /rtrl:run -->", r"a\.md:2: <!-- /rtrl:run --> does not belong here"),
         (marked("run", "run"), r"a\.md:9: <!-- rtrl:run --> does not belong here"),
         ("<!-- rtrl:run --><!-- rtrl:claims --><!-- /rtrl:claims --><!-- /rtrl:run -->", "does not belong here"),
-        (marked("runs"), "the marker rtrl:runs is unknown; known are rtrl:claims-table, rtrl:claims, rtrl:run"),
+        (marked("runs"), "the marker rtrl:runs is unknown; known are rtrl:questions, rtrl:claims-table, rtrl:claims"),
         (marked("claim:none"), r"a\.md: the marker rtrl:claim:none names a claim that the results do not have"),
     ],
 )
