@@ -47,3 +47,7 @@ class UnknownOperationError(RTRLError, LookupError):
 
 class PerformanceWarning(UserWarning):
     """The result is exact, but a slower path than usual had to be taken."""
+
+
+class FileError(ConfigError):
+    """A file cannot be read, written or locked, or does not contain what was written to it; it is as it was before."""

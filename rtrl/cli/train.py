@@ -1,38 +1,16 @@
 """``rtrl train``: any task, learner and cell; a run can be stopped and continued at any step."""
 
 import json
-import shlex
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from rtrl._utils.formatting import show_bytes
-from rtrl.cli.console import progress, writable
-from rtrl.errors import ConfigError, NonFiniteError, RTRLError
+from rtrl.cli.training_session import Notes, printable, resumed, started
+from rtrl.errors import ConfigError, RTRLError
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
-    from rtrl.training import Row, Trainer
-    from rtrl.training.logs import JsonLines, TensorBoard
-    from rtrl.training.run import Settings
-
-_CHANGEABLE = {
-    "resume",
-    "steps",
-    "log",
-    "tensorboard",
-    "save_every",
-    "evaluate",
-}  # in a run that continues
-_REFRESH_S = 0.1  # between two updates of the progress bar
+# In a run that continues.
+_CHANGEABLE = {"resume", "steps", "log", "tensorboard", "save_every", "evaluate", "cell"}
 
 
 def train(
@@ -101,8 +79,9 @@ def train(
 ) -> None:
     """Train a cell on a task with a learner, online.
 
-    Ctrl-C saves the run and prints how to continue it; the curve is then the same as without the stop. Exit code 0: all
-    steps were taken; 1: training diverged; 2: the command cannot be carried out; 130: stopped.
+    Ctrl-C, SIGTERM and SIGHUP save the run and print how to continue it; the curve is then the same as without the
+    stop. A second one stops at once. Exit code 0: all steps were taken; 1: training diverged; 2: the command cannot be
+    carried out, or a file cannot be written; 129, 130, 143: stopped by SIGHUP, Ctrl-C, SIGTERM.
     """
     from rtrl.training import run  # only this command needs PyTorch's optimizers and the tasks
 
@@ -113,13 +92,9 @@ def train(
             if fixed := sorted(given - _CHANGEABLE):
                 names = ", ".join("TASK" if name == "task" else "--" + name.replace("_", "-") for name in fixed)
                 raise ConfigError(f"a run continues with its own settings; leave out {names}")
-            settings, trainer, notes = run.load(resume)
-            checkpoint = resume
-            steps = steps if "steps" in given else notes["steps"]
-            log = log or Path(notes["log"])
-            tensorboard = tensorboard or (None if notes["tensorboard"] is None else Path(notes["tensorboard"]))
-            if trainer.steps_taken >= steps:
-                raise ConfigError(f"{resume} has taken {trainer.steps_taken} steps already; choose more by --steps")
+            changes: dict[str, Any] = {"steps": steps, "save_every": save_every, "evaluate": evaluate}
+            changes |= {"log": log, "tensorboard": tensorboard, "cell": cell}
+            session = resumed(resume, {name: value for name, value in changes.items() if name in given})
         else:
             if task is None:
                 raise ConfigError("name a task, or a checkpoint by --resume; rtrl train --help lists the tasks")
@@ -142,176 +117,11 @@ def train(
             )
             checkpoint = checkpoint or Path(f"rtrl-{task}.pt")
             log = log or checkpoint.with_suffix(".jsonl")
-            if checkpoint.exists() and not overwrite:
-                raise ConfigError(
-                    f"{checkpoint} exists already: continue it by --resume {shlex.quote(str(checkpoint))}, replace it "
-                    "by --overwrite, or choose another by --checkpoint"
-                )
-            if log.exists() and not overwrite:
-                raise ConfigError(f"{log} exists already: replace it by --overwrite, or choose another by --log")
-            trainer = settings.build()
-        session = _Session(settings, trainer, steps, checkpoint, save_every, log, tensorboard, resume is not None)
+            notes = Notes(steps, save_every, evaluate, str(log), None if tensorboard is None else str(tensorboard))
+            session = started(settings, checkpoint, notes, overwrite)
     except RTRLError as error:
-        raise typer.BadParameter(str(error)) from error
-    raise typer.Exit(session.run(evaluate))
-
-
-class _Session:
-    """One session of a run, from its start or from a checkpoint on."""
-
-    def __init__(
-        self,
-        settings: "Settings",
-        trainer: "Trainer",
-        steps: int,
-        checkpoint: Path,
-        save_every: int,
-        log: Path,
-        tensorboard: Path | None,
-        resumed: bool,
-    ) -> None:
-        from rtrl.training import logs
-
-        self._settings, self._trainer, self._steps = settings, trainer, steps
-        self._checkpoint, self._save_every = checkpoint, save_every
-        self._notes = {
-            "steps": steps,
-            "log": str(log),
-            "tensorboard": None if tensorboard is None else str(tensorboard),
-        }
-        after = trainer.steps_taken if resumed else None
-        if log.resolve() == checkpoint.resolve():
-            raise ConfigError(f"{log} cannot be both the checkpoint and the log")
-        self._board: TensorBoard | None = None if tensorboard is None else logs.TensorBoard(tensorboard, after)
-        writable(log)
-        if not resumed:
-            self._save()  # so that there always is a checkpoint, and a path that cannot be written is refused now
-        self._saved = trainer.steps_taken
-        self._log: JsonLines = logs.JsonLines(log, after)
-        if self._log.empty:
-            levels = {name: getattr(trainer.task, name) for name in ("measure", "chance", "solved")}
-            self._log.write({"event": "start", **asdict(settings), **levels})
-
-    def run(self, evaluation: int) -> int:
-        """Take the steps, and return the exit code."""
-        trainer, task = self._trainer, self._trainer.task
-        columns = ("{task.fields[loss]}", "{task.fields[score]}", "{task.fields[speed]}", "{task.fields[held]}")
-        blank: dict[str, Any] = dict.fromkeys(("loss", "score", "speed", "held"), "")
-        try:
-            with _stop_between_steps() as signals, progress(*columns) as bar:
-                name = bar.add_task(task.name, total=self._steps, completed=trainer.steps_taken, **blank)
-                self._take_steps(signals, bar, name)
-                if signals:
-                    self._save()
-        except KeyboardInterrupt:  # within a step, so that the run in memory is not consistent
-            _say(f"Stopped within a step. The last checkpoint is of step {self._saved}.", self._how_to_continue())
-            return 130
-        except NonFiniteError as error:
-            _say(f"{error}", f"The last checkpoint is of step {self._saved}: {self._checkpoint}")
-            return 1
-        except RTRLError as error:
-            _say(f"step {trainer.steps_taken}: {error}")
-            return 2
-        finally:
-            self._log.close()
-            if self._board is not None:
-                self._board.close()
-        if signals and trainer.steps_taken < self._steps:
-            _say(f"Stopped after step {trainer.steps_taken}, and saved.", self._how_to_continue())
-            return 128 + signals[0]
-        self._finish(evaluation)
-        return 0
-
-    def _take_steps(self, signals: list[int], bar: "Progress", name: Any) -> None:
-        trainer, shown = self._trainer, 0.0
-        for row, speed in trainer.run(self._steps):
-            if row is not None:
-                self._log.write({**asdict(row), "steps_per_s": round(speed, 3)})
-                if self._board is not None:
-                    self._board.write(row, speed)
-            if not bar.disable and (row is not None or time.perf_counter() - shown > _REFRESH_S):
-                bar.update(name, completed=trainer.steps_taken, **self._fields(row, speed))
-                shown = time.perf_counter()
-            if signals:
-                break
-            if trainer.steps_taken % self._save_every == 0:
-                self._save()
-        if trainer.steps_taken == self._steps:
-            self._save()
-
-    def _fields(self, row: "Row | None", speed: float) -> dict[str, Any]:
-        rows = self._trainer.curve.rows
-        shown = row or (rows[-1] if rows else self._trainer.unfinished())
-        fields = {"speed": f"{speed:.0f}/s", "held": show_bytes(shown.bytes_held)}
-        fields["loss"] = "" if shown.loss is None else f"loss {shown.loss:.4g}"
-        fields["score"] = "" if shown.score is None else f"{self._trainer.task.measure} {shown.score:.4g}"
-        return fields
-
-    def _save(self) -> None:
-        from rtrl.training import run
-
-        run.save(self._checkpoint, self._settings, self._trainer, self._notes)
-        self._saved = self._trainer.steps_taken
-
-    def _finish(self, evaluation: int) -> None:
-        from rtrl.training import evaluate
-
-        trainer, task = self._trainer, self._trainer.task
-        rows = [row for row in [*trainer.curve.rows[-1:], trainer.unfinished()] if row.score is not None]
-        levels = f"chance {task.chance:.4g}, solved from {task.solved:.4g}"
-        if rows:
-            typer.echo(f"{task.name}: {task.measure} {rows[0].score:.4g} in the newest row ({levels})")
-        if evaluation:
-            try:
-                score = evaluate(
-                    trainer.cell,
-                    task,
-                    batch_size=trainer.batch_size,
-                    steps=evaluation,
-                    seed=self._settings.seed,
-                    held_out=True,
-                )
-                typer.echo(f"held out: {task.measure} {score:.4g}")
-            except RTRLError as error:
-                typer.echo(f"held out: not measured, {error}", err=True)
-        audits = getattr(trainer.learner, "audits", None)
-        if audits is not None:
-            typer.echo(f"audits: {audits}")
-        typer.echo(f"saved: {self._checkpoint}; rows: {self._notes['log']}")
-
-    def _how_to_continue(self) -> str:
-        return f"Continue with: rtrl train --resume {shlex.quote(str(self._checkpoint))}"
-
-
-def _say(*lines: str) -> None:
-    for line in lines:
-        typer.echo(line, err=True)
-
-
-@contextmanager
-def _stop_between_steps() -> Iterator[list[int]]:
-    """A list that receives the number of an interrupt or termination signal; a second signal stops at once."""
-    signals: list[int] = []
-    before: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        before.clear()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        signals.append(number)
-        restore()
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-    except ValueError:  # not in the main thread, which handles signals
-        before.clear()
-    try:
-        yield signals
-    finally:
-        restore()
+        raise typer.BadParameter(printable(str(error))) from error
+    raise typer.Exit(session.run())
 
 
 def _options(flag: str, given: list[str] | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rtrl._utils import validation
+from rtrl.errors import ConfigError
 from rtrl.tasks.protocol import Task, TaskStep, TaskStream, check_same_stream
 
 
@@ -97,7 +98,7 @@ class EpisodeStream(TaskStream):
 
     def __next__(self) -> TaskStep:
         if self._episode is None:
-            self._episode = self._draw()
+            self._episode = self._draw(self._number)
         symbols, targets, has_target = (part[self._step] for part in self._episode)
         x = symbols
         if not x.is_floating_point():
@@ -118,18 +119,23 @@ class EpisodeStream(TaskStream):
         """Continue from the position of another stream of the same task.
 
         Raises:
-            ConfigError: it was a stream of another task, seed, batch size or part; this stream is unchanged.
+            ConfigError: it was a stream of another task, seed, batch size or part, or there is no such position; this
+                stream is unchanged.
         """
         check_same_stream(self._identity(), state, "round", "step")
-        self._number, self._step, self._episode = int(state["round"]), int(state["step"]), None
+        number, step = (validation.integer(name, state[name], least=0) for name in ("round", "step"))
+        episode = self._draw(number) if step else None
+        if episode is not None and step >= len(episode.symbols):
+            raise ConfigError(f"'step' must lie in 0 … {len(episode.symbols) - 1}, got {step}")
+        self._number, self._step, self._episode = number, step, episode
 
     def _identity(self) -> dict[str, Any]:
         return {
             "task": repr(self._task), "batch_size": self._batch_size, "seed": self._seed, "held_out": self._held_out,
         }  # fmt: skip
 
-    def _draw(self) -> Episode:
-        words = f"{self._task!r} {self._seed} {self._held_out} {self._number}"
+    def _draw(self, number: int) -> Episode:
+        words = f"{self._task!r} {self._seed} {self._held_out} {number}"
         seed = int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big")
         with torch.device("cpu"):
             return self._task.draw(self._batch_size, self._held_out, torch.Generator("cpu").manual_seed(seed))

@@ -118,9 +118,11 @@ class ByteModelStream(TaskStream):
         """
         check_same_stream(self._identity(), state, "place", "begun")
         place = state["place"]
-        if not isinstance(place, int) or not 0 <= place < len(self._text):
+        if type(place) is not int or not 0 <= place < len(self._text):
             raise ConfigError(f"'place' must lie in 0 … {len(self._text) - 1}, got {place!r}")
-        self._place, self._begun = place, bool(state["begun"])
+        if type(state["begun"]) is not bool:
+            raise ConfigError(f"'begun' must be True or False, got {state['begun']!r}")
+        self._place, self._begun = place, state["begun"]
 
     def _identity(self) -> dict[str, Any]:
         return {

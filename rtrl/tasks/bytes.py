@@ -110,6 +110,8 @@ class ByteStream:
 
 
 def _read(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is not a file, whose text could be read to its end")
     try:
         text = path.read_bytes()
     except FileNotFoundError:

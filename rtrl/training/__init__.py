@@ -4,7 +4,8 @@ from rtrl.training.cell_factory import CELLS, load_cell, make_cell
 from rtrl.training.curve import Curve, Progress, Row
 from rtrl.training.evaluation import evaluate
 from rtrl.training.learner_factory import LEARNERS, make_learner
-from rtrl.training.trainer import Trainer, train
+from rtrl.training.trainer import Trainer
+from rtrl.training.whole_run import train
 
 __all__ = [
     "CELLS",

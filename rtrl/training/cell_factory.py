@@ -102,7 +102,7 @@ def make_cell(
         d_out: the width of y.
         seed: of the first weights, which are drawn on the CPU; PyTorch's global random numbers stay as they are.
         dtype: of the parameters; by default as the cell makes them.
-        device: where the cell is moved.
+        device: where the cell is moved; on "meta" it is made without memory, to look at its shapes.
         **options: the cell's sizes.
 
     Raises:
@@ -111,7 +111,8 @@ def make_cell(
     >>> make_cell("gru", 3, 2, hidden=8).init_state(5).shape
     torch.Size([5, 8])
     """
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    without_memory = device is not None and torch.device(device).type == "meta"
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if without_memory else "cpu"):
         torch.manual_seed(seed)
         if ":" in name:
             cell = _module(_called(name, (d_in, d_out), options), name, "a torch.nn.Module")

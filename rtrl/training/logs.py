@@ -1,55 +1,119 @@
 """Logs of the rows of a run: a file of JSON lines, and TensorBoard."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from rtrl.errors import ConfigError
+from rtrl._utils.whole_files import reason, replace_file
+from rtrl.errors import ConfigError, FileError
 from rtrl.training.curve import Row
+
+_LONGEST = 2**20  # bytes of a line
 
 
 class JsonLines:
-    """A file with one JSON object per line.
+    """A file with one JSON object per line, of which the first says whose it is.
 
     Args:
-        path: the file.
-        after: the step from which the run continues; later rows of the file are dropped. None begins an empty file.
+        path: the file; a symbolic link is followed.
+        start: the first line, with the name of the run as "run".
+        after: the step from which the run continues; later rows of the file are dropped. None begins a new file.
+
+    Attributes:
+        last_step: that of the last row.
 
     Raises:
-        ConfigError: the file cannot be read or written.
+        FileError: the file cannot be read or written, or its first line is not that of this run. It is as it was.
     """
 
-    def __init__(self, path: Path, after: int | None = None) -> None:
+    def __init__(self, path: Path, start: Mapping[str, Any], after: int | None = None) -> None:
+        self._path, self.last_step = path, 0
+        target = Path(os.path.realpath(path))
         try:
-            kept = [] if after is None or not path.exists() else _until(path.read_text(encoding="utf-8"), after)
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            self._file = path.open("a", encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} cannot be used as a log: {error}") from error
-        self.empty = not kept
+            if after is None or not target.exists():
+                kept: Iterator[bytes] = iter([_line(start)])
+            else:
+                _check_first_line(target, path, start["run"])
+                kept = self._until(target, after)
+            replace_file(target, target.with_name(f".{target.name}.half"), lambda file: file.writelines(kept))
+            self._file: BinaryIO = target.open("ab", buffering=0)
+        except OSError as error:
+            raise FileError(f"{path} cannot be used as a log: {reason(error)}") from error
+
+    def _until(self, target: Path, after: int) -> Iterator[bytes]:
+        """The first line, and the rows up to a step, without an incomplete line."""
+        with target.open("rb") as file:
+            yield file.readline(_LONGEST)
+            while line := file.readline(_LONGEST):
+                step = _step_of(line)
+                if step is not None and step <= after:
+                    self.last_step = step
+                    yield line
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one object, and flush the file."""
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        """Append one object.
+
+        Raises:
+            FileError: it cannot be written. The lines before it are whole.
+        """
+        left = memoryview(_line(record))
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise FileError(f"the log {self._path} cannot be written: {reason(error)}") from error
+
+    def flush(self) -> None:
+        """Bring all lines to the disk.
+
+        Raises:
+            FileError: they cannot be written.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise FileError(f"the log {self._path} cannot be written: {reason(error)}") from error
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):  # all that was written was reported
+            self._file.close()
 
 
-def _until(text: str, after: int) -> list[str]:
-    """The lines up to a step, without an incomplete last line."""
-    kept = []
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and (record.get("event") == "start" or record.get("step", after + 1) <= after):
-            kept.append(line)
-    return kept
+def _line(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, allow_nan=False) + "\n").encode()
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """The object of a whole line; an empty one for any other."""
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        record = None
+    return record if isinstance(record, dict) else {}
+
+
+def _step_of(line: bytes) -> int | None:
+    step = _record(line).get("step")
+    return step if type(step) is int else None
+
+
+def _check_first_line(target: Path, path: Path, run: str) -> None:
+    """Refuse a file that is not the log of a run.
+
+    Raises:
+        FileError: its first line does not say that it is.
+    """
+    with target.open("rb") as file:
+        first = _record(file.readline(_LONGEST))
+    if first.get("event") != "start" or first.get("run") != run:
+        raise FileError(
+            f"{path} is not the log of this run: its first line is not the one that the run began with. It was left as "
+            "it is; choose another by --log"
+        )
 
 
 class TensorBoard:
@@ -64,6 +128,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, after: int | None = None) -> None:
+        self._folder = folder
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -73,15 +138,23 @@ class TensorBoard:
         try:
             self._writer: Any = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
         except OSError as error:
-            raise ConfigError(f"{folder} cannot be written: {error.strerror or error}") from error
+            raise FileError(f"{folder} cannot be written: {reason(error)}") from error
 
     def write(self, row: Row, steps_per_s: float) -> None:
-        """Add one row."""
+        """Add one row.
+
+        Raises:
+            FileError: it cannot be written.
+        """
         values = {"loss": row.loss, "score": row.score, "bytes_held": row.bytes_held, "steps_per_s": steps_per_s}
-        for name, value in values.items():
-            if value is not None:
-                self._writer.add_scalar(name, value, row.step)
+        try:
+            for name, value in values.items():
+                if value is not None:
+                    self._writer.add_scalar(name, value, row.step)
+        except OSError as error:
+            raise FileError(f"{self._folder} cannot be written: {reason(error)}") from error
 
     def close(self) -> None:
         """Flush and close the event file."""
-        self._writer.close()
+        with suppress(OSError):
+            self._writer.close()

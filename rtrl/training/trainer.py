@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,10 +16,21 @@ from rtrl.cells.protocol import call_cell, first_state
 from rtrl.errors import ConfigError, NonFiniteError, RTRLError
 from rtrl.learners import Learner
 from rtrl.tasks.protocol import Task
-from rtrl.training.curve import Curve, Progress, Row, Tally
+from rtrl.training.curve import Curve, Row, Tally
 from rtrl.training.evaluation import check_answer, parameter_of
+from rtrl.training.saved_trainer import (
+    check_cell_values,
+    check_optimizer,
+    count_of,
+    rows_from_plain,
+    rows_to_plain,
+    tally_from_plain,
+)
 
-FORMAT = 2
+FORMAT = 3
+KEPT_ROWS = 1000
+_DAMAGE = (RuntimeError, KeyError, TypeError, ValueError, IndexError, AttributeError)
+_WRITTEN_BY = {2: "rtrl 0.2.0"}  # older formats
 
 
 class Trainer:
@@ -42,7 +54,6 @@ class Trainer:
         log_every: the number of steps of a row of the curve.
 
     Attributes:
-        curve: the rows so far.
         steps_taken: the number of steps taken.
 
     Raises:
@@ -50,7 +61,8 @@ class Trainer:
         ShapeError: the cell does not take the task's x, or y does not have the shape that the task needs.
 
     Cost:
-        A step of the learner and of the stream; for an update, the learner's ``sync`` and the optimizer's step.
+        A step of the learner and of the stream; for an update, the learner's ``sync`` and the optimizer's step. The
+        newest 1000 rows are held and saved: memory and the saved state do not grow with the number of steps.
     """
 
     def __init__(
@@ -80,7 +92,7 @@ class Trainer:
         self._optimizer = optimizer(self._parameters)
         self._optimizer.zero_grad()
         self.steps_taken = 0
-        self.curve = Curve()
+        self._rows: deque[Row] = deque(maxlen=KEPT_ROWS)
         self._tally = Tally()
         self._since_update, self._has_loss = 0, False  # steps, and whether there was a loss, since the last update
 
@@ -104,6 +116,11 @@ class Trainer:
     def learner(self) -> Learner:
         """The learner; do not step it outside the trainer."""
         return self._learner
+
+    @property
+    def curve(self) -> Curve:
+        """The newest rows, at most 1000; ``step`` and ``run`` give each of them to a caller who keeps more."""
+        return Curve(list(self._rows))
 
     def step(self) -> Row | None:
         """Take one step, with an update if one is due; return the new row of the curve if this step completes one.
@@ -135,7 +152,7 @@ class Trainer:
         if self.steps_taken % self.log_every:
             return None
         row = self.unfinished()
-        self.curve.rows.append(row)
+        self._rows.append(row)
         self._tally = Tally()
         return row
 
@@ -200,43 +217,59 @@ class Trainer:
             "since_update": self._since_update,
             "has_loss": self._has_loss,
             "tally": [self._tally.loss, self._tally.score, self._tally.n_targets],
-            "rows": [[row.step, row.loss, row.score, row.bytes_held] for row in self.curve.rows],
-            "stream": self._stream.state_dict(),
+            "rows": rows_to_plain(self._rows),
             "learner": self._learner.state_dict(),
-            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
-            "cell": {name: value.detach().clone() for name, value in self.cell.state_dict().items()},
+            **self._own_state(),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from ``saved``, a ``state_dict``, with the same cell, task, learner and arguments.
 
         Raises:
-            ConfigError: it is of another run, or is damaged. The cell is unchanged then; make a new trainer.
+            ConfigError: it is of another run, or is damaged. The trainer is unchanged then.
         """
-        if not isinstance(saved, Mapping) or saved.get("format") != FORMAT:
-            raise ConfigError("this is not a saved trainer of a known format; pass what state_dict() returned")
+        _check_format(saved)
         if not hasattr(self._learner, "load_state_dict"):
             raise ConfigError(f"{type(self._learner).__name__} has no load_state_dict; it cannot continue")
-        before = {name: value.detach().clone() for name, value in self.cell.state_dict().items()}
+        before = self._own_state()
         try:
             for name, value in self._layout().items():
                 if saved["layout"][name] != value:
                     raise ConfigError(f"the saved trainer has {name}={saved['layout'][name]!r}, this one {value!r}")
-            rows = [Row(*row) for row in saved["rows"]]
-            tally = Tally(*saved["tally"])
-            steps, since, has_loss = saved["steps"], saved["since_update"], saved["has_loss"]
-            self.cell.load_state_dict(saved["cell"])
-            self._optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
-            self._stream.load_state_dict(saved["stream"])
+            steps, has_loss = count_of(saved, "steps"), saved["has_loss"]
+            since = count_of(saved, "since_update", most=steps)
+            if type(has_loss) is not bool:
+                raise ConfigError(f"'has_loss' of the saved trainer must be True or False, got {has_loss!r}")
+            rows = rows_from_plain(saved["rows"], steps, self.log_every, KEPT_ROWS)
+            tally = tally_from_plain(saved["tally"])
+            check_cell_values(saved["cell"], self.cell)
+            check_optimizer(saved["optimizer"], self._optimizer)
+            taken = saved["learner"].get("steps_taken", steps)
+            if taken != steps:
+                raise ConfigError(f"the saved trainer has taken {steps} steps, but its learner {taken!r}")
+            self._take_over(saved)
             self._learner.load_state_dict(saved["learner"])
-        except (RuntimeError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            self.cell.load_state_dict(before)
-            if isinstance(error, RTRLError):
+        except BaseException as error:
+            self._take_over(before)
+            if isinstance(error, RTRLError) or not isinstance(error, _DAMAGE):
                 raise
             raise ConfigError(f"the saved trainer does not fit or is damaged: {error}") from error
         self._optimizer.zero_grad()
         self.steps_taken, self._since_update, self._has_loss = steps, since, has_loss
-        self.curve, self._tally = Curve(rows), tally
+        self._rows, self._tally = deque(rows, maxlen=KEPT_ROWS), tally
+
+    def _own_state(self) -> dict[str, Any]:
+        """Copies of the parts that are not the learner's."""
+        return {
+            "stream": self._stream.state_dict(),
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "cell": {name: value.detach().clone() for name, value in self.cell.state_dict().items()},
+        }
+
+    def _take_over(self, saved: Mapping[str, Any]) -> None:
+        self.cell.load_state_dict(saved["cell"])
+        self._optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+        self._stream.load_state_dict(saved["stream"])
 
     def _layout(self) -> dict[str, Any]:
         """What a saved run and the one that continues it must have in common."""
@@ -253,79 +286,12 @@ class Trainer:
         }
 
 
-def train(
-    cell: nn.Module,
-    task: Task,
-    *,
-    learner: Callable[[nn.Module, int], Learner],
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-    batch_size: int,
-    steps: int,
-    every: int | None = None,
-    clip: float | None = None,
-    seed: int = 0,
-    log_every: int = 100,
-    watch: Callable[[Progress], None] | None = None,
-) -> Curve:
-    """Train a cell on a task for a number of steps.
-
-    Args:
-        cell: a cell with ``init_state(batch_size)``; it is trained in place, on its own device and in its own dtype.
-        task: the task.
-        learner: makes the learner, as for ``Trainer``.
-        optimizer: makes the optimizer of the trainable parameters.
-        batch_size: B.
-        steps: the number of steps.
-        every: the number of steps between two updates, as for ``Trainer``.
-        clip: the largest norm of the gradients, as for ``Trainer``.
-        seed: of the stream.
-        log_every: the number of steps of a row of the curve.
-        watch: called after every row.
-
-    Returns:
-        The curve, with one row for every ``log_every`` steps, and one for the remaining steps.
-
-    Raises:
-        ConfigError: a number is out of range, or the cell or learner cannot be used; nothing has been trained then.
-        ShapeError: the cell does not fit the task; nothing has been trained then.
-        NonFiniteError: NaN or infinity in the loss, the state or a gradient; the message names the step.
-        RTRLError: the learner raised it.
-
-    Cost:
-        As ``Trainer``.
-
-    Example:
-        >>> import torch, rtrl
-        >>> from rtrl import tasks, training
-        >>> task = tasks.make("copy", delay=2)
-        >>> cell = rtrl.cells.from_torch(torch.nn.GRUCell(task.d_in, 8), torch.nn.Linear(8, task.d_out))
-        >>> curve = training.train(
-        ...     cell,
-        ...     task,
-        ...     learner=training.make_learner("block", block=8),
-        ...     optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
-        ...     batch_size=4,
-        ...     steps=200,
-        ... )
-        >>> tuple(row.step for row in curve.rows)
-        (100, 200)
-    """
-    validation.integer("steps", steps)
-    trainer = Trainer(
-        cell,
-        task,
-        learner=learner,
-        optimizer=optimizer,
-        batch_size=batch_size,
-        every=every,
-        clip=clip,
-        seed=seed,
-        log_every=log_every,
-    )
-    for row, speed in trainer.run(steps):
-        if trainer.steps_taken == steps and row is None:
-            row = trainer.unfinished()
-            trainer.curve.rows.append(row)
-        if row is not None and watch is not None:
-            watch(Progress(row, steps, speed))
-    return trainer.curve
+def _check_format(saved: Any) -> None:
+    number = saved.get("format") if isinstance(saved, Mapping) else None
+    if type(number) is int and number in _WRITTEN_BY:
+        raise ConfigError(
+            f"this trainer was saved by {_WRITTEN_BY[number]}, in format {number}; this version reads format {FORMAT} "
+            "alone. Finish the run with that version"
+        )
+    if type(number) is not int or number != FORMAT:
+        raise ConfigError("this is not a saved trainer of a known format; pass what state_dict() returned")

@@ -106,7 +106,7 @@ def test_a_run_stopped_within_a_step_goes_on_from_the_last_checkpoint(monkeypatc
     assert train(*SMALL, "--steps", 20, "--checkpoint", "straight.pt").exit_code == 0
     at_step(monkeypatch, 17, interrupt)
     stopped = train(*SMALL, "--steps", 20, "--save-every", 6)
-    assert stopped.exit_code == 130 and "Stopped within a step. The last checkpoint is of step 12." in said(stopped)
+    assert stopped.exit_code == 130 and "Stopped at once. The last checkpoint is of step 12." in said(stopped)
     with Path("rtrl-anbn.jsonl").open("a") as file:
         file.write('{"step": 15, "lo')  # a line that was cut off
     assert [row["step"] for row in rows_so_far("rtrl-anbn.jsonl")] == [5, 10, 15]
