@@ -120,11 +120,12 @@ class LockedFile:
 
     def close(self) -> None:
         """Let other processes write the file."""
-        if self._lock is not None:
+        number, self._lock = self._lock, None
+        if number is not None:
             with suppress(OSError):
-                self._lock_path.unlink()  # while it is locked: who opens it later makes another one
-            os.close(self._lock)
-            self._lock = None
+                self._lock_path.unlink()  # while it is locked: a process that opens it later makes another one
+            with suppress(OSError):
+                os.close(number)
 
     def __enter__(self) -> Self:
         return self

@@ -188,6 +188,7 @@ class Session:
         from rtrl.training import logs
 
         self._file, self._settings, self._trainer, self._notes = file, settings, trainer, notes
+        self._seen = notes.seen_from(file.target.parent)
         self._saved = 0 if after is None else after
         folder = None if notes.tensorboard is None else Path(notes.tensorboard)
         self._board: TensorBoard | None = None if folder is None else logs.TensorBoard(folder, after)
@@ -261,8 +262,7 @@ class Session:
     def _write(self) -> None:
         from rtrl.training import run
 
-        notes = self._notes.seen_from(self._file.target.parent)
-        run.write(self._file, self._settings, self._trainer, asdict(notes))
+        run.write(self._file, self._settings, self._trainer, asdict(self._seen))
         self._saved = self._trainer.steps_taken
 
     def _close(self) -> None:
@@ -301,8 +301,7 @@ class Session:
         command = ["rtrl", "train", "--resume", str(self._file.path)]
         if ":" in self._settings.cell:
             command += ["--cell", self._settings.cell]
-        seen = self._notes.seen_from(self._file.target.parent)
-        for option, path in (("--log", seen.log), ("--tensorboard", seen.tensorboard)):
+        for option, path in (("--log", self._seen.log), ("--tensorboard", self._seen.tensorboard)):
             if path is not None and Path(path).is_absolute():
                 command += [option, path]
         return "Continue with: " + printable(shlex.join(command))
