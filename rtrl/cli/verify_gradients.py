@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rtrl.cli.console import progress, show
-from rtrl.cli.verify import Device, JsonPath, ResultsFile, Seed, command
+from rtrl.cli.results_file import ResultsFile, command
+from rtrl.cli.verify import Device, JsonPath, Seed
 from rtrl.errors import ConfigError
 
 if TYPE_CHECKING:

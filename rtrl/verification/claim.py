@@ -22,6 +22,7 @@ class Settings:
 
     Attributes:
         full: whether to take the long form: longer streams, more seeds, larger models.
+        small: whether to take the small form, a second or so, by which breaks are tried.
         seed: the seed of everything that is drawn.
         device: the torch device to measure on, where a claim leaves it open.
         progress: called with the name of every piece of work before it begins.
@@ -31,6 +32,12 @@ class Settings:
     seed: int = 0
     device: str = "cpu"
     progress: Progress = field(default=_silent, compare=False, repr=False)
+    small: bool = False
+
+    @property
+    def mode(self) -> str:
+        """The form: "small", "quick" or "full"."""
+        return "full" if self.full else "small" if self.small else "quick"
 
 
 @dataclass(kw_only=True)
@@ -140,6 +147,12 @@ class Claim(Generic[C, M]):
     def __call__(self, config: C, settings: Settings) -> M:
         """Measure."""
         return self.measure(config, settings)
+
+    def config(self, settings: Settings) -> C:
+        """Return how much is measured; a claim without a small form has its quick one."""
+        if settings.full:
+            return self.full
+        return self.small if settings.small and self.small is not None else self.quick
 
     def judge(self, measurements: M) -> Judgement:
         """Return the verdict of ``measurements``; failures void it where the claim says so."""

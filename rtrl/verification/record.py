@@ -4,14 +4,16 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import rtrl
+from rtrl._utils.code_digest import installed_code
 from rtrl.errors import ConfigError
 from rtrl.report import load_record
 from rtrl.report.model import Cell, ClaimResult, Finding, Record
@@ -24,15 +26,15 @@ def entry(outcome: Outcome) -> ClaimResult:
     """Return what a claim came to, with its words."""
     claim, seconds = outcome.claim, round(outcome.duration_s, 3)
     finding: dict[str, Any] = {part.name: getattr(outcome.finding, part.name) for part in fields(Finding)}
-    words = {name: getattr(claim, name) for name in ("id", "claimed", "explanation", "question")}
-    return ClaimResult(**finding, **words, duration_s=seconds)
+    words = {name: getattr(claim, name) for name in ("id", "claimed", "explanation", "question", "no_break")}
+    return ClaimResult(**finding, **words, duration_s=seconds, measured=_now())
 
 
 def record(entries: Sequence[ClaimResult], settings: Settings, command: str) -> Record:
     """Return the claims with how and where they were measured. ``duration_s`` is the sum over the claims."""
     return Record(
         **_circumstances(settings),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=_now(),
         command=command,
         duration_s=round(sum(entry.duration_s or 0.0 for entry in entries), 3),
         claims=list(entries),
@@ -55,12 +57,15 @@ def kept(path: Path, settings: Settings) -> list[ClaimResult]:
             f"{path} holds no results of rtrl verify ({error}); name another file, or omit --resume"
         ) from error
     for name, value in _circumstances(settings).items():
-        if getattr(old, name) != value:
+        before = getattr(old, name)
+        if name == "versions":  # a commit says less than the digest of the code
+            before, value = ({k: v for k, v in versions.items() if k != "commit"} for versions in (before, value))
+        if before != value:
             raise ConfigError(
-                f"{path} cannot be resumed: its {name} is {getattr(old, name)!r}, now it is {value!r}; measure "
-                "everything again, without --resume"
+                f"{path} cannot be resumed: its {name} is {before!r}, now it is {value!r}; measure everything again, "
+                "without --resume"
             )
-    return old.claims
+    return [replace(claim, kept=True, measured=claim.measured or old.created) for claim in old.claims]
 
 
 def failures(entries: Sequence[ClaimResult]) -> list[str]:
@@ -72,7 +77,8 @@ def failures(entries: Sequence[ClaimResult]) -> list[str]:
 def _circumstances(settings: Settings) -> dict[str, Any]:
     """Return what a result depends on besides the claim itself."""
     return {
-        "mode": "full" if settings.full else "quick",
+        "code": _code(),
+        "mode": settings.mode,
         "seed": settings.seed,
         "device": settings.device,
         "machine": machine(),
@@ -99,6 +105,16 @@ def versions() -> dict[str, Cell]:
         "python": platform.python_version(),
         "commit": _commit(Path(rtrl.__file__).parents[1]),
     }
+
+
+@cache
+def _code() -> str:
+    """The digest of the code that this process runs: what is edited while it runs does not count."""
+    return installed_code()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _cpu() -> str:

@@ -46,7 +46,7 @@ def measure_one(
     Args:
         claim: the claim.
         settings: how it is measured.
-        config: how much is measured; None for the claim's own quick or full form.
+        config: how much is measured; None for the claim's own form by the settings.
         broken: the name of a break that is planted meanwhile; None for none.
 
     Raises:
@@ -59,7 +59,7 @@ def measure_one(
     with torch.random.fork_rng(devices=[]), one_thread(), planted(*filter(None, [broken])):
         torch.manual_seed(settings.seed)
         try:
-            measurements = claim(config or (claim.full if settings.full else claim.quick), settings)
+            measurements = claim(config or claim.config(settings), settings)
             finding = claim.finding(measurements)
         except NotMeasured as reason:
             finding = Finding("—", claim.threshold, "not measured", str(reason))
@@ -71,6 +71,8 @@ def measure(
     settings: Settings,
     report: Report | None = None,
     each: Callable[[Outcome], None] | None = None,
+    *,
+    broken: str | None = None,
 ) -> list[Outcome]:
     """Measure claims one after the other. An exception is a failure of its claim; the others go on.
 
@@ -79,6 +81,7 @@ def measure(
         settings: how they are measured.
         report: called before every piece of work.
         each: called with every outcome as soon as it is there.
+        broken: the name of a break that is planted while each of them is measured; None for none.
     """
     outcomes = []
     for done, claim in enumerate(chosen):
@@ -90,7 +93,7 @@ def measure(
         progress("begins")
         began = time.perf_counter()
         try:
-            outcome = measure_one(claim, replace(settings, progress=progress))
+            outcome = measure_one(claim, replace(settings, progress=progress), broken=broken)
         except Exception as error:
             outcome = Outcome(claim, _raised(error), time.perf_counter() - began)
         outcomes.append(outcome)

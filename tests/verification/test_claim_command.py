@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import rtrl
 from rtrl.cli.app import app
-from rtrl.verification import record, registry
+from rtrl.report import load_record
+from rtrl.verification import breaks, record, registry
 from rtrl.verification.claim import Claim, Judgement, Measurements, NotMeasured, Settings, Shown, claim
 
 Measure = Callable[[None, Settings], Measurements]
@@ -118,7 +120,10 @@ def test_a_run_that_is_cut_off_keeps_what_it_measured(monkeypatch: pytest.Monkey
     result = verify("--json", str(path), "--resume")
     assert measured == ["fine", "later", "later"]  # what was there is not measured again
     assert re.search(r"^fine +holds +2 ×", result.stdout, re.MULTILINE)
-    assert result.stdout.splitlines()[-1].startswith("PASS: 3 claims: 1 holds, 2 does not hold")
+    assert result.stdout.splitlines()[-1].startswith(
+        "PASS: 3 claims: 1 holds, 2 does not hold; 2 kept from an earlier run of the same code"
+    )
+    assert re.search(r"^fine +holds .* 0 s, kept, measured 20\d\d-", result.stdout, re.MULTILINE)
     whole = json.loads(path.read_text(encoding="utf-8"))
     assert [claim["id"] for claim in whole["claims"]] == ["fine", "long", "later"]
     assert whole["claims"][0]["result"] == "2 ×"
@@ -145,6 +150,11 @@ def test_only_results_of_the_same_code_are_resumed(monkeypatch: pytest.MonkeyPat
         result = verify("--json", str(path), "--resume", *arguments)
         assert (result.exit_code, calls) == (2, [])
         assert f"its {name} is" in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
+    monkeypatch.setattr(record, "_code", lambda: "edited")
+    result = verify("--json", str(path), "--resume")
+    assert result.exit_code == 2
+    assert "its code is" in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
+    monkeypatch.undo()
     monkeypatch.setattr(record, "versions", lambda: {"rtrl": "another"})
     assert verify("--json", str(path), "--resume").exit_code == 2
     assert path.read_text(encoding="utf-8") == before
@@ -152,6 +162,82 @@ def test_only_results_of_the_same_code_are_resumed(monkeypatch: pytest.MonkeyPat
     result = verify("--json", str(path), "--resume")
     assert (result.exit_code, calls) == (2, [])
     assert "holds no results of rtrl verify" in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
+
+
+def test_another_commit_of_the_same_code_is_resumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    verify("--json", str(path), "--only", "good")
+    calls.clear()
+    found = {**record.versions(), "commit": "another"}
+    monkeypatch.setattr(record, "versions", lambda: found)
+    assert verify("--json", str(path), "--resume", "--only", "good").exit_code == 0
+    assert calls == []
+
+
+# ---------------------------------------------------------------------- with breaks
+
+
+def listens(name: str, **promises: Any) -> Claim[None, Measurements]:
+    """A claim that fails where nothing is ever dormant; "deaf" looks at nothing."""
+
+    def look(config: None, settings: Settings) -> Measurements:
+        calls.append(settings)
+        if name == "deaf":
+            return Measurements()
+        if breaks.active() == ("slow",):
+            raise ZeroDivisionError("by nothing")
+        cell = rtrl.RecurrentMoE(2, 2, d_model=4, n_slots=3, n_experts=4, topk=1)
+        return Measurements(failures=[] if rtrl.BlockRTRL(cell, 1).lazy else ["nothing is lazy"])
+
+    words = {"claimed": f"{name}, they said", "threshold": "≥ 1 ×", "quick": None, "full": None, **promises}
+    return claim(name, **words, verdict=lambda m: Judgement.holds(), show=lambda m: Shown("2 ×"))(look)
+
+
+def test_a_break_is_noticed_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    claims = [listens("hears", noticed_breaks=("eager",)), listens("excused"), listens("deaf")]
+    monkeypatch.setattr(registry, "claims", lambda: claims)
+    result = verify("--break", "eager", "--break", "slow")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^hears +eager: noticed, 'holds' → 'holds': nothing is lazy", result.stdout, re.MULTILINE)
+    assert "slow: noticed, 'holds' → 'not measured': ZeroDivisionError: by nothing" in result.stdout
+    assert re.search(r"^deaf +eager: not noticed, still 'holds'", result.stdout, re.MULTILINE)
+    claims[2] = listens("deaf", noticed_breaks=("eager",))
+    result = verify("--break", "eager")
+    assert result.exit_code == 1
+    assert "DEAF: the break eager does not change the verdict, 'holds'" in result.stdout
+
+
+def test_a_matrix_is_resumed_and_says_who_is_deaf(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "matrix.json"
+    claims = [listens("hears"), listens("deaf"), planted("absent", "absent"), listens("wrong", no_break="a reason")]
+    monkeypatch.setattr(registry, "claims", lambda: claims)
+    monkeypatch.setattr(breaks, "BREAKS", {name: breaks.BREAKS[name] for name in ("truncate", "eager")})
+    result = verify("--break", "truncate", "--small", "--json", str(path))
+    assert result.exit_code == 0, result.output
+    assert calls == [Settings(small=True)] * 7
+    calls.clear()
+    result = verify("--matrix", "--small", "--json", str(path), "--resume")
+    assert len(calls) == 3  # eager alone, and nothing for the claim that cannot be measured
+    assert result.exit_code == 1
+    assert re.search(r"^hears +1 of 2 breaks noticed: eager", result.stdout, re.MULTILINE)
+    assert "DEAF: no break changes the verdict, and it does not say why" in result.stdout
+    assert "DEAF: it says that no break can change the verdict; eager does" in result.stdout
+    assert "FAIL: 2 failures, first: deaf: no break changes" in result.stdout.splitlines()[-1]
+    whole = load_record(path)
+    assert whole.mode == "small"
+    assert [(found.id, found.tried, found.noticed) for found in whole.claims] == [
+        ("hears", ["truncate", "eager"], ["eager"]),
+        ("deaf", ["truncate", "eager"], []),
+        ("absent", [], []),
+        ("wrong", ["truncate", "eager"], ["eager"]),
+    ]
+    assert whole.claims[0].data["breaks"]["eager"] == {"verdict": "holds", "failure": "nothing is lazy"}
+
+
+def test_breaks_are_listed() -> None:
+    result = verify("--break", "help")
+    assert result.exit_code == 0
+    assert all(name in result.stdout for name in breaks.BREAKS)
 
 
 def test_the_claims_are_listed() -> None:
@@ -169,7 +255,8 @@ def test_the_claims_are_listed() -> None:
         (["--json", "no/such/folder/x"], "cannot be written"),
         (["--steps", "90"], "--steps is an option of rtrl verify-gradients now"),
         (["--only", "good", "--quick"], "--quick is an option of rtrl verify-gradients now"),
-        (["--break=truncate"], "--break is an option of rtrl verify-gradients now"),
+        (["--break", "nope"], "there is no break 'nope'; there are: truncate, cut-every-5-steps"),
+        (["--full", "--small"], "--full and --small are two forms"),
         (["--file", "x", "--full"], "--file is an option of rtrl verify-gradients now"),
         (["--resume"], "--resume needs --json PATH"),
         (["--resume", "--json", "-"], "--resume needs --json PATH"),
