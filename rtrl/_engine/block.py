@@ -101,7 +101,9 @@ def close_block(
     for group, cotangents in zip(groups, swept.cotangents, strict=True):
         immediate.extend(immediate_terms(group, cotangents, sliced_keys, slices))
         if has_losses:
-            _accumulate_losses(group, cotangents[:, :, -1:], gradient)
+            accumulate_losses(group.taps, cotangents[:, :, -1:], gradient, group.untapped)
+            for name, value in group.gradients.items():
+                gradient[name] += value
         if group.untapped:
             for name, jacobian in group.untapped_jacobians(cotangents.transpose(1, 2)).items():
                 if has_losses:
@@ -168,13 +170,15 @@ def _active_keys(groups: Sequence[Linearization], name: str, slices: int, size: 
     return keys
 
 
-def _accumulate_losses(group: Linearization, adjoint: Tensor, gradient: dict[str, Tensor]) -> None:
-    """Add the gradients through a group's taps and through y, ``Σ (∂ℓ/∂z + λ ∂h_next/∂z) ⊗ u``, λ being adjoint
-    (B, m, 1, W). The gradients of untapped parameters through h_next are not among them."""
+def accumulate_losses(
+    taps: Sequence[LinearizedTap], adjoint: Tensor, gradient: dict[str, Tensor], untapped: Sequence[str] = ()
+) -> None:
+    """Add the gradients through taps, ``Σ (∂ℓ/∂z + λ ∂h_next/∂z) ⊗ u``, λ being adjoint (B, m, 1, W). Those of untapped
+    parameters through h_next are not among them."""
     flat = adjoint.flatten(0, 1)
     weights: dict[tuple[int, int, bool], Tensor | None] = {}
-    for tap in group.taps:
-        through_state = tap.output_jacobian is not None and tap.name not in group.untapped
+    for tap in taps:
+        through_state = tap.output_jacobian is not None and tap.name not in untapped
         key = (id(tap.output_jacobian), id(tap.grad_output), through_state)
         if key not in weights:
             weight = None
@@ -186,8 +190,6 @@ def _accumulate_losses(group: Linearization, adjoint: Tensor, gradient: dict[str
         weight = weights[key]
         if weight is not None:
             gradient[tap.name] += _tap_gradient(tap, weight, gradient[tap.name].shape)
-    for name, value in group.gradients.items():
-        gradient[name] += value
 
 
 def _tap_gradient(tap: LinearizedTap, weight: Tensor, shape: torch.Size) -> Tensor:

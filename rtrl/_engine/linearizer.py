@@ -20,12 +20,16 @@ from rtrl._engine.mixing import run_perturbed, taps_mixing_samples
 from rtrl._engine.recorded import RecordedStep, StepBatch, join_restarts, join_steps, reached_states
 from rtrl._engine.row_block import RowBlockResult
 from rtrl._engine.row_linearizer import RowLinearizer
+from rtrl._engine.slot_block import SlotBlockResult, close_slots
+from rtrl._engine.slot_linearization import NotBySlot, linearize_slots
 from rtrl._engine.unitwise import UnitwisePattern, find_pattern
 from rtrl._influence.structure import Structure
+from rtrl._utils.real_pairs import RealForms
 from rtrl.cells.analytic import HasAnalyticStep
 from rtrl.cells.protocol import takes_replay
+from rtrl.cells.row_groups import declares_independent_slots
 from rtrl.cells.supported import runs_as_written
-from rtrl.errors import CellError
+from rtrl.errors import CellError, PerformanceWarning
 
 WAYS = (
     "all steps of a kind in one batch, linear uses of parameters recorded",
@@ -54,6 +58,7 @@ class Linearizer:
         self._has_analytic_step = isinstance(cell, HasAnalyticStep)
         self.structured = structured and not self._has_analytic_step  # a cell with an analytic step is dense
         self._rows = RowLinearizer(cell, parameters, self._verified_kinds)
+        self._keeps_slots_apart = True  # until a use of a parameter was found that does not
         if not self._has_analytic_step and callable(getattr(cell, "linearize", None)):
             warnings.warn(
                 f"{type(cell).__name__}.linearize is not used: the method is called analytic_step now",
@@ -107,6 +112,55 @@ class Linearizer:
             result = self._rows(steps, last, known, first)
         self.structured = result is not None
         return result
+
+    def goes_by_slot(self, state: Tensor) -> bool:
+        """Whether blocks of steps that say what they write can be linearised slot by slot, as far as is known."""
+        usable = self.structured and self._keeps_slots_apart and self.way == 0
+        return usable and declares_independent_slots(self._cell, state)
+
+    def by_slot(
+        self, steps: Sequence[RecordedStep], last: Tensor, sliced: Sequence[str], held: set[str]
+    ) -> SlotBlockResult | None:
+        """Linearise and sweep the steps of a block whose slots are independent, each slot by itself.
+
+        Args:
+            steps: the steps in order.
+            last: (B, n, ...), the present state.
+            sliced: the parameters whose influence is kept slice by slice.
+            held: other parameters that have an influence before the block.
+
+        Returns:
+            The block; None if the cell declares no independent slots, does not say what it writes, or uses a parameter
+            in a way that does not keep the slots apart.
+
+        Raises:
+            CellError: a slot depends on another one; and see ``__call__``.
+        """
+        self.found_new_kind = False
+        if not self.goes_by_slot(last):
+            return None
+        if any(step.sparsity.writes is None or not step.sparsity.writes.numel() for step in steps):
+            return None
+        with _checkpoints_explained():
+            batches = self._rows.batches(steps, last)
+            with deferring(None):  # what is found holds from now on
+                untapped = self._verified_kinds(batches)
+            groups = []
+            try:
+                for batch in batches:
+                    batch.h.requires_grad_()
+                    groups.append(linearize_slots(self._cell, self._parameters, batch, untapped, sliced))
+            except NotBySlot as error:
+                self._keeps_slots_apart = False
+                warnings.warn(
+                    f"{batches[0].span}: the slots are independent, but {error}. The influence is kept on the whole "
+                    "state, which takes longer",
+                    PerformanceWarning,
+                    stacklevel=8,
+                )
+                return None
+        parameters = RealForms(self._parameters)
+        return close_slots(groups, last, parameters, sliced, held, join_restarts(steps))
 
     @property
     def skipped(self) -> frozenset[str]:

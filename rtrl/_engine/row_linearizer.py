@@ -66,7 +66,7 @@ class RowLinearizer:
         """
         if not all(step.dense for step in steps):
             return None
-        batches = self._batches(steps, last)
+        batches = self.batches(steps, last)
         with deferring(None):  # what is found holds from now on
             untapped = self._verify(batches)
         structure = known
@@ -93,10 +93,10 @@ class RowLinearizer:
         """Return the structure that steps show; None if there is none worth having."""
         if not steps or not all(step.dense for step in steps):
             return None
-        batches = self._batches(steps, last)
+        batches = self.batches(steps, last)
         return self._find(batches, self._verify(batches), None, {})
 
-    def _batches(self, steps: Sequence[RecordedStep], last: Tensor) -> list[StepBatch]:
+    def batches(self, steps: Sequence[RecordedStep], last: Tensor) -> list[StepBatch]:
         """The steps, those of one kind together."""
         kinds: dict[object, list[int]] = {}
         for time, step in enumerate(steps):

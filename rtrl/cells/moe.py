@@ -10,6 +10,8 @@ from rtrl._utils import validation
 from rtrl.cells.grouped_linear import grouped_linear
 from rtrl.cells.protocol import Sparsity, check_indices, under_vmap
 from rtrl.cells.routing import MoEOutput, top
+from rtrl.cells.row_groups import rows_of
+from rtrl.cells.slot_recurrence import SlotRecurrence
 from rtrl.errors import ConfigError, ShapeError, SparsityError
 
 _EXPERT_SLICED = ("expert_up", "expert_up_bias", "expert_down", "expert_down_bias")
@@ -40,6 +42,9 @@ class RecurrentMoE(nn.Module):
         ffn_hidden: hidden width of the feed-forward layer; ``2 · d_model`` by default.
         router_output: return ``MoEOutput(output, router_logits, experts)`` as y, so that a loss may balance the
             experts. Every row of the router is then active at every step.
+        independent_slots: each slot's next contents depend on its own contents and x alone, and each slot has its own
+            gate and its own ``n_experts / n_slots`` experts, of which ``topk`` are used per written slot. ``n_heads``
+            is that of the readout; there is no feed-forward layer.
         generator: source of the initial weights; the same generator state gives the same weights on the same device.
         device: of the parameters.
         dtype: of the parameters.
@@ -78,6 +83,7 @@ class RecurrentMoE(nn.Module):
         ffn_hidden: int | None = None,
         *,
         router_output: bool = False,
+        independent_slots: bool = False,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -102,7 +108,12 @@ class RecurrentMoE(nn.Module):
         self.d_in, self.d_out, self.d_model, self.n_slots = d_in, d_out, d_model, n_slots
         self.n_experts, self.topk, self.n_heads = n_experts, topk, n_heads
         self.read_slots, self.write_slots = read_slots, write_slots
-        self.router_output = router_output
+        self.router_output, self.independent_slots = router_output, independent_slots
+        if independent_slots and (n_experts % n_slots or topk > n_experts // n_slots):
+            raise ConfigError(
+                f"independent slots have their own experts: n_experts ({n_experts}) must be a multiple of n_slots "
+                f"({n_slots}), and topk ({topk}) at most n_experts / n_slots"
+            )
 
         def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
@@ -112,16 +123,19 @@ class RecurrentMoE(nn.Module):
 
         self.embed = linear(d_in, d_model, bias=True)
         self.slot_embedding = stacked(n_slots, d_model)
-        self.read_query = linear(d_model, d_model)
-        self.query, self.key, self.value, self.mix = (linear(d_model, d_model) for _ in range(4))
-        self.up, self.down = linear(d_model, ffn_hidden, bias=True), linear(ffn_hidden, d_model, bias=True)
-        self.router = linear(d_model, n_experts)
-        self.expert_up = stacked(n_experts, expert_hidden, d_model)
-        self.expert_up_bias = stacked(n_experts, expert_hidden)
-        self.expert_down = stacked(n_experts, d_model, expert_hidden)
-        self.expert_down_bias = stacked(n_experts, d_model)
-        self.write_score = linear(d_model, 1)
-        self.candidate, self.gate = linear(d_model, d_model, bias=True), linear(d_model, d_model, bias=True)
+        if independent_slots:
+            self.slots = SlotRecurrence(d_in, d_model, n_slots, n_experts, expert_hidden, device, dtype)
+        else:
+            self.read_query = linear(d_model, d_model)
+            self.query, self.key, self.value, self.mix = (linear(d_model, d_model) for _ in range(4))
+            self.up, self.down = linear(d_model, ffn_hidden, bias=True), linear(ffn_hidden, d_model, bias=True)
+            self.router = linear(d_model, n_experts)
+            self.expert_up = stacked(n_experts, expert_hidden, d_model)
+            self.expert_up_bias = stacked(n_experts, expert_hidden)
+            self.expert_down = stacked(n_experts, d_model, expert_hidden)
+            self.expert_down_bias = stacked(n_experts, d_model)
+            self.write_score = linear(d_model, 1)
+            self.candidate, self.gate = linear(d_model, d_model, bias=True), linear(d_model, d_model, bias=True)
         self.out_query, self.out_key, self.out_value, self.out_mix = (linear(d_model, d_model) for _ in range(4))
         self.head = linear(d_model, d_out, bias=True)
         self.reset_parameters(generator)
@@ -153,14 +167,23 @@ class RecurrentMoE(nn.Module):
         validation.integer("batch_size", batch_size)
         return self.slot_embedding.new_zeros(batch_size, self.n_slots, self.d_model)
 
+    def row_groups(self) -> list[Tensor] | None:
+        """Return the slots as independent rows, if they are; see ``rtrl.cells.row_groups``."""
+        return rows_of(self.n_slots, self.d_model) if self.independent_slots else None
+
     def choices(self, reads: Tensor, writes: Tensor, experts: Tensor) -> Sparsity:
         """Build the ``Sparsity`` of a step that makes these choices; passed as ``replay``, it forces them.
 
         Args:
             reads: LongTensor (B, r), r ≥ 1: the slots read.
             writes: LongTensor (B, w): the slots written, each of them also in ``reads``.
-            experts: LongTensor (B, k), k ≥ 1: the experts used.
+            experts: LongTensor (B, k), k ≥ 1: the experts used; with independent slots those of each written slot, slot
+                by slot, equally many.
         """
+        if self.independent_slots:
+            used = self.slots.active(writes, experts, self.router_output)
+            active = {f"slots.{name}": index for name, index in used.items()}
+            return Sparsity(reads=reads, writes=writes, active={**active, "slot_embedding": reads})
         active = dict.fromkeys(_EXPERT_SLICED, experts)
         if not self.router_output:
             active["router.weight"] = experts
@@ -184,6 +207,8 @@ class RecurrentMoE(nn.Module):
             SparsityError: a replayed choice is malformed, or writes a slot that is not read.
         """
         tokens = self._tokens(x, h)
+        if self.independent_slots:
+            return self._independent(tokens.mean(dim=1), h, replay)
         u = self.embed(tokens)
 
         query = self.read_query(u.mean(dim=1))
@@ -224,12 +249,36 @@ class RecurrentMoE(nn.Module):
         written = before + gate * (torch.tanh(self.candidate(source)) - before)
         h_next = h.scatter(1, writes.unsqueeze(-1).expand_as(written), written)
 
-        memory = _rms(old.scatter(1, place.unsqueeze(-1).expand_as(written), written) + labels)
-        pooled = z.mean(dim=1, keepdim=True)
-        read_out = self._attend(self.out_query(_rms(pooled)), self.out_key(memory), self.out_value(memory))
-        output = self.head(_rms(pooled + self.out_mix(read_out)).squeeze(1))
+        memory = old.scatter(1, place.unsqueeze(-1).expand_as(written), written) + labels
+        output = self._read_out(z.mean(dim=1, keepdim=True), memory)
         y = MoEOutput(output, logits, experts) if self.router_output else output
         return y, h_next, self.choices(reads, writes, experts)
+
+    def _independent(
+        self, x: Tensor, h: Tensor, replay: Sparsity | None
+    ) -> tuple[Tensor | MoEOutput, Tensor, Sparsity]:
+        """Take one step with independent slots, x (B, d_in)."""
+        u = self.embed(x)
+        if replay is not None:
+            reads, writes, experts = self._replayed(replay, h)
+        else:
+            with torch.no_grad():
+                reads = top(torch.einsum("bd,bnd->bn", u, h + self.slot_embedding), self.read_slots)
+            writes = self.slots.choose_writes(x, reads, self.write_slots)
+            experts = self.slots.choose_experts(x, writes, self.topk)
+        written = self.slots(x, _rows(h, writes), writes, experts)
+        h_next = h.scatter(1, writes.unsqueeze(-1).expand_as(written), written)
+        memory = _rows(h_next, reads) + F.embedding(reads, self.slot_embedding)
+        output = self._read_out(u.unsqueeze(1), memory)
+        y = MoEOutput(output, self.slots.logits(x), experts) if self.router_output else output
+        return y, h_next, self.choices(reads, writes, experts)
+
+    def _read_out(self, pooled: Tensor, memory: Tensor) -> Tensor:
+        """The output for a query (B, 1, d) and the labelled slots read (B, r, d)."""
+        memory = _rms(memory)
+        read_out = self._attend(self.out_query(_rms(pooled)), self.out_key(memory), self.out_value(memory))
+        output: Tensor = self.head(_rms(pooled + self.out_mix(read_out)).squeeze(1))
+        return output
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (query, key, value))
@@ -259,10 +308,10 @@ class RecurrentMoE(nn.Module):
         """The choices of ``replay``: reads, writes, experts."""
         if not isinstance(replay, Sparsity):
             raise SparsityError(f"replay must be rtrl.Sparsity, got {type(replay).__name__}")
-        reads, writes, experts = replay.reads, replay.writes, replay.active.get("expert_up")
+        reads, writes, experts = replay.reads, replay.writes, replay.active.get(self._routed)
         if reads is None or writes is None or experts is None:
             raise SparsityError(
-                "replay must have reads, writes and active['expert_up']; build it with cell.choices(...)"
+                f"replay must have reads, writes and active[{self._routed!r}]; build it with cell.choices(...)"
             )
         if isinstance(reads, Tensor) and under_vmap(reads):
             return reads, writes, experts  # their values cannot be checked here; the caller has done so
@@ -273,13 +322,23 @@ class RecurrentMoE(nn.Module):
             raise SparsityError("replay must read at least one slot and use at least one expert")
         if not bool((writes.unsqueeze(2) == reads.unsqueeze(1)).any(dim=2).all()):
             raise SparsityError("replay writes a slot that it does not read; only slots read are written")
+        if self.independent_slots and not self.slots.owned(writes, experts):
+            raise SparsityError(
+                "replay must use equally many experts of each written slot, slot by slot; expert e belongs to slot "
+                f"e // {self.slots.bank}"
+            )
         return reads, writes, experts
+
+    @property
+    def _routed(self) -> str:
+        """A parameter whose active slices are the experts used."""
+        return "slots.expert_up" if self.independent_slots else "expert_up"
 
     def extra_repr(self) -> str:
         return (
             f"d_in={self.d_in}, d_out={self.d_out}, d_model={self.d_model}, n_slots={self.n_slots}, "
-            f"n_experts={self.n_experts}, "
-            f"topk={self.topk}, n_heads={self.n_heads}, read_slots={self.read_slots}, write_slots={self.write_slots}"
+            f"n_experts={self.n_experts}, topk={self.topk}, n_heads={self.n_heads}, read_slots={self.read_slots}, "
+            f"write_slots={self.write_slots}" + (", independent_slots=True" if self.independent_slots else "")
         )
 
 

@@ -26,6 +26,14 @@ def declared_groups(cell: nn.Module) -> list[Tensor] | None:
     return declare() if callable(declare) else None
 
 
+def declares_independent_slots(cell: nn.Module, state: Tensor) -> bool:
+    """Whether a cell declares the slots of a state (B, n, ...), two or more of them, as the rows of one group."""
+    groups = declared_groups(cell)
+    if groups is None or len(groups) != 1 or state.shape[1] < 2 or groups[0].shape[:1] != state.shape[1:2]:
+        return False
+    return torch.equal(groups[0].cpu(), rows_of(state.shape[1], state[0, 0].numel())[0])
+
+
 def groups_of(cell: nn.Module) -> list[Tensor]:
     """Return what a cell declares, or one row of all entries if it declares nothing."""
     declared = declared_groups(cell)

@@ -14,6 +14,7 @@ from rtrl._engine.linearizer import WAYS, Linearizer
 from rtrl._engine.projected import pull_back_result
 from rtrl._engine.recorded import RecordedStep
 from rtrl._engine.row_block import RowBlockResult
+from rtrl._engine.slot_block import SlotBlockResult
 from rtrl._engine.unrolled import PulledBlock, pull_back_unrolled
 from rtrl._utils import validation
 from rtrl._utils.real_pairs import RealForms
@@ -22,7 +23,7 @@ from rtrl.errors import AuditError, ConfigError, PerformanceWarning, RTRLError
 AuditMode = Literal["first", "off"] | int
 """When blocks are audited."""
 
-Result = BlockResult | RowBlockResult
+Result = BlockResult | RowBlockResult | SlotBlockResult
 WITHOUT_STRUCTURE = "without the structure of the state"
 
 _FLOOR = 100  # rounding errors of the largest number of a block: below them, a difference says nothing
@@ -263,7 +264,7 @@ class Auditor:
 def _pulled_back(
     result: Result, cotangent: Tensor, parameters: Mapping[str, Tensor], sliced: Sequence[str]
 ) -> tuple[PulledBlock, dict[str, Tensor]]:
-    if isinstance(result, RowBlockResult):
+    if not isinstance(result, BlockResult):
         return result.pull_back(cotangent, parameters)
     return pull_back_result(result, cotangent, parameters, sliced)
 

@@ -16,6 +16,7 @@ from rtrl._engine.newest_step import pull_back
 from rtrl._engine.one_step import Trial
 from rtrl._engine.recorded import RecordedStep
 from rtrl._engine.row_step import RowTrial
+from rtrl._engine.slot_block import SlotBlockResult
 from rtrl._engine.surroundings import check_surroundings
 from rtrl._influence.structure import Structure
 from rtrl._utils import pytrees, validation
@@ -27,7 +28,8 @@ from rtrl.learners.base import Learner
 from rtrl.learners.block_choice import chosen_block
 from rtrl.learners.carried import CarriedInfluence
 from rtrl.learners.carried_rows import CarriedRows
-from rtrl.learners.closing import BlockCloser, span_of
+from rtrl.learners.carried_slots import CarriedSlots, by_slot
+from rtrl.learners.closing import BlockCloser, Carried, span_of
 from rtrl.learners.single_steps import SingleSteps
 from rtrl.learners.state import LearnerState
 from rtrl.learners.witness import YOURS_IS_RIGHT
@@ -133,7 +135,8 @@ class BlockRTRL(Learner):
         self._known_structure = self._own_structure(structure) if isinstance(structure, Structure) else None
         self._prepare()
         self._processed = 0  # how many steps have been
-        self._carried: CarriedInfluence | CarriedRows = self._empty_carried(self._state)
+        by_slots = self._linearizer.goes_by_slot(self._state)
+        self._carried: Carried = self._empty_slots(self._state) if by_slots else self._empty_carried(self._state)
 
     _carries: type[CarriedInfluence] = CarriedInfluence
 
@@ -141,6 +144,10 @@ class BlockRTRL(Learner):
         """What is carried before the first step, or after ``now`` blocks."""
         learner = RealForms(self._parameters), state, self._gradient_of, self._auditor
         return self._carries(*learner, block=self.block, window=self.window, lazy=self.lazy, now=now)
+
+    def _empty_slots(self, state: Tensor) -> CarriedSlots:
+        """What is carried before the first step where each slot is carried by itself."""
+        return CarriedSlots(self._empty_carried(by_slot(state)), self.batch_size)
 
     def _own_structure(self, structure: Structure) -> Structure:
         """A structure, checked to be one of this cell's state and parameters.
@@ -313,7 +320,7 @@ class BlockRTRL(Learner):
                 self._closed,
                 self._open_steps,
                 self._reached,
-                self._carried.sliced,
+                self._carried.sliced if isinstance(self._carried, CarriedInfluence) else (),
             )
         carried = self._fitting(result)
         trial = self._tried_out(result, carried, audit is not None)
@@ -326,9 +333,7 @@ class BlockRTRL(Learner):
                 self._settle(trial, before, span)
         self._processed = newest + 1
 
-    def _tried_out(
-        self, result: Result, fitting: CarriedInfluence | CarriedRows, audited: bool
-    ) -> Trial | RowTrial | None:
+    def _tried_out(self, result: Result, fitting: Carried, audited: bool) -> Trial | RowTrial | None:
         """Process a block of one step in the quicker way, too, before it is added to what is carried."""
         if self.block > 1 or self._linearizer.way > 0:
             return None
@@ -385,6 +390,8 @@ class BlockRTRL(Learner):
         """What is carried, in the form that a block needs; made beside what there is."""
         if isinstance(result, BlockResult):
             return self._carried if isinstance(self._carried, CarriedInfluence) else self._dense_carried()
+        if isinstance(result, SlotBlockResult):
+            return self._carried
         if isinstance(self._carried, CarriedRows) and self._carried.structure is result.structure:
             return self._carried
         rows = CarriedRows(result.structure, RealForms(self._parameters), self._state, self._gradient_of, self._auditor)
@@ -460,9 +467,11 @@ class BlockRTRL(Learner):
             rows.load_state_dict(loaded.buffers)
             self._linearizer.structured = structured
             return {"_carried": rows, "_processed": processed}
-        carried = self._empty_carried(loaded.state)
-        carried.load_state_dict(loaded.buffers, loaded.layout["window"])
-        has_influences, has_history = bool(carried.influences), carried.history is not None
+        slots = "slots" in loaded.buffers
+        inner = self._empty_carried(by_slot(loaded.state) if slots else loaded.state)
+        inner.load_state_dict(loaded.buffers, loaded.layout["window"])
+        carried: Carried = CarriedSlots(inner, self.batch_size) if slots else inner
+        has_influences, has_history = bool(inner.influences), inner.history is not None
         between = loaded.steps_taken > 0 and not has_history and not loaded.open_steps  # dormant slices up to date
         if not between and len({loaded.steps_taken > 0, has_influences, has_history}) != 1:
             raise ConfigError("the parts of the saved learner do not fit together")

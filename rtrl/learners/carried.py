@@ -56,6 +56,11 @@ class CarriedInfluence:
     # ------------------------------------------------------------------ inspection
 
     @property
+    def state(self) -> Tensor:
+        """Any state, (B, n, ...), for shape, dtype and device."""
+        return self._state
+
+    @property
     def sliced(self) -> list[str]:
         """The parameters whose influence is kept slice by slice."""
         return [name for name, influence in self.influences.items() if influence.sliced]

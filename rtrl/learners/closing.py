@@ -12,12 +12,17 @@ from rtrl._engine.buffers import ReusableBuffer
 from rtrl._engine.linearizer import Linearizer
 from rtrl._engine.recorded import RecordedStep
 from rtrl._engine.row_block import RowBlockResult
+from rtrl._engine.slot_block import SlotBlockResult
 from rtrl._influence.structure import Structure
 from rtrl._utils.real_pairs import RealForms, real_numbers
 from rtrl.errors import NonFiniteError, SparsityError
 from rtrl.learners.audit import Result
 from rtrl.learners.carried import CarriedInfluence
 from rtrl.learners.carried_rows import CarriedRows
+from rtrl.learners.carried_slots import CarriedSlots, by_slot
+
+Carried = CarriedInfluence | CarriedRows | CarriedSlots
+"""What is carried from block to block, in one of its forms."""
 
 
 class BlockCloser:
@@ -43,7 +48,7 @@ class BlockCloser:
         """Bytes held between blocks."""
         return self._scratch.n_bytes + self._linearizer.n_bytes
 
-    def close(self, steps: Sequence[RecordedStep], reached: Tensor, carried: CarriedInfluence | CarriedRows) -> Result:
+    def close(self, steps: Sequence[RecordedStep], reached: Tensor, carried: Carried) -> Result:
         """Linearise steps and sweep them. On a device, the host reads all checks by one transfer.
 
         Args:
@@ -68,21 +73,36 @@ class BlockCloser:
         self._linearizer.found_new_kind |= is_new
         return result
 
-    def _checked(
-        self, steps: Sequence[RecordedStep], reached: Tensor, carried: CarriedInfluence | CarriedRows
-    ) -> Result:
+    def _checked(self, steps: Sequence[RecordedStep], reached: Tensor, carried: Carried) -> Result:
         if not deferred.on_host(reached):
             checks.check_recorded(steps, reached)
         structured = self._linearizer.structured
         try:
-            return self._by_rows(steps, reached, carried) or self._whole(steps, reached, carried)
+            return (
+                self._by_slot(steps, reached, carried)
+                or self._by_rows(steps, reached, carried)
+                or self._whole(steps, reached, carried)
+            )
         except BaseException:
             self._linearizer.structured = structured
             raise
 
-    def _by_rows(
-        self, steps: Sequence[RecordedStep], reached: Tensor, carried: CarriedInfluence | CarriedRows
-    ) -> RowBlockResult | None:
+    def _by_slot(self, steps: Sequence[RecordedStep], reached: Tensor, carried: Carried) -> SlotBlockResult | None:
+        """Close a block of a cell whose slots are independent, each slot by itself; None if it cannot be done so."""
+        if not isinstance(carried, CarriedSlots):
+            return None
+        with torch.enable_grad():
+            result = self._linearizer.by_slot(steps, reached, carried.sliced, carried.held)
+        if result is None:
+            return None
+        span, block = span_of(steps), result.block
+        _check_finite([block.transition.jacobian], [block.transition.adjoint], block.gradient, span)
+        overflown = overflowing(block, by_slot(reached), self._parameters, result.sliced)
+        if overflown is not None:
+            raise NonFiniteError(f"NaN or infinity in the immediate influence of parameter {overflown!r} in {span}")
+        return result
+
+    def _by_rows(self, steps: Sequence[RecordedStep], reached: Tensor, carried: Carried) -> RowBlockResult | None:
         """Close a block with the structure of the cell; None if it has none."""
         if not self._linearizer.structured:
             return None
@@ -95,20 +115,18 @@ class BlockCloser:
             _check_finite(products, transition.adjoint, result.gradient, span_of(steps))
         return result
 
-    def _whole(
-        self, steps: Sequence[RecordedStep], reached: Tensor, carried: CarriedInfluence | CarriedRows
-    ) -> BlockResult:
+    def _whole(self, steps: Sequence[RecordedStep], reached: Tensor, carried: Carried) -> BlockResult:
         """Close a block without structure."""
-        span = span_of(steps)
+        span, sliced = span_of(steps), carried.sliced if isinstance(carried, CarriedInfluence) else ()
         with torch.enable_grad():
             groups = self._linearizer(steps, reached)
         try:
-            result = close_block(groups, reached, self._parameters, carried.sliced, self._scratch)
+            result = close_block(groups, reached, self._parameters, sliced, self._scratch)
         except SparsityError as error:
             raise SparsityError(f"{span}: {error}") from error
         del groups  # and with it the graph
         _check_finite([result.transition.jacobian], [result.transition.adjoint], result.gradient, span)
-        overflown = overflowing(result, reached, self._parameters, carried.sliced)
+        overflown = overflowing(result, reached, self._parameters, sliced)
         if overflown is not None:
             raise NonFiniteError(f"NaN or infinity in the immediate influence of parameter {overflown!r} in {span}")
         return result

@@ -13,8 +13,7 @@ from rtrl._engine.row_step import RowStep, RowTrial
 from rtrl.learners.audit import Result
 from rtrl.learners.carried import CarriedInfluence
 from rtrl.learners.carried_rows import CarriedRows
-
-Carried = CarriedInfluence | CarriedRows
+from rtrl.learners.closing import Carried
 
 
 class SingleSteps:

@@ -20,7 +20,7 @@ from torch.nn.functional import hardshrink
 
 from rtrl._engine.analytic import _step_of, check_analytic_step
 from rtrl._engine.autograd import AutogradLinearization
-from rtrl._engine.block import _accumulate_losses, close_block
+from rtrl._engine.block import accumulate_losses, close_block
 from rtrl._engine.checks import check_copied, check_finite
 from rtrl._engine.contract import check_declared_columns, check_unwritten_rows
 from rtrl._engine.first_influence import first_influence, replace_samples
@@ -425,7 +425,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
         "the loss's direct path to the parameters is dropped",
         (
             swap(
-                _accumulate_losses,
+                accumulate_losses,
                 "TAP.grad_output if WEIGHT is None else WEIGHT + TAP.grad_output",
                 "TAP.grad_output if WEIGHT is None else WEIGHT",
             ),
@@ -1015,7 +1015,7 @@ if GRADIENT is not None:
         "a readout is given the weights of another readout's loss",
         (
             swap(
-                _accumulate_losses,
+                accumulate_losses,
                 "(id(TAP.output_jacobian), id(TAP.grad_output), STATE)",
                 "(id(TAP.output_jacobian), TAP.grad_output is None, STATE)",
             ),
