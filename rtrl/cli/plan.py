@@ -9,7 +9,7 @@ import typer
 from torch import nn
 
 import rtrl
-from rtrl.cli.console import show, writable
+from rtrl.cli.console import progress, show, writable
 from rtrl.errors import ConfigError, RTRLError
 
 
@@ -92,24 +92,26 @@ def plan(
         else:
             made, xs = _usual(str(kind), inputs, hidden, slots, experts, topk), None
         path = None if json_path in (None, "-") else writable(Path(str(json_path)))
-        dtype = next((p.dtype for p in made.parameters()), torch.float32)
-        own = dict(_rate(text) for text in rate or [])
-        devices = {
-            **own,
-            **(measured_rates(dtype) if measure else {}),
-            **nominal_rates(str(dtype).removeprefix("torch.")),
-        }
-        found = rtrl.plan(
-            made,
-            steps=steps,
-            batch_size=batch_size,
-            memory_bytes=None if memory is None else formatting.parse_bytes(memory),
-            xs=xs,
-            blocks=block or None,
-            windows=window or None,
-            horizons=horizon or None,
-            devices=devices,
-        )
+        with progress() as bar:
+            bar.add_task("planning", total=None)
+            dtype = next((p.dtype for p in made.parameters()), torch.float32)
+            own = dict(_rate(text) for text in rate or [])
+            devices = {
+                **own,
+                **(measured_rates(dtype) if measure else {}),
+                **nominal_rates(str(dtype).removeprefix("torch.")),
+            }
+            found = rtrl.plan(
+                made,
+                steps=steps,
+                batch_size=batch_size,
+                memory_bytes=None if memory is None else formatting.parse_bytes(memory),
+                xs=xs,
+                blocks=block or None,
+                windows=window or None,
+                horizons=horizon or None,
+                devices=devices,
+            )
     except RTRLError as error:
         raise typer.BadParameter(str(error)) from error
 

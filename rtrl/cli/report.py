@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rtrl.cli.console import progress
 from rtrl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,10 +71,14 @@ def report(
             if path is not None and path.exists() and path.samefile(results):
                 raise ConfigError(f"{path} holds the results; the page needs another name")
         # All is made before any of it is written: what cannot be made leaves no half behind.
-        texts = {path: new for path, (_, new) in update_markdown(record, pages, pictures).items()}
-        if output is not None:
-            texts[output] = render_page(record)
-        drawn = [] if pictures is None else draw_pictures(record, pictures, forms)
+        with progress() as bar:
+            work = bar.add_task("tables", total=None)
+            texts = {path: new for path, (_, new) in update_markdown(record, pages, pictures).items()}
+            if output is not None:
+                bar.update(work, description=f"drawing {output}")
+                texts[output] = render_page(record)
+            bar.update(work, description="drawing pictures")
+            drawn = [] if pictures is None else draw_pictures(record, pictures, forms)
         for path, text in texts.items():
             _write(path, text)
     except ConfigError as error:

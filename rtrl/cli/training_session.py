@@ -239,7 +239,7 @@ class Session:
                     self._board.write(row, speed)
             if signals:
                 break
-            if not bar.disable and (row is not None or time.perf_counter() - shown > _REFRESH_S):
+            if row is not None or time.perf_counter() - shown > _REFRESH_S:
                 bar.update(name, completed=trainer.steps_taken, **self._fields(row, speed))
                 shown = time.perf_counter()
             if trainer.steps_taken % self._notes.save_every == 0:
@@ -281,14 +281,16 @@ class Session:
             typer.echo(f"{task.name}: {task.measure} {rows[0].score:.4g} in the newest row ({levels})")
         if self._notes.evaluate:
             try:
-                score = evaluate(
-                    trainer.cell,
-                    task,
-                    batch_size=trainer.batch_size,
-                    steps=self._notes.evaluate,
-                    seed=self._settings.seed,
-                    held_out=True,
-                )
+                with progress() as bar:
+                    bar.add_task("held out", total=None)
+                    score = evaluate(
+                        trainer.cell,
+                        task,
+                        batch_size=trainer.batch_size,
+                        steps=self._notes.evaluate,
+                        seed=self._settings.seed,
+                        held_out=True,
+                    )
                 typer.echo(f"held out: {task.measure} {score:.4g}")
             except RTRLError as error:
                 typer.echo(f"held out: not measured, {error}", err=True)
