@@ -1,5 +1,6 @@
 """``rtrl verify``: measure the claims, all of them or some, alone or with faults planted on purpose."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -56,6 +57,14 @@ def verify(
     matrix: Annotated[
         bool, typer.Option("--matrix", help="Measure every claim alone and with every fault of --break help.")
     ] = False,
+    matrix_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Add to the results which faults change verdicts, as --matrix --json PATH found with the same code.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     json_path: JsonPath = None,
@@ -86,7 +95,7 @@ def verify(
         elif break_ and "help" in break_:
             verify_breaks.list_breaks()
         else:
-            run = verify_run.Run(only or [], full, small, seed, device, json_path, resume)
+            run = verify_run.Run(only or [], full, small, seed, device, json_path, resume, matrix_from)
             if break_ or matrix:
                 verify_breaks.try_breaks(run, break_ or [], matrix)
             else:

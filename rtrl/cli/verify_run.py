@@ -1,6 +1,8 @@
 """One run of ``rtrl verify``: what is kept of an earlier one, a line per claim, and the results file."""
 
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -33,6 +35,7 @@ class Run:
         device: the torch device.
         json_path: where the results go.
         resume: whether results of the same code that are there already are kept.
+        matrix_from: a file of results with breaks, which are added to the results.
 
     Attributes:
         results: where the results go.
@@ -42,13 +45,21 @@ class Run:
         console: where lines are printed.
 
     Raises:
-        ConfigError: a claim is unknown, the device cannot be used, or the file cannot be resumed.
+        ConfigError: a claim is unknown, the device cannot be used, or ``matrix_from`` is of other code.
     """
 
     def __init__(
-        self, only: list[str], full: bool, small: bool, seed: int, device: str, json_path: str | None, resume: bool
+        self,
+        only: list[str],
+        full: bool,
+        small: bool,
+        seed: int,
+        device: str,
+        json_path: str | None,
+        resume: bool,
+        matrix_from: Path | None = None,
     ) -> None:
-        from rtrl.verification import registry  # the oracles are needed here and nowhere else
+        from rtrl.verification import matrix, registry  # the oracles are needed here and nowhere else
         from rtrl.verification.claim import Settings
         from rtrl.verification.harness.problems import usable_device
 
@@ -59,6 +70,7 @@ class Run:
         self._order = [claim.id for claim in registry.claims()]
         self.found: dict[str, ClaimResult] = {}
         self.console = make_console(self.results.to_stdout)
+        self._attempts = {} if matrix_from is None else matrix.attempts(matrix_from)
 
     def read_kept(self) -> None:
         """Read what an earlier run measured, where the command says so.
@@ -77,6 +89,7 @@ class Run:
         from rtrl.verification import record
 
         entries = sorted(self.found.values(), key=lambda entry: self._order.index(entry.id))
+        entries = [replace(entry, **self._attempts.get(entry.id, {})) for entry in entries]
         return record.record(entries, self.settings, command())
 
     def add(self, found: "ClaimResult") -> None:

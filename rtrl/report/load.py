@@ -18,6 +18,8 @@ from rtrl.report.model import SCHEMA, Cell, ClaimResult, Record, Series, Table
 READABLE = (1, SCHEMA)
 OLDER = {"result": "figure", "tables": "grids"}  # the names of form 1
 REQUIRED = {"condition", "failures", "tables", "plots"}  # although the model has defaults for them
+_UNFIT = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+LARGEST_FILE = 2**28  # bytes; results of all claims take a few millions
 LARGEST = 1e300  # of a number: what is beyond leaves no room for the margins of an axis
 
 
@@ -35,7 +37,11 @@ def load_record(path: Path) -> Record:
             names the field and what was expected there.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        with path.open("rb") as file:
+            text = file.read(LARGEST_FILE + 1)
+        if len(text) > LARGEST_FILE:
+            raise ValueError(f"it is larger than {LARGEST_FILE} bytes")
+        content = json.loads(text.decode("utf-8"), parse_constant=_no_constant)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -142,9 +148,10 @@ def _check(made: object, where: str) -> None:
 def _text(value: object, where: str) -> str:
     if not isinstance(value, str):
         _refuse(value, where, "a text")
-    # No document can hold control characters and halves of pairs; the colours of a terminal leave nothing behind.
+    # No document can hold control characters and halves of pairs; the colours of a terminal leave nothing behind. What
+    # turns the direction of writing could make one text look like another.
     plain = re.sub(r"\x1b\[[0-9;]*m", "", value)
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", plain.replace("\r\n", "\n"))
+    return re.sub(_UNFIT, "\ufffd", plain.replace("\r\n", "\n"))
 
 
 def _only(kind: type, expected: str) -> Callable[[object, str], Any]:
@@ -178,10 +185,10 @@ _object = _only(dict, "an object")
 def _entries(value: object, where: str) -> dict[str, Cell]:
     """Names and plain values; what is nested is written as JSON."""
     return {
-        _text(name, where): _cell(
-            json.dumps(item, ensure_ascii=False) if isinstance(item, (dict, list)) else item, f"{where}.{name}"
+        name: _cell(
+            json.dumps(item, ensure_ascii=False) if isinstance(item, (dict, list)) else item, f"{where}.{name[:60]}"
         )
-        for name, item in _object(value, where).items()
+        for name, item in ((_text(name, where), item) for name, item in _object(value, where).items())
     }
 
 

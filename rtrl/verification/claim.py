@@ -149,7 +149,11 @@ class Claim(Generic[C, M]):
         return self.measure(config, settings)
 
     def config(self, settings: Settings) -> C:
-        """Return how much is measured; a claim without a small form has its quick one."""
+        """Return how much is measured.
+
+        Args:
+            settings: which form; a claim without a small form has its quick one.
+        """
         if settings.full:
             return self.full
         return self.small if settings.small and self.small is not None else self.quick

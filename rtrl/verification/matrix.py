@@ -6,10 +6,13 @@ says in its condition may change without that.
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from rtrl.errors import ConfigError
+from rtrl.report import load_record
 from rtrl.report.model import ClaimResult
-from rtrl.verification import breaks, runner
+from rtrl.verification import breaks, record, runner
 from rtrl.verification.claim import Claim, Settings
 
 
@@ -58,6 +61,21 @@ def added(found: ClaimResult, new: Attempt) -> ClaimResult:
         noticed=[*found.noticed, *([new.broken] if new.noticed else [])],
         data={**found.data, "breaks": details},
     )
+
+
+def attempts(path: Path) -> dict[str, dict[str, Any]]:
+    """Return claim → "tried" and "noticed", from a file of results of the code that runs.
+
+    Raises:
+        ConfigError: the file is not a record, or is of other code.
+    """
+    matrix = load_record(path)
+    if matrix.code != record.code():
+        raise ConfigError(
+            f"{path} is of other code ({matrix.code or 'unknown'}, now {record.code()}); measure it again by rtrl "
+            f"verify --matrix --small --json {path}"
+        )
+    return {found.id: {"tried": found.tried, "noticed": found.noticed} for found in matrix.claims if found.tried}
 
 
 def missing(found: ClaimResult, chosen: Collection[str]) -> list[str]:

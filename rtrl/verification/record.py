@@ -77,7 +77,7 @@ def failures(entries: Sequence[ClaimResult]) -> list[str]:
 def _circumstances(settings: Settings) -> dict[str, Any]:
     """Return what a result depends on besides the claim itself."""
     return {
-        "code": _code(),
+        "code": code(),
         "mode": settings.mode,
         "seed": settings.seed,
         "device": settings.device,
@@ -108,8 +108,8 @@ def versions() -> dict[str, Cell]:
 
 
 @cache
-def _code() -> str:
-    """The digest of the code that this process runs: what is edited while it runs does not count."""
+def code() -> str:
+    """Return the digest of the code that this process runs: what is edited while it runs does not count."""
     return installed_code()
 
 

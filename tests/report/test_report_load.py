@@ -10,7 +10,7 @@ import pytest
 from report_samples import NASTY, sample, written
 
 from rtrl.errors import ConfigError
-from rtrl.report import load_record
+from rtrl.report import load, load_record
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -127,12 +127,26 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         load_record(tmp_path)
 
 
+def test_a_file_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "LARGEST_FILE", 1000)
+    with pytest.raises(ConfigError, match="it is larger than 1000 bytes"):
+        load_record(written(tmp_path / "r.json", sample()))
+
+
+def test_names_of_entries_bring_nothing_into_a_message(tmp_path: Path) -> None:
+    record = sample()
+    record["machine"]["\x1b]0;owned\x07\u202e" + "x" * 500] = 1e305
+    with pytest.raises(ConfigError, match="expected a number") as raised:
+        load_record(written(tmp_path / "r.json", record))
+    assert not any(mark in str(raised.value) for mark in ("\x1b", "\x07", "\u202e", "x" * 100))
+
+
 def test_no_control_character_comes_in(tmp_path: Path) -> None:
     record = sample()
-    record["claims"][0]["claimed"] = NASTY + "\ud800\uffff\x85 a\r\nb\tc"
+    record["claims"][0]["claimed"] = NASTY + "\ud800\uffff\x85\u202e a\r\nb\tc"
     path = tmp_path / "r.json"
     path.write_text(json.dumps(record), encoding="utf-8")
     text = load_record(path).claims[0].claimed
     assert "\x1b" not in text and "[31m" not in text
-    assert text.endswith("\ufffd\ufffd\ufffd\ufffd a\nb\tc".removeprefix("\ufffd"))
+    assert text.endswith("\ufffd\ufffd\ufffd\ufffd\ufffd a\nb\tc".removeprefix("\ufffd"))
     text.encode()

@@ -150,7 +150,7 @@ def test_only_results_of_the_same_code_are_resumed(monkeypatch: pytest.MonkeyPat
         result = verify("--json", str(path), "--resume", *arguments)
         assert (result.exit_code, calls) == (2, [])
         assert f"its {name} is" in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
-    monkeypatch.setattr(record, "_code", lambda: "edited")
+    monkeypatch.setattr(record, "code", lambda: "edited")
     result = verify("--json", str(path), "--resume")
     assert result.exit_code == 2
     assert "its code is" in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
@@ -232,6 +232,26 @@ def test_a_matrix_is_resumed_and_says_who_is_deaf(monkeypatch: pytest.MonkeyPatc
         ("wrong", ["truncate", "eager"], ["eager"]),
     ]
     assert whole.claims[0].data["breaks"]["eager"] == {"verdict": "holds", "failure": "nothing is lazy"}
+
+
+def test_what_a_matrix_found_is_added_to_results_of_the_same_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    matrix, path = str(tmp_path / "matrix.json"), tmp_path / "results.json"
+    claims = [listens("hears"), listens("deaf")]
+    monkeypatch.setattr(registry, "claims", lambda: claims)
+    verify("--break", "eager", "--small", "--json", matrix, "--only", "hears")
+    calls.clear()
+    result = verify("--json", str(path), "--matrix-from", matrix)
+    assert (result.exit_code, len(calls)) == (0, 2), result.output
+    assert [(c.mode, found.tried, found.noticed) for c in [load_record(path)] for found in c.claims] == [
+        ("quick", ["eager"], ["eager"]),
+        ("quick", [], []),
+    ]
+    monkeypatch.setattr(record, "code", lambda: "edited")
+    result = verify("--json", str(path), "--matrix-from", matrix)
+    assert result.exit_code == 2
+    assert "is of other code" in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
 
 
 def test_breaks_are_listed() -> None:
