@@ -1,5 +1,6 @@
 """One HTML page of a record that needs nothing but itself: no script, no font, no picture from elsewhere."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import rtrl
@@ -8,6 +9,14 @@ from rtrl.errors import ConfigError
 from rtrl.report import cards, pictures, questions, tables
 from rtrl.report.model import ClaimResult, Plot, Record, Table
 from rtrl.report.style import DARK, LIGHT
+from rtrl.report.training_curves import training_plots, training_tables
+from rtrl.report.training_log import TrainingLog
+
+SPREADS = (
+    "Runs that differ in the seed alone are one curve: their median, and a band from the lowest to the highest.",
+    "A single run is smoothed: each point is the mean of the rows before it, a twentieth of all and five at least; the "
+    "band is from the lowest of them to the highest.",
+)
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -44,6 +53,34 @@ def render_page(record: Record) -> str:
         sign=tables.SIGNS,
         long=tables.LONG,
         trust=tables.TRUST,
+    )
+
+
+def render_training_page(logs: Sequence[TrainingLog]) -> str:
+    """Render one HTML page: the curves of training runs with their spread, their last figures and their settings.
+
+    Args:
+        logs: the logs of the runs.
+
+    Returns:
+        The page.
+
+    Raises:
+        ConfigError: jinja2 or matplotlib is not installed; install the extra ``report``.
+    """
+    template = _environment().get_template("training.html.j2")
+    plots = training_plots(logs)
+    several = "s" * (len(logs) > 1)
+    rows = sum(map(len, logs))
+    return template.render(
+        names=", ".join(dict.fromkeys(str(log.settings.get("task", log.name)) for log in logs)),
+        summary=f"{len(logs)} run{several} of rtrl train, {rows} row{'s' * (rows != 1)}.",
+        notes=[
+            *SPREADS,
+            *(f"{log.name}: the last line is not whole and is left out." for log in logs if log.incomplete),
+        ],
+        figures=[_figure(plot, f"training-{i}") for i, plot in enumerate(plots, 1)],
+        tables=training_tables(logs),
     )
 
 

@@ -25,18 +25,20 @@ _REFERENCE = re.compile(r"(?:url\(|^)#([\w-]+)")
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 
-def names(record: Record) -> dict[str, Plot]:
+def names(record: Record | dict[str, Plot]) -> dict[str, Plot]:
     """Every plot of the record by the name of its picture: the claim's id and a number that counts from 1."""
+    if isinstance(record, dict):
+        return record
     return {f"{claim.id}-{i}": plot for claim in record.claims for i, plot in enumerate(claim.plots, 1)}
 
 
-def draw_pictures(record: Record, folder: Path, forms: Sequence[str] = ("svg", "pdf")) -> list[Path]:
+def draw_pictures(record: Record | dict[str, Plot], folder: Path, forms: Sequence[str] = ("svg", "pdf")) -> list[Path]:
     """Write every plot as ``<claim>-<number>.<form>``; the folder is made if need be.
 
     SVG and PNG have no background and can be read on white and on black; PDF is for paper.
 
     Args:
-        record: the results.
+        record: the results; or plots by the names of their pictures.
         folder: where the files go.
         forms: any of "svg", "pdf" and "png".
 

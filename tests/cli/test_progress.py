@@ -14,6 +14,7 @@ import rtrl.report
 from rtrl.cli import console
 from rtrl.cli.app import app
 from rtrl.errors import ConfigError
+from rtrl.report import load_training_log
 from rtrl.testing.pytest_nodes import BoundCheck
 from rtrl.verification import registry, runner
 from rtrl.verification.claim import Judgement, Measurements, Settings, Shown, claim
@@ -66,6 +67,7 @@ def test_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     found = lines("train", "anbn", *words, "--checkpoint", str(tmp_path / "run.pt"))
     assert any(re.match(r"anbn \d+/24 .* s loss .* \d+/s .*B$", line) for line in found), found
+    assert len(load_training_log(tmp_path / "run.jsonl")) == 6  # what rtrl train writes, rtrl report reads
 
 
 @pytest.mark.parametrize(

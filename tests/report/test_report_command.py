@@ -63,10 +63,10 @@ def test_pages_and_pictures_written_and_checked(results: Path, tmp_path: Path) -
     [
         (["--check"], "--check goes with --update and --pictures"),
         (["--check", "-o", "x.html", "--update", "page.md"], "and not with --output"),
-        (["-o", "results.json"], "holds the results"),
+        (["-o", "results.json"], "is among the files that are read"),
         (["-o", "no/such/folder.html"], "cannot be written"),
         (["-o", "x.html", "--update", "absent.md"], "absent.md cannot be read"),
-        (["-o", "x.html", "--update", "results.json"], "results.json holds the results"),
+        (["-o", "x.html", "--update", "results.json"], "results.json is among the files"),
         (["-o", "x.html", "--pictures", "p", "--format", "gif"], "no form 'gif'"),
     ],
 )
