@@ -17,7 +17,9 @@ def train(
     context: typer.Context,
     task: Annotated[
         str | None,
-        typer.Argument(help="anbn, haystack, copy, adding, bytes or digits; not with --resume.", show_default=False),
+        typer.Argument(
+            help="anbn, haystack, copy, adding, bytes, digits, tmaze; not with --resume.", show_default=False
+        ),
     ] = None,
     learner: Annotated[
         str, typer.Option(help="block (BlockRTRL), bptt, tbptt, rtrl, snap, uoro, rflo, diagonal or layer-local.")

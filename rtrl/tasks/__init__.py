@@ -10,6 +10,7 @@ from rtrl.tasks.digits import Digits
 from rtrl.tasks.haystack import Haystack
 from rtrl.tasks.protocol import Task, TaskStep, TaskStream
 from rtrl.tasks.registry import TASKS, make
+from rtrl.tasks.tmaze import TMaze
 
 __all__ = [
     "TASKS",
@@ -20,6 +21,7 @@ __all__ = [
     "Copy",
     "Digits",
     "Haystack",
+    "TMaze",
     "Task",
     "TaskStep",
     "TaskStream",

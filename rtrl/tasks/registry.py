@@ -11,6 +11,7 @@ from rtrl.tasks.copy import Copy
 from rtrl.tasks.digits import Digits
 from rtrl.tasks.haystack import Haystack
 from rtrl.tasks.protocol import Task
+from rtrl.tasks.tmaze import TMaze
 
 TASKS: Mapping[str, Callable[..., Task]] = {
     "anbn": AnBn,
@@ -19,6 +20,7 @@ TASKS: Mapping[str, Callable[..., Task]] = {
     "adding": Adding,
     "bytes": ByteModel,
     "digits": Digits,
+    "tmaze": TMaze,
 }
 """The class of each task by name; its arguments are the options of the task."""
 
@@ -27,7 +29,7 @@ def make(name: str, **options: Any) -> Task:
     """Make a task by its name.
 
     Args:
-        name: ``anbn``, ``haystack``, ``copy``, ``adding``, ``bytes`` or ``digits``.
+        name: ``anbn``, ``haystack``, ``copy``, ``adding``, ``bytes``, ``digits`` or ``tmaze``.
         options: the arguments of its class.
 
     Returns:

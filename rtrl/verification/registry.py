@@ -29,6 +29,7 @@ _CLAIMS = (
     "model.patterns.measure",
     "memory.gpu.measure",
     "learning.byte_stream.measure",
+    "rivals.balancing.measure",
 )
 """Modules of this package, each with the name of its claim."""
 

@@ -24,7 +24,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=["anbn", "haystack", "copy", "adding", "bytes", "rows", "pixels"])
+@pytest.fixture(params=["anbn", "haystack", "copy", "adding", "bytes", "rows", "pixels", "tmaze"])
 def task(request: pytest.FixtureRequest, text: Path) -> Task:
     if request.param in ("rows", "pixels"):
         pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -106,7 +106,7 @@ def test_a_state_of_another_stream_is_refused(task: Task) -> None:
     assert same(take(stream, 20), before)
 
 
-@pytest.mark.parametrize("name", ["copy", "adding", "digits"])
+@pytest.mark.parametrize("name", ["copy", "adding", "digits", "tmaze"])
 def test_a_sample_does_not_depend_on_how_many_there_are(name: str) -> None:
     if name == "digits":
         pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -210,10 +210,12 @@ def answer(task: Task, seen: list[TaskStep]) -> Tensor:
         return x[(len(seen) - 1) % (task.length + task.delay)][:, : task.values]  # type: ignore[no-any-return]
     if isinstance(task, tasks.Adding):
         return (x[..., :1] * x[..., 1:]).sum(dim=0)
+    if isinstance(task, tasks.TMaze):
+        return x[0, :, :2]
     return now.x
 
 
-@pytest.mark.parametrize("name", ["anbn", "haystack", "copy", "adding"])
+@pytest.mark.parametrize("name", ["anbn", "haystack", "copy", "adding", "tmaze"])
 @pytest.mark.parametrize("held_out", [False, True])
 def test_who_knows_the_task_solves_it(name: str, held_out: bool) -> None:
     task = tasks.make(name)

@@ -1,0 +1,1 @@
+"""Claims about where exact gradients win against other learning rules, and where they do not."""
