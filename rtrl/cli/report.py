@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rtrl._utils.code_digest import installed_code
 from rtrl.cli.console import progress
 from rtrl.errors import ConfigError
 
@@ -44,9 +45,9 @@ def report(
         list[Path] | None,
         typer.Option(
             metavar="PAGE.md",
-            help="Rewrite what stands between the markers <!-- rtrl:claims-table -->, <!-- rtrl:claims -->, "
-            "<!-- rtrl:claim:ID --> or <!-- rtrl:run --> and their ends; may be repeated. With --pictures, claims show "
-            "theirs.",
+            help="Rewrite what stands between the markers <!-- rtrl:questions -->, <!-- rtrl:claims-table -->, "
+            "<!-- rtrl:faults -->, <!-- rtrl:claims -->, <!-- rtrl:claim:ID --> or <!-- rtrl:run --> and their ends; "
+            "may be repeated. With --pictures, claims show theirs.",
             show_default=False,
         ),
     ] = None,
@@ -104,6 +105,8 @@ def _show_results(
         drawn = [] if pictures is None else draw_pictures(record, pictures, forms)
     for path, text in texts.items():
         _write(path, text)
+    if record.code and record.code != (here := installed_code()):
+        typer.echo(f"{results} was measured with other code ({record.code}) than is installed here ({here})", err=True)
     if pictures is not None:
         typer.echo(f"{pictures}: {len(drawn)} pictures")
     for path in texts:

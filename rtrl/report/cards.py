@@ -5,9 +5,11 @@ from datetime import datetime
 
 from rtrl._utils.formatting import duration
 from rtrl.report import prose
-from rtrl.report.model import ClaimResult
+from rtrl.report.model import Cell, ClaimResult, Record, Table
 
 _LEFT_OPEN = re.compile(r"^\*\*What it leaves open\.?\*\*\s*", re.MULTILINE)
+
+FEW = 5  # faults that are named, though they change nothing
 
 Entry = tuple[str, list[prose.Piece]]
 """The name of an entry, and its text in pieces."""
@@ -33,15 +35,28 @@ def card(claim: ClaimResult) -> list[Entry]:
 def could_fail(claim: ClaimResult) -> str:
     """Which faults were planted in the code to see whether the verdict changes, and which of them changed it."""
     deaf = [name for name in claim.tried if name not in claim.noticed]
-    unchanged = f"; not with {_listed(deaf)}" if deaf else ""
+    others = _listed(deaf) if len(deaf) <= FEW else f"the other {len(deaf)}"
+    unchanged = f"; not with {others}" if deaf else ""
     if claim.noticed:
         faults = f"{len(claim.noticed)} of {len(claim.tried)} faults planted in the code"
         return f"Yes: the verdict changes with {faults}: {_listed(claim.noticed)}{unchanged}."
     if claim.no_break:
         return f"No fault in the code can change it: {claim.no_break.rstrip('.')}."
     if claim.tried:
-        return f"Not seen to fail: the verdict is the same with {_listed(deaf)} planted in the code."
+        planted = _listed(deaf) if len(deaf) <= FEW else f"each of {len(deaf)} faults"
+        return f"Not seen to fail: the verdict is the same with {planted} planted in the code."
     return "Not tried: no fault was planted in the code." if claim.question and claim.result else ""
+
+
+def faults(record: Record) -> Table:
+    """One row per fault that was planted while claims were measured: the claims whose verdict it changes."""
+    names = list(dict.fromkeys(name for claim in record.claims for name in claim.tried))
+    rows: list[list[Cell]] = []
+    for name in names:
+        tried = [claim for claim in record.claims if name in claim.tried]
+        noticed = [claim.id for claim in tried if name in claim.noticed]
+        rows.append([name, f"{len(noticed)} of {len(tried)}", _listed(noticed)])
+    return Table("Which planted faults change which verdicts", ["fault", "claims", "whose verdict changes"], rows)
 
 
 def kept(claim: ClaimResult) -> str:

@@ -1,8 +1,8 @@
 """Rewrite what stands between the markers of a page in Markdown, from a record.
 
 ``<!-- rtrl:claims-table -->`` … ``<!-- /rtrl:claims-table -->`` holds the table of all claims, ``rtrl:questions`` the
-five questions and their answers, ``rtrl:claims`` one section per claim, ``rtrl:claim:ID`` one claim without its
-heading, ``rtrl:run`` how, when and where it was measured.
+five questions and their answers, ``rtrl:faults`` which planted faults change which verdicts, ``rtrl:claims`` one
+section per claim, ``rtrl:claim:ID`` one claim without its heading, ``rtrl:run`` how, when and where it was measured.
 All else on the page is left as it is.
 """
 
@@ -15,7 +15,7 @@ from rtrl.errors import ConfigError
 from rtrl.report import cards, prose, questions, tables
 from rtrl.report.model import Cell, ClaimResult, Record, Table
 
-NAMES = ("questions", "claims-table", "claims", "run", "claim:ID")
+NAMES = ("questions", "claims-table", "faults", "claims", "run", "claim:ID")
 _MARKER = re.compile(r"<!-- (/?)rtrl:([\w:-]+) -->")
 
 
@@ -96,6 +96,9 @@ def _content(record: Record, name: str, link: str | None, images: str | None, pa
         return claims_table(record, link)
     if name == "questions":
         return "\n\n".join(_answer(answer, link, images) for answer in questions.answers(record))
+    if name == "faults":
+        found = cards.faults(record)
+        return _grid(found) if found.rows else "No fault was planted while these were measured."
     if name == "claims":
         return "\n\n".join(section(claim, images) for claim in record.claims)
     if name.startswith("claim:"):

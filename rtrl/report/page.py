@@ -45,6 +45,7 @@ def render_page(record: Record) -> str:
     ]
     return template.render(
         record=record,
+        faults=cards.faults(record),
         answers=asked,
         claims=[(claim, cards.card(claim), _figures(claim), cards.explanation(claim)) for claim in record.claims],
         failures=[(claim, line) for claim in record.claims for line in claim.failures],

@@ -106,7 +106,8 @@ def test_one_claim_alone(tmp_path: Path) -> None:
 
 
 def test_five_questions(tmp_path: Path) -> None:
-    (text,) = after(sample(), pages(tmp_path, a=marked("questions", "claims")), tmp_path)
+    (text,) = after(sample(), pages(tmp_path, a=marked("questions", "faults", "claims")), tmp_path)
+    assert "| fault | claims | whose verdict changes |\n| --- | --- | --- |\n| leak | 1 of 2 | memory |\n" in text
     assert (
         "### Does it need less memory, and from where on?\n\n**◐ In part.**\n\nIt holds 500 kB at every T.\n\n"
         "depends holds when B ≤ 4; from H = 64 on.\n\n2 claims belong to this question; measured in the quick form, 1 "
@@ -170,7 +171,7 @@ def test_escapes(text: str, escaped: str) -> None:
         ("\n<!-- /rtrl:run -->", r"a\.md:2: <!-- /rtrl:run --> does not belong here"),
         (marked("run", "run"), r"a\.md:9: <!-- rtrl:run --> does not belong here"),
         ("<!-- rtrl:run --><!-- rtrl:claims --><!-- /rtrl:claims --><!-- /rtrl:run -->", "does not belong here"),
-        (marked("runs"), "the marker rtrl:runs is unknown; known are rtrl:questions, rtrl:claims-table, rtrl:claims"),
+        (marked("runs"), "the marker rtrl:runs is unknown; known are rtrl:questions, rtrl:claims-table, rtrl:faults"),
         (marked("claim:none"), r"a\.md: the marker rtrl:claim:none names a claim that the results do not have"),
     ],
 )

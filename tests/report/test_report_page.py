@@ -14,7 +14,7 @@ from report_samples import NASTY, nasty, sample
 from report_samples import claim as claim_of
 
 from rtrl._utils.code_digest import installed_code
-from rtrl.report import render_page, tables
+from rtrl.report import cards, render_page, tables
 from rtrl.report.load import record as read
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -71,7 +71,7 @@ def test_all_of_the_record_is_there() -> None:
     plots = [plot for claim in record["claims"] for plot in claim["plots"]]
     grids = [grid for claim in record["claims"] for grid in claim["tables"]]
     assert len(page.named("svg")) == len(page.named("figure")) == len(plots) + 1  # one question has a picture
-    assert len(page.named("table")) == 1 + len(plots) + len(grids)
+    assert len(page.named("table")) == 2 + len(plots) + len(grids)
     assert all(thing["title"] in page.text for thing in plots + grids)
     assert "131\u202f072" in html() and "1.5·10⁹" in html()
     for words in ("16.0 GiB", "1 min 15 s", "torch 2.13.0", "2026-01-31 12:00 UTC", "unknown", record["command"]):
@@ -104,8 +104,9 @@ def test_five_questions_come_first() -> None:
     assert all(int(after) <= int(before) + 1 for before, after in itertools.pairwise(headings)), headings
 
 
-def test_a_record_without_questions_has_none() -> None:
-    assert "Five questions" not in render_page(read({**sample(), "claims": [claim_of("old")]}))
+def test_a_record_without_questions_and_faults_has_no_such_sections() -> None:
+    page = render_page(read({**sample(), "claims": [claim_of("old")]}))
+    assert "Five questions" not in page and "Could they fail?" not in page
 
 
 def test_every_claim_has_a_card() -> None:
@@ -121,6 +122,13 @@ def test_every_claim_has_a_card() -> None:
     ):
         assert words in text
     assert text.count("What it leaves open") == 0 and "More. Of it." in text
+
+
+def test_faults_have_their_claims() -> None:
+    said = "Could they fail? Faults were planted in the code on purpose"
+    assert said in Page(html()).text
+    found = cards.faults(read(sample())).rows
+    assert found == [["leak", "1 of 2", "memory"], ["truncate", "0 of 1", ""]]
 
 
 def test_the_code_is_held_to_what_is_installed() -> None:
