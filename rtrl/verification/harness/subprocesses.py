@@ -82,7 +82,33 @@ def online(
     return found
 
 
-RUNS: dict[str, Callable[..., dict[str, list[int | None]]]] = {"bptt": bptt, "online": online}
+def gru(hidden: int, checkpoints: Sequence[int], block: int, seed: int) -> dict[str, list[int | None]]:
+    """Run ``BlockRTRL`` on a GRU over a long stream, whole blocks as sequences; gradients are thrown away.
+
+    Returns:
+        As ``online`` does.
+    """
+    torch.manual_seed(seed)
+    cell = rtrl.cells.from_torch(torch.nn.GRUCell(hidden, hidden))
+    learner = rtrl.BlockRTRL(cell, 1, block=block, audit="off")
+    xs = torch.randn(block, 1, hidden)
+    found: dict[str, list[int | None]] = {"held_bytes": [], "rss_bytes": []}
+    for checkpoint in checkpoints:
+        while learner.steps_taken < checkpoint:
+            ys = learner.unroll(xs[: min(learner.room, checkpoint - learner.steps_taken)])
+            learner.backward((ys - xs[: len(ys)].flip(2)).square().sum())
+            if learner.steps_taken % (8 * block) == 0:
+                learner.sync()
+                cell.zero_grad()
+        learner.sync()
+        cell.zero_grad()
+        gc.collect()
+        found["held_bytes"].append(sum(learner.retained_bytes().values()))
+        found["rss_bytes"].append(rss_bytes())
+    return found
+
+
+RUNS: dict[str, Callable[..., dict[str, list[int | None]]]] = {"bptt": bptt, "online": online, "gru": gru}
 
 
 def launch(name: str, **arguments: Any) -> dict[str, list[int | None]]:
@@ -120,6 +146,11 @@ def online_bytes(
     """Call ``online`` in a new process."""
     sizes = {"checkpoints": list(checkpoints), "block": block, "window": window, "seed": seed}
     return launch("online", mixture=asdict(mixture), **sizes)
+
+
+def gru_bytes(hidden: int, checkpoints: Sequence[int], block: int, seed: int) -> dict[str, list[int | None]]:
+    """Call ``gru`` in a new process."""
+    return launch("gru", hidden=hidden, checkpoints=list(checkpoints), block=block, seed=seed)
 
 
 if __name__ == "__main__":

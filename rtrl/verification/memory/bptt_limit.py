@@ -6,11 +6,12 @@ the backward pass; parameters are not counted). Growth is linear, which the thir
 10⁴, 10⁵ and 10⁶ steps follow from a line. And a process that does nothing else takes 400 steps and keeps the graph:
 by how much its resident memory grows per step from the 100th on. That is several times more than the tensors hold,
 since each operation also leaves a node of the graph and each small tensor its own bookkeeping; and it is what fills
-this machine's memory. In the full form config *quick* is really run over 10⁴ steps.
+this machine's memory. In the full form config *quick* is really run over 10⁴ steps. Beside each stands what the bytes
+of exact online learning (the influence and the tree, block 1, window 16) buy as a horizon of truncated BPTT.
 
 **Why that is fair.** It is this machine's physical memory that is compared, all of it. BPTT is what autograd does by
-itself; checkpointing every √T steps would lengthen the limit a hundred-fold at twice the time, and truncation would
-make it another gradient.
+itself; checkpointing every √T steps would lengthen the limit a hundred-fold at twice the time. Truncated BPTT has no
+limit at all: its gradient is another one, which sees no further than its horizon.
 
 **What it leaves open.** A batch of B divides the limit by B; a GPU usually has less memory than its host.
 """
@@ -21,7 +22,7 @@ from rtrl._utils.formatting import show_bytes
 from rtrl.report.model import Cell, Table
 from rtrl.verification.claim import Judgement, Measurements, NotMeasured, Settings, Shown, claim
 from rtrl.verification.harness.measuring import fit_line
-from rtrl.verification.harness.memory import bptt_on_cpu
+from rtrl.verification.harness.memory import bptt_on_cpu, influence_bytes, tree_bytes
 from rtrl.verification.harness.problems import CONFIGS, problem
 from rtrl.verification.harness.subprocesses import bptt_growth, physical_bytes
 from rtrl.verification.show import plot
@@ -43,11 +44,13 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """One configuration: P, peaks at the three lengths, and bytes per step of a process (None if not known)."""
+    """One configuration: P, peaks at the three lengths, bytes per step of a process (None if not known), and those of
+    exact online learning, by formula."""
 
     parameters: int
     peaks: tuple[int, ...]
     process: float | None
+    online: int
 
 
 @dataclass(kw_only=True)
@@ -64,14 +67,26 @@ class Limits(Measurements):
         return fit_line(self.config.lengths[:2], self.grown[name].peaks[:2])
 
     @property
+    def horizons(self) -> dict[str, float]:
+        """The horizon of truncated BPTT that takes the bytes of exact online learning, by configuration."""
+        lines = {name: self.line(name) for name in self.grown}
+        return {name: (self.grown[name].online - start) / rate for name, (start, rate) in lines.items()}
+
+    @property
     def limits(self) -> dict[str, float]:
         """The longest stream that fits, by configuration."""
         return {name: self.memory / (growth.process or self.line(name)[1]) for name, growth in self.grown.items()}
 
 
 def verdict(m: Limits) -> Judgement:
-    """Judge the limits; say where a process's memory is not known."""
+    """Judge the limits; say what truncated BPTT needs, and where a process's memory is not known."""
     found = judge(m.limits)
+    most = max(m.horizons.values())
+    also = (
+        "it is not the only practical way beyond them: TBPTT has no limit, and with the bytes of exact online learning "
+        f"it sees up to {most:,.0f} steps back"
+    )
+    found = replace(found, condition=f"{found.condition}; {also}".lstrip("; "))
     if all(growth.process is not None for growth in m.grown.values()):
         return found
     more = f"{found.condition}; by tensors alone, since this system does not report a process's memory"
@@ -98,11 +113,13 @@ def show(m: Limits) -> Shown:
         start, rate = m.line(name)
         off = (start + rate * config.lengths[2]) / growth.peaks[2] - 1
         lines[name] = {t: start + rate * t for t in config.extrapolated}
-        rows.append([name, growth.parameters, rate, off, *lines[name].values(), growth.process, limits[name]])
+        ends = [growth.process, limits[name], growth.online, m.horizons[name]]
+        rows.append([name, growth.parameters, rate, off, *lines[name].values(), *ends])
     if m.really:
-        empty = [None] * (len(config.extrapolated) + 1)
+        empty = [None] * (len(config.extrapolated) + 3)
         rows.append([f"{config.configs[0]}, really run over {config.really} steps", None, None, None, m.really, *empty])
     columns = [*COLUMNS, *(f"T = {t:,}" for t in config.extrapolated), "of the process per step", "longest T here"]
+    columns += ["bytes of exact online learning", "horizon of TBPTT for these"]
     title, level = "Tensors of BPTT against this machine's memory", dict.fromkeys(config.extrapolated, m.memory)
     return Shown(
         ", ".join(f"{name} {limit:,.0f}" for name, limit in limits.items()) + f" steps fill {show_bytes(m.memory)}",
@@ -119,6 +136,8 @@ def show(m: Limits) -> Shown:
     full=Config(lengths=(64, 256, 1024), really=10_000),
     verdict=verdict,
     show=show,
+    small=Config(("quick",), (3, 6, 9), process=(50, 150)),
+    no_break="backpropagation by autograd is measured, on cells as they are: no part of the learners takes part",
 )
 def measure(config: Config, settings: Settings) -> Limits:
     """Measure bytes and growth of every configuration."""
@@ -132,7 +151,8 @@ def measure(config: Config, settings: Settings) -> Limits:
         settings.progress(f"config {name}")
         stream = problem(CONFIGS[name], 64, settings.seed)
         peaks = tuple(bptt_on_cpu(stream, t) for t in config.lengths)
-        grown[name] = Growth(stream.parameters, peaks, process[name])
+        online = influence_bytes(CONFIGS[name]) + tree_bytes(CONFIGS[name], 1, 16)
+        grown[name] = Growth(stream.parameters, peaks, process[name], online)
     really = None
     if config.really:
         settings.progress(f"{config.really} steps")

@@ -4,8 +4,8 @@
 slot width until learning no longer fits into 10⁶ bytes. Everything counts: parameters, their gradients, Adam's two
 moments, influence, tree, open block, and what exists only while a block is closed or the optimizer runs: the peak of
 all tensor bytes alive at once, every expert and slot used once at the beginning. The largest that fits is then trained
-with Adam on a stream that asks for the last input but one, 600 steps (100 000 in the full form), and neither its peak
-nor what it holds may grow after the first 200. For config *flow* the bytes are computed by a formula, which must give
+with Adam on a stream that asks for the last input but one: 100 000 steps in the full form, 300 in the quick one, under
+the same meter all along. Neither its peak nor what it holds may grow after the first 200. For config *flow* the bytes are computed by a formula, which must give
 exactly what ``retained_bytes`` says of a sibling with smaller slots.
 
 **Why that is fair.** The claim named no model; any model small enough makes it true, so the size of the largest is
@@ -26,6 +26,8 @@ from rtrl.verification.harness.memory import bytes_after_sync, influence_bytes, 
 from rtrl.verification.harness.problems import FLOW, LearnerRun, Mixture, problem
 
 LIMIT = 1_000_000
+CLAIMED = 100_000
+"""The number of steps that was claimed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class Config:
     block: int = 4
     window: int = 4
     warm: int = 200
-    steps: int = 600
+    steps: int = CLAIMED
     flow: Mixture = replace(FLOW, d_model=8)  # noqa: RUF009
 
 
@@ -78,18 +80,16 @@ def train(mixture: Mixture, config: Config, warm: int, steps: int, seed: int) ->
         peaks, held = [], []
         for until in (warm, steps):
             while run.t < until:
-                total = 0.0
-                for _ in range(config.block):
-                    y = run.learner.step(stream.xs[run.t % 256])
-                    loss = stream.loss(run.t, y)
-                    run.learner.backward(loss)
-                    total += float(loss.detach())
-                    run.t += 1
-                del y, loss
+                places = torch.arange(run.t, run.t + config.block) % 256
+                ys = run.learner.unroll(stream.xs[places])
+                loss = (ys - stream.targets[places]).square().sum()
+                run.learner.backward(loss)
+                losses.append(float(loss.detach()) / config.block)
+                run.t += config.block
+                del ys, loss, places
                 run.sync()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=False)
-                losses.append(total / config.block)
             peaks.append(meter.peak)
             held.append(bytes_after_sync(run.learner))
     part = max(1, len(losses) // 10)
@@ -97,10 +97,14 @@ def train(mixture: Mixture, config: Config, warm: int, steps: int, seed: int) ->
 
 
 def verdict(m: ModelSizes) -> Judgement:
-    """Judge the largest model; say how far config flow is from it."""
+    """Judge the largest model; say how far config flow is from it, and how long the stream was if it was shorter."""
     found = judge(m.largest, m.limit_reached, m.failures)
     more = f"{found.condition}; config flow ({show_bytes(influence_bytes(FLOW))} of influence) is far from it"
-    return replace(found, condition=more.lstrip("; "))
+    if m.config.steps >= CLAIMED or found.name == "does not hold":
+        return replace(found, condition=more.lstrip("; "))
+    return Judgement.not_at_the_claimed_size(
+        f"measured over {m.config.steps:,} of {CLAIMED:,} steps, where it {found.name}: {more.lstrip('; ')}"
+    )
 
 
 def judge(largest: int | None, limit_reached: bool, failures: list[str]) -> Judgement:
@@ -108,7 +112,7 @@ def judge(largest: int | None, limit_reached: bool, failures: list[str]) -> Judg
     if largest is None:
         return Judgement.does_not_hold("not even the smallest model that was tried fits")
     if failures:
-        return Judgement.does_not_hold("memory grows")
+        return Judgement.does_not_hold("memory grows, or is not what the learner says")
     if not limit_reached:
         return Judgement.holds()
     return Judgement.holds_when(f"the model is small: at most about {largest:,} parameters in this family")
@@ -118,15 +122,16 @@ def show(m: ModelSizes) -> Shown:
     """Show bytes by size, and the training run."""
     influence, tree = influence_bytes(FLOW), tree_bytes(FLOW, 1, 16)
     steps, peak = m.config.steps, 0 if m.trained is None else m.trained.peaks[1]
-    trained: list[list[Cell]] = [] if m.trained is None else [[steps, *m.trained.peaks, *m.trained.losses]]
+    trained: list[list[Cell]] = [] if m.trained is None else [[m.largest, steps, *m.trained.peaks, *m.trained.losses]]
+    family = f"{m.config.family.n_slots} slots, {m.config.family.n_experts} experts, block {m.config.block}, float32"
     return Shown(
         f"{m.largest or 0:,} parameters train in {show_bytes(peak)} over {steps:,} steps, all counted; config flow "
         f"holds {show_bytes(influence + tree)}",
         [
-            Table("Bytes by size", ["d_model", "H", "P", "held between steps", "peak, everything counted"], m.rows),
+            Table(f"Bytes by size, {family}", ["d_model", "H", "P", "held between steps", "peak, everything counted"], m.rows),
             Table(
-                "Trained with Adam",
-                ["steps", "peak after warm-up", "peak at the end", "loss, first tenth", "loss, last tenth"],
+                "The largest, trained with Adam, one seed",
+                ["P", "steps", "peak after warm-up", "peak at the end", "loss, first tenth", "loss, last tenth"],
                 trained,
             ),
             Table(
@@ -142,10 +147,12 @@ def show(m: ModelSizes) -> Shown:
     "long-stream",
     claimed="trains on 100 000 steps and more in less than 1 MB",
     threshold="< 1 MB over 100 000 steps",
-    quick=Config(),
-    full=Config(steps=100_000),
+    quick=Config(widths=(6, 8, 10), steps=300),
+    full=Config(),
     verdict=verdict,
     show=show,
+    small=Config(widths=(4,), block=20, warm=200, steps=260, flow=Mixture("small", 2, 2, 4, 3, 4)),
+    noticed_breaks=("leak", "keep-states", "uncounted-influence", "double-window"),
 )
 def measure(config: Config, settings: Settings) -> ModelSizes:
     """Find the largest model that fits, and train it."""

@@ -7,41 +7,56 @@ reactivated at every step (as in a mixture with n/2 experts, top-2), the mean pe
 query is compared with the product taken one by one: exactly over strings, where any error of order shows, and in
 float64 to 1e-12 over the learner's own transitions of Jacobians.
 
+And end to end: in a learner's stream, with a loss at every step, one expert of a mixture is active in the first four
+steps (or never), dormant until step 200, and active from then on; slots and the other experts are drawn. The gradients
+of the whole stream are compared with BPTT (float64, 1e-10), with a window that holds the dormancy and with one that
+does not, and the multiply-adds of every step around the reactivation are counted.
+
 **Why that is fair.** A first query must touch each of n elements, so that n − 1 combinations are the least that any
 method can do; what the tree promises is that other reactivations then share them. Which of the three numbers is “the”
 cost depends on what else is reactivated, so all are reported.
 
-**What it leaves open.** Combinations are counted, not their price: a combined product may be dense where its factors
-are sparse (see *catch-up*).
+**What it leaves open.** Of the tree, combinations are counted, not their price: a combined product may be dense where
+its factors are sparse (see *catch-up*). At step 200 other experts wake up, too, as at every step.
 """
 
 import math
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, field
 
 import torch
 
 import oracles
 from rtrl._influence.segment_tree import CircularSegmentTree
 from rtrl._influence.transition import Transition, compose, identity
+from rtrl.report.model import Cell, Table
 from rtrl.verification.claim import Judgement, Measurements, Settings, Shown, claim
-from rtrl.verification.show import plot, table
+from rtrl.verification.harness.problems import HAYSTACK, Mixture
+from rtrl.verification.show import Columns, plot, table
+from rtrl.verification.speed.wake_up import Reactivation, Schedule, reactivate
+
+MIXTURE = Mixture("dormancy", 4, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The lengths of dormancy, how many reactivations of each are averaged, and H of the product that is compared."""
+    """The lengths of dormancy, how many reactivations of each are averaged, H of the product that is compared, and what
+    is run end to end."""
 
     lengths: tuple[int, ...] = (1, 3, 10, 30, 100, 300, 1000)
     reactivations: int = 300
     hidden: int = 6
+    end_to_end: tuple[Schedule, ...] = (Schedule(MIXTURE), Schedule(MIXTURE, window=32), Schedule(MIXTURE, until=0))
 
 
 @dataclass(kw_only=True)
 class Combinations(Measurements):
-    """Length → combinations of the first query, of a second one, and the mean in a stream; length → relative error."""
+    """Length → combinations of the first query, of a second one, and the mean in a stream; length → relative error; and
+    what was run end to end."""
 
     counts: dict[int, tuple[int, int, float]]
     errors: dict[int, float]
+    end_to_end: list[Reactivation] = field(default_factory=list)
 
 
 class CountingTree:
@@ -117,11 +132,33 @@ def show(m: Combinations) -> Shown:
     names = ("first query", "inner nodes there", "mean, one reactivated per step")
     columns = {name: {n: count[i] for n, count in m.counts.items()} for i, name in enumerate(names)}
     log = {"log₂ n": {n: math.log2(n) for n in m.counts}}
+    rows: list[list[Cell]] = []
+    lines: dict[str, Columns] = {}
+    for found in m.end_to_end:
+        schedule, mixture = found.schedule, found.schedule.mixture
+        before = f"active in the first {schedule.until}" if schedule.until else "never active before"
+        name = f"{before}, window {schedule.window}"
+        per_step = statistics.median(found.macs.values())
+        size = [f"{mixture.n_experts} experts, H = {mixture.hidden}", schedule.wakes, before, schedule.window]
+        rows.append([*size, found.error, per_step, found.catch_up, found.one_by_one])
+        lines[name] = found.macs
+    worst = max((found.error for found in m.end_to_end), default=math.nan)
+    columns_ = [
+        "mixture", "reactivated at", "before", "window", "gradient error", "multiply-adds per step",
+        "above that at the reactivation", "dormant steps one by one",
+    ]  # fmt: skip
     return Shown(
         f"{n} dormant steps: {mean:.1f} products per reactivation where others share them, {second} with all inner "
-        f"nodes there, {first} the first time; log₂ n = {math.log2(n):.1f}",
-        [table("Products by length of dormancy", "n", {**columns, **log, "error against one by one": m.errors})],
-        [plot("Products to catch up", "dormant steps", "products", {**columns, **log}, dashed=log, log="xy")],
+        f"nodes there, {first} the first time; log₂ n = {math.log2(n):.1f}; in a learner, an expert reactivated at step "
+        f"{m.end_to_end[0].schedule.wakes if m.end_to_end else 0}: gradient error {worst:.1e}",
+        [
+            table("Products by length of dormancy", "n", {**columns, **log, "error against one by one": m.errors}),
+            Table("End to end in a learner, block 1, float64, one seed", columns_, rows),
+        ],
+        [
+            plot("Products to catch up", "dormant steps", "products", {**columns, **log}, dashed=log, log="xy"),
+            plot("Multiply-adds around the reactivation", "step", "multiply-adds", lines),
+        ],
     )
 
 
@@ -130,10 +167,15 @@ def show(m: Combinations) -> Shown:
     claimed="a slice dormant for 100 steps is caught up by about log₂ n products",
     threshold="about log₂ n products",
     quick=Config(),
-    full=Config((1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000, 3000, 10_000), reactivations=5000, hidden=16),
+    full=Config(
+        (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000, 3000, 10_000), 5000, 16,
+        (*Config().end_to_end, Schedule(HAYSTACK), Schedule(MIXTURE, wakes=1000, steps=1024, window=1024)),
+    ),
     verdict=verdict,
     show=show,
-    void="the tree does not keep what it promises",
+    void="the tree or the learner does not keep what it promises",
+    small=Config((1, 10, 30), 40, 3, (Schedule(Mixture("small", 2, 2, 2, 4, 4), 2, 20, 28, 16),)),
+    noticed_breaks=("no-reuse", "no-catch-up", "forget-dormant-losses", "reverse-products", "drop-expired"),
 )
 def measure(config: Config, settings: Settings) -> Combinations:
     """Count and compare."""
@@ -150,4 +192,9 @@ def measure(config: Config, settings: Settings) -> Combinations:
             m.errors[n] = product_error(n, config.hidden, settings.seed)
             if not m.errors[n] <= 1e-12:
                 m.failures.append(f"the product of {n} transitions is off by {m.errors[n]:.1e}")
+    for schedule in config.end_to_end:
+        settings.progress(f"reactivated at step {schedule.wakes}, window {schedule.window}")
+        found = reactivate(schedule, settings.seed)
+        m.failures += found.differs
+        m.end_to_end.append(found)
     return m
