@@ -23,6 +23,7 @@ _CLAIMS = (
     "speed.catch_up.measure",
     "speed.read_write.measure",
     "speed.per_step.measure",
+    "speed.crossover.measure",
     "memory.bptt_limit.measure",
     "gradients.toggles.measure",
     "gradients.conditioning.measure",

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from rtrl.profiling.timing import alternate, median_ratio, medians
-from rtrl.report.model import Table
+from rtrl.report.model import Cell, Plot, Series, Table
 from rtrl.verification.claim import Judgement, Measurements, Settings, Shown, claim
 from rtrl.verification.harness import problems
 from rtrl.verification.harness.measuring import count_macs, times
@@ -39,7 +39,6 @@ from rtrl.verification.harness.problems import (
     problem,
     record_routing,
 )
-from rtrl.verification.show import plot
 
 SWITCHES = ("reads", "writes", "experts", "tree", "blocks")
 CHANGED = 1e-3
@@ -59,7 +58,7 @@ class Config:
     """
 
     mixtures: tuple[Mixture, ...] = (problems.QUICK, problems.HAYSTACK)
-    block: int = 8
+    block: int = 4
     window: int = 8
     narrow: int = 4
     rounds: int = 1
@@ -112,9 +111,7 @@ class Variants(Measurements):
     @property
     def idle(self) -> list[str]:
         """The switches that change the count in no configuration."""
-        return [
-            name for name in SWITCHES if all(abs(found.counted[name] - 1) < CHANGED for found in self.ablations)
-        ]
+        return [name for name in SWITCHES if all(abs(found.counted[name] - 1) < CHANGED for found in self.ablations)]
 
 
 def verdict(m: Variants) -> Judgement:
@@ -128,7 +125,8 @@ def verdict(m: Variants) -> Judgement:
 
 def show(m: Variants) -> Shown:
     """Show what each switch costs, by count and by clock."""
-    config, rows, parts = m.config, [], []
+    config, parts = m.config, []
+    rows: list[list[Cell]] = []
     for found in m.ablations:
         counted, clock, seconds = found.counted, found.clock, medians(found.seconds)
         best = max(SWITCHES, key=lambda name: clock[name])
@@ -136,7 +134,7 @@ def show(m: Variants) -> Shown:
             f"{found.mixture.name}: without {best} {times(clock[best])} the time ({times(counted[best])} the count), "
             f"without all {times(clock['everything'])} ({times(counted['everything'])})"
         )
-        size = [found.mixture.name, found.parameters, found.mixture.hidden]
+        size: list[Cell] = [found.mixture.name, found.parameters, found.mixture.hidden]
         rows += [
             [*size, name, found.errors[name], macs, counted[name], seconds[name], clock[name], found.held[name]]
             for name, macs in found.macs.items()
@@ -149,18 +147,19 @@ def show(m: Variants) -> Shown:
         f"One thing off: block {config.block}, window {config.window}, one sample, float32, one thread, gradients "
         f"delivered every {config.block} steps (gradient error: float64, slots of {config.narrow})"
     )
-    places = dict(enumerate(m.ablations[0].macs)) if m.ablations else {}
-    bars = {
-        f"{found.mixture.name}, {what}": {place: ratios[name] for place, name in places.items()}
+    names = list(config.variants)
+    series = [
+        Series(f"{found.mixture.name}, {what}", list(range(len(names))), [ratios[name] for name in names])
         for found in m.ablations
-        for what, ratios in (("count", found.counted), ("time", found.clock))
-    }
-    label = "off: " + ", ".join(f"{place} {name}" for place, name in places.items())
-    dashed = [name for name in bars if name.endswith("count")]
+        for what, ratios in (("multiply-adds", found.counted), ("time", found.clock))
+    ]
+    heading = "Cost with one thing off, over that with nothing off"
     return Shown(
         f"{len(m.failures)} comparisons fail" if m.failures else "; ".join(parts),
         [Table(title, columns, rows)],
-        [plot("Cost with one thing off, over nothing off", label, "ratio", bars, dashed=dashed, log="y")],
+        [Plot(heading, "what is off", "ratio", series, kind="points", log_y=True, x_names=names)],
+        model="; ".join(f"{a.mixture.name}: H = {a.mixture.hidden}, P = {a.parameters:,}" for a in m.ablations)
+        + f"; {2 * config.block} steps, one seed, one thread",
     )
 
 
@@ -172,6 +171,16 @@ def show(m: Variants) -> Shown:
     full=Config((problems.QUICK, problems.HAYSTACK, problems.SPEED), block=16, narrow=8, rounds=3),
     verdict=verdict,
     show=show,
+    small=Config((Mixture("small", 2, 2, 4, 4, 6),), 2, 2),
+    noticed_breaks=(
+        "eager",
+        "ignore-reads",
+        "ignore-writes",
+        "ignore-experts",
+        "step-by-step",
+        "truncate",
+        "forget-dormant-losses",
+    ),
 )
 def measure(config: Config, settings: Settings) -> Variants:
     """Run every variant in every configuration, and compare its gradients."""

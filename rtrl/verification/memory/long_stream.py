@@ -5,8 +5,8 @@ slot width until learning no longer fits into 10⁶ bytes. Everything counts: pa
 moments, influence, tree, open block, and what exists only while a block is closed or the optimizer runs: the peak of
 all tensor bytes alive at once, every expert and slot used once at the beginning. The largest that fits is then trained
 with Adam on a stream that asks for the last input but one: 100 000 steps in the full form, 300 in the quick one, under
-the same meter all along. Neither its peak nor what it holds may grow after the first 200. For config *flow* the bytes are computed by a formula, which must give
-exactly what ``retained_bytes`` says of a sibling with smaller slots.
+the same meter all along. Neither its peak nor what it holds may grow after the first 200. For config *flow* the bytes
+are computed by a formula, which must give exactly what ``retained_bytes`` says of a sibling with smaller slots.
 
 **Why that is fair.** The claim named no model; any model small enough makes it true, so the size of the largest is
 what can be measured. The process itself (Python, PyTorch) takes hundreds of megabytes and is not counted.
@@ -102,7 +102,7 @@ def verdict(m: ModelSizes) -> Judgement:
     more = f"{found.condition}; config flow ({show_bytes(influence_bytes(FLOW))} of influence) is far from it"
     if m.config.steps >= CLAIMED or found.name == "does not hold":
         return replace(found, condition=more.lstrip("; "))
-    return Judgement.not_at_the_claimed_size(
+    return Judgement.not_at_claimed_size(
         f"measured over {m.config.steps:,} of {CLAIMED:,} steps, where it {found.name}: {more.lstrip('; ')}"
     )
 
@@ -128,7 +128,11 @@ def show(m: ModelSizes) -> Shown:
         f"{m.largest or 0:,} parameters train in {show_bytes(peak)} over {steps:,} steps, all counted; config flow "
         f"holds {show_bytes(influence + tree)}",
         [
-            Table(f"Bytes by size, {family}", ["d_model", "H", "P", "held between steps", "peak, everything counted"], m.rows),
+            Table(
+                f"Bytes by size, {family}",
+                ["d_model", "H", "P", "held between steps", "peak, everything counted"],
+                m.rows,
+            ),
             Table(
                 "The largest, trained with Adam, one seed",
                 ["P", "steps", "peak after warm-up", "peak at the end", "loss, first tenth", "loss, last tenth"],

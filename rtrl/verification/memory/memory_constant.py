@@ -26,7 +26,7 @@ from rtrl.verification.claim import Judgement, Measurements, Settings, Shown, cl
 from rtrl.verification.harness.memory import influence_bytes, tree_bytes
 from rtrl.verification.harness.problems import Mixture
 from rtrl.verification.harness.subprocesses import gru_bytes, online_bytes
-from rtrl.verification.show import Columns, plot
+from rtrl.verification.show import plot
 
 RSS = 0.01
 """The share by which a process may grow."""
@@ -87,14 +87,14 @@ def verdict(m: Bytes) -> Judgement:
     if any(math.isnan(m.growth(name)) for name in m.held):
         return Judgement.holds_when("the bytes held are meant: this system does not report the process's")
     if m.longest < CLAIMED:
-        return Judgement.not_at_the_claimed_size(f"up to {m.longest:,} of {CLAIMED:,} steps it holds")
+        return Judgement.not_at_claimed_size(f"up to {m.longest:,} of {CLAIMED:,} steps it holds")
     return Judgement.holds()
 
 
 def show(m: Bytes) -> Shown:
     """Show the bytes over T."""
     parts, rows = [], []
-    lines: dict[str, Columns] = {}
+    lines: dict[str, dict[int, int | None]] = {}
     for name, held in m.held.items():
         spread = max(held.values()) - min(held.values())
         parts.append(
@@ -102,7 +102,7 @@ def show(m: Bytes) -> Shown:
             f"bytes, process {m.growth(name):+.2%}"
         )
         rows += [[name, t, value, m.rss[name][t]] for t, value in held.items()]
-        lines[f"held, {name}"] = held
+        lines[f"held, {name}"] = dict(held)
         if all(m.rss[name].values()):
             lines[f"the process, {name}"] = m.rss[name]
     return Shown(
@@ -117,9 +117,7 @@ def show(m: Bytes) -> Shown:
     claimed="memory at T = 100, 500, 1000 differs by 0.5 %",
     threshold=f"difference 0 bytes; process < {RSS:.0%}",
     quick=Config(checkpoints=(100, 500, 1000, 2000), gru=(100, 500, 1000, 20_000)),
-    full=Config(
-        checkpoints=(100, 500, 1000, 10_000, 100_000), gru=(100, 500, 1000, 10_000, 100_000, 1_000_000)
-    ),
+    full=Config(checkpoints=(100, 500, 1000, 10_000, 100_000), gru=(100, 500, 1000, 10_000, 100_000, 1_000_000)),
     verdict=verdict,
     show=show,
     small=Config(checkpoints=(50, 150, 200, 300), block=4, gru=(50, 100, 200)),

@@ -6,10 +6,11 @@ what autograd saves for backpropagation through time, its backward pass included
 the tree, the traces of the open block, and all that exists while a block is closed. The cell's own parameters are left
 out on both sides, the gradient is in. Both sides run under the meter at every T, from the first step to the last.
 ``BlockRTRL`` first uses every expert and slot once, so that it holds all that it can ever hold; a peak that then grows
-with T, or bytes held that do, void the table. T*, the length from which BPTT needs more, is given twice, and both times predicted before the table is
-measured: of what is held between two steps by a plain formula, the learner's H·P numbers of influence plus its tree
-over the bytes per step that BPTT takes on a stream of 32; of the peaks by ``rtrl.plan``, which knows both sides' peaks
-to 10 %. Measured, both are where the line through BPTT's two longest runs meets RTRL's level.
+with T, or bytes held that do, void the table. T*, the length from which BPTT needs more, is given twice, and both
+times predicted before the table is measured: of what is held between two steps by a plain formula, the learner's H·P
+numbers of influence plus its tree over the bytes per step that BPTT takes on a stream of 32; of the peaks by
+``rtrl.plan``, which knows both sides' peaks to 10 %. Measured, both are where the line through BPTT's two longest runs
+meets RTRL's level.
 
 **Why that is fair.** The old table counted one state per step for BPTT (512 bytes, nothing of the graph) and one state
 alone for RTRL: it left the influence out, which is nearly all of it. Here both sides are metered by the same counter.
@@ -104,7 +105,7 @@ def verdict(m: Peaks) -> Judgement:
     if mixture == problems.QUICK and longest >= 1024:
         return found
     size = f"d_model {mixture.d_model}, H = {mixture.hidden}, T up to {longest}"
-    return Judgement.not_at_the_claimed_size(f"measured at {size}, where it {found.name}: {found.condition}")
+    return Judgement.not_at_claimed_size(f"measured at {size}, where it {found.name}: {found.condition}")
 
 
 def judge(m: Peaks) -> Judgement:

@@ -32,7 +32,7 @@ from rtrl._influence.transition import Transition, compose, identity
 from rtrl.report.model import Cell, Table
 from rtrl.verification.claim import Judgement, Measurements, Settings, Shown, claim
 from rtrl.verification.harness.problems import HAYSTACK, Mixture
-from rtrl.verification.show import Columns, plot, table
+from rtrl.verification.show import plot, table
 from rtrl.verification.speed.wake_up import Reactivation, Schedule, reactivate
 
 MIXTURE = Mixture("dormancy", 4, 2, 4, 8, 16)
@@ -133,13 +133,18 @@ def show(m: Combinations) -> Shown:
     columns = {name: {n: count[i] for n, count in m.counts.items()} for i, name in enumerate(names)}
     log = {"log₂ n": {n: math.log2(n) for n in m.counts}}
     rows: list[list[Cell]] = []
-    lines: dict[str, Columns] = {}
+    lines: dict[str, dict[int, int]] = {}
     for found in m.end_to_end:
         schedule, mixture = found.schedule, found.schedule.mixture
         before = f"active in the first {schedule.until}" if schedule.until else "never active before"
         name = f"{before}, window {schedule.window}"
         per_step = statistics.median(found.macs.values())
-        size = [f"{mixture.n_experts} experts, H = {mixture.hidden}", schedule.wakes, before, schedule.window]
+        size: list[Cell] = [
+            f"{mixture.n_experts} experts, H = {mixture.hidden}",
+            schedule.wakes,
+            before,
+            schedule.window,
+        ]
         rows.append([*size, found.error, per_step, found.catch_up, found.one_by_one])
         lines[name] = found.macs
     worst = max((found.error for found in m.end_to_end), default=math.nan)
@@ -149,7 +154,7 @@ def show(m: Combinations) -> Shown:
     ]  # fmt: skip
     return Shown(
         f"{n} dormant steps: {mean:.1f} products per reactivation where others share them, {second} with all inner "
-        f"nodes there, {first} the first time; log₂ n = {math.log2(n):.1f}; in a learner, an expert reactivated at step "
+        f"nodes there, {first} the first time; log₂ n = {math.log2(n):.1f}; an expert reactivated in a learner at step "
         f"{m.end_to_end[0].schedule.wakes if m.end_to_end else 0}: gradient error {worst:.1e}",
         [
             table("Products by length of dormancy", "n", {**columns, **log, "error against one by one": m.errors}),
@@ -168,7 +173,9 @@ def show(m: Combinations) -> Shown:
     threshold="about log₂ n products",
     quick=Config(),
     full=Config(
-        (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000, 3000, 10_000), 5000, 16,
+        (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000, 3000, 10_000),
+        5000,
+        16,
         (*Config().end_to_end, Schedule(HAYSTACK), Schedule(MIXTURE, wakes=1000, steps=1024, window=1024)),
     ),
     verdict=verdict,

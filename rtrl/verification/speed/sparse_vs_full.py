@@ -51,7 +51,7 @@ ones. The quick form of *anbn-speed* has slots half as wide, so that full RTRL t
 """
 
 TASKS: dict[str, Task] = {
-    "anbn": AnBn(), "haystack": Haystack(12), "small anbn": AnBn((1, 2, 3), (4,)), "small haystack": Haystack(3),
+    "anbn": AnBn(), "haystack": Haystack(12), "small anbn": AnBn((4, 5), (3,)), "small haystack": Haystack(3),
 }  # fmt: skip
 """The tasks by name."""
 
@@ -124,7 +124,7 @@ class Router:
 
 @dataclass(kw_only=True)
 class Ratios(Measurements):
-    """What was measured: P, the router, the largest exact gradient error, multiply-adds and seconds per step by side."""
+    """P, the router, the largest exact gradient error, and multiply-adds and seconds per step by side."""
 
     config: Config
     parameters: int
@@ -151,7 +151,7 @@ def verdict(m: Ratios) -> Judgement:
         return found
     size = f"d_model {m.config.mixture.d_model}, H = {m.config.mixture.hidden}"
     more = f": {found.condition}" if found.condition else ""
-    return Judgement.not_at_the_claimed_size(f"measured at {size}, where it {found.name}{more}")
+    return Judgement.not_at_claimed_size(f"measured at {size}, where it {found.name}{more}")
 
 
 def judge(clock: Mapping[str, float], counted: Mapping[str, float], claimed: float) -> Judgement:
@@ -184,8 +184,8 @@ def show(m: Ratios) -> Shown:
         ["largest gradient error, float64, narrow sibling", m.error],
     ]
     return Shown(
-        f"sparse is {times(clock['lazy=False'])} faster than lazy=False, {times(clock['full'])} than full RTRL (counts: "
-        f"{times(counted['lazy=False'])}, {times(counted['full'])} fewer multiply-adds)",
+        f"sparse is {times(clock['lazy=False'])} faster than lazy=False, {times(clock['full'])} than full RTRL "
+        f"(counts: {times(counted['lazy=False'])}, {times(counted['full'])} fewer multiply-adds)",
         [
             Table(
                 f"Config {size}; {task.name}, {config.steps} steps, one sample, float32, one thread, one seed",
@@ -269,7 +269,8 @@ class TaskRun:
 
 def watch(problem: TaskProblem, score: float) -> Router:
     """Return what the router does in a problem."""
-    experts, last, used = problem.cell.n_experts, {}, set()
+    experts, used = problem.cell.n_experts, set()
+    last: dict[int, int] = {}
     active = dormant = longest = 0
     for t, (step, row) in enumerate(zip(problem.steps, problem.recorded, strict=True)):
         if bool(step.is_first.any()):
@@ -316,8 +317,10 @@ def _measure(config: Config, settings: Settings) -> Ratios:
         counts = [count_macs(partial(run.advance, n)) for n in ([1] * steps if name == "full" else [steps])]
         macs[name] = sum(counts) / steps
         failures += check_gradients(run.gradients(), rough[steps], f"{name}, float32", ROUGH)[1]
-        if name == "full" and not least <= max(counts) <= 1.5 * least:
-            failures.append(f"a full update took {max(counts):.3g} multiply-adds, H²·P is {least:.3g}")
+        if name == "full":  # at a delivery two steps are processed, so those are left out
+            most = max(count for t, count in enumerate(counts) if (t + 1) % config.deliver)
+            if not least <= most <= 1.6 * least:
+                failures.append(f"a full update took {most:.3g} multiply-adds, H²·P is {least:.3g}")
     if router.dormant and macs["lazy=False"] <= macs["sparse"]:
         failures.append(f"{percent(router.dormant)} of the experts are dormant, and lazy=False costs no more")
 
@@ -331,7 +334,7 @@ def _measure(config: Config, settings: Settings) -> Ratios:
 
 
 VOID = "the gradients or the counts are wrong, so the results are void"
-BREAKS = ("eager", "ignore-experts", "ignore-writes", "off-by-one", "forget-dormant-losses")
+BREAKS = ("eager", "ignore-experts", "off-by-one", "forget-dormant-losses")
 SPEED = replace(problems.SPEED, d_in=2, d_out=2)
 """Config *speed* with the inputs and outputs of the task."""
 
@@ -339,13 +342,15 @@ anbn = claim(
     "anbn-speed",
     claimed="2.72 × faster than full updates (d_model 64, 8 slots, 16 experts, 50 steps)",
     threshold="≥ 2.72 × by the clock",
-    quick=Config(2.72, replace(SPEED, name="speed, half as wide", d_model=32), "anbn", False, full_steps=3, full_blocks=False),
+    quick=Config(
+        2.72, replace(SPEED, name="speed, half as wide", d_model=32), "anbn", False, full_steps=3, full_blocks=False
+    ),
     full=Config(2.72, SPEED, "anbn", updates=300, steps=64, full_steps=3, full_blocks=False, narrow=8, rounds=3),
     verdict=verdict,
     show=show,
     void=VOID,
     explanation=EXPLANATION.format(claimed=2.72, sizes="d_model 64, 8 slots, 16 experts", task="aⁿbⁿ"),
-    small=Config(2.72, Mixture("small", 2, 2, 4, 4, 6), "small anbn", False, 2, 4, 16, 16, True, 8, 8, 4, 1),
+    small=Config(2.72, Mixture("small", 2, 2, 8, 4, 6), "small anbn", False, 2, 2, 8, 8, True, 8, 4, 4, 1),
     noticed_breaks=BREAKS,
 )(_measure)
 
@@ -359,6 +364,6 @@ haystack = claim(
     show=show,
     void=VOID,
     explanation=EXPLANATION.format(claimed=1.51, sizes="d_model 32, 4 slots, 8 experts", task="the haystack"),
-    small=Config(1.51, Mixture("small", 7, 3, 4, 4, 6), "small haystack", False, 2, 4, 16, 16, True, 8, 8, 4, 1),
+    small=Config(1.51, Mixture("small", 7, 3, 4, 4, 6), "small haystack", False, 2, 2, 8, 8, True, 8, 4, 4, 1),
     noticed_breaks=BREAKS,
 )(_measure)
