@@ -43,21 +43,23 @@ PAIRS = (
 )  # fmt: skip
 """Which side is compared with which way to run ``BlockRTRL``."""
 
+Sizes = tuple[tuple[str, tuple[int, ...]], ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
     """How much is run.
 
     Attributes:
-        sizes: kind of cell → the sizes H.
-        jax_sizes: kind of cell → the sizes at which RTRL in JAX is run.
+        sizes: each kind of cell with its sizes H.
+        jax_sizes: the same where RTRL in JAX is run.
         steps: T of the timed stream.
         rounds: how many times each side is timed.
         narrow: H at which gradients are compared exactly.
     """
 
-    sizes: dict[str, tuple[int, ...]]
-    jax_sizes: dict[str, tuple[int, ...]]
+    sizes: Sizes
+    jax_sizes: Sizes = ()
     steps: int = 64
     rounds: int = 3
     narrow: int = 8
@@ -137,7 +139,7 @@ def crossings(points: dict[int, float]) -> list[float]:
 
 def show(m: Ratios) -> Shown:
     """Show ratios of clocks and bytes over H, with the crossovers."""
-    kinds = list(m.config.sizes)
+    kinds = [kind for kind, _ in m.config.sizes]
     lines: dict[str, dict[int, float]] = {}
     for kind in kinds:
         for rival, ours in PAIRS:
@@ -184,33 +186,34 @@ def show(m: Ratios) -> Shown:
     claimed="by the clock, exact online learning is faster than eager, truncated and fused BPTT, and RTRL in JAX",
     threshold="> 1 × against each, at every size",
     quick=Config(
-        {"RNN": (16, 64), "GRU": (16, 64), "minGRU": (64, 256), "RTU": (256,), "mixture": (64,)},
-        {"RNN": (16,), "GRU": (16,)}, rounds=2,
+        (("RNN", (16, 64)), ("GRU", (16, 64)), ("minGRU", (64, 256)), ("RTU", (256,)), ("mixture", (64,))),
+        (("RNN", (16,)), ("GRU", (16,))), rounds=2,
     ),
     full=Config(
-        {
-            "RNN": (16, 32, 64, 128, 256), "GRU": (16, 32, 64, 128, 256), "minGRU": (64, 128, 256, 512, 1024),
-            "eLSTM": (64, 128, 256, 512, 1024), "RTU": (64, 128, 256, 512, 1024), "mixture": (64, 128, 256),
-        },
-        {"RNN": (16, 32, 64), "GRU": (16, 32, 64)}, steps=256, rounds=5,
+        (
+            *((kind, (16, 32, 64, 128, 256)) for kind in ("RNN", "GRU")),
+            *((kind, (64, 128, 256, 512, 1024)) for kind in ("minGRU", "eLSTM", "RTU")),
+            ("mixture", (64, 128, 256)),
+        ),
+        (("RNN", (16, 32, 64)), ("GRU", (16, 32, 64))), steps=256, rounds=5,
     ),
     verdict=verdict,
     show=show,
     void="gradients differ, so the times mean nothing",
     question="clock",
-    small=Config({"RNN": (8,)}, {}, steps=256),
+    small=Config((("RNN", (8,)),), steps=256),
     noticed_breaks=("slow", "truncate", "off-by-one"),
 )  # fmt: skip
 def measure(config: Config, settings: Settings) -> Ratios:
     """Compare gradients, then take times and bytes of every cell at every size."""
     m = Ratios(config=config, rows=[], error=0.0)
-    for kind, sizes in config.sizes.items():
+    for kind, sizes in config.sizes:
         settings.progress(f"gradients, {kind}")
         _check_exactly(m, case(kind, 2 * config.narrow, 11, 4, settings.seed, torch.float64))
         for hidden in sizes:
             settings.progress(f"{kind}, H = {hidden}")
             found = case(kind, hidden, config.steps, config.block(kind, hidden), settings.seed)
-            made = sides(found, hidden in config.jax_sizes.get(kind, ()))
+            made = sides(found, hidden in dict(config.jax_sizes).get(kind, ()))
             for side in made.values():
                 side.advance()
             expected = made["eager BPTT"].gradients()
