@@ -269,13 +269,6 @@ def test_per_step_verdicts() -> None:
     assert per_step.judge({1: 100.0, 256: 500.0}, 0.085).name == "does not hold"
 
 
-def test_counts_are_extrapolated_along_the_right_powers() -> None:
-    def formula(d: float) -> float:
-        return 3 * d**4 + 5 * d**3
-
-    assert per_step.extrapolate((4, 8), (formula(4), formula(8)), 64) == pytest.approx(formula(64), rel=1e-12)
-
-
 def test_the_limit_of_bptt() -> None:
     assert bptt_limit.judge({"a": 9_000.0}).name == "holds"
     assert bptt_limit.judge({"a": 20_000.0, "b": 9_000.0}).name == "holds when"
