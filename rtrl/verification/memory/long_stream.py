@@ -155,7 +155,7 @@ def show(m: ModelSizes) -> Shown:
     full=Config(),
     verdict=verdict,
     show=show,
-    small=Config(widths=(4,), block=20, warm=200, steps=260, flow=Mixture("small", 2, 2, 4, 3, 4)),
+    small=Config(widths=(4,), block=20, warm=200, steps=240, flow=Mixture("small", 2, 2, 4, 3, 4)),
     noticed_breaks=("leak", "keep-states", "uncounted-influence", "double-window"),
 )
 def measure(config: Config, settings: Settings) -> ModelSizes:

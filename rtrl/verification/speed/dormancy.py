@@ -17,7 +17,7 @@ method can do; what the tree promises is that other reactivations then share the
 cost depends on what else is reactivated, so all are reported.
 
 **What it leaves open.** Of the tree, combinations are counted, not their price: a combined product may be dense where
-its factors are sparse (see *catch-up*). At step 200 other experts wake up, too, as at every step.
+its factors are sparse (see *catch-up*). Other experts are reactivated at every step.
 """
 
 import math
@@ -33,7 +33,7 @@ from rtrl.report.model import Cell, Table
 from rtrl.verification.claim import Judgement, Measurements, Settings, Shown, claim
 from rtrl.verification.harness.problems import HAYSTACK, Mixture
 from rtrl.verification.show import plot, table
-from rtrl.verification.speed.wake_up import Reactivation, Schedule, reactivate
+from rtrl.verification.speed.reactivation import Reactivation, Schedule, reactivate
 
 MIXTURE = Mixture("dormancy", 4, 2, 4, 8, 16)
 
@@ -141,7 +141,7 @@ def show(m: Combinations) -> Shown:
         per_step = statistics.median(found.macs.values())
         size: list[Cell] = [
             f"{mixture.n_experts} experts, H = {mixture.hidden}",
-            schedule.wakes,
+            schedule.resumes,
             before,
             schedule.window,
         ]
@@ -155,7 +155,7 @@ def show(m: Combinations) -> Shown:
     return Shown(
         f"{n} dormant steps: {mean:.1f} products per reactivation where others share them, {second} with all inner "
         f"nodes there, {first} the first time; log₂ n = {math.log2(n):.1f}; an expert reactivated in a learner at step "
-        f"{m.end_to_end[0].schedule.wakes if m.end_to_end else 0}: gradient error {worst:.1e}",
+        f"{m.end_to_end[0].schedule.resumes if m.end_to_end else 0}: gradient error {worst:.1e}",
         [
             table("Products by length of dormancy", "n", {**columns, **log, "error against one by one": m.errors}),
             Table("End to end in a learner, block 1, float64, one seed", columns_, rows),
@@ -176,7 +176,7 @@ def show(m: Combinations) -> Shown:
         (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000, 3000, 10_000),
         5000,
         16,
-        (*Config().end_to_end, Schedule(HAYSTACK), Schedule(MIXTURE, wakes=1000, steps=1024, window=1024)),
+        (*Config().end_to_end, Schedule(HAYSTACK), Schedule(MIXTURE, resumes=1000, steps=1024, window=1024)),
     ),
     verdict=verdict,
     show=show,
@@ -200,7 +200,7 @@ def measure(config: Config, settings: Settings) -> Combinations:
             if not m.errors[n] <= 1e-12:
                 m.failures.append(f"the product of {n} transitions is off by {m.errors[n]:.1e}")
     for schedule in config.end_to_end:
-        settings.progress(f"reactivated at step {schedule.wakes}, window {schedule.window}")
+        settings.progress(f"reactivated at step {schedule.resumes}, window {schedule.window}")
         found = reactivate(schedule, settings.seed)
         m.failures += found.differs
         m.end_to_end.append(found)

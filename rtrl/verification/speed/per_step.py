@@ -234,7 +234,7 @@ def _measured(run: LearnerRun, work: Callable[[], object], steps: int) -> Run:
     return Run(macs / steps, seconds / steps, seconds / steps / beside, run.held_bytes())
 
 
-def _product_s(size: int = 512) -> float:
+def _product_s(size: int = 256) -> float:
     """Return the seconds of a matrix product, the median of five after one that is not counted."""
     a, b, out = torch.ones(size, size), torch.ones(size, 4 * size), torch.empty(size, 4 * size)
     found = alternate({"product": lambda: len(torch.mm(a, b, out=out)) // size}, 5)

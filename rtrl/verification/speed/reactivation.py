@@ -20,14 +20,14 @@ class Schedule:
     Attributes:
         mixture: the mixture.
         until: the first steps, in which it is active; 0 for never before.
-        wakes: the step at which it is active again, and at every step from then on.
+        resumes: the step at which it is active again, and at every step from then on.
         steps: the length of the stream; there is a loss at every step.
         window: of the learner, which takes the steps one at a time.
     """
 
     mixture: Mixture
     until: int = 4
-    wakes: int = 200
+    resumes: int = 200
     steps: int = 224
     window: int = 256
 
@@ -39,7 +39,7 @@ class Schedule:
         for t, x in enumerate(stream.xs):
             slots = torch.randperm(self.mixture.n_slots, generator=draw)[:2]
             others = 1 + torch.randperm(self.mixture.n_experts - 1, generator=draw)[:2]
-            experts = torch.tensor([0, int(others[0])]) if t < self.until or t >= self.wakes else others
+            experts = torch.tensor([0, int(others[0])]) if t < self.until or t >= self.resumes else others
             rows.append(torch.cat([x, torch.cat([slots, slots, experts])[None].to(x)], dim=-1))
         return Problem(stream.cell, torch.stack(rows), stream.targets)
 
@@ -58,25 +58,25 @@ class Reactivation:
     @property
     def catch_up(self) -> float:
         """The multiply-adds at the reactivation above the median of the steps before."""
-        wakes = self.schedule.wakes
-        return self.macs[wakes] - statistics.median(macs for t, macs in self.macs.items() if t < wakes)
+        resumes = self.schedule.resumes
+        return self.macs[resumes] - statistics.median(macs for t, macs in self.macs.items() if t < resumes)
 
 
 def reactivate(schedule: Schedule, seed: int) -> Reactivation:
     """Run the learner over the stream, and compare its gradients with the oracle's backpropagation through time."""
     stream = schedule.problem(seed)
     run = LearnerRun(stream, {"recorded": True}, block=1, window=schedule.window)
-    run.advance(schedule.wakes - BESIDE + 1)
+    run.advance(schedule.resumes - BESIDE + 1)
     macs = {}
-    for t in range(schedule.wakes - BESIDE, min(schedule.wakes + BESIDE, schedule.steps - 1)):
+    for t in range(schedule.resumes - BESIDE, min(schedule.resumes + BESIDE, schedule.steps - 1)):
         macs[t] = count_macs(lambda: run.advance(1))  # step t is processed when the next one is taken
     run.advance(schedule.steps - run.t)
     run.sync()
     cell = HideSparsity(stream.cell, recorded=True)
     expected = {name.removeprefix("cell."): g for name, g in oracles.bptt(cell, stream.xs, stream.loss).items()}
-    what = f"reactivated at step {schedule.wakes}, window {schedule.window}"
+    what = f"reactivated at step {schedule.resumes}, window {schedule.window}"
     compared, differs = check_gradients(run.gradients(), expected, what)
     expert = sum(p[0].numel() for name, p in stream.cell.named_parameters() if name.startswith("expert_"))
     touched = 2 * schedule.mixture.d_model
-    dormant = schedule.wakes - schedule.until if schedule.until else 0
+    dormant = schedule.resumes - schedule.until if schedule.until else 0
     return Reactivation(schedule, compared.error, differs, macs, dormant * touched**2 * expert)
