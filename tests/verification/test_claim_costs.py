@@ -114,7 +114,7 @@ def test_the_crossover_is_between_the_sizes_around_it() -> None:
 
     def verdict(ratio: float) -> Judgement:
         seconds = {"steps": [1.0], "sequences": [1.0], "eager BPTT": [ratio], "TBPTT": [ratio]}
-        rows = [crossover.Row("RNN", 16, 9, 4, {**seconds, "eager BPTT": [2.0]}, 9, (1.0, 1.0))]
+        rows = [crossover.SizeMeasured("RNN", 16, 9, 4, {**seconds, "eager BPTT": [2.0]}, 9, (1.0, 1.0))]
         return crossover.verdict(crossover.Ratios(config=crossover.measure.small, rows=rows, error=0.0))
 
     assert verdict(1.5).name == "holds"

@@ -12,7 +12,7 @@ hold.
 
 **Why that is fair.** What is switched off is what the cell declares, or an argument of the learner: the cell computes
 the same throughout, its own choices recorded once and replayed in every run, and over-declaring is documented to be
-slow and right. So a setting that costs less than "nothing off" is a finding: there the sparsity costs more than it saves.
+slow and right. So a setting that costs less than "nothing off" is a finding: that sparsity costs more than it saves.
 
 **What it leaves open.** The routers are not trained and the streams are drawn. What blocks save by the clock is mostly
 what is launched, which a count of multiply-adds does not show. Config *flow* is in *per-step*.

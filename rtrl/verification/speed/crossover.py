@@ -71,7 +71,7 @@ class Config:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SizeMeasured:
     """One cell at one size: P, the block, seconds per step by side, and peak bytes: those of ``BlockRTRL``, and the
     line of those of eager BPTT over T."""
 
@@ -98,10 +98,10 @@ class Ratios(Measurements):
     """The rows, and the largest error of exactly compared gradients."""
 
     config: Config
-    rows: list[Row]
+    rows: list[SizeMeasured]
     error: float
 
-    def wins(self, rival: str, ours: str) -> tuple[list[Row], list[Row]]:
+    def wins(self, rival: str, ours: str) -> tuple[list[SizeMeasured], list[SizeMeasured]]:
         """Return the rows in which ours is faster, and all in which the rival was run."""
         run = [row for row in self.rows if row.ratio(rival, ours) is not None]
         return [row for row in run if (row.ratio(rival, ours) or 0.0) > 1], run
@@ -121,7 +121,7 @@ def verdict(m: Ratios) -> Judgement:
     return Judgement.holds_when("it is faster " + "; ".join(parts)) if lost else Judgement.holds()
 
 
-def _listed(rows: list[Row]) -> str:
+def _listed(rows: list[SizeMeasured]) -> str:
     """Name cells and sizes: "GRU 32, 64; minGRU 512"."""
     kinds = dict.fromkeys(row.kind for row in rows)
     return "; ".join(f"{kind} {', '.join(str(row.hidden) for row in rows if row.kind == kind)}" for kind in kinds)
@@ -224,7 +224,7 @@ def measure(config: Config, settings: Settings) -> Ratios:
                         m.failures.append(f"{kind}, H = {hidden}, {name}: {compared.problem or compared.error}")
             seconds = alternate({name: side.advance for name, side in made.items()}, config.rounds)
             parameters = sum(p.numel() for p in found.cell.parameters())
-            m.rows.append(Row(kind, hidden, parameters, found.block, seconds, *_bytes(found)))
+            m.rows.append(SizeMeasured(kind, hidden, parameters, found.block, seconds, *_bytes(found)))
     return m
 
 
