@@ -31,6 +31,7 @@ _CLAIMS = (
     "memory.gpu.measure",
     "learning.byte_stream.measure",
     "rivals.balancing.measure",
+    "thesis.sparse_stream.measure",
 )
 """Modules of this package, each with the name of its claim."""
 
