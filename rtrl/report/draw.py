@@ -317,7 +317,7 @@ def _scale(axis: "Axis", log: bool, values: Sequence[float], names: Sequence[str
 
 def _name(name: str) -> list[str]:
     """A name of a category in lines; an empty one is a line, too."""
-    return textwrap.wrap(name, 24) or [""]
+    return textwrap.wrap(name, 24, break_on_hyphens=False) or [""]
 
 
 def _turned(names: Sequence[str]) -> bool:

@@ -25,7 +25,7 @@ Ten faults planted on purpose (``rtrl verify-gradients --break help``) confirm t
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,7 @@ from torch import Tensor
 import oracles
 from rtrl.cells.moe import RecurrentMoE
 from rtrl.errors import ConfigError, RTRLError
-from rtrl.report.model import Cell, Table
+from rtrl.report.model import Cell, Plot, Series, Table
 from rtrl.tasks import ByteStream
 from rtrl.verification.claim import Judgement, Measurements, Settings, Shown, claim
 from rtrl.verification.gradients.driver import DormancyCount, Interventions, LearnerRecord, Segment, run_learner
@@ -186,10 +186,39 @@ def show(m: OracleRows) -> Shown:
         for row in m.rows
     ]  # fmt: skip
     n = len(m.rows)
+    agree = f"{n - m.failed} of {n} comparisons"
     return Shown(
-        f"{n - m.failed} of {n} comparisons agree, largest error {m.largest_error:.1e}",
+        f"{agree} agree, largest error {m.largest_error:.1e}",
         [Table("Gradients and influences against the oracles", [*columns, *more], rows)],
+        [_errors(m)],
+        headline=f"The gradient is that of BPTT, textbook RTRL and finite differences in {agree}, with relative errors "
+        f"up to {m.largest_error:.1e} in float64",
+        model=f"{m.cell}; T = {m.config.steps}, B = {m.config.batch_size}, blocks {_listed(m.config.blocks)}, windows "
+        f"{_listed(m.config.windows)}; one seed",
     )
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes))
+
+
+def _errors(m: OracleRows) -> Plot:
+    """Draw the errors against the algebraic oracles, over all blocks and windows."""
+    rows: dict[str, list[OracleRow]] = {}
+    for row in m.rows:
+        if row.oracle != "finite differences":
+            rows.setdefault(f"{row.oracle}, {row.learning}", []).append(row)
+    series = []
+    for name in ("gradient", "influence"):
+        errors = [[c.error for row in found if (c := getattr(row, name)) is not None] for found in rows.values()]
+        places = [x for x, values in enumerate(errors) if values]
+        worst, least = ([float(pick(errors[x])) for x in places] for pick in (max, min))
+        series.append(Series(name, [float(x) for x in places], worst, low=least, high=worst))
+    series.append(Series("tolerance", [float(x) for x in range(len(rows))], [TOLERANCE] * len(rows), dashed=True))
+    return Plot(
+        "Errors against the oracles, largest and smallest of all blocks and windows", "oracle, and what changes in "
+        "mid-stream", "relative error", series, "points", log_y=True, x_names=list(rows),
+    )  # fmt: skip
 
 
 @claim(
@@ -200,6 +229,7 @@ def show(m: OracleRows) -> Shown:
     full=FULL,
     verdict=verdict,
     show=show,
+    question="exact",
 )
 def measure(config: Config, settings: Settings) -> OracleRows:
     """Run every block and window over the text, and compare each with every oracle.
