@@ -28,8 +28,8 @@ OURS: tuple[Claim[Any, Any], ...] = (
 SMALL: dict[Any, Any] = {
     **{claim: claim.small for claim in OURS},
     extraction.measure: extraction.Config(Mixture("small", 2, 2, 8, 4, 16), 12, 4, (8, 64, 4096)),
-    conditioning.measure: conditioning.Config(8, 1, (4, 8), 4, 2),
-    patterns.measure: patterns.Config(48, 24, 8, 8, 2),
+    conditioning.measure: conditioning.Config(8, 1, (4, 8), 4, 2, compared=8),
+    patterns.measure: patterns.Config(48, 24, 8, 8, 2, compared=False),
 }
 
 
@@ -324,9 +324,11 @@ def test_jacobians_are_those_of_the_oracle() -> None:
 
 def test_patterns_find_what_is_not_declared(monkeypatch: pytest.MonkeyPatch) -> None:
     for strays, looked_at, name in ((0, 10, "holds"), (3, 10, "does not hold"), (0, 0, "does not hold")):
-        config = patterns.Config()
+        config = patterns.Config(d_model=32)
         picture = patterns.Picture(config=config, experts=1, slots=1, marks=[], strays=strays, looked_at=looked_at)
         assert patterns.verdict(picture).name == name
+    dead = patterns.Picture(config=config, experts=2, slots=1, marks=[], looked_at=10, uses=[3, 0])
+    assert patterns.verdict(dead).name == "does not hold" and dead.dead == [1]
     cell = problems.byte_model(0)
     x = torch.eye(256, dtype=torch.float64)[None, 5]
     h = torch.ones(1, 4, 8, dtype=torch.float64)

@@ -91,11 +91,27 @@ def problem(
     return Problem(mixture.cell(seed, dtype, device), xs, targets)
 
 
-def byte_model(seed: int, device: torch.device | str = "cpu") -> RecurrentMoE:
-    """Return a small mixture of experts that reads and predicts bytes, in float64."""
+def byte_model(
+    seed: int,
+    device: torch.device | str = "cpu",
+    *,
+    d_model: int = 8,
+    hidden: int = 8,
+    router_output: bool = False,
+) -> RecurrentMoE:
+    """Return a small mixture of experts that reads and predicts bytes, in float64.
+
+    Args:
+        seed: of the weights.
+        device: of the parameters.
+        d_model: the width of a slot.
+        hidden: hidden widths of experts and of the feed-forward layer.
+        router_output: whether the outputs tell the router's logits, for a balancing loss.
+    """
     return RecurrentMoE(
-        256, 256, d_model=8, n_slots=4, n_experts=8, topk=2, read_slots=2, write_slots=1, expert_hidden=8, ffn_hidden=8,
-        generator=torch.Generator().manual_seed(seed), dtype=torch.float64,
+        256, 256, d_model=d_model, n_slots=4, n_experts=8, topk=2, read_slots=2, write_slots=1,
+        expert_hidden=hidden, ffn_hidden=hidden,
+        router_output=router_output, generator=torch.Generator().manual_seed(seed), dtype=torch.float64,
     ).to(device)  # fmt: skip
 
 

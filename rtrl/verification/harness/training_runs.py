@@ -154,6 +154,16 @@ def train_in_lockstep(
     return apart
 
 
+def held_bytes(cell: nn.Module, config: TrainingConfig, make: MakeLearner, n_episodes: int = 8) -> int:
+    """Return the most bytes that a learner holds between two steps of the first episodes; the cell stays as it is."""
+    trainer = EpisodeTrainer(copy.deepcopy(cell), config, make)
+    for n, steps in enumerate(episodes(config, next(cell.parameters()))):
+        if n == n_episodes:
+            break
+        trainer.episode(steps)
+    return trainer.most_bytes
+
+
 def distance(first: nn.Module, second: nn.Module) -> float:
     """Return the largest difference between two weights, relative to the largest weight of their parameter, or to 1 if
     that is larger."""

@@ -42,6 +42,7 @@ class Case:
     batch_size: int = 32
     episodes: int = 400
     seed: int = 0
+    gate: float = -3.0  # the bias of the mixture's gate at the start
 
     @property
     def task(self) -> Haystack:
@@ -97,7 +98,7 @@ def make_cell(case: Case, seed: int, dtype: torch.dtype | None = None) -> nn.Mod
         generator=torch.Generator().manual_seed(seed), dtype=torch.float32,
     )  # fmt: skip
     with torch.no_grad():
-        cell.gate.bias.fill_(-3.0)
+        cell.gate.bias.fill_(case.gate)
     return cell.to(dtype or torch.get_default_dtype())
 
 
@@ -125,6 +126,7 @@ def show(m: Results) -> Shown:
         "; ".join(f"{r.case.label}: {percent(r.accuracy)}" for r in m.results),
         [Table(title, [*columns, "episodes of the batch", "steps"], rows)],
         [plot(title, "episodes of the batch", "training accuracy", lines)],
+        model="; ".join(f"{r.case.label}, B = {r.case.batch_size}, seed {r.seed}" for r in m.results),
     )
 
 
@@ -143,8 +145,11 @@ _QUICK = (Case("GRU", 24, 6, (8, 16), 0.02), Case("GRU", 24, 6, (8, 16), 0.02, s
             Case("RecurrentMoE", 32, 4, (8, 16), 2e-3, episodes=1500),
         )
     ),
+    small=Config((Case("GRU", 8, 2, (6, 7), 0.05, batch_size=16, episodes=100),), 100),
     verdict=verdict,
     show=show,
+    question="learns",
+    noticed_breaks=("lost-updates", "forgetful-cell"),
 )
 def measure(config: Config, settings: Settings) -> Results:
     """Train every case by BPTT, and evaluate it."""

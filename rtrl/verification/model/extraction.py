@@ -97,6 +97,7 @@ def show(m: Shares) -> Shown:
             table("Share active over the width of an expert", "width", {"share": m.by_width}),
         ],
         [plot(title, x_label, "share", {"counted": m.by_width}, log="x")],
+        model=f"config {mixture.name}, P = {total:,}, H = {hidden}, T = {m.config.steps:,}, one seed",
     )
 
 
@@ -113,8 +114,10 @@ def active_entries(cell: RecurrentMoE, active: dict[str, int]) -> int:
     threshold="5 % of the parameters, 128 of 1024 rows",
     quick=Config(),
     full=Config(steps=2000, checked=64),
+    small=Config(Mixture("small", 2, 2, 8, 4, 16), 12, 4, (8, 64, 4096)),
     verdict=verdict,
     show=show,
+    noticed_breaks=("hidden-expert", "hidden-write"),
     void="the cell does not keep to what it declares",
 )
 def measure(config: Config, settings: Settings) -> Shares:
