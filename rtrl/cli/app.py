@@ -1,5 +1,7 @@
 """The app of the command line: ``check``, ``plan``, ``report``, ``train``, ``verify`` and ``verify-gradients``."""
 
+import inspect
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -30,9 +32,12 @@ def main(
     """Exact real-time recurrent learning: verify it, check your own cell, plan, train, report."""
 
 
-app.command(cls=MovedOptions)(verify)
-app.command()(verify_gradients)
-app.command()(check)
-app.command()(train)
-app.command()(plan)
-app.command()(report)
+def flowing(command: Callable[..., None]) -> str:
+    """The docstring of a command with each paragraph on one line: the terminal's width breaks it, and nothing else."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+app.command(cls=MovedOptions, help=flowing(verify))(verify)
+for command in (verify_gradients, check, train, plan, report):
+    app.command(help=flowing(command))(command)

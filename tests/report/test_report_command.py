@@ -9,7 +9,8 @@ import pytest
 from report_samples import CURVE, claim, sample, written
 from typer.testing import CliRunner
 
-from rtrl.cli.app import app
+from rtrl.cli.app import app, flowing
+from rtrl.cli.report import report as command
 
 PAGE = "<!-- rtrl:claims-table -->\n<!-- /rtrl:claims-table -->\n"
 
@@ -106,5 +107,6 @@ def test_without_matplotlib(results: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_command_is_listed() -> None:
     assert "report" in CliRunner().invoke(app, ["--help"]).stdout
+    assert "\n\n" in flowing(command) and "\n" not in flowing(command).replace("\n\n", "")
     for option in ("--output", "--pictures", "--format", "--update", "--check"):
         assert option in report("--help").stdout

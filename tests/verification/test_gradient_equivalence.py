@@ -348,5 +348,5 @@ def test_texts_that_cannot_be_read(
 
 
 def test_a_folder_is_no_text(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is not a file"):
         ByteStream(tmp_path)
