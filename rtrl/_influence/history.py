@@ -1,5 +1,6 @@
 """The transitions of the last blocks: how to bring dormant influences up to date, and their pending adjoints."""
 
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -8,9 +9,25 @@ import torch
 from torch import Tensor
 
 from rtrl._influence.catch_up_plan import CatchUpPlan, CatchUpPlanner, Hop
+from rtrl._influence.saved_checks import check_block, check_plans, count
 from rtrl._influence.segment_tree import CircularSegmentTree, Node
 from rtrl._influence.transition import Pattern, Transition, compose, compose_patterns, identity
+from rtrl._utils.formatting import show_bytes
 from rtrl.errors import ConfigError
+
+_NODE_BYTES = 1000  # that Python takes for the objects of a node
+
+
+def _check_memory(capacity: int, rows: int, cols: int, state: Tensor) -> None:
+    """Refuse a capacity for which even the leaves, and the objects that hold the nodes, take more than there is."""
+    numbers = rows * cols * state[0, 0].numel() ** 2 * len(state) if state.device.type == "cpu" else 0
+    needed = capacity * (numbers * state.element_size() + 2 * _NODE_BYTES)
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else needed
+    if needed > present:
+        raise ConfigError(
+            f"window={capacity} takes at least {show_bytes(needed)}, this machine has {show_bytes(present)}; choose a "
+            "smaller window, which bounds memory and never exactness"
+        )
 
 
 class _NodeMemory:
@@ -68,12 +85,16 @@ class History:
         state: (B, n, ...), for shape, dtype and device.
         start: number of the first block.
 
+    Raises:
+        ConfigError: the machine does not have the memory for so large a capacity.
+
     Cost: bytes, reserved at once: over all ``2·capacity − 1`` nodes, ``B·u·c·width²`` numbers, u and c the rows and
         columns that a node can have.
     """
 
     def __init__(self, capacity: int, rows: int, cols: int, state: Tensor, start: int = 0) -> None:
         size, n = state.shape[:2]
+        _check_memory(capacity, rows, cols, state)
         self.capacity, self._bounds = capacity, (rows, cols)
         self._memory = _NodeMemory(capacity, rows, cols, state)
         self._none = identity(size, n, state[0, 0].numel(), state)
@@ -177,21 +198,33 @@ class History:
         }
 
     @classmethod
-    def from_state_dict(cls, saved: dict[str, Any], state: Tensor) -> "History":
+    def from_state_dict(cls, saved: dict[str, Any], state: Tensor, *, brief: bool = False) -> "History":
         """Return the history that ``state_dict`` described, for a state of the same shape.
+
+        Args:
+            saved: what it returned.
+            state: (B, n, ...), any state.
+            brief: hold the saved blocks and no more, without what was planned: to bring influences up to date once.
 
         Raises:
             ConfigError: it is damaged, or was taken for another state.
         """
-        rows_bound, cols_bound = saved["bounds"]
-        history = cls(saved["capacity"], rows_bound, cols_bound, state, saved["start"])
         (size, n), width = state.shape[:2], state[0, 0].numel()
+        rows_bound, cols_bound = (count("a bound of the saved history", bound, most=n) for bound in saved["bounds"])
+        capacity = count("'capacity' of the saved history", saved["capacity"], least=1)
+        held, start = len(saved["blocks"]), count("'start' of the saved history", saved["start"])
+        if held > capacity:
+            raise ConfigError(f"the saved history has {held} blocks, but holds {capacity}")
+        history = cls(max(held, 1) if brief else capacity, rows_bound, cols_bound, state, start)
         for rows, cols, jacobian, adjoint in saved["blocks"]:
+            rows, cols = (None if t is None else t.to(state.device) for t in (rows, cols))
+            check_block(rows, cols, state)
             u, c = (n if index is None else index.shape[1] for index in (rows, cols))
             fits = tuple(jacobian.shape) == (size, u * width, c * width) and tuple(adjoint.shape) == (size, c * width)
             if not fits or jacobian.dtype != state.dtype or adjoint.dtype != state.dtype:
                 raise ConfigError("a saved block does not fit the state")
-            rows, cols = (None if t is None else t.to(state.device) for t in (rows, cols))
             history.append(Transition(rows, cols, jacobian.to(state), adjoint.to(state), n, width))
-        history.planner.load_state_dict(saved["plans"])
+        if not brief:
+            check_plans(saved["plans"], history.tree)
+            history.planner.load_state_dict(saved["plans"])
         return history

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtrl._influence.saved_checks import check_rows
 from rtrl._influence.transition import Transition
 from rtrl._utils import index_sets
 from rtrl.errors import ConfigError
@@ -262,6 +263,7 @@ class ParameterInfluence:
                 f"{state['row'].numel()} slices, "
                 f"this learner needs {tuple(self.values.shape[1:])} for {self._row.numel()}"
             )
+        check_rows(state, self.slices)
         device = self.values.device
         self.values = state["values"].to(device, copy=True)
         self.sample, self.slice = (state[k].to(device, copy=True) for k in ("sample", "slice"))

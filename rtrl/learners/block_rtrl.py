@@ -458,18 +458,24 @@ class BlockRTRL(Learner):
 
     def _load_buffers(self, loaded: LearnerState) -> dict[str, Any]:
         processed = loaded.steps_taken - len(loaded.open_steps)
-        structured = self._finds_structure and bool(loaded.buffers["structured"])
+        if type(loaded.buffers["structured"]) is not bool:
+            raise ConfigError("the saved learner does not say whether it found a structure")
+        structured = self._finds_structure and loaded.buffers["structured"]
         if "structure" in loaded.buffers:
-            shapes = {name: p.shape for name, p in RealForms(self._parameters).items()}
+            shapes = {name: p.shape for name, p in RealForms(self._guard.named).items()}  # frozen ones, too
             structure = Structure.from_state_dict(loaded.buffers["structure"], loaded.state[0].numel(), shapes)
             structure = structure.to(loaded.state.device)
             rows = CarriedRows(structure, RealForms(self._parameters), loaded.state, self._gradient_of, self._auditor)
             rows.load_state_dict(loaded.buffers)
+            _check_blocks(rows.now, processed)
             self._linearizer.structured = structured
             return {"_carried": rows, "_processed": processed}
         slots = "slots" in loaded.buffers
+        if slots and loaded.buffers["slots"] != loaded.state.shape[1]:
+            raise ConfigError(f"the saved influence is that of {loaded.buffers['slots']!r} slots")
         inner = self._empty_carried(by_slot(loaded.state) if slots else loaded.state)
         inner.load_state_dict(loaded.buffers, loaded.layout["window"])
+        _check_blocks(inner.now, processed)
         carried: Carried = CarriedSlots(inner, self.batch_size) if slots else inner
         has_influences, has_history = bool(inner.influences), inner.history is not None
         between = loaded.steps_taken > 0 and not has_history and not loaded.open_steps  # dormant slices up to date
@@ -479,3 +485,9 @@ class BlockRTRL(Learner):
         single = SingleSteps(self.cell, self._parameters)
         single.load_state_dict(loaded.buffers.get("one_step", []))
         return {"_carried": carried, "_single": single, "_processed": processed}
+
+
+def _check_blocks(blocks: int, steps: int) -> None:
+    """Refuse a saved learner that closed more blocks than it has processed steps."""
+    if blocks > steps:
+        raise ConfigError(f"the saved learner has closed {blocks} blocks, but processed {steps} steps")

@@ -106,6 +106,9 @@ class _Unrolled(ReplayingLearner):
         if discard:
             self._kept_steps = []
 
+    def _most_kept(self) -> int | None:
+        return None
+
 
 class BPTT(_Unrolled):
     """Full backpropagation through time: keep all steps since the last reset of all samples, and run them backward.
@@ -203,6 +206,9 @@ class TBPTT(_Unrolled):
 
     def _arguments(self) -> dict[str, Any]:
         return {"horizon": self.horizon, "sliding": self.sliding}
+
+    def _most_kept(self) -> int | None:
+        return self.horizon
 
     def _place_in_chunk(self, constant_state: Tensor) -> int:
         """Return which step of its chunk the newest one is, from 1 on."""

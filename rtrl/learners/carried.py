@@ -346,7 +346,8 @@ class CarriedInfluence:
 
         Args:
             saved: what was returned.
-            window: of the learner that it was taken of.
+            window: of the learner that it was taken of; if it is another than here, the blocks are held to bring
+                dormant slices up to date, and no more.
 
         Raises:
             ConfigError: it is damaged, or was taken of other parameters.
@@ -357,12 +358,17 @@ class CarriedInfluence:
             unknown -= self._parameters.keys()
         if influences and unknown:
             raise ConfigError("the saved influences are not those of this learner's parameters")
+        if not all(type(held["sliced"]) is bool for held in influences.values()):
+            raise ConfigError("a saved influence does not say whether it is kept slice by slice")
         self.influences = {name: self._empty(name, held["sliced"]) for name, held in influences.items()}
         for name, influence in self.influences.items():
             influence.load_state_dict(influences[name])
         if history is not None:
-            self.history = History.from_state_dict(history, self._state)
-            _check_times(self.influences, self.history, window if self.sliced else 1)
+            own = window if self.sliced else 1
+            if history["capacity"] not in (1, own):
+                raise ConfigError(f"the saved history holds {history['capacity']} blocks, not the window of {own}")
+            self.history = History.from_state_dict(history, self._state, brief=window != self._window)
+        _check_times(self.influences, self.history)
         if type(accumulated_until) is not int or not 0 <= accumulated_until <= self.now:
             raise ConfigError("the parts of the saved learner do not fit together")
         self.accumulated_until = accumulated_until
@@ -379,11 +385,10 @@ class CarriedInfluence:
         return ParameterInfluence(self._parameters[name].shape, sliced, size, numbers, self._state)
 
 
-def _check_times(influences: Mapping[str, ParameterInfluence], history: History, window: int) -> None:
-    """Refuse influences that the blocks of a history cannot bring up to date."""
-    if history.capacity not in (1, window):
-        raise ConfigError(f"the saved history holds {history.capacity} blocks, not the window of {window}")
+def _check_times(influences: Mapping[str, ParameterInfluence], history: History | None) -> None:
+    """Refuse influences that the blocks of a history cannot bring up to date; without one, all are of block 0."""
+    oldest, now = (0, 0) if history is None else (history.oldest, history.now)
     for name, influence in influences.items():
         times = influence.last_block[influence.active_rows()]
-        if times.numel() and (int(times.max()) > history.now or int(times.min()) < history.oldest):
+        if times.numel() and (int(times.max()) > now or int(times.min()) < oldest):
             raise ConfigError(f"the saved influence of {name!r} is of a time that the saved history does not reach")

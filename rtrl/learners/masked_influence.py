@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rtrl._utils import pytrees
+from rtrl.errors import ConfigError
 from rtrl.learners.influence_learner import InfluenceLearner
 from rtrl.learners.state import LearnerState, copy_like
 
@@ -99,6 +100,8 @@ class MaskedInfluenceLearner(InfluenceLearner):
         (saved,) = loaded.buffers["carried"]
         dense = copy_like("influence", saved, whole)
         places = self._places_of(self._saved_pattern(loaded, dense))
+        if int(dense.count_nonzero()) != int(dense.flatten(1)[:, places].count_nonzero()):
+            raise ConfigError("the saved influence has entries outside of its pattern")
         common = super(InfluenceLearner, self)._load_buffers(loaded)
         return {**common, "_places": places, "_carried": (dense.flatten(1)[:, places],)}
 

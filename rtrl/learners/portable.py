@@ -14,6 +14,7 @@ from rtrl._utils import pytrees
 from rtrl.errors import ConfigError, NonFiniteError
 from rtrl.learners import state as saved_state
 from rtrl.learners.rule import LearningRule
+from rtrl.learners.saved_forms import check_digest, in_dtype_of, with_digest
 from rtrl.learners.state import LearnerState
 
 
@@ -24,8 +25,13 @@ class PortableLearner(LearningRule):
         """Return all that is needed to continue bit for bit, as tensors, numbers and containers of these.
 
         Save the cell's parameters beside it. Add the losses of a step before saving it: the ``y`` of a step taken
-        before the save accepts no more losses after a load.
+        before the save accepts no more losses after a load. Its "digest" depends on every bit of it: what is damaged or
+        changed is refused by ``load_state_dict``.
         """
+        return with_digest(self._plain())
+
+    def _plain(self) -> dict[str, Any]:
+        """What ``state_dict`` returns, without its digest."""
         self._check_intact()
         if not self._open_steps and self._guard.find_toggled():
             self._adopt_parameters()
@@ -35,8 +41,9 @@ class PortableLearner(LearningRule):
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from where ``state_dict`` was taken, with the same cell, parameters and arguments.
 
-        ``block``, ``window`` and ``lazy`` of ``BlockRTRL`` may differ if no step was open: after a ``sync``. Dormant
-        slices are then brought up to date, and the gradient is the same up to rounding.
+        If no step was open, after a ``sync``, the real dtype may differ, and so may ``block``, ``window`` and ``lazy``
+        of ``BlockRTRL``: dormant slices are then brought up to date, and the gradient is the same up to rounding. The
+        device may always differ.
 
         Args:
             saved: what ``state_dict`` returned.
@@ -46,11 +53,16 @@ class PortableLearner(LearningRule):
                 another cell or other arguments. Nothing has changed.
         """
         with saved_state.damage_reported():
+            if not self._open_steps and self._guard.find_toggled():
+                self._adopt_parameters()
             present = self._learner_state({})
-            loaded = saved_state.from_plain(saved, present, self._guard.named, self._adaptable)
+            saved_state.check_format(saved)
+            converted = in_dtype_of(saved, present.layout)
+            loaded = saved_state.from_plain(converted, present, self._guard.named, self._adaptable)
             if len(loaded.open_steps) > self.block:
                 raise ConfigError(f"the saved learner has {len(loaded.open_steps)} open steps, but block={self.block}")
             buffers = self._load_buffers(loaded)
+            check_digest(saved)
         self._give_up_block()
         self._damage = None
         self._state, self._steps_taken = loaded.state, loaded.steps_taken
@@ -73,7 +85,7 @@ class PortableLearner(LearningRule):
         if self._open_steps:
             self._check_parameters()
         attributes = {name: value for name, value in vars(self).items() if name not in self._rebuilt}
-        return {"attributes": attributes, "saved": self.state_dict()}
+        return {"attributes": attributes, "saved": self._plain()}
 
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -132,7 +144,7 @@ class PortableLearner(LearningRule):
             self._check_dtype_may_change()
         if not checks.finite(moved(self._state)):
             raise NonFiniteError(f"the state has values that {dtype} cannot hold")
-        saved = pytrees.map_tensors(moved, self.state_dict())
+        saved = pytrees.map_tensors(moved, self._plain())
         self.cell.to(*args, **kwargs)
         for name, value in list(vars(self).items()):
             if name not in self._rebuilt:

@@ -275,6 +275,10 @@ class ReplayingLearner(Learner):
         steps = [*self._kept_steps, *map(self._replayed, self._open_steps)]
         return {"influence": 0, "steps": sum(step.n_bytes for step in steps)}
 
+    def _most_kept(self) -> int | None:
+        """How many processed steps are held at most; None for no limit."""
+        return 0
+
     def _buffers(self) -> dict[str, Any]:
         snapshots = {id(step.snapshot): step.snapshot for step in self._kept_steps}
         if self._snapshot is not None:
@@ -302,10 +306,22 @@ class ReplayingLearner(Learner):
     def _load_buffers(self, loaded: LearnerState) -> dict[str, Any]:
         saved, mask = loaded.buffers, self._constant_state
         trainable = saved.get("trainable", [None] * len(saved["snapshots"]))
+        for names in trainable:
+            known = dict(self.cell.named_parameters())
+            if names is not None and (
+                type(names) is not list or len({*names}) != len(names) or not {*names} <= known.keys()
+            ):
+                raise ConfigError("the parameters that were trainable in the saved learner are not those of this cell")
         pairs = zip(saved["snapshots"], trainable, strict=True)
         snapshots = [ParameterSnapshot(self.cell, values, names) for values, names in pairs]
         if loaded.open_steps and saved["snapshot"] is None:
             raise ConfigError("the saved learner has an open step without the parameters that it was taken with")
+        for index in (saved["snapshot"], *(plain["snapshot"] for plain in saved["kept_steps"])):
+            if index is not None and (type(index) is not int or not 0 <= index < len(snapshots)):
+                raise ConfigError(f"the saved learner has no parameters number {index!r}")
+        most = self._most_kept()
+        if most is not None and len(saved["kept_steps"]) > most:
+            raise ConfigError(f"the saved learner holds {len(saved['kept_steps'])} steps, this one at most {most}")
         kept = []
         for plain in saved["kept_steps"]:
             step = step_from_plain(plain, self._state, self._guard.named)

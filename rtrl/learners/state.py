@@ -11,10 +11,12 @@ from torch import Tensor
 
 from rtrl._engine import checks
 from rtrl._engine.recorded import RecordedStep
+from rtrl._influence.saved_checks import LARGEST_COUNT
 from rtrl._utils import pytrees
 from rtrl._utils.real_pairs import real_numbers
 from rtrl.cells.protocol import Sparsity, check_sparsity
 from rtrl.errors import ConfigError, RTRLError
+from rtrl.learners.saved_forms import check_chain, check_layout
 
 FORMAT = 2
 _WRITTEN_BY = {1: "rtrl 0.1.0"}  # older formats
@@ -67,7 +69,7 @@ def from_plain(
     """Return the state that ``to_plain`` gave, checked against the learner that is to load it.
 
     Args:
-        saved: what ``to_plain`` returned. Its buffers are passed on unchecked.
+        saved: what ``to_plain`` returned, of this format. Its buffers are passed on unchecked.
         present: the state of the learner that is to load it, without buffers; it is not changed.
         named: all parameters of the cell, by name.
         adaptable: parts of the layout that may differ as long as no step is open.
@@ -76,13 +78,13 @@ def from_plain(
         The state, with the layout of the saved learner.
 
     Raises:
-        ConfigError: it is not a saved learner of this format, or it does not fit the learner.
+        ConfigError: it does not fit the learner.
         RTRLError: it is damaged; so do the errors of Python that ``damage_reported`` turns into a ``ConfigError``.
     """
-    _check_format(saved)
+    check_layout(saved["layout"], present.layout, adaptable)
     _check_layout(saved["layout"], present.layout, () if saved["open_steps"] else adaptable, adaptable)
     taken = saved["steps_taken"]
-    if type(taken) is not int or taken < 0:
+    if type(taken) is not int or not 0 <= taken <= LARGEST_COUNT:
         raise ConfigError(f"'steps_taken' of the saved learner must be a count, got {taken!r}")
     steps = [step_from_plain(step, present.state, named) for step in saved["open_steps"]]
     check_numbers(steps, taken)
@@ -94,9 +96,12 @@ def from_plain(
     if not checks.finite(state):
         raise ConfigError("NaN or infinity in the saved state")
     first = first_from_plain(saved.get("first_influence", {}), state, named)
+    if not first.keys() <= present.layout["parameters"].keys():
+        raise ConfigError("the saved influence of first states is not that of this learner's parameters")
     restarting = mask_from_plain(saved.get("restarting"), state)
     if restarting is not None and not steps:
         raise ConfigError("samples of the saved learner restarted after an open step, but it has none")
+    check_chain(steps, state, restarting)
     return LearnerState(saved["layout"], state, first, taken, steps, gradients, saved["buffers"], restarting)
 
 
@@ -117,7 +122,9 @@ def check_numbers(steps: Sequence[RecordedStep], stop: int) -> None:
     Raises:
         ConfigError: they are not.
     """
-    if [step.number for step in steps] != list(range(stop - len(steps), stop)):
+    if any(type(step.number) is not int for step in steps) or [step.number for step in steps] != list(
+        range(stop - len(steps), stop)
+    ):
         raise ConfigError("the steps of the saved learner do not fit the number of steps that it has taken")
 
 
@@ -213,7 +220,12 @@ def step_from_plain(saved: Mapping[str, Any], state: Tensor, named: Mapping[str,
     return RecordedStep(x, h, sparsity, outputs, saved["number"], restarted=restarted, reached=reached)
 
 
-def _check_format(saved: Any) -> None:
+def check_format(saved: Any) -> None:
+    """Refuse what is not a saved learner of this format.
+
+    Raises:
+        ConfigError: it is not; the message says which version wrote it, if that is known.
+    """
     number = saved.get("format") if isinstance(saved, Mapping) else None
     if type(number) is not int:
         raise ConfigError("this is not a saved learner; pass what state_dict() returned")

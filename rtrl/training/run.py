@@ -159,6 +159,8 @@ def load(path: Path, cell: str | None = None) -> tuple[Settings, Trainer, dict[s
                 "names, shapes and dtypes must be equal"
             )
         trainer.load_state_dict(content["trainer"])
+        if digest(trainer.state_dict()) != digest(content["trainer"]):
+            raise ConfigError(f"{path} is damaged: it holds something that is not part of such a run")
         _set_random_state(content["random"])
         return settings, trainer, dict(content["notes"])
     except (TypeError, KeyError, RuntimeError, AttributeError, ValueError, IndexError, OverflowError) as error:
@@ -262,6 +264,9 @@ def _random_state() -> dict[str, Any]:
 
 
 def _set_random_state(state: Mapping[str, Any]) -> None:
+    cuda = state["cuda"]
+    if state.keys() != {"cpu", "cuda"} or type(cuda) is not list or any(each.dtype != torch.uint8 for each in cuda):
+        raise ConfigError("the random states of the saved run are damaged")
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

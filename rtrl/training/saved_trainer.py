@@ -135,12 +135,11 @@ def _is_setting(value: Any, like: Any) -> bool:
 
 
 def _check_number(name: str, value: Any, parameter: Tensor) -> None:
-    if value is None:
+    if value is None and name == "momentum_buffer":  # of SGD without momentum
         return
     if isinstance(value, Tensor):
         fits = value.ndim == 0 or value.shape == parameter.shape
-        if fits and bool(value.isfinite().all()) and (value.ndim == 0 or value.dtype == parameter.dtype):
+        kind = value.is_floating_point() if value.ndim == 0 else value.dtype == parameter.dtype
+        if fits and kind and bool(value.isfinite().all()):
             return
-    elif isinstance(value, int | float) and math.isfinite(value):
-        return
     raise ConfigError(f"{name!r} of the saved optimizer does not fit a parameter of shape {tuple(parameter.shape)}")

@@ -20,6 +20,7 @@ from rtrl._utils.whole_files import LockedFile
 from rtrl.cli.app import app
 from rtrl.errors import FileError
 from rtrl.training import Trainer, run, trainer
+from rtrl.training.logs import JsonLines
 
 SMALL = ["anbn", "--cell", "gru", "-C", "hidden=2", "--batch-size", "1", "--log-every", "2", "--evaluate", "0"]
 OWN = """
@@ -48,7 +49,25 @@ def said(result: Result) -> str:
     return " ".join(result.output.translate({ord(c): " " for c in "│╭╮╰╯─"}).split())
 
 
-def begun(steps: int = 4, *more: Any) -> Path:
+@pytest.fixture(scope="module")
+def _made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a run of four steps."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert train(*SMALL, "--steps", 4).exit_code == 0
+    return {each.name: each.read_bytes() for each in folder.iterdir()}
+
+
+@pytest.fixture
+def path(folder: Path, _made: dict[str, bytes]) -> Path:
+    """The checkpoint of a run of four steps."""
+    for name, data in _made.items():
+        Path(name).write_bytes(data)
+    return Path("rtrl-anbn.pt")
+
+
+def begun(steps: int, *more: Any) -> Path:
     assert train(*SMALL, "--steps", steps, *more).exit_code == 0
     return Path("rtrl-anbn.pt")
 
@@ -62,11 +81,16 @@ def refused(words: str, *arguments: Any) -> str:
 
 def edited(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     """Change a checkpoint as somebody who can write digests, too, would."""
-    with path.open("rb") as file:
-        content = read_content(file)
-    edit(content)
+    changed = content(path)
+    edit(changed)
     with path.open("wb") as file:
-        write_content(content, file)
+        write_content(changed, file)
+
+
+def content(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        found: dict[str, Any] = read_content(file)
+    return found
 
 
 def log_of(path: str = "rtrl-anbn.jsonl") -> list[dict[str, Any]]:
@@ -80,8 +104,7 @@ def steps_of(path: str = "rtrl-anbn.jsonl") -> list[int]:
 # ---------------------------------------------------------------------- code
 
 
-def test_a_checkpoint_does_not_decide_which_code_is_run(folder: Path) -> None:
-    path = begun()
+def test_a_checkpoint_does_not_decide_which_code_is_run(folder: Path, path: Path) -> None:
     (folder / "stranger.py").write_text(OWN)
     edited(path, lambda content: content["settings"].update(cell="stranger:make"))
     message = refused("name it again, by --cell stranger:make", "--resume", path, "--steps", 8)
@@ -129,8 +152,8 @@ def test_a_hostile_pickle_runs_nothing_and_no_message_advises_to_load_it(as_torc
 @pytest.mark.parametrize(
     "name", ["thesis.tex", "{folder}/../elsewhere/thesis.tex", "../elsewhere/thesis.tex", "link.tex"]
 )
-def test_a_file_that_is_not_this_runs_log_is_left_as_it_is(folder: Path, name: str) -> None:
-    path, name = begun(), name.format(folder=folder)
+def test_a_file_that_is_not_this_runs_log_is_left_as_it_is(folder: Path, path: Path, name: str) -> None:
+    name = name.format(folder=folder)
     (folder.parent / "elsewhere").mkdir()
     target = folder.parent / "elsewhere" / "thesis.tex"
     target.write_text('{"event": "start", "run": "another"}\nall of it\n')
@@ -163,15 +186,13 @@ def test_the_log_is_looked_for_beside_the_checkpoint(folder: Path, monkeypatch: 
     assert steps_of("../here/rtrl-anbn.jsonl") == [8]
 
 
-def test_a_tensorboard_folder_elsewhere_is_named_again(folder: Path) -> None:
-    path = begun()
+def test_a_tensorboard_folder_elsewhere_is_named_again(folder: Path, path: Path) -> None:
     edited(path, lambda content: content["notes"].update(tensorboard=str(folder.parent / "board")))
     refused("name it again, by --tensorboard", "--resume", path, "--steps", 8)
     assert not (folder.parent / "board").exists()
 
 
-def test_what_a_file_says_does_not_act_on_the_terminal() -> None:
-    path = begun()
+def test_what_a_file_says_does_not_act_on_the_terminal(path: Path) -> None:
     edited(path, lambda content: content["notes"].update(log="../\033]0;title\a"))
     assert "\033]" not in refused("name it again", "--resume", path, "--steps", 8)
 
@@ -196,8 +217,9 @@ def test_what_a_file_says_does_not_act_on_the_terminal() -> None:
         ("task_options", "path", "/dev/zero"),
     ],
 )
-def test_sizes_that_a_file_asks_for_are_refused_before_memory_is_taken(part: str, name: str | None, value: Any) -> None:
-    path = begun()
+def test_sizes_that_a_file_asks_for_are_refused_before_memory_is_taken(
+    path: Path, part: str, name: str | None, value: Any
+) -> None:
     if name == "path":
         edited(path, lambda content: content["settings"].update(task="bytes"))
     edited(path, lambda c: c["settings"].update({part: value} if name is None else {part: {name: value}}))
@@ -221,8 +243,7 @@ def test_the_saved_state_stops_growing(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------------- one process, whole files
 
 
-def test_two_processes_do_not_use_one_checkpoint(folder: Path) -> None:
-    path = begun()
+def test_two_processes_do_not_use_one_checkpoint(folder: Path, path: Path) -> None:
     Path("second.pt").symlink_to(path)
     with LockedFile(path):
         for other in (path, "second.pt"):
@@ -234,8 +255,7 @@ def test_two_processes_do_not_use_one_checkpoint(folder: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_lock_that_a_killed_process_left_locks_nothing() -> None:
-    path = begun()
+def test_a_lock_that_a_killed_process_left_locks_nothing(path: Path) -> None:
     Path(".rtrl-anbn.pt.lock").touch()
     for stale in (".rtrl-anbn.pt.4711", ".rtrl-anbn.pt.half", ".rtrl-anbn.pt.half.previous"):
         Path(stale).write_bytes(b"half")
@@ -260,23 +280,21 @@ def test_a_symbolic_link_is_followed_and_the_file_before_is_kept(folder: Path) -
     assert "The save before it is whole" not in refused("there is no file", "--resume", "link.pt", "--steps", 8)
 
 
-def test_a_file_of_the_version_before_is_named() -> None:
-    path = begun()
-    with path.open("rb") as file:
-        content = read_content(file)
-    torch.save({**content, "format": 1}, path)
-    refused("was saved by rtrl 0.2.0 or before", "--resume", path)
-    edited_content = {**content, "format": 99, "written_by": "rtrl 9"}
-    with path.open("wb") as file:
-        write_content(edited_content, file)
+def test_a_file_of_the_version_before_is_named(path: Path) -> None:
+    edited(path, lambda content: content.update(format=99, written_by="rtrl 9"))
     refused("was saved by 'rtrl 9' in format 99", "--resume", path)
+    torch.save({**content(path), "format": 1}, path)
+    refused("was saved by rtrl 0.2.0 or before", "--resume", path)
 
 
 # ---------------------------------------------------------------------- a disk that fails
 
 
-def test_every_operation_on_a_file_may_fail(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever fails, the run ends with an error that names the file, and can be resumed."""
+def test_every_operation_on_a_file_may_fail(folder: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever fails, there is an error that names the file, and whole files: the former ones or the new ones."""
+    settings, made, notes = run.load(path)
+    first = log_of()[0]
+    kept = {each.name: each.read_bytes() for each in folder.iterdir()}
     calls, fails_at = 0, -1
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -289,34 +307,51 @@ def test_every_operation_on_a_file_may_fail(folder: Path, monkeypatch: pytest.Mo
 
         return call
 
-    begun(3)
-    kept = {each.name: each.read_bytes() for each in folder.iterdir()}
+    def session() -> None:
+        with LockedFile(path) as file:
+            log = JsonLines(Path("rtrl-anbn.jsonl"), first, 2)
+            try:
+                log.write({"step": 4})
+                log.flush()
+                run.write(file, settings, made, {**notes, "steps": 99})
+            finally:
+                log.close()
+
     for name in ("open", "fsync", "close"):
         monkeypatch.setattr(whole_files.os, name, counted(getattr(os, name)))
     for name in ("replace", "open"):
         monkeypatch.setattr(Path, name, counted(getattr(Path, name)))
-    total = 0
-    while True:
+    outcomes = set()
+    for number in range(1, 100):
         for each in folder.iterdir():
             each.unlink()
         for name, data in kept.items():
             (folder / name).write_bytes(data)
-        calls, fails_at = 0, total + 1
-        result = train("--resume", "rtrl-anbn.pt", "--steps", 4, "--save-every", 4)
+        calls, fails_at, failed = 0, number, ""
+        try:
+            session()
+        except FileError as error:
+            failed = str(error)
         reached, fails_at = calls, -1
-        if reached <= total:
-            assert result.exit_code == 0
+        if reached < number:
             break
-        total += 1
-        if result.exit_code != 0:
-            assert result.exit_code == 2 and isinstance(result.exception, SystemExit), (total, result.exception)
-            assert "No space left on device" in said(result), said(result)
-            assert steps_of()[:1] == [2]
-            last = run.load(Path("rtrl-anbn.pt"))[1].steps_taken
-            assert last == 4 or train("--resume", "rtrl-anbn.pt", "--steps", 4).exit_code == 0
-        assert [each.name for each in folder.iterdir() if "half" in each.name] == [], total
-        assert steps_of() == [2, 4]
-    assert total > 20
+        assert not failed or ("rtrl-anbn" in failed and failed.endswith("No space left on device")), failed
+        assert [each.name for each in folder.iterdir() if "half" in each.name] == [], number
+        assert steps_of() in ([2, 4], [2])
+        outcomes.add((bool(failed), content(path)["notes"]["steps"]))
+    assert number > 18 and {(True, 4), (True, 99), (False, 99)} <= outcomes
+
+
+def test_a_disk_that_is_full_ends_the_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        refused("rtrl-anbn.jsonl cannot be used as a log: No space left", "--resume", path, "--steps", 6)
+        patch.setattr("rtrl.training.logs.replace_file", lambda *_: None)
+        refused("the log rtrl-anbn.jsonl cannot be written: No space left", "--resume", path, "--steps", 6)
+    assert train("--resume", path, "--steps", 6).exit_code == 0 and steps_of() == [2, 4, 6]
 
 
 def test_a_folder_that_vanishes_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

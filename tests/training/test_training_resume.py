@@ -185,22 +185,6 @@ def test_a_run_goes_on_from_a_file_in_the_same_random_numbers(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [tmp_path / "run.pt"]  # and no half of one
 
 
-def test_a_failed_save_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Settings("anbn", cell="gru", cell_options={"hidden": 2}, batch_size=1)
-    trainer, path = settings.build(), tmp_path / "run.pt"
-    save(path, settings, trainer)
-    before = path.read_bytes()
-
-    def full(content: Any, file: Any) -> None:
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(ConfigError, match="cannot be written: No space left"):
-        save(path, settings, trainer)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
 def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     with pytest.raises(ConfigError, match="there is no file"):
