@@ -170,9 +170,9 @@ def _longer(runs: list[tuple[int, _Blocks]], block: int, rest: int) -> _Blocks:
 
 def _beyond(profile: Profile, steps: int, ran: int) -> int:
     """Bytes of the influence that the run has and the steps that were run do not have."""
-    missing = 0
+    missing, entries = 0, profile.state[0, 0].numel() if profile.by_slot else profile.state_size
     for name, slices in profile.sliced.items():
         rows = profile.touched(name, steps) if steps <= profile.given else profile.batch_size * slices
-        row = profile.state_size * profile.sizes[name] // slices * profile.itemsize + _INDEX
+        row = entries * profile.sizes[name] // slices * profile.itemsize + _INDEX
         missing += row * max(0, rows - profile.touched(name, ran))
     return missing

@@ -4,16 +4,18 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rtrl._engine import checks
 from rtrl._engine.parameter_guard import ParameterGuard
+from rtrl._influence.structure import Structure
 from rtrl._utils import pytrees
 from rtrl.cells.example_input import WIDTHS, guessed_input
 from rtrl.cells.protocol import Cell, Sparsity, call_cell, check_input, first_state, own_copy, takes_replay
+from rtrl.cells.row_groups import declares_independent_slots
 from rtrl.errors import ConfigError, RTRLError, ShapeError, UnknownOperationError
 from rtrl.learners import BPTT
 from rtrl.learners.block_rtrl import BlockRTRL
@@ -68,6 +70,7 @@ class Profile:
         sizes: trainable parameter → its number of entries.
         sliced: parameters that are kept slice by slice → their number of slices.
         declares: whether a step declares a sparsity, of rows or of slices.
+        by_slot: whether ``BlockRTRL`` keeps the influence of a slice on one slot of the state, not on all of it.
         structure: what ``BlockRTRL`` finds in the cell; None if it finds none.
         steady: whether all steps have the same shapes and widths of sparsity.
         given: how many steps of a stream the user gave.
@@ -129,6 +132,7 @@ class Profile:
         chosen = self._choices[0]
         self.sliced = {name: p.shape[0] if p.ndim else 1 for name, p in parameters.items() if name in chosen.active}
         self.declares = bool(self.sliced) or chosen.reads is not None or chosen.writes is not None
+        self.by_slot = self.declares and declares_independent_slots(self._cell, self.state)
         self._replays = self.declares and takes_replay(cell)
         self._generator = torch.Generator().manual_seed(0)
         self._draws = self._replays and len(self._xs) == 1
@@ -238,13 +242,18 @@ class Profile:
             UnknownOperationError: the cell runs an operation without a count.
         """
         if issubclass(learner, BlockRTRL):
-            options["structure"] = self.structure or "off"
+            options["structure"] = self.structure_option
         key = learner, steps, *sorted(options.items())
         if key not in self._runs:
             self._runs[key] = self._measured(
                 lambda cell, state: learner(cell, self.batch_size, state=state, **options), steps
             )
         return self._runs[key]
+
+    @property
+    def structure_option(self) -> Structure | Literal["find", "off"]:
+        """The argument ``structure`` of learners that are run: what was found, or that slots are carried one by one."""
+        return "find" if self.by_slot else self.structure or "off"
 
     def _measured(self, make: Callable[[nn.Module, Tensor], Any], steps: int) -> Run:
         try:

@@ -85,6 +85,7 @@ def test_short_runs(steps: int) -> None:
     [
         ("mixture", 8, 1, block(1, 4)),
         ("mixture with its router", 8, 2, block(3, 7, lazy=False)),
+        ("independent slots", 16, 2, block(4, 3)),
         ("rows and slices in x", 20, 2, block(4, 3)),
         ("rows and slices in x", 12, 2, FULL),
     ],

@@ -70,6 +70,7 @@ SPARSE: dict[str, Callable[[], nn.Module]] = {
         ),
         0,
     ),
+    "independent slots": lambda: mixture(n_experts=10, topk=1, independent_slots=True),
     "rows and slices in x": lambda: seeded(ScheduledCell(3, 3, 2, 3), 2),
 }
 BIG: dict[str, Callable[[], nn.Module]] = {  # what is alive at once is worth planning from some kilobytes on
@@ -146,7 +147,7 @@ def block(m: int, window: int = 4, lazy: bool = True) -> Way:
         return rtrl.BlockRTRL(cell, size, block=m, window=window, lazy=lazy, audit="off", **known)
 
     def planned(found: Profile, steps: int) -> Choice:
-        known["structure"] = found.structure or "off"
+        known["structure"] = found.structure_option
         return block_rtrl(found, steps, m, window, lazy)
 
     return Way(f"block {m}, window {window}{'' if lazy else ', eager'}", make, planned)

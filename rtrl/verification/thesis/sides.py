@@ -15,7 +15,7 @@ import rtrl
 from rtrl._influence import history
 from rtrl._influence.transition import Transition, compose
 from rtrl.learners import TBPTT, Learner
-from rtrl.verification.harness.measuring import count_macs
+from rtrl.verification.harness.measuring import count_macs, percent
 from rtrl.verification.thesis.signal import Signal
 
 MakeLearner = Callable[[nn.Module, int], Learner]
@@ -184,7 +184,8 @@ def _train(
     stream = training.signal.stream(training.batch_size, seed)
     for t, step in zip(range(training.steps), stream, strict=False):
         if t % 1000 == 0:
-            progress(f"{name}, step {t}")
+            newest = [right for _, right, _ in answers[-20:]]
+            progress(f"{name}, step {t}" + (f", {percent(sum(newest) / len(newest))} right" if newest else ""))
         if step.is_first and t:
             learner.reset()
         y = learner.step(step.x)

@@ -92,7 +92,7 @@ class Sides(Measurements):
 
 
 def _verdict_of_sides(m: Sides) -> Judgement:
-    """Judge what was learned, at whatever size."""
+    """Judge what was learned, at any size."""
     signal = m.config.training.signal
     chance = 1 / signal.values
     solved, short = ([side.final for side in sides] for sides in (m.rtrl, m.tbptt))
