@@ -12,6 +12,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from rtrl._utils.undo import undone
+
 
 class Deferred:
     """Checks that count as passed until they are read."""
@@ -62,11 +64,14 @@ def current(value: Tensor) -> Deferred | None:
 @contextmanager
 def deferring(to: Deferred | None) -> Iterator[None]:
     """Note checks of tensors that are not on the CPU, instead of making them; None makes all of them at once."""
-    token = _CURRENT.set(to)
-    try:
+    former = _CURRENT.get()
+
+    def put_back() -> None:
+        _CURRENT.set(former)
+
+    with undone(put_back):
+        _CURRENT.set(to)
         yield
-    finally:
-        _CURRENT.reset(token)
 
 
 def holds(condition: Tensor) -> bool:

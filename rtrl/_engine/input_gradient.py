@@ -1,15 +1,15 @@
 """The gradient of an open block's losses at the inputs of its steps, for what computes x in front of the cell."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from rtrl._engine import checks
-from rtrl._engine.parameter_hooks import grads_restored_on_error
+from rtrl._engine.parameter_hooks import HeldGrads
 from rtrl._engine.recorded import RecordedStep
 from rtrl._utils import pytrees
+from rtrl._utils.out_of_memory import is_out_of_memory
 from rtrl._utils.real_pairs import is_continuous
 from rtrl.cells.protocol import call_cell
 from rtrl.errors import LossError
@@ -52,24 +52,43 @@ def input_gradients(cell: nn.Module, steps: Sequence[RecordedStep], takes_replay
     return found
 
 
-@contextmanager
-def delivered_to_inputs(cell: nn.Module, steps: Sequence[RecordedStep], takes_replay: bool) -> Iterator[None]:
-    """Pull the gradient at x back to what x was computed from; take it back if the body raises an error.
+class InputDelivery:
+    """Pulls the gradient at x back to what x was computed from, and takes it back.
+
+    Args:
+        cell: the cell.
+        steps: of the block that is about to be processed.
+        takes_replay: whether the cell takes the choices to make as ``replay``.
 
     Raises:
-        LossError: the graph of x cannot be gone through.
         NonFiniteError: NaN or infinity in a gradient.
     """
-    pairs = input_gradients(cell, steps, takes_replay)
-    sources = [source for source, _ in pairs]
-    reached = [*checks.reached_leaves(*sources).values(), *(source for source in sources if source.retains_grad)]
-    with grads_restored_on_error(reached):
+
+    def __init__(self, cell: nn.Module, steps: Sequence[RecordedStep], takes_replay: bool) -> None:
+        self._span = f"steps {steps[0].number} … {steps[-1].number}"
+        self._pairs = input_gradients(cell, steps, takes_replay)
+        sources = [source for source, _ in self._pairs]
+        reached = [*checks.reached_leaves(*sources).values(), *(source for source in sources if source.retains_grad)]
+        self._held = HeldGrads(reached)
+
+    def run(self) -> None:
+        """Pull the gradient back.
+
+        Raises:
+            LossError: the graph of x cannot be gone through.
+        """
         try:
             # The graph is kept: the x of a later block may be computed by the same one. It goes when x goes.
-            torch.autograd.backward(sources, [gradient for _, gradient in pairs], retain_graph=True)
+            torch.autograd.backward(
+                [source for source, _ in self._pairs], [gradient for _, gradient in self._pairs], retain_graph=True
+            )
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise LossError(
-                f"the gradient at x of steps {steps[0].number} … {steps[-1].number} could not be pulled back through "
-                f"what computed x: {error}"
+                f"the gradient at x of {self._span} could not be pulled back through what computed x: {error}"
             ) from error
-        yield
+
+    def take_back(self) -> None:
+        """Give every tensor the ``.grad`` that it had before."""
+        self._held.give_back()

@@ -13,47 +13,64 @@ from torch.autograd.graph import _engine_run_backward
 
 from rtrl._engine import checks, deferred, parameter_hooks
 from rtrl._engine.recorded import RecordedStep, StepBatch
+from rtrl._utils.out_of_memory import is_out_of_memory
 from rtrl.errors import ConfigError, LossError, NonFiniteError
 
 
-def add_loss(
-    loss: Any, outputs: list[Tensor], seen_losses: list["weakref.ref[Tensor]"], step: int, unchecked: list[Tensor]
-) -> None:
+def add_loss(loss: Any, newest: RecordedStep | None, seen_losses: list["weakref.ref[Tensor]"], step: int) -> None:
     """Add the gradient of a loss of the newest step to the ``.grad`` of all leaves that it reaches.
 
     Args:
         loss: a scalar.
-        outputs: the leaves of the step's y.
+        newest: the step; None if no step is open. Its ``unchecked`` gets what is not known to be finite, because it
+            lies on a device: the host does not wait for it.
         seen_losses: the losses that were added at this step; this one is appended.
         step: the step's number, for messages.
-        unchecked: gets what is not known to be finite, because it lies on a device: the host does not wait for it.
 
     Raises:
         LossError: see ``check_loss``; or autograd cannot differentiate the loss.
+        Exception: what a hook raises. No ``.grad`` has changed.
         NonFiniteError: NaN or infinity in the loss or its gradient, on a CPU. No ``.grad`` has changed then.
 
     Cost: the loss's own backward pass.
     """
+    outputs = [] if newest is None else newest.leaves
     leaves = check_loss(loss, outputs, seen_losses, step)
+    assert newest is not None
     try:
         gradients = _gradients(loss, leaves)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise LossError(f"the loss of step {step} could not be pulled back: {error}") from error
     here = deferred.on_host(loss)
     if not here:
         others = [g for leaf, g in zip(leaves, gradients, strict=True) if g is not None and not _is_one(leaf, outputs)]
-        unchecked += [loss.detach(), *(gradient.detach().abs().sum() for gradient in others)]
+        newest.unchecked += [loss.detach(), *(gradient.detach().abs().sum() for gradient in others)]
     finite = not here or (len(gradients) > 1 and checks.all_finite([g for g in gradients if g is not None]))
     for leaf, gradient in zip(leaves, gradients, strict=True):
         if not finite and gradient is not None and not checks.finite(gradient):
             where = "y" if _is_one(leaf, outputs) else "a parameter"
             checks.check_finite(f"the gradient of the loss at {where}", gradient, step)
-    gradients = parameter_hooks.accumulate_hooked(leaves, gradients)
-    for leaf, gradient in zip(leaves, gradients, strict=True):
-        if gradient is not None:
-            # A copy: what autograd returns may be a view, an expanded scalar, or a tensor that others hold.
-            leaf.grad = gradient.clone() if leaf.grad is None else (leaf.grad + gradient).detach()
-    seen_losses.append(weakref.ref(loss))
+    seen = weakref.ref(loss)
+    parameter_hooks.accumulate(leaves, gradients)
+    newest.with_grad = newest.count_grads()
+    seen_losses.append(seen)
+
+
+def check_none_was_removed(steps: Iterable[RecordedStep]) -> None:
+    """Refuse steps whose y has lost the ``.grad`` in which a loss was kept.
+
+    Raises:
+        LossError: naming the first of them.
+    """
+    for step in steps:
+        if step.with_grad and step.count_grads() < step.with_grad:
+            raise LossError(
+                f"a loss was added at step {step.number}, and then the .grad of its y was removed, where the loss is "
+                "kept until the block closes. Put it back, or give the block up by reset(discard=True); leave y.grad "
+                "alone"
+            )
 
 
 def _is_one(leaf: Tensor, outputs: Sequence[Tensor]) -> bool:

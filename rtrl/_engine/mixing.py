@@ -15,6 +15,7 @@ from rtrl._engine.recorded import StepBatch
 from rtrl._engine.taps import TapRecorder, record_taps
 from rtrl._engine.untapped import call_with
 from rtrl._utils import index_sets, pytrees
+from rtrl._utils.out_of_memory import is_out_of_memory
 from rtrl._utils.real_pairs import is_continuous
 from rtrl.errors import CellError, RTRLError
 
@@ -68,7 +69,9 @@ def run_perturbed(
         return _run(cell, parameters, batch, untapped, lambda value: perturb(value, generator), elementwise)
     except RTRLError:
         raise
-    except RuntimeError:  # the perturbed point may lie outside the cell's domain
+    except RuntimeError as error:  # the perturbed point may lie outside the cell's domain
+        if is_out_of_memory(error):
+            raise
         return _run(cell, parameters, batch, untapped, lambda value: value.detach().clone(), elementwise)
 
 

@@ -11,6 +11,7 @@ from rtrl._engine import checks, losses
 from rtrl._engine.recorded import RecordedStep
 from rtrl._engine.untapped import pull_rows
 from rtrl._utils import pytrees
+from rtrl._utils.out_of_memory import is_out_of_memory
 from rtrl._utils.real_pairs import as_real, is_continuous
 from rtrl.cells.protocol import OTHER_CHOICES, call_cell, same_choices
 from rtrl.errors import CellError, ConfigError, LossError
@@ -88,6 +89,8 @@ def separate_losses(
         try:
             grads = torch.autograd.grad(loss, [*outputs, *beside.values()], retain_graph=True, allow_unused=True)
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise LossError(
                 f"{name!r} could not be pulled back: {error}. If backward() has gone through its graph, call "
                 "gradients() first"

@@ -48,7 +48,7 @@ class OptimizerWatch:
             self._warn(
                 f"the gradients that sync() delivered were erased {self.lost} times before the optimizer stepped: "
                 "it found none, and the parameters do not learn. Call sync(), then optimizer.step(), then zero_grad()",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def check_idle(self) -> None:
@@ -57,7 +57,7 @@ class OptimizerWatch:
             self._warn(
                 f"an optimizer has stepped {self.idle} times without a gradient, while losses of this learner wait: "
                 "call sync() before optimizer.step()",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def _warn(self, text: str, stacklevel: int) -> None:

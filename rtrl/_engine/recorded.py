@@ -31,6 +31,7 @@ class RecordedStep:
         unchecked: losses of the step, and gradients that they gave to other tensors than y, that are not known to be
             finite: the host has not waited for a device.
         sequence, index: the sequence that the step was taken with, and its place there; None for a step taken alone.
+        with_grad: how many of the leaves had a gradient when ``backward`` of the learner last added a loss.
     """
 
     x: Any
@@ -44,6 +45,7 @@ class RecordedStep:
     unchecked: list[Tensor] = field(default_factory=list, kw_only=True)
     sequence: "RecordedSequence | None" = field(default=None, kw_only=True)
     index: int = field(default=0, kw_only=True)
+    with_grad: int = field(default=0, kw_only=True)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -66,6 +68,10 @@ class RecordedStep:
     def has_loss(self) -> bool:
         """Whether a loss was added at this step."""
         return any(leaf.grad is not None for leaf in self.leaves)
+
+    def count_grads(self) -> int:
+        """Return how many of the leaves have a gradient."""
+        return sum([leaf.grad is not None for leaf in self.leaves])
 
     def continued(self, h: Tensor) -> Tensor:
         """Return h, the state that the step before reached, with the constants of samples that restarted here."""

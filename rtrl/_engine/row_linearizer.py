@@ -133,7 +133,7 @@ class RowLinearizer:
                 f"{batches[0].span}: rows of the state that were independent are no longer. From now on the influence "
                 "is kept on the whole state, which takes longer",
                 PerformanceWarning,
-                stacklevel=8,
+                stacklevel=10,
             )
         return found
 

@@ -14,6 +14,7 @@ from rtrl._engine.recorded import RecordedSequence, RecordedStep
 from rtrl._engine.step import NOT_TAKEN, check_state_beside_parameters, not_taken, tensors_with_graph
 from rtrl._engine.surroundings import any_autocast, check_surroundings
 from rtrl._utils import pytrees
+from rtrl._utils.out_of_memory import is_out_of_memory
 from rtrl._utils.real_pairs import is_continuous
 from rtrl.cells.protocol import Sparsity, call_cell, check_input, check_sparsity, own_copy
 from rtrl.cells.sequences import HasUnroll
@@ -89,6 +90,8 @@ def _called(call: Callable[..., _Result], cell: Any, x: Any, h: Tensor, replay: 
     except RTRLError:
         raise
     except NOT_TAKEN as error:
+        if is_out_of_memory(error):
+            raise
         raise not_taken(error, x, h, number) from error
 
 

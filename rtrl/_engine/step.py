@@ -12,6 +12,7 @@ from rtrl._engine.contract import check_purity
 from rtrl._engine.recorded import RecordedStep
 from rtrl._engine.surroundings import any_autocast, check_surroundings
 from rtrl._utils import pytrees
+from rtrl._utils.out_of_memory import is_out_of_memory
 from rtrl._utils.real_pairs import is_continuous
 from rtrl.cells.protocol import Sparsity, call_cell, check_input, check_sparsity, own_copy, same_choices
 from rtrl.errors import CellError, ConfigError, RTRLError, ShapeError, SparsityError
@@ -63,8 +64,8 @@ def take(
     if any_autocast() or parametrize._cache_enabled:  # tested here, because a call costs several times as much
         check_surroundings()
     grad = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(False)  # a torch.no_grad() block costs several times as much
     try:
+        torch._C._set_grad_enabled(False)  # a torch.no_grad() block costs several times as much
         plain = isinstance(x, Tensor) and not x.requires_grad  # the usual x, for which a call would take longer
         sources = tensors_with_graph(x, number, input_grad) if grad and not plain else []
         x = _checked_copy(x, h, number)
@@ -99,6 +100,8 @@ def _run(
     except RTRLError:
         raise
     except NOT_TAKEN as error:
+        if is_out_of_memory(error):
+            raise
         raise not_taken(error, x, h, number) from error
     if h._version:
         raise CellError(f"step {number}: the cell changes the state h in place; it must return a new one")

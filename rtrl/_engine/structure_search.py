@@ -28,6 +28,7 @@ from rtrl._influence.structure import (
     from_channels,
 )
 from rtrl._utils import pytrees
+from rtrl._utils.out_of_memory import is_out_of_memory
 from rtrl._utils.real_pairs import RealForms, as_real, real_numbers
 from rtrl.errors import CellError
 
@@ -295,7 +296,9 @@ def _pattern(
     def take(batch: StepBatch, generator: torch.Generator | None, noise: float) -> None:
         try:
             pattern = look(cell, parameters, batch, untapped, generator, noise)
-        except RuntimeError:  # the perturbed point may lie outside the cell's domain
+        except RuntimeError as error:  # the perturbed point may lie outside the cell's domain
+            if is_out_of_memory(error):
+                raise
             pattern = look(cell, parameters, batch, untapped)
         merged.adjacency.logical_or_(pattern.adjacency)
         merged.unfit.update(pattern.unfit)

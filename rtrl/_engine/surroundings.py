@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from rtrl._engine.parameter_hooks import hooks_suspended
+from rtrl._utils import undo
 from rtrl.errors import CellError, ConfigError
 
 any_autocast = torch._C._is_any_autocast_enabled
@@ -56,6 +57,31 @@ _NOTHING = nullcontext()
 def _linearizing(hooked: list[Tensor], compiled: bool) -> Iterator[None]:
     with hooks_suspended(hooked), torch.compiler.set_stance("force_eager") if compiled else _NOTHING:
         yield
+
+
+_function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.get_dynamic_layer_stack_depth
+
+Switches = tuple[bool, int, int, int, int]
+"""What ``switches`` returns."""
+
+
+def switches() -> Switches:
+    """Return what this thread has switched on: gradients, modes, functorch's transforms, changes to be undone."""
+    return torch.is_grad_enabled(), _function_modes(), _dispatch_modes(), _transforms(), undo.noted()
+
+
+def switch_back(before: Switches) -> None:
+    """Switch back to what ``switches`` returned; for errors that strike as a context is being left."""
+    grad, function_modes, dispatch_modes, transforms, noted = before
+    while _function_modes() > function_modes:
+        torch._C._pop_torch_function_stack()
+    while _dispatch_modes() > dispatch_modes:
+        torch._C._pop_torch_dispatch_stack()
+    if _transforms() > transforms:
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(transforms)
+    undo.put_back(noted)
+    torch._C._set_grad_enabled(grad)
 
 
 class RefuseUnsupported(TorchFunctionMode):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rtrl._utils import index_sets, pytrees
 from rtrl._utils.formatting import first_line
 from rtrl._utils.functional_call import check_substituted, functional_call
+from rtrl._utils.out_of_memory import is_out_of_memory
 from rtrl._utils.real_pairs import as_real
 from rtrl.cells.protocol import Sparsity, call_cell
 from rtrl.errors import PerformanceWarning, RTRLError
@@ -92,6 +93,8 @@ def weighted_jacobians(
         except RTRLError:
             raise
         except Exception as error:  # of any kind: the cell was not written for torch.func
+            if is_out_of_memory(error):
+                raise
             _warn_slow(f"the cell does not run under torch.func; {what}", error)
     rows: list[list[Tensor]] = []
     for b in range(size):
@@ -173,6 +176,8 @@ def _pull(head: Tensor, inputs: Sequence[Tensor], weights: Tensor) -> Sequence[T
                 head, inputs, weights, is_grads_batched=True, retain_graph=True, allow_unused=True
             )
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         _warn_slow("the cell's backward pass cannot be batched; it is taken row by row", error)
     rows = [torch.autograd.grad(head, inputs, weight, retain_graph=True, allow_unused=True) for weight in weights]
     return [_stacked(column) for column in zip(*rows, strict=True)]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from rtrl._utils.undo import undone
+
 
 class Substitution(TorchFunctionMode):
     """While it is entered, every function of PyTorch that is given one of some tensors gets its value in its place.
@@ -82,9 +84,8 @@ def attributes_kept(module: nn.Module, *, registered: bool = True) -> Iterator[N
     """
     tables = [table for part in module.modules() for table in (part.__dict__, part._parameters, part._buffers)]
     before = [(table, dict(table)) for table in (tables if registered else tables[::3])]
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for table, kept in before:
             for name in [name for name, value in table.items() if isinstance(value, Tensor) and name not in kept]:
                 del table[name]
@@ -92,6 +93,9 @@ def attributes_kept(module: nn.Module, *, registered: bool = True) -> Iterator[N
                 now = table.get(name)
                 if now is not value and (isinstance(now, Tensor) or isinstance(value, Tensor)):
                     table[name] = value
+
+    with undone(put_back):
+        yield
 
 
 def attributes(module: nn.Module) -> dict[str, Tensor]:

@@ -224,7 +224,7 @@ class Auditor:
                 f"{span}: {first_mismatch}, compared with plain autograd of the cell. From now on the cell is "
                 f"linearised in a slower way, which agrees: {fallback}",
                 PerformanceWarning,
-                stacklevel=6,
+                stacklevel=8,
             )
         self.audits = self.audits.with_one_more(worst, fallback)
         _note(worst)

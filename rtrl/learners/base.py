@@ -10,7 +10,7 @@ from rtrl._engine import checks, losses
 from rtrl._engine import step as forward_step
 from rtrl._engine.first_influence import check_constant, first_influence, replace_samples
 from rtrl._engine.parameter_guard import ParameterGuard
-from rtrl._engine.parameter_hooks import deliver
+from rtrl._engine.parameter_hooks import Delivery
 from rtrl._engine.recorded import RecordedStep
 from rtrl._engine.sequence import count_steps, take_sequence
 from rtrl._engine.surroundings import linearizing
@@ -20,6 +20,7 @@ from rtrl.cells.complex_state import RealState
 from rtrl.cells.protocol import Cell, Sparsity, first_state, takes_replay
 from rtrl.cells.supported import check_supported, original
 from rtrl.errors import ConfigError, NonFiniteError, ShapeError
+from rtrl.learners.exclusive import exclusive
 from rtrl.learners.newest_step import NewestStepQueries
 from rtrl.learners.portable import PortableLearner
 
@@ -89,6 +90,7 @@ class Learner(NewestStepQueries, PortableLearner):
         """Whether the open block is full: the natural moment to ``sync``."""
         return len(self._open_steps) >= self.block
 
+    @exclusive
     def step(self, x: Any, *, replay: Sparsity | None = None) -> Any:
         """Take one step and return ``y`` without a graph: its real and complex tensors are leaves that require grad.
 
@@ -116,6 +118,8 @@ class Learner(NewestStepQueries, PortableLearner):
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 return self.step(x, replay=replay)
+        if self._damage is not None:
+            self._check_intact()
         self._check_parameters()
         named, number = self._guard.named, self._steps_taken
         if replay is not None:
@@ -127,6 +131,7 @@ class Learner(NewestStepQueries, PortableLearner):
         self._record([taken], h_next)
         return y
 
+    @exclusive
     def unroll(self, xs: Any) -> Any:
         """Take m steps at once and return their y, stacked: what m calls of ``step`` do, at fewer launches.
 
@@ -155,6 +160,7 @@ class Learner(NewestStepQueries, PortableLearner):
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 return self.unroll(xs)
+        self._check_intact()
         self._check_parameters()
         steps = count_steps(xs)
         room = self.block - len(self._open_steps) or self.block
@@ -181,13 +187,16 @@ class Learner(NewestStepQueries, PortableLearner):
             if self._guard.toggled:
                 self._adopt_parameters()
             self._begin_block(taken[0])
-        elif self._restarting is not None:
+        self._damage = "a step was not recorded as a whole"
+        if self._restarting is not None:
             taken[0].restarted, self._restarting = self._restarting, None
         self._open_steps += taken
         self._state = h_next
         self._steps_taken += len(taken)
         self._seen_losses = []
+        self._damage = None
 
+    @exclusive
     def backward(self, loss: Tensor) -> None:
         """Add a loss of the newest step; several losses of a step are summed.
 
@@ -205,12 +214,13 @@ class Learner(NewestStepQueries, PortableLearner):
         Cost:
             The loss's own backward pass.
         """
+        self._check_intact()
         newest = self._open_steps[-1] if self._open_steps else None
-        leaves, unchecked = ([], []) if newest is None else (newest.leaves, newest.unchecked)
-        losses.add_loss(loss, leaves, self._seen_losses, self._steps_taken - 1, unchecked)
+        losses.add_loss(loss, newest, self._seen_losses, self._steps_taken - 1)
 
     # ------------------------------------------------------------------ delivery and reset
 
+    @exclusive
     def sync(self, dormant: bool = True) -> None:
         """Process the open steps, and add the gradient of all losses not yet delivered to every ``.grad``.
 
@@ -244,11 +254,20 @@ class Learner(NewestStepQueries, PortableLearner):
                 raise NonFiniteError(
                     f"NaN or infinity in the gradient of parameter {name!r} up to step {self._steps_taken - 1}"
                 )
-        deliver(self._parameters, self._pending_grads)
+        delivery = Delivery(self._parameters, self._pending_grads)
+        self._damage = "the gradients were not delivered as a whole"
+        try:
+            delivery.run()
+        except BaseException:
+            if not delivery.touched:
+                self._damage = None
+            raise
         self._pending_grads = {}
+        self._damage = None
         self._guard.optimizers.delivered()
         return None
 
+    @exclusive
     @torch.inference_mode(False)
     def reset(
         self,
@@ -283,7 +302,7 @@ class Learner(NewestStepQueries, PortableLearner):
             if samples is not None:
                 raise ConfigError("rows is the former name of samples; pass samples alone")
             text = "reset(rows=...) is called reset(samples=...) now; the old name works in this release only"
-            warnings.warn(text, DeprecationWarning, stacklevel=3)
+            warnings.warn(text, DeprecationWarning, stacklevel=4)
             samples = rows
         everyone = torch.ones(self.batch_size, dtype=torch.bool, device=self._state.device)
         samples = everyone if samples is None else samples
@@ -296,22 +315,38 @@ class Learner(NewestStepQueries, PortableLearner):
             raise ConfigError("discard gives up the gradients of all samples; call reset(discard=True) without samples")
         first, influence = self._start(state, samples)
         if discard:
-            self._give_up_block()
-            self._damage = None
+            self._discard(first, influence)
+            return
+        self._check_intact()
+        following = torch.where(samples.reshape(-1, *[1] * (first.ndim - 1)), first, self._state)
         if influence or not self._open_steps:
             self._close()
-            self._clear(samples, discard)
-            if discard:
-                self._pending_grads = {}
-            if influence or self._first_influence:
-                self._first_influence = replace_samples(self._first_influence, influence, samples)
+            combined = replace_samples(self._first_influence, influence, samples)
+            self._damage = "samples were not restarted as a whole"
+            self._clear(samples, False)
+            self._first_influence = combined
         else:
-            self._check_intact()
             self._check_parameters()
             newest = self._open_steps[-1]
+            restarting = samples.clone() if self._restarting is None else self._restarting | samples
+            self._damage = "samples were not restarted as a whole"
             newest.reached = self._state if newest.reached is None else newest.reached
-            self._restarting = samples.clone() if self._restarting is None else self._restarting | samples
-        self._state = torch.where(samples.reshape(-1, *[1] * (first.ndim - 1)), first, self._state)
+            self._restarting = restarting
+        self._state = following
+        self._damage = None
+
+    def _discard(self, first: Tensor, influence: dict[str, Tensor]) -> None:
+        """Begin again at a first state and its influence by parameter, whatever was left half changed."""
+        self._guard.check([])
+        self._damage = "a reset that discards was not finished"
+        self._give_up_block()
+        if self._guard.toggled:
+            self._guard.adopt()
+            self._prepare()
+        self._start_anew()
+        self._pending_grads, self._finite_grads, self._first_influence = {}, None, influence
+        self._state = first
+        self._damage = None
 
     def _start(self, state: Tensor | None, samples: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the first state, checked and copied, and its influence by parameter, if the cell's own depends on any.

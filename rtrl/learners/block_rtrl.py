@@ -1,25 +1,26 @@
 """Exact RTRL in blocks of steps, with dormant slices brought up to date lazily."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from rtrl._engine import checks
+from rtrl._engine import checks, losses
 from rtrl._engine.block import BlockResult
-from rtrl._engine.input_gradient import delivered_to_inputs
+from rtrl._engine.input_gradient import InputDelivery
 from rtrl._engine.linearizer import Linearizer
 from rtrl._engine.newest_step import pull_back
 from rtrl._engine.one_step import Trial
-from rtrl._engine.recorded import RecordedStep
+from rtrl._engine.recorded import RecordedStep, reached_states
 from rtrl._engine.row_step import RowTrial
 from rtrl._engine.slot_block import SlotBlockResult
 from rtrl._engine.surroundings import check_surroundings
 from rtrl._influence.structure import Structure
 from rtrl._utils import pytrees, validation
+from rtrl._utils.formatting import first_line
+from rtrl._utils.out_of_memory import is_out_of_memory
 from rtrl._utils.real_pairs import RealForms, as_real
 from rtrl.cells.protocol import Sparsity
 from rtrl.errors import AuditError, ConfigError, NonFiniteError, PerformanceWarning
@@ -30,13 +31,10 @@ from rtrl.learners.carried import CarriedInfluence
 from rtrl.learners.carried_rows import CarriedRows
 from rtrl.learners.carried_slots import CarriedSlots, by_slot
 from rtrl.learners.closing import BlockCloser, Carried, span_of
+from rtrl.learners.exclusive import exclusive
 from rtrl.learners.single_steps import SingleSteps
 from rtrl.learners.state import LearnerState
 from rtrl.learners.witness import YOURS_IS_RIGHT
-
-_HALF_CHANGED = (
-    ", and what the learner carries was left half changed. Load a saved learner, or start again by reset(discard=True)"
-)
 
 
 class BlockRTRL(Learner):
@@ -184,6 +182,7 @@ class BlockRTRL(Learner):
         """The structure of the cell that is used; None before the first block, and if there is none worth having."""
         return self._carried.structure if isinstance(self._carried, CarriedRows) else None
 
+    @exclusive
     @torch.inference_mode(False)
     def find_structure(self) -> Structure | None:
         """Return the structure that the cell shows in the open steps, and change nothing.
@@ -198,11 +197,13 @@ class BlockRTRL(Learner):
         Cost:
             H backward passes, in a batch, over four samples, at one to sixteen points.
         """
+        self._check_intact()
         if not self._open_steps:
             return None
         with torch.enable_grad():
             return self._linearizer.find_structure(self._open_steps, self._reached)
 
+    @exclusive
     @torch.inference_mode(False)
     def influence(self, name: str) -> Tensor:
         """Return the influence ``∂h/∂θ`` of one parameter on the present state.
@@ -223,8 +224,10 @@ class BlockRTRL(Learner):
             The update of every dormant slice of the parameter, and B·H·P numbers.
         """
         self._close_for(name)
-        with self._refusing_after_failure(f"the influence of parameter {name!r} could not be brought up to date"):
-            carried = self._carried.influence(name)
+        self._damage = f"the influence of parameter {name!r} could not be brought up to date"
+        self._carried.catch_up(name)
+        self._damage = None
+        carried = self._carried.influence(name)
         value = self._first_influence_of(name)
         if carried is not None:
             value += carried
@@ -277,16 +280,26 @@ class BlockRTRL(Learner):
         super()._begin_block(step)
         if isinstance(self._carried, CarriedRows) and not self._carried.fits(self._first_influence):
             self._carried = self._dense_carried()
+        if self._first_influence:
+            self._damage = "the influence of first states was not added as a whole"
         self._carried.begin(step.sparsity, self._first_influence)
         self._first_influence = {}
+        self._damage = None
 
     def _close(self) -> None:
         if not self._keeps_x or not any(step.sources for step in self._open_steps):
             super()._close()
             return
+        self._check_intact()
         self._check_parameters()
-        with delivered_to_inputs(self.cell, self._open_steps, self._takes_replay):
+        at_inputs = InputDelivery(self.cell, self._open_steps, self._takes_replay)
+        try:
+            at_inputs.run()
             super()._close()
+        except BaseException:
+            if self._open_steps or self._damage is not None:  # the block is not closed
+                at_inputs.take_back()
+            raise
 
     def _process_at_once(self) -> bool:
         step, carried = self._open_steps[0], self._carried
@@ -299,38 +312,87 @@ class BlockRTRL(Learner):
         gradients = self._single.process(step, self._reached, carried)
         if gradients is None:
             return False
-        self._damage = f"step {step.number} was not added as a whole{_HALF_CHANGED}"  # a context takes longer
+        self._damage = f"step {step.number} was not added as a whole"
         self._single.commit(carried)
         self._wait_for_delivery(gradients)
         self._processed = step.number + 1
-        self._damage = None
         return True
 
     def _process(self) -> None:
-        first, newest = self._open_steps[0].number, self._open_steps[-1].number
+        size = len(self._open_steps)
+        while True:
+            steps = self._open_steps[:size]
+            try:
+                self._add_block(steps, reached_states(self._open_steps, self._reached)[len(steps) - 1])
+            except Exception as error:
+                reason = self._too_large(error, size)
+                if reason is None:
+                    raise
+            else:
+                if len(steps) == len(self._open_steps):
+                    return
+                self._leave_open(self._open_steps[size:])
+                continue
+            # Out of the except clause, so that what the block took is free.
+            if size == len(self._open_steps):
+                warnings.warn(
+                    f"{span_of(self._open_steps)}: not enough memory to process them at once ({reason}); they are "
+                    "processed in smaller pieces. A smaller block takes less memory",
+                    PerformanceWarning,
+                    stacklevel=6,
+                )
+            size = (size + 1) // 2
+
+    def _too_large(self, error: Exception, size: int) -> str | None:
+        """Why steps are to be processed in smaller pieces, which gives the same; None if they are not."""
+        if size == 1 or self._damage is not None or not is_out_of_memory(error):
+            return None
+        return None if any(step.sources for step in self._open_steps) else first_line(error)
+
+    def _leave_open(self, steps: list[RecordedStep]) -> None:
+        """Go on with these of the open steps, after those before them have been processed."""
+        processed = self._open_steps[: -len(steps)]
+        losses.close_leaves({id(leaf): (leaf, step.number) for step in processed for leaf in step.leaves}.values())
+        restarted, steps[0].restarted = steps[0].restarted, None
+        if restarted is not None:
+            self._carried.clear(restarted, False)
+        self._open_steps, self._damage = steps, None
+
+    def _add_block(self, steps: list[RecordedStep], reached: Tensor) -> None:
+        """Process steps, the first ones that are open.
+
+        Args:
+            steps: the steps.
+            reached: (B, n, ...), the state after them.
+        """
+        first, newest = steps[0].number, steps[-1].number
         self._check_none_is_lost(first)
-        span = span_of(self._open_steps)
-        result, audit = self._closed(), None
+        span = span_of(steps)
+
+        def close() -> Result:
+            return self._closer.close(steps, reached, self._carried)
+
+        result, audit = close(), None
         if self._auditor.is_due(
             newest, self._linearizer.found_new_kind, bool(result.gradient), result.restarted is not None
         ):
             result, audit = self._auditor.examine(
                 result,
                 self._linearizer,
-                self._closed,
-                self._open_steps,
-                self._reached,
+                close,
+                steps,
+                reached,
                 self._carried.sliced if isinstance(self._carried, CarriedInfluence) else (),
             )
-        carried = self._fitting(result)
+        carried = self._fitting(result, steps[0])
         trial = self._tried_out(result, carried, audit is not None)
         before = {} if trial is None else {name: grad.clone() for name, grad in self._pending_grads.items()}
         carried.stage(result, audit, span)
-        with self._refusing_after_failure(f"the block of {span} could not be added"):
-            self._carried = carried
-            carried.add(result, audit)
-            if trial is not None:
-                self._settle(trial, before, span)
+        self._damage = f"the block of {span} could not be added"
+        self._carried = carried
+        carried.add(result, audit)
+        if trial is not None:
+            self._settle(trial, before, span)
         self._processed = newest + 1
 
     def _tried_out(self, result: Result, fitting: Carried, audited: bool) -> Trial | RowTrial | None:
@@ -354,7 +416,7 @@ class BlockRTRL(Learner):
                 f"{span}: the quicker way to process a single step gives another result than the one for blocks. From "
                 "now on the learner takes the slower way, which was audited",
                 PerformanceWarning,
-                stacklevel=6,
+                stacklevel=7,
             )
         else:
             self._pending_grads = before
@@ -373,20 +435,7 @@ class BlockRTRL(Learner):
         if step != self._processed:
             raise AuditError(f"the learner lost the steps {self._processed} … {step - 1}. {YOURS_IS_RIGHT}")
 
-    @contextmanager
-    def _refusing_after_failure(self, what: str) -> Iterator[None]:
-        """Refuse all that follows if an error leaves what is carried half changed."""
-        try:
-            yield
-        except BaseException as error:
-            self._damage = f"{what} ({type(error).__name__}: {error}){_HALF_CHANGED}"
-            raise
-
-    def _closed(self) -> Result:
-        """Linearise the open steps, and sweep them; nothing is changed."""
-        return self._closer.close(self._open_steps, self._reached, self._carried)
-
-    def _fitting(self, result: Result) -> Any:
+    def _fitting(self, result: Result, first: RecordedStep) -> Any:
         """What is carried, in the form that a block needs; made beside what there is."""
         if isinstance(result, BlockResult):
             return self._carried if isinstance(self._carried, CarriedInfluence) else self._dense_carried()
@@ -394,10 +443,14 @@ class BlockRTRL(Learner):
             return self._carried
         if isinstance(self._carried, CarriedRows) and self._carried.structure is result.structure:
             return self._carried
-        rows = CarriedRows(result.structure, RealForms(self._parameters), self._state, self._gradient_of, self._auditor)
-        rows.begin(self._open_steps[0].sparsity, self._carried.dense())
+        rows = self._empty_rows(result.structure)
+        rows.begin(first.sparsity, self._carried.dense())
         rows.now = self._carried.now
         return rows
+
+    def _empty_rows(self, structure: Structure) -> CarriedRows:
+        """What is carried with a structure before the first step."""
+        return CarriedRows(structure, RealForms(self._parameters), self._state, self._gradient_of, self._auditor)
 
     def _dense_carried(self) -> CarriedInfluence:
         """What is carried, without structure."""
@@ -426,12 +479,20 @@ class BlockRTRL(Learner):
     def _flush(self, dormant: bool) -> None:
         self._check_none_is_lost(self._steps_taken)
         if dormant and self._carried.sliced:
-            with self._refusing_after_failure("the gradients of dormant slices could not be accumulated"):
-                self._carried.accumulate_all()
+            self._damage = "the gradients of dormant slices could not be accumulated"
+            self._carried.accumulate_all()
+            self._damage = None
 
     def _clear(self, samples: Tensor, discard: bool) -> None:
-        with self._refusing_after_failure("the influence of samples that restart could not be cleared"):
-            self._carried.clear(samples, discard)
+        self._carried.clear(samples, discard)
+        self._processed = self._steps_taken
+
+    def _start_anew(self) -> None:
+        structure = self.structure
+        if structure is None:
+            self._carried = self._empty_carried(self._state)
+        else:
+            self._carried = self._empty_rows(structure)
         self._processed = self._steps_taken
 
     def _adapt(self) -> None:
@@ -465,7 +526,7 @@ class BlockRTRL(Learner):
             shapes = {name: p.shape for name, p in RealForms(self._guard.named).items()}  # frozen ones, too
             structure = Structure.from_state_dict(loaded.buffers["structure"], loaded.state[0].numel(), shapes)
             structure = structure.to(loaded.state.device)
-            rows = CarriedRows(structure, RealForms(self._parameters), loaded.state, self._gradient_of, self._auditor)
+            rows = self._empty_rows(structure)
             rows.load_state_dict(loaded.buffers)
             _check_blocks(rows.now, processed)
             self._linearizer.structured = structured

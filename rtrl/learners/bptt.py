@@ -97,14 +97,12 @@ class _Unrolled(ReplayingLearner):
 
     def _flush(self, dormant: bool) -> None:
         with linearizing(self._parameters.values()):
-            self._accumulate(unrolled_gradient(self._kept_steps))
+            pending = self._with_pending(unrolled_gradient(self._kept_steps))
+        self._change()
+        self._pending_grads = pending
         for step in self._kept_steps:
             step.drop_adjoints()
-
-    def _clear(self, samples: Tensor, discard: bool) -> None:
-        super()._clear(samples, discard)
-        if discard:
-            self._kept_steps = []
+        self._damage = None
 
     def _most_kept(self) -> int | None:
         return None
@@ -150,7 +148,9 @@ class BPTT(_Unrolled):
     def _process_step(self, step: ReplayedStep) -> None:
         if bool(step.constant_state.all()):
             self._flush(dormant=True)
+            self._change()
             self._kept_steps = []
+        self._change()
         self._kept_steps.append(step)
 
 
@@ -223,11 +223,15 @@ class TBPTT(_Unrolled):
     def _process_step(self, step: ReplayedStep) -> None:
         if self.sliding:
             window = self._with_kept(step)
-            self._accumulate(unrolled_gradient(window))
+            pending = self._with_pending(unrolled_gradient(window))
+            self._change()
+            self._pending_grads = pending
             step.drop_adjoints()
             self._kept_steps = window
             return
         if self._place_in_chunk(step.constant_state) == 1:
             self._flush(dormant=True)
+            self._change()
             self._kept_steps = []
+        self._change()
         self._kept_steps.append(step)

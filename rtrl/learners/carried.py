@@ -65,17 +65,20 @@ class CarriedInfluence:
         """The parameters whose influence is kept slice by slice."""
         return [name for name, influence in self.influences.items() if influence.sliced]
 
-    def influence(self, name: str) -> Tensor | None:
-        """Bring every slice of a parameter up to date and return its influence (B, H, P); None if there is none yet."""
+    def catch_up(self, name: str) -> None:
+        """Bring every slice of a parameter up to date."""
         if name not in self.influences:
-            return None
+            return
         influence = self.influences[name]
         rows = influence.active_rows()
         if self.history is not None:
             self._advance({name: rows})
         if self._witness is not None:
             self._witness.check_rows(name, influence, rows)
-        return influence.to_dense()
+
+    def influence(self, name: str) -> Tensor | None:
+        """Return the influence (B, H, P) of a parameter whose slices are up to date; None if there is none yet."""
+        return self.influences[name].to_dense() if name in self.influences else None
 
     def last_updates(self, name: str) -> Tensor:
         """Return the number of closed blocks at the last update of each slice, LongTensor (B, slices), -1 for none."""

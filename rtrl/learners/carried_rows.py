@@ -49,6 +49,9 @@ class CarriedRows:
 
     # ------------------------------------------------------------------ inspection
 
+    def catch_up(self, name: str) -> None:
+        """Nothing is dormant."""
+
     def influence(self, name: str) -> Tensor | None:
         """Return the influence (B, H, P) of a parameter; None if it reaches no row."""
         influence = self.influences.get(name)

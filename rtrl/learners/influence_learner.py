@@ -12,6 +12,7 @@ from rtrl._engine.newest_step import pull_back
 from rtrl._engine.recorded import RecordedStep
 from rtrl._utils import pytrees
 from rtrl._utils.real_pairs import as_like, as_real, real_numbers
+from rtrl.learners.exclusive import exclusive
 from rtrl.learners.replayed_step import ReplayedStep, ReplayingLearner
 from rtrl.learners.state import LearnerState, copy_like
 
@@ -83,6 +84,7 @@ class InfluenceLearner(ReplayingLearner):
         self._n_theta = sum(map(real_numbers, self._parameters.values()))
         self._carried = self._first()
 
+    @exclusive
     @torch.inference_mode(False)
     def influence(self, name: str) -> Tensor:
         """Return the influence of one parameter on the present state, as this learner estimates it.
@@ -117,8 +119,8 @@ class InfluenceLearner(ReplayingLearner):
             sizes = {name: real_numbers(p) for name, p in self._parameters.items()}
             zeros = self._state.new_zeros(self.batch_size, self._size, 1)
             first = [self._first_influence.get(n, zeros.expand(-1, -1, size)) for n, size in sizes.items()]
-            self._carried = self._with_first(torch.cat(first, dim=2))
-            self._first_influence = {}
+            carried = self._with_first(torch.cat(first, dim=2))
+            self._carried, self._first_influence = carried, {}
 
     def _with_first(self, influence: Tensor) -> tuple[Tensor, ...]:
         """Return what is carried once samples that have just restarted have this influence (B, H, P), zero for the
@@ -164,10 +166,12 @@ class InfluenceLearner(ReplayingLearner):
         carried = self._advance(jacobians.dynamics, jacobians.immediate)
         for value in carried:
             checks.check_finite("the influence", value, step.number)
+        pending = self._pending_grads
         if step.has_pending_loss:
             parts = self._by_name(gradient)
-            self._accumulate({n: as_like(part, self._parameters[n]).clone() for n, part in parts.items()})
-        self._carried = carried
+            pending = self._with_pending({n: as_like(p, self._parameters[n]).clone() for n, p in parts.items()})
+        self._change()
+        self._carried, self._pending_grads = carried, pending
 
     def _pull_losses(self, cotangents: Sequence[Tensor], per_sample: bool) -> dict[str, Tensor]:
         step = self._replayed(self._open_steps[-1])
@@ -181,6 +185,11 @@ class InfluenceLearner(ReplayingLearner):
         self._carried = tuple(
             value.masked_fill(samples.reshape(-1, *[1] * (value.ndim - 1)), 0.0) for value in self._carried
         )
+
+    def _start_anew(self) -> None:
+        super()._start_anew()
+        self._n_theta = sum(map(real_numbers, self._parameters.values()))
+        self._carried = self._first()
 
     def _held_bytes(self) -> dict[str, int]:
         return {**super()._held_bytes(), "influence": pytrees.n_bytes(self._carried)}

@@ -63,8 +63,8 @@ class MaskedInfluenceLearner(InfluenceLearner):
         """Hold the influence in another pattern (H, P); entries outside of it are dropped."""
         if not torch.equal(pattern, self._pattern()):
             dense = self._dense()
-            self._places = self._places_of(pattern)
-            self._carried = (self._inside(dense),)
+            places = self._places_of(pattern)
+            self._places, self._carried = places, (dense.flatten(1)[:, places],)
 
     @abstractmethod
     def _seen(self, influence: Tensor) -> None:

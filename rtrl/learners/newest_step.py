@@ -14,6 +14,7 @@ from rtrl._utils import pytrees
 from rtrl._utils.real_pairs import unpaired
 from rtrl.cells.protocol import Sparsity
 from rtrl.errors import ConfigError, LossError, NonFiniteError
+from rtrl.learners.exclusive import exclusive
 from rtrl.learners.rule import LearningRule
 
 
@@ -23,6 +24,7 @@ class NewestStepQueries(LearningRule):
     _stepping: nn.Module
     _takes_replay: bool
 
+    @exclusive
     @torch.inference_mode(False)
     def gradients(self, losses: Mapping[str, Tensor], *, per_sample: bool = False) -> dict[str, dict[str, Tensor]]:
         """Return the gradients of several losses of the newest step, each by itself.
@@ -81,6 +83,7 @@ class NewestStepQueries(LearningRule):
             by_loss[name] = {key: v.unsqueeze(0) if per_sample and not apart else v for key, v in of_loss.items()}
         return by_loss
 
+    @exclusive
     @torch.inference_mode(False)
     def peek(self, x: Any, *, replay: Sparsity | None = None) -> Any:
         """Return the y of one step from the present state, without taking the step: nothing changes.

@@ -13,6 +13,7 @@ from rtrl._engine.parameter_guard import ParameterGuard
 from rtrl._utils import pytrees
 from rtrl.errors import ConfigError, NonFiniteError
 from rtrl.learners import state as saved_state
+from rtrl.learners.exclusive import exclusive
 from rtrl.learners.rule import LearningRule
 from rtrl.learners.saved_forms import check_digest, in_dtype_of, with_digest
 from rtrl.learners.state import LearnerState
@@ -21,6 +22,7 @@ from rtrl.learners.state import LearnerState
 class PortableLearner(LearningRule):
     """A learner that can be saved, copied, and moved to another device or dtype; ``Learner`` is built on it."""
 
+    @exclusive
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to continue bit for bit, as tensors, numbers and containers of these.
 
@@ -37,6 +39,7 @@ class PortableLearner(LearningRule):
             self._adopt_parameters()
         return saved_state.to_plain(self._learner_state(self._buffers()))
 
+    @exclusive
     @torch.inference_mode(False)
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from where ``state_dict`` was taken, with the same cell, parameters and arguments.
@@ -63,16 +66,17 @@ class PortableLearner(LearningRule):
                 raise ConfigError(f"the saved learner has {len(loaded.open_steps)} open steps, but block={self.block}")
             buffers = self._load_buffers(loaded)
             check_digest(saved)
+        self._damage = "a saved learner was not loaded as a whole"
         self._give_up_block()
-        self._damage = None
         self._state, self._steps_taken = loaded.state, loaded.steps_taken
         self._first_influence, self._restarting = loaded.first_influence, loaded.restarting
-        self._open_steps, self._pending_grads = loaded.open_steps, loaded.pending_grads
+        self._open_steps, self._pending_grads, self._finite_grads = loaded.open_steps, loaded.pending_grads, None
         for attribute, value in buffers.items():
             setattr(self, attribute, value)
         self._guard.begin()
         if loaded.layout != present.layout:
             self._adapt()
+        self._damage = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what ``copy.deepcopy`` and ``pickle`` need. A copy has a cell of its own, and continues bit for bit,
@@ -103,6 +107,7 @@ class PortableLearner(LearningRule):
         self._prepare()
         self.load_state_dict(state["saved"])
 
+    @exclusive
     @torch.inference_mode(False)
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the learner and its cell to another device or floating-point dtype, in place.
@@ -145,6 +150,7 @@ class PortableLearner(LearningRule):
         if not checks.finite(moved(self._state)):
             raise NonFiniteError(f"the state has values that {dtype} cannot hold")
         saved = pytrees.map_tensors(moved, self._plain())
+        self._damage = "the learner was not moved as a whole"
         self.cell.to(*args, **kwargs)
         for name, value in list(vars(self).items()):
             if name not in self._rebuilt:

@@ -13,6 +13,7 @@ from rtrl._engine import checks, deferred
 from rtrl._engine.recorded import RecordedStep
 from rtrl._utils import pytrees
 from rtrl._utils.real_pairs import is_continuous
+from rtrl._utils.undo import undone
 from rtrl.cells.protocol import Sparsity, call_cell
 from rtrl.errors import CellError, ConfigError, NonFiniteError
 from rtrl.learners.base import Learner
@@ -87,13 +88,15 @@ class ParameterSnapshot:
         for name, tensor in _values_of(self._cell).items():
             if not torch.equal(tensor, self._values[name]):
                 changed.append((tensor.data, tensor.detach().clone(), self._values[name]))
-        try:
+
+        def put_back() -> None:
+            for present, kept, _ in changed:
+                present.copy_(kept)
+
+        with undone(put_back):
             for present, _, value in changed:
                 present.copy_(value)
             yield
-        finally:
-            for present, kept, _ in changed:
-                present.copy_(kept)
 
     def __call__(self, x: Any, h: Tensor, **replay: Sparsity) -> Any:
         """Take one step of the cell, which must have these values: see ``applied``."""
@@ -222,7 +225,7 @@ class ReplayingLearner(Learner):
 
     @abstractmethod
     def _process_step(self, step: ReplayedStep) -> None:
-        """Process a step that accepts no more losses. Everything that can fail comes before the first change."""
+        """Process a step that accepts no more losses; whatever can fail comes before ``_change``, all changes after."""
 
     def _check_dtype_may_change(self) -> None:
         if self._kept_steps:
@@ -256,19 +259,26 @@ class ReplayingLearner(Learner):
         start, first = self._constant_state, self._first_influence
         return ReplayedStep.of(step, self._reached, self._snapshot, start, self._takes_replay, first_influence=first)
 
-    def _accumulate(self, gradients: Mapping[str, Tensor]) -> None:
-        """Add gradients to those that are not yet delivered."""
+    def _change(self) -> None:
+        """Mark that what the learner carries begins to change."""
+        self._damage = f"step {self._steps_taken - 1} was not processed as a whole"
+
+    def _with_pending(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return gradients added to those that are not yet delivered."""
         for name, gradient in gradients.items():
             if not checks.finite(gradient):
                 raise NonFiniteError(
                     f"NaN or infinity in the gradient of parameter {name!r} at step {self._steps_taken - 1}"
                 )
         pending = self._pending_grads
-        total = {name: pending[name] + g if name in pending else g for name, g in gradients.items()}
-        self._pending_grads = {**pending, **total}
+        return pending | {name: pending[name] + g if name in pending else g for name, g in gradients.items()}
 
     def _clear(self, samples: Tensor, discard: bool) -> None:
         self._constant_state = self._constant_state | samples
+
+    def _start_anew(self) -> None:
+        self._constant_state = torch.ones_like(self._constant_state)
+        self._snapshot, self._kept_steps = None, []
 
     def _held_bytes(self) -> dict[str, int]:
         """Bytes of the influence, and of the kept steps; the copies of the parameters are not counted."""

@@ -42,7 +42,9 @@ class LearningRule(ABC):
     _seen_losses: list[weakref.ref[Tensor]]  # of the newest step
     _pending_grads: dict[str, Tensor]  # by parameter, not yet delivered to .grad
     _finite_grads: dict[str, Tensor] | None = None  # the same object, as long as its gradients are known to be finite
-    _damage: str | None  # why the learner refuses to go on
+    _damage: str | None  # what was not finished: set before the first change to what is carried, until the last one
+    _broken_off_by: str | None = None  # the error that left ``_damage``
+    _thread: int | None = None  # the thread in which a public method runs
 
     # ------------------------------------------------------------------ what all rules share
 
@@ -64,9 +66,13 @@ class LearningRule(ABC):
         return self._state.new_zeros(self.batch_size, self._state[0].numel(), real_numbers(self._parameters[name]))
 
     def _check_intact(self) -> None:
-        """Refuse to go on from values that a failure has left half changed."""
+        """Refuse to go on from values that a failure or an interrupt has left half changed."""
         if self._damage is not None:
-            raise RTRLError(self._damage)
+            cause = "" if self._broken_off_by is None else f" (broken off by {self._broken_off_by})"
+            raise RTRLError(
+                f"{self._damage}, and what the learner carries was left half changed. Load a saved learner, or start "
+                f"again by reset(discard=True){cause}"
+            )
 
     def _check_name(self, name: str) -> None:
         if name not in self._parameters:
@@ -86,10 +92,12 @@ class LearningRule(ABC):
         unfrozen one begins at zero.
         """
         before = {name: real_numbers(parameter) for name, parameter in self._parameters.items()}
+        self._damage = "parameters that were frozen or unfrozen were not taken note of as a whole"
         for name in self._guard.adopt():
             self._pending_grads.pop(name, None)
             self._first_influence.pop(name, None)
         self._adopt(before)
+        self._damage = None
 
     def _close(self) -> None:
         """Process the open steps. They accept no more losses then."""
@@ -98,13 +106,16 @@ class LearningRule(ABC):
         if self._guard.toggled:
             self._adopt_parameters()
         if self._open_steps:
+            losses.check_none_was_removed(self._open_steps)
             if not self._process_at_once():
                 with torch.no_grad(), linearizing(self._parameters.values()):
                     self._process()
+            self._damage = self._damage or "a block was not closed as a whole"
             restarting = self._restarting
             self._give_up_block()
             if restarting is not None:
                 self._clear(restarting, False)
+            self._damage = None
 
     def _give_up_block(self) -> None:
         """Let the open steps accept no more losses, and forget them."""
@@ -117,7 +128,7 @@ class LearningRule(ABC):
     _adaptable: Collection[str] = ()  # arguments in which a learner and the saved one that it loads may differ
     _rebuilt: tuple[str, ...] = (  # attributes that a copy does not take over: it loads what the original saves
         *("_guard", "_parameters", "_open_steps", "_seen_losses", "_pending_grads", "_first_influence", "_restarting"),
-        "_finite_grads",
+        *("_finite_grads", "_thread"),
     )
 
     def _prepare(self) -> None:
@@ -138,12 +149,15 @@ class LearningRule(ABC):
 
     @abstractmethod
     def _process(self) -> None:
-        """Process the open steps, of which there is at least one. Everything that can fail comes before the first
-        change."""
+        """Process the open steps, of which there is at least one.
+
+        Everything that can fail comes before the first change. Just before that, ``_damage`` is set to what would be
+        left half done; ``_close`` clears it.
+        """
 
     def _process_at_once(self) -> bool:
         """Process the open steps in a quicker way than ``_process``, if there is one for them; return whether it was
-        done."""
+        done. For changes, the same holds."""
         return False
 
     def _adopt(self, before: Mapping[str, int]) -> None:
@@ -158,6 +172,10 @@ class LearningRule(ABC):
         """Clear what is carried for these samples, Boolean (B,); unless ``discard``, their gradients are accumulated
         first."""
         return
+
+    def _start_anew(self) -> None:
+        """Carry what a new learner of the present ``_parameters`` carries, whatever was left half changed."""
+        self._clear(torch.ones(self.batch_size, dtype=torch.bool, device=self._state.device), True)
 
     def _held_bytes(self) -> dict[str, int]:
         """Bytes held, by part, of what the rule carries and of the open steps."""

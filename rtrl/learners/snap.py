@@ -75,8 +75,9 @@ class SnAp(MaskedInfluenceLearner):
 
     def _note(self, reaches: Tensor, driven: Tensor) -> None:
         if not torch.equal(reaches, self._reaches) or not torch.equal(driven, self._driven()):
-            self._reaches, self._drives = reaches, self._places_of(driven)
+            drives = self._places_of(driven)
             self._widen(within(reaches, driven, self.order))
+            self._reaches, self._drives = reaches, drives
         if self.order == 1:
             self._drives = self._places  # not twice
 

@@ -13,6 +13,7 @@ from rtrl._engine import checks
 from rtrl._engine.recorded import RecordedStep
 from rtrl._influence.saved_checks import LARGEST_COUNT
 from rtrl._utils import pytrees
+from rtrl._utils.out_of_memory import is_out_of_memory
 from rtrl._utils.real_pairs import real_numbers
 from rtrl.cells.protocol import Sparsity, check_sparsity
 from rtrl.errors import ConfigError, RTRLError
@@ -113,6 +114,8 @@ def damage_reported() -> Iterator[None]:
     except ConfigError:
         raise
     except _DAMAGE as error:
+        if is_out_of_memory(error):
+            raise
         raise ConfigError(f"the saved learner is damaged: {type(error).__name__}: {error}") from error
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from rtrl.errors import ConfigError
 from rtrl.learners.influence_learner import InfluenceLearner
+from rtrl.learners.replayed_step import ReplayedStep
 from rtrl.learners.state import LearnerState
 
 
@@ -101,6 +102,25 @@ class UORO(InfluenceLearner):
         rho = balance(weighted, signs)
         restarted = influence.flatten(1).count_nonzero(dim=1)[:, None] > 0
         return by_state + torch.where(restarted, rho * signs, 0.0), by_theta + weighted / rho
+
+    def _process_step(self, step: ReplayedStep) -> None:
+        before = self._drawn_from()
+        try:
+            super()._process_step(step)
+        except BaseException:
+            self._draw_again_from(before)
+            raise
+
+    def _drawn_from(self) -> Tensor:
+        """The state of the generator that is drawn from."""
+        return torch.get_rng_state() if self._generator is None else self._generator.get_state()
+
+    def _draw_again_from(self, state: Tensor) -> None:
+        """Let the next draws be those that followed a state."""
+        if self._generator is None:
+            torch.set_rng_state(state)
+        else:
+            self._generator.set_state(state)
 
     def _signs(self) -> Tensor:
         by_state = self._carried[0]

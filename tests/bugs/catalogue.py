@@ -32,7 +32,7 @@ from rtrl._engine.losses import add_loss, check_loss, loss_cotangents
 from rtrl._engine.mixing import _separating_subsets, taps_mixing_samples
 from rtrl._engine.optimizer_watch import OptimizerWatch
 from rtrl._engine.parameter_guard import ParameterGuard
-from rtrl._engine.parameter_hooks import has_hooks, hooks_suspended
+from rtrl._engine.parameter_hooks import accumulate, has_hooks, hooks_suspended
 from rtrl._engine.probe import ProbeWeights
 from rtrl._engine.recorded import StepBatch, join_steps
 from rtrl._engine.reverse_sweep import (
@@ -221,9 +221,9 @@ def forgets_the_adjoint_so_far(add_adjoint: Function) -> Function:
 
 
 def marks_losses(add_loss: Function) -> Function:
-    def marking_add_loss(loss: Any, outputs: list[Any], *rest: Any) -> None:
-        add_loss(loss, outputs, *rest)
-        for leaf in outputs:
+    def marking_add_loss(loss: Any, newest: Any, *rest: Any) -> None:
+        add_loss(loss, newest, *rest)
+        for leaf in newest.leaves:
             leaf.marked = True
 
     return marking_add_loss
@@ -608,7 +608,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         41,
         "the second loss of a step replaces the first",
-        (swap(add_loss, "LEAF.grad = NEW if LEAF.grad is None else SUM", "LEAF.grad = NEW"),),
+        (swap(accumulate, "(LEAF.grad + GRADIENT).detach()", "GRADIENT.detach()"),),
         "learner: several losses per step",
     ),
     Bug(
@@ -629,7 +629,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         44,
         "an influence is handed out without catching up",
-        (swap(CarriedInfluence.influence, "self.ADVANCE({NAME: ROWS})", ""),),
+        (swap(CarriedInfluence.catch_up, "self.ADVANCE({NAME: ROWS})", ""),),
         "learner: influence",
     ),
     Bug(
@@ -785,17 +785,10 @@ READ = READS.shape[1] * SCORES.softmax(dim=-1).gather(1, READS).unsqueeze(-1) * 
         "samples without a loss take that of the others",
         (
             swap(
-                add_loss,
-                """
-if GRADIENT is not None:
-    ...
-""",
-                """
-if GRADIENT is not None:
-    none = (GRADIENT == 0).flatten(1).all(dim=1).reshape(-1, *[1] * (GRADIENT.ndim - 1))
-    GRADIENT = torch.where(none, GRADIENT.sum(dim=0, keepdim=True), GRADIENT)
-    ...
-""",
+                accumulate,
+                "(LEAF, GRADIENT.clone() if OTHER else SUM)",
+                "(LEAF, torch.where((GRADIENT == 0).flatten(1).all(dim=1).reshape(-1, *[1] * (GRADIENT.ndim - 1)), "
+                "GRADIENT.sum(dim=0, keepdim=True), GRADIENT) if OTHER else SUM)",
             ),
         ),
         "learner: losses of single samples",
@@ -803,7 +796,13 @@ if GRADIENT is not None:
     Bug(
         64,
         "adjoints are clipped",
-        (swap(add_loss, "GRADIENT.clone()", "GRADIENT.clamp(-1000, 1000)"),),
+        (
+            swap(
+                accumulate,
+                "(LEAF, GRADIENT.clone() if OTHER else SUM)",
+                "(LEAF, GRADIENT.clamp(-1000, 1000) if OTHER else SUM)",
+            ),
+        ),
         "learner: losses of all scales",
     ),
     Bug(
