@@ -1,7 +1,7 @@
 """What is changed for a while is put back, even if an interrupt strikes at the moment of putting it back.
 
 A context manager puts things back when it is left; but Ctrl-C may strike as it is being left. So each such change is
-noted here, and whoever catches the interrupt further out calls ``put_back``.
+noted here, and the code that catches the interrupt further out calls ``put_back``.
 """
 
 import threading
