@@ -319,7 +319,7 @@ class BlockRTRL(Learner):
         return True
 
     def _process(self) -> None:
-        size = len(self._open_steps)
+        size, warned = len(self._open_steps), False
         while True:
             steps = self._open_steps[:size]
             try:
@@ -334,14 +334,15 @@ class BlockRTRL(Learner):
                 self._leave_open(self._open_steps[size:])
                 continue
             # Out of the except clause, so that what the block took is free.
-            if size == len(self._open_steps):
+            if not warned:
+                warned = True
                 warnings.warn(
                     f"{span_of(self._open_steps)}: not enough memory to process them at once ({reason}); they are "
                     "processed in smaller pieces. A smaller block takes less memory",
                     PerformanceWarning,
                     stacklevel=6,
                 )
-            size = (size + 1) // 2
+            size = (len(steps) + 1) // 2
 
     def _too_large(self, error: Exception, size: int) -> str | None:
         """Why steps are to be processed in smaller pieces, which gives the same; None if they are not."""
@@ -454,6 +455,10 @@ class BlockRTRL(Learner):
 
     def _dense_carried(self) -> CarriedInfluence:
         """What is carried, without structure."""
+        self._damage = "dormant slices could not be brought up to date"
+        for name in self._parameters:
+            self._carried.catch_up(name)
+        self._damage = None
         dense = self._empty_carried(self._state, self._carried.now)
         dense.begin(Sparsity(), self._carried.dense())
         return dense
@@ -488,11 +493,12 @@ class BlockRTRL(Learner):
         self._processed = self._steps_taken
 
     def _start_anew(self) -> None:
-        structure = self.structure
-        if structure is None:
-            self._carried = self._empty_carried(self._state)
+        if isinstance(self._carried, CarriedRows):
+            self._carried = self._empty_rows(self._carried.structure)
+        elif self._linearizer.goes_by_slot(self._state):
+            self._carried = self._empty_slots(self._state)
         else:
-            self._carried = self._empty_rows(structure)
+            self._carried = self._empty_carried(self._state)
         self._processed = self._steps_taken
 
     def _adapt(self) -> None:

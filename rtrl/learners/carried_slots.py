@@ -54,8 +54,12 @@ class CarriedSlots:
         """Whether there is any influence."""
         return self.carried.begun
 
+    def catch_up(self, name: str) -> None:
+        """Bring every slice of a parameter up to date."""
+        self.carried.catch_up(name)
+
     def influence(self, name: str) -> Tensor | None:
-        """Bring every slice of a parameter up to date and return its influence (B, H, P); None if there is none yet."""
+        """Return the influence (B, H, P) of a parameter whose slices are up to date; None if there is none yet."""
         influence = self.carried.influence(name)
         return None if influence is None else influence.reshape(self._size, -1, influence.shape[2])
 
@@ -121,7 +125,7 @@ class CarriedSlots:
         self.carried.bring_up_to_date()
 
     def dense(self) -> dict[str, Tensor]:
-        """Bring every slice up to date and return the influence (B, H, P) of every parameter that has one."""
+        """Return the influence (B, H, P) of every parameter that has one; every slice must be up to date."""
         found = {name: self.influence(name) for name in self.held}
         return {name: influence for name, influence in found.items() if influence is not None}
 
