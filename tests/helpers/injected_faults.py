@@ -6,7 +6,7 @@ on as its user would: what was not done is done again, what was done is not, and
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracles
+import rtrl
+from helpers.complex_cells import ComplexCell, SparseComplex, complex_loss
 from helpers.running import gradients
+from helpers.toy_cells import PlainRNN, seeded
 from rtrl.errors import RTRLError
+from rtrl.learners import BPTT, TBPTT, UORO, DenseRTRL, SnAp
 from rtrl.testing.driver import trainable
 
 TOLERANCE = 1e-10
@@ -32,7 +36,7 @@ class Operations(TorchDispatchMode):
     """Raises a fault at the k-th tensor operation; counts them all."""
 
     def __init__(self, at: int, fault: Callable[[], BaseException]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.at, self.fault, self.count = at, fault, 0
 
     @classmethod
@@ -157,7 +161,7 @@ class Kind:
     d_in: int = 2
 
 
-STEP, SYNC, PEEK, RESET_ALL, SAVE, SPLIT, INFLUENCE = "step", "sync", "peek", "reset", "save", "split", "influence"
+STEP, SYNC, PEEK, RESET_ALL, SPLIT, INFLUENCE = "step", "sync", "peek", "reset", "split", "influence"
 STORY = (STEP, STEP, "reset 0", STEP, STEP, SYNC, STEP, INFLUENCE, STEP, SPLIT, PEEK, SYNC, RESET_ALL, STEP, SYNC)
 
 
@@ -220,7 +224,6 @@ class Story:
             "reset 0": lambda: self.learner.reset(torch.arange(self.kind.batch) == 0),
             RESET_ALL: lambda: self.learner.reset(),
             INFLUENCE: lambda: self.learner.influence(next(iter(trainable(self.cell)))),
-            SAVE: lambda: self.learner.load_state_dict(self.learner.state_dict()),
             SPLIT: lambda: self.learner.gradients({"a": self.kind.loss(i, self.y)}),
         }[action]
         again, problem = self._call(do, action)
@@ -333,3 +336,92 @@ def _is_injected(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+# ---------------------------------------------------------------------- kinds of learners
+
+
+def _gru() -> nn.Module:
+    return seeded(rtrl.cells.from_torch(nn.GRUCell(2, 3, dtype=torch.float64)), 0)
+
+
+def _complex_loss(t: int, y: Any) -> Tensor:
+    loss = complex_loss(0, y)
+    assert loss is not None
+    return loss * (1 + 0.1 * t)
+
+
+class _Learned(PlainRNN):
+    """With a learned first state."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 3)
+        self.h0 = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return self.h0.expand(batch_size, 3)
+
+
+def _plain() -> nn.Module:
+    return seeded(PlainRNN(2, 3), 0)
+
+
+def _block(**options: Any) -> Callable[..., Any]:
+    return partial(rtrl.BlockRTRL, **{"block": 2, "audit": "off", **options})
+
+
+KINDS = {
+    "dense": Kind(_plain, _block(structure="off")),
+    "analytic": Kind(_gru, _block()),
+    "rows": Kind(lambda: seeded(rtrl.cells.MinGRU(2, 3).double(), 0), _block()),
+    "slices": Kind(SparseComplex, _block(window=2), loss=_complex_loss),
+    "complex": Kind(ComplexCell, _block(), loss=_complex_loss),
+    "one step": Kind(_gru, _block(block=1)),
+    "one step of rows": Kind(lambda: seeded(rtrl.cells.MinGRU(2, 3).double(), 0), _block(block=1), batch=1),
+    "learned first state": Kind(lambda: seeded(_Learned(), 0), _block()),
+    "audited": Kind(_plain, _block(audit=1)),
+    "bptt": Kind(_plain, BPTT),
+    "tbptt": Kind(_plain, partial(TBPTT, horizon=3), exact=False),
+    "chunks": Kind(_plain, partial(TBPTT, horizon=3, sliding=False), exact=False),
+    "dense rtrl": Kind(_plain, DenseRTRL),
+    "snap": Kind(_plain, partial(SnAp, order=1), exact=False),
+    "uoro": Kind(_plain, lambda *a: UORO(*a, generator=torch.Generator().manual_seed(0)), exact=False, draws=True),
+}
+
+
+def script_of(name: str) -> tuple[str, ...]:
+    """The story of a kind; BPTT and TBPTT have no influence."""
+    return tuple(each for each in STORY if each != INFLUENCE or name not in ("bptt", "tbptt", "chunks"))
+
+
+def injector(where: str, at: int) -> Injector:
+    """What raises a fault at the k-th "operations", "calls" or "lines"; -1 counts them."""
+    if where == "operations":
+        return Operations(at, lambda: MemoryError("injected"))
+    return PythonEvents(at, lambda: KeyboardInterrupt("injected"), where)
+
+
+def strike(name: str, where: str, places: Callable[[int], Iterable[int]]) -> tuple[int, int, list[str]]:
+    """Put a fault at some of the places of a kind's story, one at a time.
+
+    Args:
+        name: of the kind.
+        where: see ``injector``.
+        places: number of places → which of them, from 1 on.
+
+    Returns:
+        How many faults there were, after how many the learner refused, and what was wrong.
+    """
+    kind, script = KINDS[name], script_of(name)
+    if name not in _WARM:
+        _WARM.append(name)
+        Story(kind, injector("operations", -1), script).run()  # what is imported or made once is there then
+    count = Story(kind, injector(where, -1), script)
+    problems = [(-1, count.run())]
+    stories = [Story(kind, injector(where, at), script) for at in places(count.injector.count)]
+    problems += [(story.injector.at, story.run()) for story in stories]
+    wrong = [f"{name}, {where}, place {at}: {problem}" for at, problem in problems if problem]
+    return len(stories), sum(story.refused for story in stories), wrong
+
+
+_WARM: list[str] = []
