@@ -92,12 +92,13 @@ class LearningRule(ABC):
         unfrozen one begins at zero.
         """
         before = {name: real_numbers(parameter) for name, parameter in self._parameters.items()}
-        self._damage = "parameters that were frozen or unfrozen were not taken note of as a whole"
+        damage = self._damage
+        self._damage = damage or "parameters that were frozen or unfrozen were not taken note of as a whole"
         for name in self._guard.adopt():
             self._pending_grads.pop(name, None)
             self._first_influence.pop(name, None)
         self._adopt(before)
-        self._damage = None
+        self._damage = damage
 
     def _close(self) -> None:
         """Process the open steps. They accept no more losses then."""
