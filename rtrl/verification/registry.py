@@ -32,6 +32,7 @@ _CLAIMS = (
     "learning.byte_stream.measure",
     "rivals.balancing.measure",
     "thesis.sparse_stream.measure",
+    "rivals.equal_memory.measure",
 )
 """Modules of this package, each with the name of its claim."""
 

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from rtrl.learners import BPTT, RFLO, TBPTT, UORO, LayerLocal, Learner, SnAp
 from rtrl.learners.block_rtrl import BlockRTRL
+from rtrl.tasks import TMaze
 from rtrl.training.cell_factory import make_cell
-from rtrl.verification.rivals import balancing
+from rtrl.verification.rivals import balancing, equal_memory
 from rtrl.verification.rivals.balancing_cell import BalancingCell, Chains
 from rtrl.verification.rivals.copies import Copies
 from rtrl.verification.rivals.equal_bytes import bytes_of_horizon, horizon_within
 from rtrl.verification.rivals.rules import LeakingRule, MaskedRule, RankOneRule, Rule, TruncatedRule, of_layers
+from rtrl.verification.rivals.training import Episodes, Run, train_copies, train_exactly
 
 
 def generator(seed: int) -> torch.Generator:
@@ -142,3 +144,101 @@ def test_a_rule_that_is_not_its_learner_is_a_failure(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(LeakingRule, "advance", forgetful)
     (line,) = balancing.compare_with_learners(Chains(1, 2, 0, 3))
     assert line.startswith("the gradient of RFLO is off")
+
+
+# ---------------------------------------------------------------------- equal memory
+
+
+def silent(updates: int) -> None:
+    return
+
+
+MAZE = equal_memory.Pair("MinGRU", "T-maze", (5, 30), hidden=2, updates=9)
+
+
+def test_copies_and_the_real_learner_train_alike() -> None:
+    """On the same episodes, with the same optimizer, BPTT of copies makes the updates of `BlockRTRL`."""
+    task, cells = TMaze(5), [MAZE.make_cell(seed) for seed in (3, 4)]
+    copies = Copies(cells)
+    runs = train_copies(TruncatedRule(copies, 99), task, 4, [3, 4], [0.03, 0.1], 4, silent)
+    for k, (cell, rate) in enumerate(zip(cells, (0.03, 0.1), strict=True)):
+        run = train_exactly(cell, 3, task, 4, 3 + k, rate, 4, silent)
+        assert run.scores == runs[k].scores and len(run.scores) == 4 and run.most_bytes > 0
+        for name, parameter in cell.named_parameters():
+            torch.testing.assert_close(copies.values[name][k], parameter, rtol=1e-3, atol=1e-5)
+
+
+def test_episodes_follow_their_seed() -> None:
+    task = TMaze(5)
+    both, second = Episodes.draw(task, 4, [1, 2], 7), Episodes.draw(task, 4, [2], 7)
+    assert torch.equal(both.xs[:, 1:], second.xs) and not torch.equal(both.xs[:, :1], second.xs)
+    assert both.xs.shape == (7, 2, 4, 4) and torch.equal(both.targets[:, 1:], second.targets)
+    assert not torch.equal(second.xs, Episodes.draw(task, 4, [2], 8).xs)
+
+
+def test_a_run_is_solved_by_its_recent_mean_and_stays_so() -> None:
+    run = Run()
+    for score in (0.5, *[1.0] * 7, 1.0, 0.0):
+        run.add(TMaze(5), score)
+    assert run.solved == 9 and len(run.scores) == 9
+
+
+@pytest.mark.parametrize(
+    ("layers", "rule", "same"),
+    [
+        (1, "SnAp-1", True),
+        (2, "SnAp-1", True),
+        (1, "within layers", True),
+        (2, "within layers", False),
+        (1, "RFLO", False),
+    ],
+)
+def test_a_rule_that_leaves_nothing_out_is_found_exact(layers: int, rule: str, same: bool) -> None:
+    """SnAp-1 keeps what a layer drives in the layers above, within a step; minGRU's units have one number each."""
+    pair = replace(MAZE, layers=layers)
+    names = (equal_memory.WHOLE, equal_memory.EXACT, rule)
+    whole, exact, found = (equal_memory.gradient_of(name, pair, TMaze(5), 3) for name in names)
+    assert float((exact - whole).norm() / whole.norm()) < equal_memory.SAME
+    assert (float((found - whole).norm() / whole.norm()) < equal_memory.SAME) == same
+
+
+def cases(
+    exact: tuple[int, int], truncated: tuple[int, int], snap: int = 0, failures: tuple[str, ...] = ()
+) -> equal_memory.Cases:
+    """Two of two seeds at most, within the window and beyond it."""
+
+    def outcome(learner: str, solved: int) -> equal_memory.Outcome:
+        runs = [Run([0.5] * 9, solved=9 if k < solved else None) for k in range(2)]
+        return equal_memory.Outcome(learner, 0.1, runs, 0.01)
+
+    made = []
+    for i, delay in enumerate(MAZE.delays):
+        names = {equal_memory.EXACT: exact[i], equal_memory.TRUNCATED: truncated[i], "SnAp-1": snap}
+        outcomes = [outcome(name, solved) for name, solved in names.items()]
+        made.append(equal_memory.Case(MAZE, delay, delay + 2, 12, 1000, 990, outcomes, []))
+    config = equal_memory.Config((MAZE,), (equal_memory.TRUNCATED, "SnAp-1"), seeds=2)
+    return equal_memory.Cases(config=config, cases=made, failures=list(failures))
+
+
+@pytest.mark.parametrize(
+    ("measured", "verdict", "words"),
+    [
+        (cases((2, 2), (2, 0)), "holds when", "BlockRTRL solved 2 of 2 runs, truncated BPTT 0"),
+        (cases((2, 2), (2, 0), snap=1), "holds when", "SnAp-1 solved 2 of 4"),
+        (cases((2, 1), (2, 0)), "holds when", "BlockRTRL solved 1 of 2 runs"),
+        (cases((2, 2), (2, 2)), "does not hold", "truncated BPTT 2"),
+        (cases((2, 0), (2, 0)), "does not hold", "BlockRTRL solved 0 of 2"),
+        (cases((2, 2), (2, 0), failures=("off",)), "does not hold", "gradient"),
+    ],
+)
+def test_equal_memory_judges(measured: equal_memory.Cases, verdict: str, words: str) -> None:
+    judged = equal_memory.verdict(measured)
+    assert judged.name == verdict and words in judged.condition
+    shown = equal_memory.show(measured)
+    assert shown.result and all(line.x for plot in shown.plots for line in plot.series)
+
+
+def test_equal_memory_needs_a_delay_beyond_the_window() -> None:
+    measured = cases((2, 2), (2, 0))
+    measured.cases = measured.cases[:1]
+    assert equal_memory.verdict(measured).name == "not measured"
