@@ -171,6 +171,7 @@ def show(m: Variants) -> Shown:
     full=Config((problems.QUICK, problems.HAYSTACK, problems.SPEED), block=16, narrow=8, rounds=3),
     verdict=verdict,
     show=show,
+    question="exact",
     small=Config((Mixture("small", 2, 2, 4, 4, 6),), 2, 2),
     noticed_breaks=(
         "eager",

@@ -233,6 +233,7 @@ def show(m: Accuracies) -> Shown:
     small=Config(width=8, seeds=1, batch_size=2, episodes=2, every=1, train_n=(8, 10)),
     verdict=verdict,
     show=show,
+    question="learns",
     void="the runs are not those of BlockRTRL",
     noticed_breaks=("truncate", "forget-dormant-losses", "off-by-one", "lost-updates"),
 )

@@ -125,6 +125,8 @@ def show(m: Limits) -> Shown:
         ", ".join(f"{name} {limit:,.0f}" for name, limit in limits.items()) + f" steps fill {show_bytes(m.memory)}",
         [Table("Peak bytes of BPTT, one sample, float32", columns, rows)],
         [plot(title, "T, steps", "bytes", {**lines, "this machine": level}, dashed=lines, log="xy")],
+        model="; ".join(f"mixture {name}: P = {growth.parameters:,}" for name, growth in m.grown.items())
+        + f"; T up to {config.really or max(config.lengths):,}, longer ones extrapolated; one seed",
     )
 
 
@@ -136,6 +138,7 @@ def show(m: Limits) -> Shown:
     full=Config(lengths=(64, 256, 1024), really=10_000),
     verdict=verdict,
     show=show,
+    question="memory",
     small=Config(("quick",), (3, 6, 9), process=(50, 150)),
     no_break="backpropagation by autograd is measured, on cells as they are: no part of the learners takes part",
 )

@@ -63,6 +63,7 @@ def show(m: Peaks) -> Shown:
         f"at T = {t}: BPTT {show_bytes(m.bptt[t])}, BlockRTRL {show_bytes(m.rtrl[t])}, on {m.device}",
         [table(title, "T", {**columns, "BlockRTRL between steps": m.held})],
         [plot("Peak of the CUDA allocator over T", "T, steps", "bytes", columns, log="xy")],
+        model=f"RecurrentMoE, config {m.config.mixture.name}: H = {m.config.mixture.hidden}, T up to {t:,}; one seed",
     )
 
 
@@ -79,6 +80,7 @@ def _device(settings: Settings) -> str:
     full=Config(lengths=(32, 128, 512, 1024, 4096, 16_384)),
     verdict=verdict,
     show=show,
+    question="memory",
 )
 def measure(config: Config, settings: Settings) -> Peaks:
     """Take the allocator's peaks, where there is a device."""

@@ -144,6 +144,7 @@ def show(m: ModelSizes) -> Shown:
                 [[influence, tree, influence + tree]],
             ),
         ],
+        model=f"mixtures of {family}; the largest has P = {m.largest or 0:,}; T = {steps:,}, one seed",
     )
 
 
@@ -155,6 +156,7 @@ def show(m: ModelSizes) -> Shown:
     full=Config(),
     verdict=verdict,
     show=show,
+    question="memory",
     small=Config(widths=(4,), block=20, warm=200, steps=240, flow=Mixture("small", 2, 2, 4, 3, 4)),
     noticed_breaks=("leak", "keep-states", "uncounted-influence", "double-window"),
 )

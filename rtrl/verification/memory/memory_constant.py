@@ -95,6 +95,7 @@ def show(m: Bytes) -> Shown:
     """Show the bytes over T."""
     parts, rows = [], []
     lines: dict[str, dict[int, int | None]] = {}
+    most = max(max(held.values()) - min(held.values()) for held in m.held.values())
     for name, held in m.held.items():
         spread = max(held.values()) - min(held.values())
         parts.append(
@@ -109,6 +110,8 @@ def show(m: Bytes) -> Shown:
         "; ".join(parts),
         [Table("Bytes after T steps, one sample, float32", ["model", "T", "held", "process"], rows)],
         [plot("Bytes held and bytes of the process over T", "T, steps", "bytes", lines, log="xy")],
+        headline=f"The bytes that BlockRTRL holds differ by {most} between the shortest stream and {m.longest:,} steps",
+        model=f"{', '.join(m.held)}; T up to {m.longest:,}, one sample, one seed",
     )
 
 
@@ -120,6 +123,7 @@ def show(m: Bytes) -> Shown:
     full=Config(checkpoints=(100, 500, 1000, 10_000, 100_000), gru=(100, 500, 1000, 10_000, 100_000, 1_000_000)),
     verdict=verdict,
     show=show,
+    question="memory",
     small=Config(checkpoints=(50, 150, 200, 300), block=4, gru=(50, 100, 200)),
     noticed_breaks=("leak", "keep-states", "uncounted-influence"),
 )

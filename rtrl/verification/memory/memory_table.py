@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from rtrl._utils.formatting import show_bytes
 from rtrl.costs import plan
 from rtrl.profiling.live_bytes import LiveBytes
-from rtrl.report.model import Cell, Table
+from rtrl.report.model import Cell, Table, VerticalLine
 from rtrl.verification.claim import Judgement, Measurements, Settings, Shown, claim
 from rtrl.verification.harness import problems
 from rtrl.verification.harness.measuring import fit_line
@@ -151,6 +151,8 @@ def show(m: Peaks) -> Shown:
     shown = plot(
         "Peak memory over the length of the stream", "T, steps", "bytes", lines, dashed=["BPTT as claimed"], log="xy"
     )
+    if m.crossover > 0:
+        shown = replace(shown, vertical_lines=[VerticalLine(m.crossover, f"T* = {m.crossover:,.0f}")])
     heading = ["of what", "predicted", "measured", "bytes per step of BPTT", "bytes of RTRL"]
     return Shown(
         f"at T = {t}: BPTT {show_bytes(bptt[t])}, RTRL {show_bytes(rtrl[t])} always; RTRL's peak is lower from T* = "
@@ -158,6 +160,10 @@ def show(m: Peaks) -> Shown:
         f"({m.predicted_held:,.0f} predicted)",
         [table(title, "T", columns), Table("The crossover T*", heading, crossovers)],
         [shown],
+        headline=f"On a mixture with {m.parameters:,} parameters BlockRTRL holds fewer bytes than BPTT from "
+        f"{m.crossover_held:,.0f} steps on between steps, and from {m.crossover:,.0f} on at its peak",
+        model=f"RecurrentMoE, config {mixture.name}: P = {m.parameters:,}, H = {mixture.hidden}, T up to {t:,}; one "
+        "seed",
     )
 
 
@@ -169,6 +175,7 @@ def show(m: Peaks) -> Shown:
     full=Config(),
     verdict=verdict,
     show=show,
+    question="memory",
     void="the bytes are not what the learner says, or grow, so the table is void",
     small=Config(Mixture("small", 2, 2, 4, 3, 4), (8, 16, 32), (1000,), 4, 4),
     noticed_breaks=("keep-states", "uncounted-influence", "double-window"),

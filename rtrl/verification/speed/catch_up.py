@@ -160,6 +160,7 @@ def show(m: Savings) -> Shown:
         ", ".join(parts),
         [Table(f"Multiply-adds to catch up {k}·H parameters ({states}), and times", columns, rows)],
         [plot("What the tree saves against step by step", "dormant steps", y_label, lines, dashed=dashed, log="xy")],
+        model=f"Jacobians drawn at random, {states}; {k}·H parameters, up to {max(m.config.lengths):,} steps, one seed",
     )
 
 
@@ -171,6 +172,7 @@ def show(m: Savings) -> Shown:
     full=Config((3, 10, 30, 100, 300, 1000, 3000), timed=((100, HIDDEN), (1000, HIDDEN)), rounds=1),
     verdict=verdict,
     show=show,
+    question="clock",
     void="what is caught up is wrong, so the results are void",
     small=Config((3, 100), ((20, 16),), 32, 1, 1),
     noticed_breaks=("one-by-one",),

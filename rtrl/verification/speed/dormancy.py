@@ -164,6 +164,9 @@ def show(m: Combinations) -> Shown:
             plot("Products to catch up", "dormant steps", "products", {**columns, **log}, dashed=log, log="xy"),
             plot("Multiply-adds around the reactivation", "step", "multiply-adds", lines),
         ],
+        model=f"products over up to {max(m.counts):,} steps; in a learner: "
+        + "; ".join(dict.fromkeys(str(row[0]) for row in rows))
+        + "; one seed",
     )
 
 
@@ -180,6 +183,7 @@ def show(m: Combinations) -> Shown:
     ),
     verdict=verdict,
     show=show,
+    question="clock",
     void="the tree or the learner does not keep what it promises",
     small=Config((1, 10, 30), 40, 3, (Schedule(Mixture("small", 2, 2, 2, 4, 4), 2, 20, 28, 16),)),
     noticed_breaks=("no-reuse", "no-catch-up", "forget-dormant-losses", "reverse-products", "drop-expired"),

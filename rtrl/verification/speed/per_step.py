@@ -159,6 +159,7 @@ def show(m: Counts) -> Shown:
     full=Config(),
     verdict=verdict,
     show=show,
+    question="clock",
     void="gradients or counts are wrong, so the results are void",
     small=Config(Mixture("small", 2, 2, 8, 4, 6), (1, 4), 8, 4, 8, 4, 3.5),
     noticed_breaks=("ignore-experts", "ignore-writes", "linearize-twice", "truncate", "forget-dormant-losses"),

@@ -126,6 +126,8 @@ def show(m: StepAndTree) -> Shown:
                 dashed=claimed, log="xy",
             )
         ],
+        model=f"Jacobians drawn at random, H = {hidden}, {config.columns:,} columns of influence, up to {max(tree):,} "
+        "dormant steps, one seed",
     )  # fmt: skip
 
 
@@ -137,6 +139,7 @@ def show(m: StepAndTree) -> Shown:
     full=Config(columns=16_384, lengths=(1, 10, 30, 100, 300, 1000, 3000, 10_000), claimed_size=(100, 1000), rounds=3),
     verdict=verdict,
     show=show,
+    question="clock",
     void="results or counts differ, so they are void",
     small=Config(16, 16, 2, 8, (3, 100), 16, 4, (100,), 1),
     noticed_breaks=("one-by-one",),
