@@ -37,6 +37,7 @@ from rtrl.cells.moe import RecurrentMoE
 from rtrl.errors import ConfigError, RTRLError
 from rtrl.report.model import Cell, Plot, Series, Table
 from rtrl.tasks import ByteStream
+from rtrl.verification.breaks import OF_GRADIENTS
 from rtrl.verification.claim import Judgement, Measurements, Settings, Shown, claim
 from rtrl.verification.gradients.driver import DormancyCount, Interventions, LearnerRecord, Segment, run_learner
 from rtrl.verification.gradients.references import Slope, compare_slopes, dense_rtrl, finite_differences
@@ -94,6 +95,7 @@ class Config:
 
 QUICK = Config(steps=80, prefix=20, side_prefix=10, blocks=(1, 7), windows=(1, 3))
 FULL = Config()
+SMALL = Config(steps=22, prefix=4, side_prefix=4, blocks=(3,), windows=(3,))  # in window 1 nothing is composed
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,8 @@ def _errors(m: OracleRows) -> Plot:
     threshold=f"all, to {TOLERANCE:.0e}",
     quick=QUICK,
     full=FULL,
+    small=SMALL,
+    noticed_breaks=OF_GRADIENTS,
     verdict=verdict,
     show=show,
     question="exact",
