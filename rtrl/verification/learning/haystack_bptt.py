@@ -145,7 +145,7 @@ _QUICK = (Case("GRU", 24, 6, (8, 16), 0.02), Case("GRU", 24, 6, (8, 16), 0.02, s
             Case("RecurrentMoE", 32, 4, (8, 16), 2e-3, episodes=1500),
         )
     ),
-    small=Config((Case("GRU", 8, 2, (6, 7), 0.05, batch_size=16, episodes=100),), 100),
+    small=Config((Case("GRU", 8, 2, (8, 9), 0.05, episodes=150),), 100),
     verdict=verdict,
     show=show,
     question="learns",
