@@ -26,7 +26,8 @@ def mixture(**options: Any) -> nn.Module:
 
 
 class Slots(nn.Module):
-    """Slots that two parameters write, one of all slots and one with a slice for each; ``flaw`` breaks a promise.
+    """Slots that three parameters write: one of all slots, one with a slice for each, one with a slice for each kind of
+    x. ``flaw`` breaks a promise.
 
     The slots that are written stand in x.
     """
@@ -35,7 +36,7 @@ class Slots(nn.Module):
         super().__init__()
         self.shared, self.own = nn.Linear(4, 2), nn.Parameter(torch.empty(3, 2))
         self.first, self.scale = nn.Parameter(torch.empty(3, 2)), nn.Parameter(torch.empty(2))
-        self.flaw = flaw
+        self.kinds, self.flaw = nn.Parameter(torch.empty(2, 2, 2)), flaw
 
     def init_state(self, batch_size: int) -> Tensor:
         return self.first.tanh().expand(batch_size, -1, -1)
@@ -49,12 +50,14 @@ class Slots(nn.Module):
         old = h.gather(1, index)
         source = old.flip(1) if self.flaw == "coupled" else old
         wide = torch.cat([x[:, None, :2].expand(-1, 2, -1), source], dim=2)
-        new = torch.tanh(self.shared(wide) + nn.functional.embedding(writes, self.own))
+        kind = (x[:, :1] > 0).long()
+        by_kind = rtrl.cells.grouped_linear(source.unsqueeze(1), self.kinds, None, kind).squeeze(1)
+        new = torch.tanh(self.shared(wide) + nn.functional.embedding(writes, self.own) + by_kind)
         if self.flaw == "unrecorded":
             new = new * self.scale
         declared = writes[:, :1] if self.flaw == "undeclared" else writes
         y = h.flatten(1).sin().cumsum(1) + self.scale.sum() + new.sum((1, 2))[:, None]
-        return y, h.scatter(1, index, new), rtrl.Sparsity(None, writes, {"own": declared})
+        return y, h.scatter(1, index, new), rtrl.Sparsity(None, writes, {"own": declared, "kinds": kind})
 
 
 def stream(cell: nn.Module) -> Tensor:
