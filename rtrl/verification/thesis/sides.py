@@ -147,7 +147,7 @@ class Trained:
         loss: by step, their mean loss in nats.
         n_bytes: the most bytes held between steps.
         seconds: CPU time.
-        final: the accuracy in the last tenth of the stream.
+        final: the accuracy in the last tenth of the stream; in all of it, if there is no answer there.
     """
 
     name: str
@@ -212,7 +212,7 @@ def _train(
         if here:
             accuracy[stop] = sum(right for _, right, _ in here) / len(here)
             losses[stop] = sum(loss for _, _, loss in here) / len(here)
-    last = [right for t, right, _ in answers if t >= 0.9 * training.steps]
+    last = [right for t, right, _ in answers if t >= 0.9 * training.steps] or [right for _, right, _ in answers]
     parameters = sum(p.numel() for p in cell.parameters())
     final = sum(last) / max(1, len(last))
     return Trained(name, parameters, accuracy, losses, most, time.process_time() - started, final)

@@ -177,16 +177,24 @@ def show(m: Sides) -> Shown:
             plot("Answers", "steps of the stream", "accuracy", curves),
             plot("Loss", "steps of the stream", "nats", losses),
         ],
-        headline=(
-            f"A sparse mixture with {m.rtrl[0].n_bytes:,} bytes of exact online learning answers "
-            f"{percent(m.rtrl[0].final)} over a gap of {signal.gap} steps, truncated BPTT of the same bytes "
-            f"{percent(m.tbptt[0].final)}, a dense GRU of equal cost {percent(m.dense[0].final)}."
-        ),
+        headline=_headline(m),
         model=(
             f"RecurrentMoE, independent slots: {mixture.n_slots} slots of {mixture.d_model} (H = {mixture.state}), "
             f"{mixture.n_experts} experts, P = {m.rtrl[0].parameters}; T = {m.config.training.steps:,}, B = "
             f"{m.config.training.batch_size}; {len(m.rtrl)} seed{'s' * (len(m.rtrl) > 1)}"
         ),
+    )
+
+
+def _headline(m: Sides) -> str:
+    """The result at the claimed size in one sentence."""
+    if m.config.training.steps < STEPS:
+        return ""
+    sides = [percent(trained[0].final) for trained in (m.rtrl, m.tbptt, m.dense)]
+    return (
+        f"A sparse mixture trained exactly in {m.rtrl[0].n_bytes:,} bytes answers {sides[0]} over a gap of "
+        f"{m.config.training.signal.gap} steps, truncated BPTT of the same bytes {sides[1]}, a dense GRU of equal cost "
+        f"{sides[2]}."
     )
 
 
