@@ -16,6 +16,7 @@ from rtrl._engine.slot_block import close_slots
 from rtrl.cells.row_groups import rows_of
 from rtrl.errors import CellError, ConfigError, PerformanceWarning, SparsityError
 from rtrl.learners.carried_slots import CarriedSlots
+from rtrl.testing import check_cell
 
 STEPS = 9
 
@@ -157,6 +158,10 @@ def test_other_uses_of_a_parameter_are_exact_on_the_whole_state() -> None:
     with pytest.warns(PerformanceWarning, match="the slots are independent, but parameter 'scale' is used"):
         found = run(cell, stream(cell), loss, block=3, window=2, influences=False)
     assert_gradients_equal(found.gradients, oracles.bptt(cell, stream(cell), loss))
+
+
+def test_the_cell_keeps_its_promises() -> None:
+    check_cell(mixture(), list(stream(mixture())[:2]))
 
 
 def test_what_goes_by_slot_goes_by_slot(monkeypatch: pytest.MonkeyPatch) -> None:
