@@ -182,6 +182,11 @@ def _inputs(place: int) -> Rule:
     return lambda args, kwargs, out: _stored(args[place]) if isinstance(args[place], Tensor) else 0
 
 
+def _lists(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+    """One for each element of the tensors in the list that comes first."""
+    return sum(_stored(t) for t in args[0])
+
+
 def _put(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
     """``index_put`` adds if it accumulates, and moves if not."""
     return _stored(args[2]) if len(args) > 3 and args[3] else 0
@@ -219,6 +224,7 @@ _ELEMENTS = {
         binary_cross_entropy_with_logits""",
     ),
     **_aten(_inputs(3), "index_add scatter_add index_reduce"),
+    **_aten(_lists, "_foreach_add"),
     **_aten(_put, "index_put _unsafe_index_put _index_put_impl"),
 }
 

@@ -37,7 +37,7 @@ class Config:
 
     family: Mixture = Mixture("small", 2, 2, 4, 4, 4)  # noqa: RUF009
     widths: tuple[int, ...] = (4, 6, 8, 10, 12, 14, 16)
-    block: int = 4
+    block: int = 10
     window: int = 4
     warm: int = 200
     steps: int = CLAIMED

@@ -51,8 +51,11 @@ ones. The quick form of *anbn-speed* has slots half as wide, so that full RTRL t
 """
 
 TASKS: dict[str, Task] = {
-    "anbn": AnBn(), "haystack": Haystack(12), "small anbn": AnBn((4, 5), (3,)), "small haystack": Haystack(3),
-}  # fmt: skip
+    "anbn": AnBn(),
+    "haystack": Haystack(12),
+    "small anbn": AnBn((2,), (3,), slack=1),
+    "small haystack": Haystack(3, lengths=(6, 7)),
+}
 """The tasks by name."""
 
 
@@ -194,6 +197,7 @@ def show(m: Ratios) -> Shown:
             ),
             Table("The router on this stream", ["what", "value"], seen),
         ],
+        model=f"RecurrentMoE, P = {m.parameters:,}, H = {mixture.hidden}, {task.name}, T = {config.steps}, one seed",
     )
 
 
@@ -316,7 +320,8 @@ def _measure(config: Config, settings: Settings) -> Ratios:
         run = runs[name] = TaskRun(stream, declares, config.deliver, options)
         counts = [count_macs(partial(run.advance, n)) for n in ([1] * steps if name == "full" else [steps])]
         macs[name] = sum(counts) / steps
-        failures += check_gradients(run.gradients(), rough[steps], f"{name}, float32", ROUGH)[1]
+        if any(bool(step.has_target.any()) for step in stream.steps[:steps]):  # else there is no gradient yet
+            failures += check_gradients(run.gradients(), rough[steps], f"{name}, float32", ROUGH)[1]
         if name == "full":  # at a delivery two steps are processed, so those are left out
             most = max(count for t, count in enumerate(counts) if (t + 1) % config.deliver)
             if not least <= most <= 1.6 * least:
@@ -343,11 +348,19 @@ anbn = claim(
     claimed="2.72 × faster than full updates (d_model 64, 8 slots, 16 experts, 50 steps)",
     threshold="≥ 2.72 × by the clock",
     quick=Config(
-        2.72, replace(SPEED, name="speed, half as wide", d_model=32), "anbn", False, full_steps=3, full_blocks=False
+        2.72,
+        replace(SPEED, name="speed, half as wide", d_model=32),
+        "anbn",
+        False,
+        10,
+        steps=20,
+        full_steps=3,
+        full_blocks=False,
     ),
     full=Config(2.72, SPEED, "anbn", updates=300, steps=64, full_steps=3, full_blocks=False, narrow=8, rounds=3),
     verdict=verdict,
     show=show,
+    question="clock",
     void=VOID,
     explanation=EXPLANATION.format(claimed=2.72, sizes="d_model 64, 8 slots, 16 experts", task="aⁿbⁿ"),
     small=Config(2.72, Mixture("small", 2, 2, 8, 4, 6), "small anbn", False, 2, 2, 8, 8, True, 8, 4, 4, 1),
@@ -358,10 +371,11 @@ haystack = claim(
     "haystack-speed",
     claimed="1.51 × faster than full updates (d_model 32, 4 slots, 8 experts)",
     threshold="≥ 1.51 × by the clock",
-    quick=Config(1.51, problems.HAYSTACK, "haystack"),
+    quick=Config(1.51, problems.HAYSTACK, "haystack", updates=10, steps=16, full_steps=16, full_blocks=False),
     full=Config(1.51, problems.HAYSTACK, "haystack", updates=300, steps=128, full_steps=64, narrow=8, rounds=5),
     verdict=verdict,
     show=show,
+    question="clock",
     void=VOID,
     explanation=EXPLANATION.format(claimed=1.51, sizes="d_model 32, 4 slots, 8 experts", task="the haystack"),
     small=Config(1.51, Mixture("small", 7, 3, 4, 4, 6), "small haystack", False, 2, 2, 8, 8, True, 8, 4, 4, 1),
