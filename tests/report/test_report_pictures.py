@@ -184,7 +184,7 @@ def test_runs_become_their_median_and_their_spread() -> None:
     assert (found.y, found.low, found.high) == ([2, 5], [1, 4], [3, 9])
 
 
-@pytest.mark.parametrize("kind", ["line", "points", "raster"])
+@pytest.mark.parametrize("kind", ["line", "raster"])
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize(
     ("x", "y"),
