@@ -130,19 +130,28 @@ def _check(made: object, where: str) -> None:
         for name, values in (("y", made.y), ("low", made.low), ("high", made.high)):
             if len(values) != len(made.x) and (name == "y" or made.low or made.high):
                 _refuse(values, _inside(where, name), f"as many numbers as x has, {len(made.x)}, not {len(values)}")
-    elif isinstance(made, ClaimResult) and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}", made.id):
-        _refuse(made.id, _inside(where, "id"), "an id of letters, digits, _ and -, for it names files and sections")
+    elif isinstance(made, ClaimResult):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}", made.id):
+            _refuse(made.id, _inside(where, "id"), "an id of letters, digits, _ and -, for it names files and sections")
+        if made.measured:
+            _check_time(made.measured, _inside(where, "measured"))
+        if not set(made.noticed) <= set(made.tried):
+            _refuse(made.noticed, _inside(where, "noticed"), "names that are among those of tried")
     elif isinstance(made, Record):
-        try:
-            datetime.fromisoformat(made.created)
-        except ValueError:
-            _refuse(made.created, _inside(where, "created"), "a time such as 2026-01-31T12:00:00+00:00")
+        _check_time(made.created, _inside(where, "created"))
         if not made.claims:
             _refuse(made.claims, _inside(where, "claims"), "at least one claim")
         ids = [claim.id.casefold() for claim in made.claims]
         for i, claim in enumerate(made.claims):
             if ids[i] in ids[:i]:
                 raise ConfigError(f"{where}: two claims are called {claim.id!r}; ids must differ, not only in case")
+
+
+def _check_time(value: str, where: str) -> None:
+    try:
+        datetime.fromisoformat(value)
+    except ValueError:
+        _refuse(value, where, "a time such as 2026-01-31T12:00:00+00:00")
 
 
 def _text(value: object, where: str) -> str:
