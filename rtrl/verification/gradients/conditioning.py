@@ -224,7 +224,7 @@ def show(m: Models) -> Shown:
     threshold=f"norm ≤ {NORM:g}, error ≤ {ROUNDING:g}",
     quick=Config(),
     full=Config(
-        span=1024, updates=150, checkpoints=(4, 16, 64, 256, 1024), d_model=CLAIMED_WIDTH, hidden=2 * CLAIMED_WIDTH,
+        span=512, updates=100, checkpoints=(4, 16, 64, 256, 512), d_model=CLAIMED_WIDTH, hidden=2 * CLAIMED_WIDTH,
     ),
     small=Config(16, 1, (8, 16), 4, 2, compared=16),
     verdict=verdict,

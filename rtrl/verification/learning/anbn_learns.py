@@ -65,11 +65,12 @@ class SideBySide:
     block: int
     window: int
     hidden: int | None = None  # hidden widths; twice the width by default
+    held_out_n: tuple[int, ...] = (99,)  # a part of the stream's seed alone: no string of these n is taken
 
     def run(self, seed: int, rate: float, settings: Settings) -> Parting:
         """Take the updates."""
         cell = make_mixture(self.width, self.hidden or 2 * self.width, seed, torch.float64)
-        task = AnBn(self.train_n, (max(self.train_n) + 1,), 3)
+        task = AnBn(self.train_n, self.held_out_n, 3)
 
         def block_rtrl(cell: nn.Module, batch_size: int) -> BlockRTRL:  # audits would run the cell besides
             return BlockRTRL(cell, batch_size, block=self.block, window=self.window, audit="off")
@@ -293,7 +294,7 @@ _SMALL_N = {"train_n": (1, 2, 4), "between_n": (3,), "beyond_n": (5, 6), "slack"
             Training(DENSE, 8, 1, ("BlockRTRL",)),
             Training(LSTM, 8, 3),
         ),
-        SideBySide(8, 300, 32, (1, 2, 4, 5), 5, 8, 8),
+        SideBySide(8, 300, 32, (1, 2, 4, 5), 5, 8, 8, (3, 6, 7)),
         evaluation_steps=1000,
     ),
     small=Config(SideBySide(8, 2, 2, (8, 10), 2, 4, 8)),

@@ -185,7 +185,7 @@ def show(m: Picture) -> Shown:
     claimed="one can see which parameters are active when (left open)",
     threshold="all that is active is in the picture; no expert is dead",
     quick=Config(),
-    full=Config(steps=4000, drawn=600, proven=10, d_model=CLAIMED_WIDTH, hidden=2 * CLAIMED_WIDTH),
+    full=Config(steps=3000, drawn=600, proven=10, d_model=CLAIMED_WIDTH, hidden=2 * CLAIMED_WIDTH),
     small=Config(steps=240, drawn=40, proven=20, rate=2e-2, compared=False),
     verdict=verdict,
     show=show,
