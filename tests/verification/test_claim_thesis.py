@@ -1,4 +1,4 @@
-"""The claim about a sparse mixture on a long stream: its verdict from planted outcomes, its parts, and breaks."""
+"""The claim about a sparse mixture on a long stream: its verdict from planted outcomes, and its parts."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,13 +7,9 @@ import pytest
 import torch
 
 from rtrl.learners import TBPTT
-from rtrl.verification import matrix, runner
-from rtrl.verification.claim import Settings
 from rtrl.verification.thesis import sides
 from rtrl.verification.thesis.signal import Signal
 from rtrl.verification.thesis.sparse_stream import Config, Sides, measure
-
-SMALL = Settings(small=True)
 
 
 def outcome(rtrl: float = 1.0, tbptt: float = 0.25, steps: int = 100_000, **changes: Any) -> Sides:
@@ -37,13 +33,6 @@ def outcome(rtrl: float = 1.0, tbptt: float = 0.25, steps: int = 100_000, **chan
 def test_verdicts(m: Sides, verdict: str, words: str) -> None:
     found = measure.judge(m)
     assert (found.name, words in found.condition) == (verdict, True), found
-
-
-def test_it_is_measured_in_small_and_notices_a_break() -> None:
-    (found,) = runner.measure([measure], SMALL)
-    assert found.finding.failures == []
-    assert all(table.rows for table in found.finding.tables[:2])
-    assert matrix.attempt(measure, found.finding, "truncate", SMALL).noticed
 
 
 def test_the_signal_is_asked_for_after_the_gap() -> None:
