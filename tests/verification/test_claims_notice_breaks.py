@@ -16,6 +16,10 @@ def alone(claim: Claim[Any, Any]) -> Any:
     (outcome,) = runner.measure([claim], SMALL)
     found = record.entry(outcome)
     assert found.failures == []
+    for table in found.tables:
+        assert table.rows and all(len(row) == len(table.columns) for row in table.rows), table.title
+    for plot in found.plots:
+        assert all(len(series.x) == len(series.y) > 0 for series in plot.series), plot.title
     return found
 
 

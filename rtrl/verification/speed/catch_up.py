@@ -39,10 +39,10 @@ class Config:
     """The lengths that are counted; which of them are timed, and at which H; k of the experts; slot width; rounds."""
 
     lengths: tuple[int, ...] = (10, 100, 1000)
-    timed: tuple[tuple[int, int], ...] = ((100, 128), (1000, 32))
+    timed: tuple[tuple[int, int], ...] = ((100, 128), (1000, 128))
     k: int = 32
     width: int = 2
-    rounds: int = 3
+    rounds: int = 2
 
     @property
     def at_claimed_size(self) -> bool:
