@@ -76,11 +76,11 @@ def _answer(name: Question, found: Sequence[ClaimResult], mode: str) -> Answer:
 
 
 def _together(claims: Sequence[ClaimResult]) -> Verdict:
-    """Their common verdict; of several "holds when". Claims that were not measured have a say only among themselves."""
-    measured = [claim.verdict for claim in claims if not claim.verdict.startswith("not measured")]
-    verdicts = set(measured or [claim.verdict for claim in claims])
+    """Their common verdict; of several "holds when", so that a claim that was not measured leaves no plain yes."""
+    verdicts = {claim.verdict for claim in claims}
     if len(verdicts) == 1:
         return verdicts.pop()
+    measured = any(not verdict.startswith("not measured") for verdict in verdicts)
     return "holds when" if measured else "not measured at the claimed size"
 
 
@@ -93,8 +93,9 @@ def _findings(claims: Sequence[ClaimResult]) -> list[str]:
     for verdict in _SEVEREST_FIRST:
         for claim in claims:
             if claim.verdict == verdict and claim.condition:
-                joint = " " if verdict == "holds when" else ": "
-                return [*lines, _sentence(f"{claim.id} {verdict}{joint}{claim.condition}")]
+                said = f"was {verdict}:" if verdict.startswith("not measured") else verdict
+                said = f"{verdict}:" if verdict == "does not hold" else said
+                return [*lines, _sentence(f"{claim.id} {said} {claim.condition}")]
     more = f"{others[0].id}: {others[0].result}" if others else f"The threshold was: {first.threshold}"
     return [*lines, _sentence(more)]
 

@@ -14,7 +14,7 @@ from report_samples import NASTY, nasty, sample
 from report_samples import claim as claim_of
 
 from rtrl._utils.code_digest import installed_code
-from rtrl.report import cards, render_page, tables
+from rtrl.report import cards, questions, render_page, tables
 from rtrl.report.load import record as read
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -102,6 +102,22 @@ def test_five_questions_come_first() -> None:
         assert words in text
     headings = re.findall(r"<h([1-4])", html())
     assert all(int(after) <= int(before) + 1 for before, after in itertools.pairwise(headings)), headings
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "word"),
+    [
+        (["holds", "holds"], "Yes"),
+        (["holds", "not measured"], "In part"),
+        (["holds", "not measured at the claimed size"], "In part"),
+        (["does not hold", "holds when"], "In part"),
+        (["does not hold"], "No"),
+        (["not measured at the claimed size", "not measured"], "Not measured at the claimed size"),
+    ],
+)
+def test_a_plain_yes_needs_every_claim(verdicts: list[str], word: str) -> None:
+    claims = [claim_of(f"c{i}", verdict, question="rivals") for i, verdict in enumerate(verdicts)]
+    assert questions.answers(read({**sample(), "claims": claims}))[-1].word == word
 
 
 def test_a_record_without_questions_and_faults_has_no_such_sections() -> None:

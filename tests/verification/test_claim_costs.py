@@ -44,6 +44,7 @@ def test_each_is_measured_in_small(claim: Claim[Any, Any]) -> None:
     assert finding.verdict != "not measured"
     assert finding.result
     assert finding.threshold
+    assert "H = " in finding.model or "dormant" in finding.model or "P = " in finding.model
     assert (
         (finding.verdict == "holds") == (finding.condition == "")
         or finding.verdict == "holds when"

@@ -229,7 +229,6 @@ def show(m: Models) -> Shown:
     small=Config(16, 1, (8, 16), 4, 2, compared=16),
     verdict=verdict,
     show=show,
-    question="exact",
     void="the gradients that were compared are not those of BPTT",
     noticed_breaks=("truncate", "forget-dormant-losses", "reverse-products", "no-catch-up", "off-by-one"),
 )  # fmt: skip
