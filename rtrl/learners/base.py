@@ -118,6 +118,9 @@ class Learner(NewestStepQueries, PortableLearner):
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 return self.step(x, replay=replay)
+        return self._take_step(x, replay)
+
+    def _take_step(self, x: Any, replay: Sparsity | None) -> Any:
         if self._damage is not None:
             self._check_intact()
         self._check_parameters()
@@ -160,6 +163,9 @@ class Learner(NewestStepQueries, PortableLearner):
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 return self.unroll(xs)
+        return self._take_steps(xs)
+
+    def _take_steps(self, xs: Any) -> Any:
         self._check_intact()
         self._check_parameters()
         steps = count_steps(xs)
@@ -214,6 +220,9 @@ class Learner(NewestStepQueries, PortableLearner):
         Cost:
             The loss's own backward pass.
         """
+        self._add_loss(loss)
+
+    def _add_loss(self, loss: Tensor) -> None:
         self._check_intact()
         newest = self._open_steps[-1] if self._open_steps else None
         losses.add_loss(loss, newest, self._seen_losses, self._steps_taken - 1)

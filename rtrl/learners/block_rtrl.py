@@ -33,11 +33,12 @@ from rtrl.learners.carried_slots import CarriedSlots, by_slot
 from rtrl.learners.closing import BlockCloser, Carried, span_of
 from rtrl.learners.exclusive import exclusive
 from rtrl.learners.single_steps import SingleSteps
+from rtrl.learners.skipping import OnNonFinite, SkippingLearner
 from rtrl.learners.state import LearnerState
 from rtrl.learners.witness import YOURS_IS_RIGHT
 
 
-class BlockRTRL(Learner):
+class BlockRTRL(SkippingLearner):
     """Carry exact gradients of a recurrent cell forward in memory that does not grow with the number of steps.
 
     A dormant slice of a parameter is left as it is. The ``(Φ, v)`` of the blocks since its last update are kept in a
@@ -70,6 +71,10 @@ class BlockRTRL(Learner):
             independent rows, the influence is kept on the rows that each parameter reaches; every later block is held
             against what was found. "off" keeps it on the whole state. What ``find_structure`` of another learner of
             this cell returned is taken without looking, and held against every block.
+        on_nonfinite: "raise" raises a ``NonFiniteError`` at NaN and infinity. "skip" goes on as if the step had not
+            been taken: with NaN or infinity in x, y, the next state or a loss given to ``backward``, this one step
+            (all of an ``unroll``); in what is found when a block closes, all of its steps, for they cannot be told
+            apart. ``skipped_steps`` counts them. What their losses gave to other tensors than y at once, stays.
 
     Attributes:
         block: the number of steps that are processed together.
@@ -118,11 +123,14 @@ class BlockRTRL(Learner):
         state: Tensor | None = None,
         audit: AuditMode = 1000,
         structure: Literal["find", "off"] | Structure = "find",
+        on_nonfinite: OnNonFinite = "raise",
     ) -> None:
         if not isinstance(structure, Structure):
             validation.choice("structure", structure, ["find", "off"])
         validation.choice("input_grad", input_grad, [None, "block"])
+        validation.choice("on_nonfinite", on_nonfinite, ["raise", "skip"])
         super().__init__(cell, batch_size, state=state)
+        self.on_nonfinite, self.skipped_steps = on_nonfinite, 0
         self._keeps_x = input_grad is not None
         self._auditor = Auditor(audit, self.cell, self._parameters)
         if block == "auto":
@@ -287,6 +295,14 @@ class BlockRTRL(Learner):
         self._damage = None
 
     def _close(self) -> None:
+        try:
+            self._close_block()
+        except NonFiniteError:
+            if self.on_nonfinite == "raise" or self._damage is not None or not self._open_steps:
+                raise
+            self._skip_block()
+
+    def _close_block(self) -> None:
         if not self._keeps_x or not any(step.sources for step in self._open_steps):
             super()._close()
             return
@@ -521,6 +537,7 @@ class BlockRTRL(Learner):
             **self._carried.state_dict(),
             "structured": self._linearizer.structured,
             "one_step": self._single.state_dict(),
+            "skipped_steps": self.skipped_steps,
         }
 
     def _load_buffers(self, loaded: LearnerState) -> dict[str, Any]:
@@ -536,7 +553,7 @@ class BlockRTRL(Learner):
             rows.load_state_dict(loaded.buffers)
             _check_blocks(rows.now, processed)
             self._linearizer.structured = structured
-            return {"_carried": rows, "_processed": processed}
+            return {"_carried": rows, "_processed": processed, "skipped_steps": _count_of(loaded.buffers)}
         slots = "slots" in loaded.buffers
         if slots and loaded.buffers["slots"] != loaded.state.shape[1]:
             raise ConfigError(f"the saved influence is that of {loaded.buffers['slots']!r} slots")
@@ -546,12 +563,19 @@ class BlockRTRL(Learner):
         carried: Carried = CarriedSlots(inner, self.batch_size) if slots else inner
         has_influences, has_history = bool(inner.influences), inner.history is not None
         between = loaded.steps_taken > 0 and not has_history and not loaded.open_steps  # dormant slices up to date
-        if not between and len({loaded.steps_taken > 0, has_influences, has_history}) != 1:
+        first_skipped = has_influences and has_history and not loaded.steps_taken
+        if not (between or first_skipped) and len({loaded.steps_taken > 0, has_influences, has_history}) != 1:
             raise ConfigError("the parts of the saved learner do not fit together")
         self._linearizer.structured = structured
         single = SingleSteps(self.cell, self._parameters)
         single.load_state_dict(loaded.buffers.get("one_step", []))
-        return {"_carried": carried, "_single": single, "_processed": processed}
+        skipped = {"skipped_steps": _count_of(loaded.buffers)}
+        return {"_carried": carried, "_single": single, "_processed": processed, **skipped}
+
+
+def _count_of(buffers: Mapping[str, Any]) -> int:
+    """The number of steps that a saved learner skipped."""
+    return validation.integer("skipped_steps", buffers.get("skipped_steps", 0), least=0)
 
 
 def _check_blocks(blocks: int, steps: int) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rtrl._engine import deferred
 from rtrl._engine.block import BlockResult
 from rtrl._influence.catch_up import catch_up
 from rtrl._influence.history import History
 from rtrl._influence.store import ParameterInfluence
 from rtrl.cells.protocol import Sparsity
-from rtrl.errors import ConfigError
+from rtrl.errors import ConfigError, NonFiniteError
 from rtrl.learners.audit import Auditor, BlockAudit
 from rtrl.learners.store_checks import ResetCheck, StoreCheck
 from rtrl.learners.witness import DormantWitness
@@ -133,7 +134,28 @@ class CarriedInfluence:
         self.history = History(self._window if self._lazy and sliced else 1, written, touched, self._state, self._start)
 
     def stage(self, result: BlockResult, audit: BlockAudit | None, span: str) -> None:
-        """Nothing is computed beside the influence: it is changed in place."""
+        """Refuse a block that may make an influence overflow, before it is changed in place.
+
+        Raises:
+            NonFiniteError: naming the parameter.
+
+        Cost: a pass over the influences, on a CPU; elsewhere nothing.
+        """
+        jacobian = result.transition.jacobian
+        if not deferred.on_host(jacobian) or not jacobian.numel():
+            return
+        growth = max(1.0, torch.linalg.matrix_norm(jacobian, torch.inf).max().item())
+        limit = torch.finfo(jacobian.dtype).max / 16 / growth
+        for name, influence in self.influences.items():
+            if not influence.values.numel():
+                continue
+            largest = torch.linalg.vector_norm(influence.values, torch.inf).item()
+            if not largest < limit:
+                raise NonFiniteError(
+                    f"the influence of parameter {name!r} explodes: its entries are up to {largest:.1e} before {span}, "
+                    f"which may make them {growth:.1e} times as large. The state's dynamics are unstable; clip or "
+                    "decay the recurrent weights, or restart samples"
+                )
 
     def add(self, result: BlockResult, audit: BlockAudit | None) -> None:
         """Add a block; what its audit found, if it was audited, is checked against what is then carried."""

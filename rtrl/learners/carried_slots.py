@@ -84,7 +84,8 @@ class CarriedSlots:
                 self.carried.add_first({name: by_slot})
 
     def stage(self, result: SlotBlockResult, audit: BlockAudit | None, span: str) -> None:
-        """Nothing is computed beside the influence: it is changed in place."""
+        """Refuse a block that may make an influence overflow, before it is changed in place."""
+        self.carried.stage(result.block, None, span)
 
     def add(self, result: SlotBlockResult, audit: BlockAudit | None) -> None:
         """Add a block; what its audit found, if it was audited, is checked against what is then carried."""
