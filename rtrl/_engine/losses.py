@@ -54,8 +54,17 @@ def add_loss(loss: Any, newest: RecordedStep | None, seen_losses: list["weakref.
             checks.check_finite(f"the gradient of the loss at {where}", gradient, step)
     seen = weakref.ref(loss)
     parameter_hooks.accumulate(leaves, gradients)
-    newest.with_grad = newest.count_grads()
+    newest.with_grad = _with_grad(outputs)
     seen_losses.append(seen)
+
+
+def _with_grad(leaves: Sequence[Tensor]) -> int:
+    """How many of the leaves have a gradient."""
+    count = 0
+    for leaf in leaves:
+        if leaf.grad is not None:
+            count += 1
+    return count
 
 
 def check_none_was_removed(steps: Iterable[RecordedStep]) -> None:
@@ -65,7 +74,7 @@ def check_none_was_removed(steps: Iterable[RecordedStep]) -> None:
         LossError: naming the first of them.
     """
     for step in steps:
-        if step.with_grad and step.count_grads() < step.with_grad:
+        if step.with_grad and _with_grad(step.leaves) < step.with_grad:
             raise LossError(
                 f"a loss was added at step {step.number}, and then the .grad of its y was removed, where the loss is "
                 "kept until the block closes. Put it back, or give the block up by reset(discard=True); leave y.grad "

@@ -127,22 +127,27 @@ def accumulate(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> 
     Hooks of ``register_post_accumulate_grad_hook`` fire now. If there is an error, every ``.grad`` is what it was
     before.
     """
-    pairs = [(leaf, gradient) for leaf, gradient in zip(leaves, gradients, strict=True) if gradient is not None]
-    hooked = [(leaf, gradient) for leaf, gradient in pairs if leaf._post_accumulate_grad_hooks]
-    plain = pairs if not hooked else [pair for pair in pairs if not pair[0]._post_accumulate_grad_hooks]
-    # Copies: what autograd returns may be a view, an expanded scalar, or a tensor that others hold.
-    sums = [(leaf, g.clone() if leaf.grad is None else (leaf.grad + g).detach()) for leaf, g in plain]
-    before = [(leaf, leaf.grad) for leaf, _ in plain]
+    plain: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    hooked: list[tuple[Tensor, Tensor]] = []
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        if gradient is None:
+            continue
+        if leaf._post_accumulate_grad_hooks:
+            hooked.append((leaf, gradient))
+            continue
+        before = leaf.grad
+        # A copy: what autograd returns may be a view, an expanded scalar, or a tensor that others hold.
+        plain.append((leaf, gradient.clone() if before is None else (before + gradient).detach(), before))
     held = HeldGrads(leaves) if hooked else None
     try:
         if hooked:
             with hooks_suspended(leaves):
                 torch.autograd.backward([leaf for leaf, _ in hooked], [g.detach().clone() for _, g in hooked])
-        for leaf, total in sums:
+        for leaf, total, _ in plain:
             leaf.grad = total
     except BaseException:
-        for leaf, grad in before:
-            leaf.grad = grad
+        for leaf, _, before in plain:
+            leaf.grad = before
         if held is not None:
             held.give_back()
         raise

@@ -69,10 +69,6 @@ class RecordedStep:
         """Whether a loss was added at this step."""
         return any(leaf.grad is not None for leaf in self.leaves)
 
-    def count_grads(self) -> int:
-        """Return how many of the leaves have a gradient."""
-        return sum([leaf.grad is not None for leaf in self.leaves])
-
     def continued(self, h: Tensor) -> Tensor:
         """Return h, the state that the step before reached, with the constants of samples that restarted here."""
         if self.restarted is None:

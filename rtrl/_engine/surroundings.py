@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from rtrl._engine.parameter_hooks import hooks_suspended
-from rtrl._utils import undo
+from rtrl._utils.undo import CHANGES
 from rtrl.errors import CellError, ConfigError
 
 any_autocast = torch._C._is_any_autocast_enabled
@@ -60,7 +60,7 @@ def _linearizing(hooked: list[Tensor], compiled: bool) -> Iterator[None]:
 
 
 _function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
-_transforms = torch._C._functorch.get_dynamic_layer_stack_depth
+_grad_enabled, _transforms = torch.is_grad_enabled, torch._C._functorch.get_dynamic_layer_stack_depth
 
 Switches = tuple[bool, int, int, int, int]
 """What ``switches`` returns."""
@@ -68,7 +68,7 @@ Switches = tuple[bool, int, int, int, int]
 
 def switches() -> Switches:
     """Return what this thread has switched on: gradients, modes, functorch's transforms, changes to be undone."""
-    return torch.is_grad_enabled(), _function_modes(), _dispatch_modes(), _transforms(), undo.noted()
+    return _grad_enabled(), _function_modes(), _dispatch_modes(), _transforms(), CHANGES.number
 
 
 def switch_back(before: Switches) -> None:
@@ -80,7 +80,7 @@ def switch_back(before: Switches) -> None:
         torch._C._pop_torch_dispatch_stack()
     if _transforms() > transforms:
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(transforms)
-    undo.put_back(noted)
+    CHANGES.put_back(noted)
     torch._C._set_grad_enabled(grad)
 
 

@@ -118,6 +118,10 @@ class Learner(NewestStepQueries, PortableLearner):
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 return self.step(x, replay=replay)
+        return self._take_step(x, replay) if self.on_nonfinite == "raise" else self._step_or_skip(x, replay)
+
+    def _step_or_skip(self, x: Any, replay: Sparsity | None) -> Any:
+        """Take a step; one with NaN or infinity is skipped, by learners that do that."""
         return self._take_step(x, replay)
 
     def _take_step(self, x: Any, replay: Sparsity | None) -> Any:
@@ -163,6 +167,10 @@ class Learner(NewestStepQueries, PortableLearner):
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 return self.unroll(xs)
+        return self._take_steps(xs) if self.on_nonfinite == "raise" else self._steps_or_skip(xs)
+
+    def _steps_or_skip(self, xs: Any) -> Any:
+        """See ``_step_or_skip``."""
         return self._take_steps(xs)
 
     def _take_steps(self, xs: Any) -> Any:
@@ -220,6 +228,13 @@ class Learner(NewestStepQueries, PortableLearner):
         Cost:
             The loss's own backward pass.
         """
+        if self.on_nonfinite == "raise":
+            self._add_loss(loss)
+        else:
+            self._add_or_skip(loss)
+
+    def _add_or_skip(self, loss: Tensor) -> None:
+        """See ``_step_or_skip``."""
         self._add_loss(loss)
 
     def _add_loss(self, loss: Tensor) -> None:

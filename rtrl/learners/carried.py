@@ -142,14 +142,16 @@ class CarriedInfluence:
         Cost: a pass over the influences, on a CPU; elsewhere nothing.
         """
         jacobian = result.transition.jacobian
-        if not deferred.on_host(jacobian) or not jacobian.numel():
+        held = {name: influence.values for name, influence in self.influences.items() if influence.values.numel()}
+        if not deferred.on_host(jacobian) or not jacobian.numel() or not held:
             return
         growth = max(1.0, torch.linalg.matrix_norm(jacobian, torch.inf).max().item())
         limit = torch.finfo(jacobian.dtype).max / 16 / growth
-        for name, influence in self.influences.items():
-            if not influence.values.numel():
+        sizes = torch.stack(torch._foreach_norm(list(held.values()))).tolist()  # no entry is larger
+        for (name, values), size in zip(held.items(), sizes, strict=True):
+            if size < limit:
                 continue
-            largest = torch.linalg.vector_norm(influence.values, torch.inf).item()
+            largest = values.abs().max().item()  # the norm may have overflowed
             if not largest < limit:
                 raise NonFiniteError(
                     f"the influence of parameter {name!r} explodes: its entries are up to {largest:.1e} before {span}, "

@@ -44,6 +44,7 @@ class LearningRule(ABC):
     _finite_grads: dict[str, Tensor] | None = None  # the same object, as long as its gradients are known to be finite
     _damage: str | None  # what was not finished: set before the first change to what is carried, until the last one
     _broken_off_by: str | None = None  # the error that left ``_damage``
+    on_nonfinite: str = "raise"  # what is done about NaN and infinity: "raise", or "skip" the step
     _thread: int | None = None  # the thread in which a public method runs
 
     # ------------------------------------------------------------------ what all rules share

@@ -27,17 +27,14 @@ class SkippingLearner(Learner):
         skipped_steps: how many steps were skipped.
     """
 
-    on_nonfinite: OnNonFinite = "raise"
     skipped_steps: int = 0
     _skipped_leaves: tuple[Tensor, ...] = ()  # of the newest y that was skipped: losses there are ignored
 
-    def _take_step(self, x: Any, replay: Sparsity | None) -> Any:
-        if self.on_nonfinite == "raise":
-            return super()._take_step(x, replay)
+    def _step_or_skip(self, x: Any, replay: Sparsity | None) -> Any:
         self._close_full_block()
         before = self._steps_taken
         try:
-            return super()._take_step(x, replay)
+            return self._take_step(x, replay)
         except NonFiniteError:
             if self._damage is not None or self._steps_taken != before:
                 raise
@@ -45,13 +42,11 @@ class SkippingLearner(Learner):
             y, _, _ = call_cell(self._stepping, x, self._state.clone(), replay)
         return self._skipped(y, 1)
 
-    def _take_steps(self, xs: Any) -> Any:
-        if self.on_nonfinite == "raise":
-            return super()._take_steps(xs)
+    def _steps_or_skip(self, xs: Any) -> Any:
         self._close_full_block()
         before = self._steps_taken
         try:
-            return super()._take_steps(xs)
+            return self._take_steps(xs)
         except NonFiniteError:
             if self._damage is not None or self._steps_taken != before:
                 raise
@@ -62,16 +57,13 @@ class SkippingLearner(Learner):
                 ys.append(y)
         return self._skipped(pytrees.stack(ys), len(ys))
 
-    def _add_loss(self, loss: Tensor) -> None:
-        if self.on_nonfinite == "raise":
-            super()._add_loss(loss)
-            return
+    def _add_or_skip(self, loss: Tensor) -> None:
         if isinstance(loss, Tensor) and loss.requires_grad and self._skipped_leaves:
             skipped = set(map(id, self._skipped_leaves))
             if not checks.reached_leaves(loss).keys().isdisjoint(skipped):
                 return
         try:
-            super()._add_loss(loss)
+            self._add_loss(loss)
         except NonFiniteError:
             self._skip_newest()
 

@@ -608,7 +608,7 @@ for NAME, INFLUENCE in INFLUENCES.items():
     Bug(
         41,
         "the second loss of a step replaces the first",
-        (swap(accumulate, "(LEAF.grad + GRADIENT).detach()", "GRADIENT.detach()"),),
+        (swap(accumulate, "(BEFORE + GRADIENT).detach()", "GRADIENT.detach()"),),
         "learner: several losses per step",
     ),
     Bug(
@@ -786,9 +786,9 @@ READ = READS.shape[1] * SCORES.softmax(dim=-1).gather(1, READS).unsqueeze(-1) * 
         (
             swap(
                 accumulate,
-                "(LEAF, GRADIENT.clone() if OTHER else SUM)",
-                "(LEAF, torch.where((GRADIENT == 0).flatten(1).all(dim=1).reshape(-1, *[1] * (GRADIENT.ndim - 1)), "
-                "GRADIENT.sum(dim=0, keepdim=True), GRADIENT) if OTHER else SUM)",
+                "GRADIENT.clone() if OTHER else SUM",
+                "torch.where((GRADIENT == 0).flatten(1).all(dim=1).reshape(-1, *[1] * (GRADIENT.ndim - 1)), "
+                "GRADIENT.sum(dim=0, keepdim=True), GRADIENT) if OTHER else SUM",
             ),
         ),
         "learner: losses of single samples",
@@ -799,8 +799,8 @@ READ = READS.shape[1] * SCORES.softmax(dim=-1).gather(1, READS).unsqueeze(-1) * 
         (
             swap(
                 accumulate,
-                "(LEAF, GRADIENT.clone() if OTHER else SUM)",
-                "(LEAF, GRADIENT.clamp(-1000, 1000) if OTHER else SUM)",
+                "GRADIENT.clone() if OTHER else SUM",
+                "GRADIENT.clamp(-1000, 1000) if OTHER else SUM",
             ),
         ),
         "learner: losses of all scales",
