@@ -4,6 +4,7 @@ The functions on a ``StepBatch`` check what came of running its steps once more,
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from rtrl._engine.recorded import StepBatch
 from rtrl._engine.surroundings import RefuseUnsupported
 from rtrl._utils import index_sets, pytrees
 from rtrl._utils.functional_call import attributes, attributes_kept
+from rtrl._utils.undo import undone
 from rtrl.cells.protocol import OTHER_CHOICES, Sparsity, call_cell, same_choices
 from rtrl.cells.supported import original
 from rtrl.errors import CellError, NonFiniteError, SparsityError
@@ -61,7 +63,12 @@ def check_purity(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) ->
     versions = {what: [t._version for t in tensors] for what, tensors in watched.items()}
     grads = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in cell.parameters()]
     try:
-        with attributes_kept(cell, registered=False), RefuseUnsupported(), _NoRandomness():  # type: ignore[no-untyped-call]
+        with (
+            attributes_kept(cell, registered=False),
+            _dispatch_modes_kept(),
+            RefuseUnsupported(),
+            _NoRandomness(),  # type: ignore[no-untyped-call]
+        ):
             before = attributes(cell)
             call_cell(cell, x, h, replay)
             keeps = any(before.get(name) is not value for name, value in attributes(cell).items())
@@ -96,6 +103,17 @@ def check_purity(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) ->
             cell.get_submodule(owner)._buffers[leaf] = buffer
         torch.set_rng_state(rng_state)
         raise
+
+
+def _dispatch_modes_kept() -> AbstractContextManager[None]:
+    """A context that leaves no more modes of dispatch entered than there are."""
+    count = torch._C._len_torch_dispatch_stack()
+
+    def leave() -> None:
+        while torch._C._len_torch_dispatch_stack() > count:
+            torch._C._pop_torch_dispatch_stack()
+
+    return undone(leave)
 
 
 def _check_keeps_no_result(cell: nn.Module, x: Any, h: Tensor, replay: Sparsity | None) -> None:

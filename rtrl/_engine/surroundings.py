@@ -59,28 +59,20 @@ def _linearizing(hooked: list[Tensor], compiled: bool) -> Iterator[None]:
         yield
 
 
-_function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
-_grad_enabled, _transforms = torch.is_grad_enabled, torch._C._functorch.get_dynamic_layer_stack_depth
-
-Switches = tuple[bool, int, int, int, int]
-"""What ``switches`` returns."""
+function_modes = torch._C._len_torch_function_stack
 
 
-def switches() -> Switches:
-    """Return what this thread has switched on: gradients, modes, functorch's transforms, changes to be undone."""
-    return _grad_enabled(), _function_modes(), _dispatch_modes(), _transforms(), CHANGES.number
+def switch_back(grad: bool, modes: int, number: int) -> None:
+    """Switch back what an error left switched that struck as a context was being left.
 
-
-def switch_back(before: Switches) -> None:
-    """Switch back to what ``switches`` returned; for errors that strike as a context is being left."""
-    grad, function_modes, dispatch_modes, transforms, noted = before
-    while _function_modes() > function_modes:
+    Args:
+        grad: whether gradients were enabled.
+        modes: what ``function_modes`` returned.
+        number: of the changes noted by then, see ``CHANGES``.
+    """
+    while function_modes() > modes:
         torch._C._pop_torch_function_stack()
-    while _dispatch_modes() > dispatch_modes:
-        torch._C._pop_torch_dispatch_stack()
-    if _transforms() > transforms:
-        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(transforms)
-    CHANGES.put_back(noted)
+    CHANGES.put_back(number)
     torch._C._set_grad_enabled(grad)
 
 

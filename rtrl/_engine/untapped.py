@@ -13,6 +13,7 @@ from rtrl._utils.formatting import first_line
 from rtrl._utils.functional_call import check_substituted, functional_call
 from rtrl._utils.out_of_memory import is_out_of_memory
 from rtrl._utils.real_pairs import as_real
+from rtrl._utils.undo import undone
 from rtrl.cells.protocol import Sparsity, call_cell
 from rtrl.errors import PerformanceWarning, RTRLError
 
@@ -192,7 +193,13 @@ def _stacked(column: Sequence[Tensor | None]) -> Tensor | None:
 @contextmanager
 def _ignoring_slow_batching() -> Iterator[None]:
     """Silence PyTorch's warning that an operation without a batching rule is run once per sample: slow, not wrong."""
-    with warnings.catch_warnings():
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+
+    def leave_transforms() -> None:
+        if torch._C._functorch.get_dynamic_layer_stack_depth() > depth:
+            torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+
+    with undone(leave_transforms), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")
         yield
 

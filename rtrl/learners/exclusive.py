@@ -5,7 +5,10 @@ from functools import wraps
 from threading import get_ident
 from typing import Concatenate, ParamSpec, TypeVar
 
-from rtrl._engine.surroundings import switch_back, switches
+import torch
+
+from rtrl._engine.surroundings import function_modes, switch_back
+from rtrl._utils.undo import CHANGES
 from rtrl.errors import RTRLError
 from rtrl.learners.rule import LearningRule
 
@@ -30,7 +33,8 @@ def exclusive(
 
     @wraps(method)
     def call(self: _Learner, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        thread, before, damage, entered = get_ident(), switches(), self._damage, False
+        thread, grad, modes, number = get_ident(), torch.is_grad_enabled(), function_modes(), CHANGES.number
+        damage, entered = self._damage, False
         try:
             if self._thread is None:  # no call lies between this and the next line, so that no thread does
                 self._thread, entered = thread, True
@@ -42,7 +46,7 @@ def exclusive(
             return method(self, *args, **kwargs)
         except BaseException as error:
             if entered:
-                switch_back(before)
+                switch_back(grad, modes, number)
                 if self._damage is not None and self._damage is not damage:
                     self._broken_off_by = f"{type(error).__name__}: {error}"
             raise
