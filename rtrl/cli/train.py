@@ -121,9 +121,12 @@ def train(
             log = log or checkpoint.with_suffix(".jsonl")
             notes = Notes(steps, save_every, evaluate, str(log), None if tensorboard is None else str(tensorboard))
             session = started(settings, checkpoint, notes, overwrite)
+        code = session.run()
     except RTRLError as error:
         raise typer.BadParameter(printable(str(error))) from error
-    raise typer.Exit(session.run())
+    except KeyboardInterrupt:
+        code = 130
+    raise typer.Exit(code)
 
 
 def _options(flag: str, given: list[str] | None) -> dict[str, Any]:

@@ -126,6 +126,8 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 def at(tree: Any, path: tuple[Any, ...]) -> Any:
     for key in path:
+        if isinstance(tree, Tensor):
+            raise TypeError("a tensor has no parts")
         tree = tree[key]
     return tree
 

@@ -64,6 +64,8 @@ def begin(arguments: list[str], folder: Path) -> int:
         app(["train", *arguments], standalone_mode=True)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 71
+    except KeyboardInterrupt:  # beside the command
+        code = 130
     finally:
         sys.stderr.flush()
         os._exit(code)
