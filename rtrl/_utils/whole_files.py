@@ -31,7 +31,7 @@ def flush_folder(folder: Path) -> None:
         os.close(number)
 
 
-def replace_file(path: Path, half: Path, fill: Callable[[BinaryIO], None], *, previous: Path | None = None) -> None:
+def replace_file(path: Path, half: Path, fill: Callable[[BinaryIO], object], *, previous: Path | None = None) -> None:
     """Write a file beside its place, flush it to the disk and rename it: there is always the old one or the new one.
 
     Args:
@@ -104,7 +104,7 @@ class LockedFile:
         """Where the file is kept that the last write replaced."""
         return self.target.with_name(self.target.name + ".previous")
 
-    def write(self, fill: Callable[[BinaryIO], None]) -> None:
+    def write(self, fill: Callable[[BinaryIO], object]) -> None:
         """Replace the file, see ``replace_file``, and keep the old one as ``previous``.
 
         Args:

@@ -4,6 +4,7 @@ from rtrl.training.cell_factory import CELLS, load_cell, make_cell
 from rtrl.training.curve import Curve, Progress, Row
 from rtrl.training.evaluation import evaluate
 from rtrl.training.learner_factory import LEARNERS, make_learner
+from rtrl.training.parameter_file import load_parameters, save_parameters
 from rtrl.training.trainer import Trainer
 from rtrl.training.whole_run import train
 
@@ -16,7 +17,9 @@ __all__ = [
     "Trainer",
     "evaluate",
     "load_cell",
+    "load_parameters",
     "make_cell",
     "make_learner",
+    "save_parameters",
     "train",
 ]

@@ -1,6 +1,6 @@
 """Damage to saved runs: bits, sectors and fields are changed, and each file is refused or loads what was written.
 
-As a program, the long form: ``python tests/reliability/damage.py --files 1500 --fields 1500``.
+As a program, the long form: ``python tests/reliability/damage.py --each 110``.
 """
 
 import argparse
@@ -365,7 +365,7 @@ KINDS: dict[str, Make] = {"bytes": damaged_bytes, "fields": unforged, "forged fi
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--each", type=int, default=100, help="files of each kind and run")
+    parser.add_argument("--each", type=int, default=110, help="files of each kind and run")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     torch.set_num_threads(1)

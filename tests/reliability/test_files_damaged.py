@@ -4,7 +4,9 @@ import random
 from pathlib import Path
 
 import pytest
-from reliability import damage, kills
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from reliability import damage, fuzz_targets, kills
 
 from rtrl.errors import RTRLError
 
@@ -52,3 +54,10 @@ def test_killed_runs_end_as_if_they_had_not_been() -> None:
 def test_many_killed_runs_end_as_if_they_had_not_been() -> None:
     tally = kills.kill(300)
     assert tally.runs > 10 and tally.in_writes > 5, str(tally)
+
+
+@pytest.mark.parametrize("name", fuzz_targets.TARGETS)
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.binary(max_size=64))
+def test_what_reads_files_names_every_error(name: str, data: bytes) -> None:
+    fuzz_targets.TARGETS[name](data)

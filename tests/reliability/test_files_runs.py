@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,8 @@ from rtrl._utils import whole_files
 from rtrl._utils.plain_content import read_content, write_content
 from rtrl._utils.whole_files import LockedFile
 from rtrl.cli.app import app
-from rtrl.errors import FileError
-from rtrl.training import Trainer, run, trainer
+from rtrl.errors import ConfigError, FileError
+from rtrl.training import Trainer, load_parameters, make_cell, run, save_parameters, trainer
 from rtrl.training.logs import JsonLines
 
 SMALL = ["anbn", "--cell", "gru", "-C", "hidden=2", "--batch-size", "1", "--log-every", "2", "--evaluate", "0"]
@@ -436,3 +437,23 @@ def test_a_terminal_that_hangs_up_saves_the_run(monkeypatch: pytest.MonkeyPatch)
 def test_a_lock_needs_a_folder_that_can_be_written() -> None:
     with pytest.raises(FileError, match=r"no.where\.pt cannot be written"):
         LockedFile(Path("no/where.pt"))
+
+
+def test_parameters_go_through_a_file_of_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("safetensors")
+    cells = [make_cell("gru", 3, 2, seed=seed, hidden=4) for seed in (0, 1)]
+    save_parameters(cells[0], Path("cell.safetensors"))
+    load_parameters(cells[1], Path("cell.safetensors"))
+    assert all(torch.equal(a, b) for a, b in zip(*(cell.parameters() for cell in cells), strict=True))
+    with pytest.raises(ConfigError, match="other parameters"):
+        load_parameters(make_cell("lstm", 3, 2, hidden=4, layers=2), Path("cell.safetensors"))
+    with pytest.raises(ConfigError, match=r"must be \(15, 3\)"):
+        load_parameters(make_cell("gru", 3, 2, hidden=5), Path("cell.safetensors"))
+    Path("cell.safetensors").write_bytes(Path("cell.safetensors").read_bytes()[:-1])
+    with pytest.raises(FileError, match="damaged, or not a file of safetensors"):
+        load_parameters(cells[1], Path("cell.safetensors"))
+    with pytest.raises(FileError, match="cannot be read: No such file"):
+        load_parameters(cells[1], Path("nothing"))
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ConfigError, match=r"pip install 'rtrl\[safetensors\]'"):
+        save_parameters(cells[0], Path("cell.safetensors"))
