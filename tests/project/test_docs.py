@@ -161,13 +161,14 @@ def test_the_map_has_every_folder() -> None:
     assert [folder for folder in folders if f"`rtrl/{folder}/`" not in text] == []
 
 
-def test_tests_that_pin_a_limit_exist() -> None:
+@pytest.mark.parametrize("page", ["limits.md", "reliability.md"])
+def test_tests_that_pin_a_limit_or_keep_a_promise_exist(page: str) -> None:
     defined = {
         match
         for path in (ROOT / "tests").rglob("*.py")
         for match in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
-    pinned = re.findall(r"`(test_\w+)`", (DOCS / "limits.md").read_text(encoding="utf-8"))
+    pinned = re.findall(r"`(test_\w+)`", (DOCS / page).read_text(encoding="utf-8"))
     assert len(pinned) >= 12
     assert [test for test in pinned if test not in defined] == []
 
