@@ -224,7 +224,9 @@ class RowInfluence:
         Raises:
             ConfigError: it is damaged, or has another structure or dtype.
         """
-        parts = saved["parts"]
+        parts = saved["parts"] if isinstance(saved, Mapping) else None
+        if not isinstance(parts, Mapping) or not all(isinstance(part, Tensor) for part in parts.values()):
+            raise ConfigError("the saved influence is damaged: it is not given by groups of rows")
         if parts.keys() != self.parts.keys() or any(
             tuple(parts[a].shape) != tuple(part.shape) or parts[a].dtype != part.dtype for a, part in self.parts.items()
         ):

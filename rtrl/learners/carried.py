@@ -385,7 +385,7 @@ class CarriedInfluence:
             unknown -= self._parameters.keys()
         if influences and unknown:
             raise ConfigError("the saved influences are not those of this learner's parameters")
-        if not all(type(held["sliced"]) is bool for held in influences.values()):
+        if not all(isinstance(held, Mapping) and type(held["sliced"]) is bool for held in influences.values()):
             raise ConfigError("a saved influence does not say whether it is kept slice by slice")
         self.influences = {name: self._empty(name, held["sliced"]) for name, held in influences.items()}
         for name, influence in self.influences.items():

@@ -90,6 +90,10 @@ def in_dtype_of(saved: Any, present: Mapping[str, Any]) -> Any:
             values.
     """
     layout = saved["layout"]
+    if not isinstance(layout, Mapping) or not isinstance(layout["parameters"], Mapping):
+        raise ConfigError("the saved learner is damaged: its layout is not that of a learner")
+    if not isinstance(saved["buffers"], Mapping):
+        raise ConfigError("the saved learner is damaged: what its rule carries is not given by name")
     before, after = _dtype_of(layout), _dtype_of(present)
     if before is None or after is None or before == after:
         return saved

@@ -158,6 +158,9 @@ def load(path: Path, cell: str | None = None) -> tuple[Settings, Trainer, dict[s
                 f"{settings.cell} gives a cell with other parameters than the one that was saved in {path}; their "
                 "names, shapes and dtypes must be equal"
             )
+        groups = trainer.state_dict()["optimizer"]["param_groups"]
+        if digest(groups) != digest(content["trainer"]["optimizer"]["param_groups"]):
+            raise ConfigError(f"the optimizer saved in {path} has other settings than the run")
         trainer.load_state_dict(content["trainer"])
         if digest(trainer.state_dict()) != digest(content["trainer"]):
             raise ConfigError(f"{path} is damaged: it holds something that is not part of such a run")

@@ -139,7 +139,7 @@ def _check_number(name: str, value: Any, parameter: Tensor) -> None:
         return
     if isinstance(value, Tensor):
         fits = value.ndim == 0 or value.shape == parameter.shape
-        kind = value.is_floating_point() if value.ndim == 0 else value.dtype == parameter.dtype
+        kind = value.is_floating_point() and value >= 0 if value.ndim == 0 else value.dtype == parameter.dtype
         if fits and kind and bool(value.isfinite().all()):
             return
     raise ConfigError(f"{name!r} of the saved optimizer does not fit a parameter of shape {tuple(parameter.shape)}")

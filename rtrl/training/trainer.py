@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rtrl._utils import validation
@@ -20,6 +20,7 @@ from rtrl.training.curve import Curve, Row, Tally
 from rtrl.training.evaluation import check_answer, parameter_of
 from rtrl.training.saved_trainer import (
     check_cell_values,
+    check_like,
     check_optimizer,
     count_of,
     rows_from_plain,
@@ -86,7 +87,7 @@ class Trainer:
         self.cell, self.task = cell, task
         like = parameter_of(cell)
         self._stream = task.stream(batch_size, seed=seed, dtype=like.dtype, device=like.device)
-        self._try_out(task.stream(batch_size, seed=seed, dtype=like.dtype, device=like.device))
+        self._x = self._try_out(task.stream(batch_size, seed=seed, dtype=like.dtype, device=like.device))
         self._learner = learner(cell, batch_size)
         self._parameters = [p for p in cell.parameters() if p.requires_grad]
         self._optimizer = optimizer(self._parameters)
@@ -96,8 +97,8 @@ class Trainer:
         self._tally = Tally()
         self._since_update, self._has_loss = 0, False  # steps, and whether there was a loss, since the last update
 
-    def _try_out(self, stream: Any) -> None:
-        """Take one step forward, so that parts that do not fit are refused before training."""
+    def _try_out(self, stream: Any) -> Tensor:
+        """Take one step forward, so that parts that do not fit are refused before training; return its x."""
         task_step = next(stream)
         h = first_state(self.cell, self.batch_size)
         try:
@@ -111,6 +112,8 @@ class Trainer:
                 f"{task_step.x.dtype}: {error}"
             ) from error
         check_answer(y, self.task, self.batch_size)
+        x: Tensor = task_step.x
+        return x
 
     @property
     def learner(self) -> Learner:
@@ -247,6 +250,8 @@ class Trainer:
             taken = saved["learner"].get("steps_taken", steps)
             if taken != steps:
                 raise ConfigError(f"the saved trainer has taken {steps} steps, but its learner {taken!r}")
+            for step in saved["learner"].get("open_steps", []):
+                check_like("x of a saved step", step["x"], self._x)
             self._take_over(saved)
             self._learner.load_state_dict(saved["learner"])
         except BaseException as error:
