@@ -148,7 +148,7 @@ def leak(patch: Patch) -> None:
 
     def leaks(learner: BlockRTRL) -> None:
         if learner.steps_taken >= LEAK_FROM:
-            leaked.append(torch.ones(250_000))
+            leaked.append(torch.ones(250_000, device=learner.state.device))
 
     _at_closing(patch, leaks)
 

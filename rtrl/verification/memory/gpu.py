@@ -81,6 +81,7 @@ def _device(settings: Settings) -> str:
     verdict=verdict,
     show=show,
     question="memory",
+    noticed_breaks=("leak", "keep-states"),
 )
 def measure(config: Config, settings: Settings) -> Peaks:
     """Take the allocator's peaks, where there is a device."""
