@@ -196,7 +196,7 @@ def hostile(value: Any, draws: random.Random) -> list[Any]:
             dict(enumerate(value)),
         ]
     elif isinstance(value, str):
-        anything += [value + " ", value.upper(), value * 1000]
+        anything += [value + " ", value.upper(), value * (1000 if len(value) < 100 else 1)]
     elif isinstance(value, int | float):
         anything += [value + 1, -value - 1, float(value), str(value), value * 1000 + 7]
     return anything
