@@ -229,6 +229,16 @@ def test_who_knows_the_task_solves_it(name: str, held_out: bool) -> None:
     assert score == 1 if task.measure == "accuracy" else score <= task.solved and score < 1e-10
 
 
+def test_the_corridor_says_nothing_about_the_sign() -> None:
+    """Neither the size of a number nor its last bit goes with the sign."""
+    steps = take(tasks.make("tmaze", corridor=3).stream(1000, seed=2), 5)
+    sign = steps[0].x[:, 1]
+    for step in steps[1:-1]:
+        number = step.x[:, 2].double()
+        for bit in ((number * 2**19).floor() % 2, number > 0.5):
+            assert abs(float((bit.double() == sign).double().mean()) - 0.5) < 0.08
+
+
 def test_who_knows_the_pictures_solves_the_digits() -> None:
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     for by in ("row", "pixel"):
