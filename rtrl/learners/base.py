@@ -360,14 +360,14 @@ class Learner(NewestStepQueries, PortableLearner):
         self._damage = None
 
     def _discard(self, first: Tensor, influence: dict[str, Tensor]) -> None:
-        """Begin again at a first state and its influence by parameter, whatever was left half changed."""
+        """Begin again at a first state and its influence by parameter; what was left half changed is dropped."""
         self._guard.check([])
         self._damage = "a reset that discards was not finished"
         self._give_up_block()
         if self._guard.toggled:
             self._guard.adopt()
             self._prepare()
-        self._start_anew()
+        self._start_clean()
         self._pending_grads, self._finite_grads, self._first_influence = {}, None, influence
         self._state = first
         self._damage = None

@@ -73,8 +73,9 @@ class BlockRTRL(SkippingLearner):
             this cell returned is taken without looking, and held against every block.
         on_nonfinite: "raise" raises a ``NonFiniteError`` at NaN and infinity. "skip" goes on as if the step had not
             been taken: with NaN or infinity in x, y, the next state or a loss given to ``backward``, this one step
-            (all of an ``unroll``); in what is found when a block closes, all of its steps, for they cannot be told
-            apart. ``skipped_steps`` counts them. What their losses gave to other tensors than y at once, stays.
+            (all of an ``unroll``); in what is found when a block closes, all of its steps, since nothing says
+            which of them it was. ``skipped_steps`` counts them. What their losses gave at once to tensors other than y
+            stays.
 
     Attributes:
         block: the number of steps that are processed together.
@@ -508,7 +509,7 @@ class BlockRTRL(SkippingLearner):
         self._carried.clear(samples, discard)
         self._processed = self._steps_taken
 
-    def _start_anew(self) -> None:
+    def _start_clean(self) -> None:
         if isinstance(self._carried, CarriedRows):
             self._carried = self._empty_rows(self._carried.structure)
         elif self._linearizer.goes_by_slot(self._state):

@@ -1,4 +1,4 @@
-"""Calls of a learner: one at a time, and whatever breaks one off, the process stays as it was."""
+"""Calls of a learner: one at a time, and however one ends, the process stays as it was."""
 
 from collections.abc import Callable
 from functools import wraps

@@ -186,8 +186,8 @@ class InfluenceLearner(ReplayingLearner):
             value.masked_fill(samples.reshape(-1, *[1] * (value.ndim - 1)), 0.0) for value in self._carried
         )
 
-    def _start_anew(self) -> None:
-        super()._start_anew()
+    def _start_clean(self) -> None:
+        super()._start_clean()
         self._n_theta = sum(map(real_numbers, self._parameters.values()))
         self._carried = self._first()
 

@@ -225,7 +225,7 @@ class ReplayingLearner(Learner):
 
     @abstractmethod
     def _process_step(self, step: ReplayedStep) -> None:
-        """Process a step that accepts no more losses; whatever can fail comes before ``_change``, all changes after."""
+        """Process a step that accepts no more losses; what can fail comes before ``_change``, changes after it."""
 
     def _check_dtype_may_change(self) -> None:
         if self._kept_steps:
@@ -276,7 +276,7 @@ class ReplayingLearner(Learner):
     def _clear(self, samples: Tensor, discard: bool) -> None:
         self._constant_state = self._constant_state | samples
 
-    def _start_anew(self) -> None:
+    def _start_clean(self) -> None:
         self._constant_state = torch.ones_like(self._constant_state)
         self._snapshot, self._kept_steps = None, []
 

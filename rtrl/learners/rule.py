@@ -175,8 +175,8 @@ class LearningRule(ABC):
         first."""
         return
 
-    def _start_anew(self) -> None:
-        """Carry what a new learner of the present ``_parameters`` carries, whatever was left half changed."""
+    def _start_clean(self) -> None:
+        """Carry what a new learner of the present ``_parameters`` carries; what was left half changed is dropped."""
         self._clear(torch.ones(self.batch_size, dtype=torch.bool, device=self._state.device), True)
 
     def _held_bytes(self) -> dict[str, int]:

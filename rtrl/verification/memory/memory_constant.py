@@ -124,7 +124,7 @@ def show(m: Bytes) -> Shown:
     verdict=verdict,
     show=show,
     question="memory",
-    small=Config(checkpoints=(50, 150, 200, 300), block=4, gru=(50, 100, 200)),
+    small=Config(checkpoints=(50, 150, 200, 300), block=4, gru=(50, 100, 150, 200)),
     noticed_breaks=("leak", "keep-states", "uncounted-influence"),
 )
 def measure(config: Config, settings: Settings) -> Bytes:
