@@ -224,7 +224,7 @@ _ELEMENTS = {
         binary_cross_entropy_with_logits""",
     ),
     **_aten(_inputs(3), "index_add scatter_add index_reduce"),
-    **_aten(_lists, "_foreach_add"),
+    **_aten(_lists, "_foreach_add _foreach_norm"),
     **_aten(_put, "index_put _unsafe_index_put _index_put_impl"),
 }
 

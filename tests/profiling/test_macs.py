@@ -95,6 +95,7 @@ ELEMENTWISE: dict[str, tuple[Callable[[], Any], int]] = {
     "mean": (lambda: ones(3, 4).mean(dim=0), 12),
     "cumsum": (lambda: ones(3, 4).cumsum(dim=0), 12),
     "foreach_add": (lambda: torch._foreach_add_([ones(3, 4), ones(5)], [ones(3, 4), ones(5)]), 17),
+    "foreach_norm": (lambda: torch._foreach_norm([ones(3, 4), ones(5)]), 17),
     "index_add": (lambda: ones(9, 4).index_add(0, torch.tensor([1, 1, 2]), ones(3, 4)), 12),
     "scatter_add": (lambda: ones(9, 4).scatter_add(0, torch.zeros(3, 4, dtype=torch.int64), ones(3, 4)), 12),
     "index_put, adding": (lambda: ones(9, 4).index_put((torch.tensor([1, 1, 2]),), ones(3, 4), accumulate=True), 12),
