@@ -154,14 +154,15 @@ def test_anbn_learns_judges(rows: Any, apart: float, verdict: str, words: str) -
     assert bool(runs.failures) == (apart != 0.0)
 
 
-@pytest.mark.parametrize(("before", "fails"), [(9e-5, False), (2e-4, True), (math.nan, True)])
+@pytest.mark.parametrize(("before", "fails"), [(9e-13, False), (2e-12, True), (math.nan, True)])
 def test_weights_may_part_only_where_a_choice_differs(before: float, fails: bool) -> None:
-    parted = parting.Parting([1e-9, before, 0.1], [0, 0, 3])
+    parted = parting.Parting([1e-14, before, 0.1], [0, 0, 3])
     assert parted.first_flip == 3
     runs = anbn_learns.Runs(config=ANBN, beside=parting.Parting([0.0], [0]), parting=parted)
     assert bool(runs.failures) == fails
     (line,) = parting.parting_plot("", {"a": parted}).vertical_lines
     assert line.x == 3 and parting.Parting([0.1], [0]).before_flip == 0.1
+    assert parting.Parting([1e-3], [0]).steepest > 1e11  # a wrong first update
 
 
 @pytest.mark.parametrize("sizes", [{}, {"topk": 4, "read_slots": 4}])

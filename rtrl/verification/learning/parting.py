@@ -5,6 +5,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from torch import nn
 
@@ -13,6 +14,9 @@ from rtrl.report.model import Plot, VerticalLine
 from rtrl.verification.harness.routing_watch import WatchRouting
 from rtrl.verification.harness.training_runs import EpisodeTrainer, MakeLearner, TrainingConfig, distance, episodes
 from rtrl.verification.show import plot
+
+ROUNDING = 1e-15
+"""A relative distance that is rounding, whatever the learner."""
 
 
 @dataclass
@@ -35,8 +39,21 @@ class Parting:
     @property
     def before_flip(self) -> float:
         """The largest distance after an update before that one: what rounding alone has grown to; NaN if one is."""
-        distances = self.apart if self.first_flip is None else self.apart[: self.first_flip - 1]
+        distances = self._before()
         return math.nan if any(map(math.isnan, distances)) else max(distances, default=0.0)
+
+    @property
+    def steepest(self) -> float:
+        """The largest factor by which the distance grew in one update before that one; NaN if a distance is.
+
+        Distances below ``ROUNDING`` count as that, the distance before the first update too.
+        """
+        distances = [ROUNDING, *(max(distance, ROUNDING) for distance in self._before())]
+        factors = [after / before for before, after in pairwise(distances)]
+        return math.nan if math.isnan(self.before_flip) else max(factors, default=1.0)
+
+    def _before(self) -> list[float]:
+        return self.apart if self.first_flip is None else self.apart[: self.first_flip - 1]
 
 
 def part(
