@@ -32,7 +32,7 @@ from rtrl._engine.losses import add_loss, check_loss, loss_cotangents
 from rtrl._engine.mixing import _separating_subsets, taps_mixing_samples
 from rtrl._engine.optimizer_watch import OptimizerWatch
 from rtrl._engine.parameter_guard import ParameterGuard
-from rtrl._engine.parameter_hooks import accumulate, has_hooks, hooks_suspended
+from rtrl._engine.parameter_hooks import _check_can_be_added_to, accumulate, has_hooks, hooks_suspended
 from rtrl._engine.probe import ProbeWeights
 from rtrl._engine.recorded import StepBatch, join_steps
 from rtrl._engine.reverse_sweep import (
@@ -62,6 +62,7 @@ from rtrl._influence.structure import RowMap, Structure
 from rtrl._influence.transition import Transition, compose, flush_subnormals
 from rtrl._utils.functional_call import check_substituted
 from rtrl._utils.index_sets import zero
+from rtrl._utils.out_of_memory import is_out_of_memory
 from rtrl._utils.real_pairs import is_continuous, unpaired
 from rtrl.cells import RecurrentMoE, Stack
 from rtrl.cells.complex_state import RealState
@@ -76,6 +77,8 @@ from rtrl.learners.carried import CarriedInfluence
 from rtrl.learners.carried_rows import CarriedRows
 from rtrl.learners.layer_local import LayerLocal
 from rtrl.learners.replayed_step import ParameterSnapshot, ReplayedStep
+from rtrl.learners.rule import LearningRule
+from rtrl.learners.skipping import SkippingLearner
 from rtrl.learners.state import step_to_plain
 
 Function = Callable[..., Any]
@@ -1390,5 +1393,29 @@ READ = READS.shape[1] * SCORES.softmax(dim=-1).gather(1, READS).unsqueeze(-1) * 
         "a coupling that begins after steps are processed at once goes unnoticed",
         (wrong(_as_expected, lambda check: lambda *args: True),),
         "single_steps_that_open",
+    ),
+    Bug(
+        150,
+        "gradients are delivered up to the first that cannot be",
+        (wrong(_check_can_be_added_to, idle),),
+        "half_a_delivery",
+    ),
+    Bug(
+        151,
+        "a learner goes on from a block that was added in part",
+        (wrong(LearningRule._check_intact, idle),),
+        "half_a_block",
+    ),
+    Bug(
+        152,
+        "memory that runs out counts as an input that the cell does not take",
+        (wrong(is_out_of_memory, lambda check: lambda error: False),),
+        "memory_that_runs_out",
+    ),
+    Bug(
+        153,
+        "a skipped step leaves its state behind",
+        (swap(SkippingLearner._skip, "state.clone()", "self._state.clone()"),),
+        "skipped_steps",
     ),
 ]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from complex_checks import COMPLEX_CHECKS
+from fault_checks import FAULT_CHECKS
 from helpers.analytic_cells import TwoMaps
 from helpers.plain_autograd import assert_exact
 from helpers.running import run
@@ -396,6 +397,7 @@ CHECKS: dict[str, Check] = {
             tiny_losses,
         )
     },
+    **FAULT_CHECKS,
     **LIFECYCLE_CHECKS,
     **STRUCTURE_CHECKS,
     **USER_CELL_CHECKS,
