@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import wraps
 from threading import get_ident
+from traceback import clear_frames
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -46,6 +47,8 @@ def exclusive(
             return method(self, *args, **kwargs)
         except BaseException as error:
             if entered:
+                if not isinstance(error, Exception):  # contexts that Ctrl-C left half left are closed now, not later
+                    clear_frames(error.__traceback__)
                 switch_back(grad, modes, number)
                 if self._damage is not None and self._damage is not damage:
                     self._broken_off_by = f"{type(error).__name__}: {error}"
