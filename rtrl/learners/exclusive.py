@@ -18,6 +18,17 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
+def _close_contexts(error: BaseException | None) -> None:
+    """Close what Ctrl-C left half left: now, and not when its frames are freed. Other errors keep their frames."""
+    chain: list[BaseException] = []
+    while error is not None:
+        chain.append(error)
+        error = error.__context__
+    if not all(isinstance(each, Exception) for each in chain):
+        for each in chain:
+            clear_frames(each.__traceback__)
+
+
 def exclusive(
     method: Callable[Concatenate[_Learner, _Arguments], _Result],
 ) -> Callable[Concatenate[_Learner, _Arguments], _Result]:
@@ -47,8 +58,7 @@ def exclusive(
             return method(self, *args, **kwargs)
         except BaseException as error:
             if entered:
-                if not isinstance(error, Exception):  # contexts that Ctrl-C left half left are closed now, not later
-                    clear_frames(error.__traceback__)
+                _close_contexts(error)
                 switch_back(grad, modes, number)
                 if self._damage is not None and self._damage is not damage:
                     self._broken_off_by = f"{type(error).__name__}: {error}"
