@@ -16,7 +16,7 @@ from rtrl.verification.harness.training_runs import EpisodeTrainer, MakeLearner,
 from rtrl.verification.show import plot
 
 ROUNDING = 1e-15
-"""A relative distance that is rounding, whatever the learner."""
+"""A relative distance that is rounding, for any learner."""
 
 
 @dataclass
