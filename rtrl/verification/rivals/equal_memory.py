@@ -84,6 +84,7 @@ class Pair:
         layers: of the cell.
         hidden: units of a layer.
         updates: the most updates of a run.
+        tuning: the updates by which each rule's rate is chosen, enough for the best rate to learn something.
     """
 
     cell: str
@@ -92,6 +93,7 @@ class Pair:
     layers: int = 1
     hidden: int = 6
     updates: int = 120
+    tuning: int = 24
 
     @property
     def label(self) -> str:
@@ -133,7 +135,6 @@ class Config:
     pairs: tuple[Pair, ...] = (Pair("RTU", "T-maze", (4, 24), hidden=4, updates=60),)
     rules: tuple[str, ...] = RIVALS  # those beside `BlockRTRL`
     rates: tuple[float, ...] = (0.03, 0.1)  # of Adam, to choose from
-    tuning: int = 20  # updates by which the rate is chosen
     seeds: int = 3  # counted from the settings' seed
     batch_size: int = 16  # B
     block: int = 4  # of `BlockRTRL`
@@ -291,7 +292,7 @@ def _choose_rate(name: str, pair: Pair, task: Task, horizon: int, config: Config
     if n == 1:
         return config.rates[0]
     rule = make_rule(name, Copies([pair.make_cell(seed)] * n), horizon, seed)
-    runs = train_copies(rule, task, config.batch_size, [seed] * n, config.rates, config.tuning, lambda n: None)
+    runs = train_copies(rule, task, config.batch_size, [seed] * n, config.rates, pair.tuning, lambda n: None)
     sign = 1 if task.measure == "accuracy" else -1
     best = max(range(n), key=lambda k: (-(runs[k].solved or ALL_STEPS), sign * runs[k].recent))
     return config.rates[best]
@@ -495,9 +496,9 @@ def _model(m: Cases) -> str:
 
 _FULL = (
     Pair("RTU", "T-maze", (8, 24, 64)),
-    Pair("LRU", "copy", (6, 30), hidden=8, updates=150),
-    Pair("ElementwiseLSTM", "adding", (8, 24), hidden=8, updates=250),
-    Pair("MinGRU", "haystack", (6, 48), layers=2, hidden=4, updates=200),
+    Pair("LRU", "copy", (6, 30), hidden=8, updates=150, tuning=75),
+    Pair("ElementwiseLSTM", "adding", (8, 24), hidden=8, updates=250, tuning=60),
+    Pair("MinGRU", "haystack", (6, 48), layers=2, hidden=4, updates=200, tuning=120),
 )
 
 
@@ -506,7 +507,7 @@ _FULL = (
     claimed="cells with independent rows learn by exact RTRL what truncated BPTT of the same bytes does not",
     threshold="beyond the window that the bytes buy, BlockRTRL solves more runs, and at least half",
     quick=Config(),
-    full=Config(_FULL, rates=(0.01, 0.03, 0.1), tuning=24, seeds=5),
+    full=Config(_FULL, rates=(0.01, 0.03, 0.1), seeds=5),
     small=Config(
         (Pair("RTU", "T-maze", (16,), hidden=3, updates=60),), (TRUNCATED,), (0.1,), seeds=1, block=2, rounds=1
     ),
