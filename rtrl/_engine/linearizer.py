@@ -25,6 +25,7 @@ from rtrl._engine.slot_linearization import NotBySlot, linearize_slots
 from rtrl._engine.unitwise import UnitwisePattern, find_pattern
 from rtrl._influence.structure import Structure
 from rtrl._utils.real_pairs import RealForms
+from rtrl._utils.stack_level import users_level
 from rtrl.cells.analytic import HasAnalyticStep
 from rtrl.cells.protocol import takes_replay
 from rtrl.cells.row_groups import declares_independent_slots
@@ -156,7 +157,7 @@ class Linearizer:
                     f"{batches[0].span}: the slots are independent, but {error}. The influence is kept on the whole "
                     "state, which takes longer",
                     PerformanceWarning,
-                    stacklevel=8,
+                    stacklevel=users_level(),
                 )
                 return None
         parameters = RealForms(self._parameters)

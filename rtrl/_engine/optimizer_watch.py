@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from rtrl._utils.stack_level import users_level
+
 _LOST = 3  # deliveries without use, before a warning
 _IDLE = 100  # optimizer steps without a gradient, before a warning
 
@@ -47,8 +49,7 @@ class OptimizerWatch:
         if self.lost >= _LOST:
             self._warn(
                 f"the gradients that sync() delivered were erased {self.lost} times before the optimizer stepped: "
-                "it found none, and the parameters do not learn. Call sync(), then optimizer.step(), then zero_grad()",
-                stacklevel=5,
+                "it found none, and the parameters do not learn. Call sync(), then optimizer.step(), then zero_grad()"
             )
 
     def check_idle(self) -> None:
@@ -56,13 +57,12 @@ class OptimizerWatch:
         if self.lost is not None and self.idle >= _IDLE:
             self._warn(
                 f"an optimizer has stepped {self.idle} times without a gradient, while losses of this learner wait: "
-                "call sync() before optimizer.step()",
-                stacklevel=6,
+                "call sync() before optimizer.step()"
             )
 
-    def _warn(self, text: str, stacklevel: int) -> None:
+    def _warn(self, text: str) -> None:
         self.lost = None  # once
-        warnings.warn(text, stacklevel=stacklevel)
+        warnings.warn(text, stacklevel=users_level())
 
     def step(self, optimizer: torch.optim.Optimizer, *, done: bool) -> None:
         """Take note of an optimizer that is about to step, or has done so."""

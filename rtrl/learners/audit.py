@@ -18,6 +18,7 @@ from rtrl._engine.slot_block import SlotBlockResult
 from rtrl._engine.unrolled import PulledBlock, pull_back_unrolled
 from rtrl._utils import validation
 from rtrl._utils.real_pairs import RealForms
+from rtrl._utils.stack_level import users_level
 from rtrl.errors import AuditError, ConfigError, PerformanceWarning, RTRLError
 
 AuditMode = Literal["first", "off"] | int
@@ -224,7 +225,7 @@ class Auditor:
                 f"{span}: {first_mismatch}, compared with plain autograd of the cell. From now on the cell is "
                 f"linearised in a slower way, which agrees: {fallback}",
                 PerformanceWarning,
-                stacklevel=8,
+                stacklevel=users_level(),
             )
         self.audits = self.audits.with_one_more(worst, fallback)
         _note(worst)

@@ -22,6 +22,7 @@ from rtrl._utils import pytrees, validation
 from rtrl._utils.formatting import first_line
 from rtrl._utils.out_of_memory import is_out_of_memory
 from rtrl._utils.real_pairs import RealForms, as_real
+from rtrl._utils.stack_level import users_level
 from rtrl.cells.protocol import Sparsity
 from rtrl.errors import AuditError, ConfigError, NonFiniteError, PerformanceWarning
 from rtrl.learners.audit import AuditMode, Auditor, Audits, Result
@@ -357,7 +358,7 @@ class BlockRTRL(SkippingLearner):
                     f"{span_of(self._open_steps)}: not enough memory to process them at once ({reason}); they are "
                     "processed in smaller pieces. A smaller block takes less memory",
                     PerformanceWarning,
-                    stacklevel=6,
+                    stacklevel=users_level(),
                 )
             size = (len(steps) + 1) // 2
 
@@ -434,7 +435,7 @@ class BlockRTRL(SkippingLearner):
                 f"{span}: the quicker way to process a single step gives another result than the one for blocks. From "
                 "now on the learner takes the slower way, which was audited",
                 PerformanceWarning,
-                stacklevel=7,
+                stacklevel=users_level(),
             )
         else:
             self._pending_grads = before

@@ -88,6 +88,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
 ) -> None:
     rest = ("--learner", learner, "--steps", 20)
     assert train(*SMALL, *rest, "--checkpoint", "straight.pt").exit_code == 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where a shell runs this in the background
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     at_step(monkeypatch, 7, lambda: signal.raise_signal(number))
     stopped = train(*SMALL, *rest, "--checkpoint", "stopped.pt")

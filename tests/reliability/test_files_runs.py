@@ -423,7 +423,7 @@ def test_a_terminal_that_hangs_up_saves_the_run(monkeypatch: pytest.MonkeyPatch)
         return step(self)
 
     monkeypatch.setattr(Trainer, "step", hang_up)
-    before = signal.getsignal(signal.SIGHUP)
+    ignored, before = signal.signal(signal.SIGHUP, signal.SIG_DFL), signal.SIG_DFL  # nohup ignores it
     result = train(*SMALL, "--steps", 8)
     assert result.exit_code == 129 and "Stopped after step 4, and saved." in said(result)
     assert run.load(Path("rtrl-anbn.pt"))[1].steps_taken == 4 and signal.getsignal(signal.SIGHUP) == before
@@ -431,7 +431,7 @@ def test_a_terminal_that_hangs_up_saves_the_run(monkeypatch: pytest.MonkeyPatch)
     try:
         assert train("--resume", "rtrl-anbn.pt").exit_code == 0  # as under nohup
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGHUP, ignored)
 
 
 def test_a_lock_needs_a_folder_that_can_be_written() -> None:

@@ -16,6 +16,7 @@ from rtrl._influence.segment_tree import CircularSegmentTree, Node
 from rtrl.learners.block_rtrl import BlockRTRL
 from rtrl.learners.carried import CarriedInfluence
 from rtrl.learners.carried_rows import CarriedRows
+from rtrl.learners.closing import BlockCloser
 from rtrl.verification.broken.fault import Patch, break_, original
 
 LEAK_FROM = 200
@@ -113,13 +114,13 @@ def one_by_one(patch: Patch) -> None:
 @break_("linearize-twice")
 def linearize_twice(patch: Patch) -> None:
     """Every block is linearised twice, and the first result thrown away."""
-    closed = original(BlockRTRL, "_closed")
+    close = original(BlockCloser, "close")
 
-    def twice(self: BlockRTRL) -> Any:
-        closed(self)
-        return closed(self)
+    def twice(self: BlockCloser, *args: Any) -> Any:
+        close(self, *args)
+        return close(self, *args)
 
-    patch(BlockRTRL, "_closed", twice)
+    patch(BlockCloser, "close", twice)
 
 
 def _at_closing(patch: Patch, also: Callable[[BlockRTRL], None]) -> None:
