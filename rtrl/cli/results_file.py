@@ -46,5 +46,5 @@ class ResultsFile:
 
 
 def command() -> str:
-    """Return the command line of this process, without the folder of the program."""
-    return shlex.join(["rtrl", *sys.argv[1:]])
+    """Return the command line of this process, without the folders of the program and of absolute paths."""
+    return shlex.join(["rtrl", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 import rtrl
 from rtrl.cli.app import app
+from rtrl.cli.results_file import command
 from rtrl.report import load_record
 from rtrl.verification import breaks, record, registry
 from rtrl.verification.claim import Claim, Judgement, Measurements, NotMeasured, Settings, Shown, claim
@@ -287,3 +289,8 @@ def test_bad_usage(arguments: list[str], message: str) -> None:
     assert result.exit_code == 2, result.output
     assert message in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
     assert calls == []
+
+
+def test_the_command_on_record_does_not_say_where_it_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/rtrl", "verify", "--json", "/home/me/results.json", "--only", "a/b"])
+    assert command() == "rtrl verify --json results.json --only a/b"
