@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtrl._engine import deferred
 from rtrl._engine.block import BlockResult
 from rtrl._influence.catch_up import catch_up
 from rtrl._influence.history import History
 from rtrl._influence.store import ParameterInfluence
 from rtrl.cells.protocol import Sparsity
-from rtrl.errors import ConfigError, NonFiniteError
+from rtrl.errors import ConfigError
 from rtrl.learners.audit import Auditor, BlockAudit
+from rtrl.learners.explosion import ExplosionCheck
 from rtrl.learners.store_checks import ResetCheck, StoreCheck
 from rtrl.learners.witness import DormantWitness
 
@@ -53,6 +53,7 @@ class CarriedInfluence:
         self.history: History | None = None
         self.accumulated_until = 0
         self._witness: DormantWitness | None = None
+        self._explosion = ExplosionCheck()
 
     # ------------------------------------------------------------------ inspection
 
@@ -139,25 +140,9 @@ class CarriedInfluence:
         Raises:
             NonFiniteError: naming the parameter.
 
-        Cost: a pass over the influences, on a CPU; elsewhere nothing.
+        Cost: see ``ExplosionCheck``.
         """
-        jacobian = result.transition.jacobian
-        held = {name: influence.values for name, influence in self.influences.items() if influence.values.numel()}
-        if not deferred.on_host(jacobian) or not jacobian.numel() or not held:
-            return
-        growth = max(1.0, torch.linalg.matrix_norm(jacobian, torch.inf).max().item())
-        limit = torch.finfo(jacobian.dtype).max / 16 / growth
-        sizes = torch.stack(torch._foreach_norm(list(held.values()))).tolist()  # no entry is larger
-        for (name, values), size in zip(held.items(), sizes, strict=True):
-            if size < limit:
-                continue
-            largest = values.abs().max().item()  # the norm may have overflowed
-            if not largest < limit:
-                raise NonFiniteError(
-                    f"the influence of parameter {name!r} explodes: its entries are up to {largest:.1e} before {span}, "
-                    f"which may make them {growth:.1e} times as large. The state's dynamics are unstable; clip or "
-                    "decay the recurrent weights, or restart samples"
-                )
+        self._explosion.check(self.influences, result.transition.jacobian, span)
 
     def add(self, result: BlockResult, audit: BlockAudit | None) -> None:
         """Add a block; what its audit found, if it was audited, is checked against what is then carried."""
@@ -387,6 +372,7 @@ class CarriedInfluence:
             raise ConfigError("the saved influences are not those of this learner's parameters")
         if not all(isinstance(held, Mapping) and type(held["sliced"]) is bool for held in influences.values()):
             raise ConfigError("a saved influence does not say whether it is kept slice by slice")
+        self._explosion = ExplosionCheck()
         self.influences = {name: self._empty(name, held["sliced"]) for name, held in influences.items()}
         for name, influence in self.influences.items():
             influence.load_state_dict(influences[name])

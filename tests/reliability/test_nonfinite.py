@@ -124,3 +124,33 @@ def test_an_influence_that_explodes_is_named_before_it_overflows() -> None:
     learner.reset(discard=True)
     learner.step(torch.ones(1, 2))
     assert bool(torch.isfinite(learner.influence("weight")).all())
+
+
+def test_influences_of_stable_dynamics_are_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    norms = torch._foreach_norm
+    monkeypatch.setattr(torch, "_foreach_norm", lambda values, *order: looks.append(1) or norms(values, *order))
+    learner = rtrl.BlockRTRL(rtrl.cells.from_torch(nn.RNNCell(2, 3)), 1, block=2)
+    for _ in range(2 * 100):
+        learner.step(torch.ones(1, 2))
+    assert 3 <= len(looks) <= 5
+
+
+@pytest.mark.parametrize("steep", [1.5, 2.0**11, 2.0**30])
+def test_an_explosion_is_named_however_steep_and_late_it_is(steep: float) -> None:
+    cell = _Unstable()
+    learner = rtrl.BlockRTRL(cell, 1, block=2, structure="off")
+    cell.mix.mul_(0.1)
+    for _ in range(2 * 70):
+        learner.step(torch.ones(1, 2))
+    learner.sync()
+    cell.mix.mul_(steep / float(cell.mix.max()))
+
+    def take_many() -> None:
+        for _ in range(500):
+            learner.step(torch.zeros(1, 2))
+
+    with pytest.raises(NonFiniteError, match="explodes"):
+        take_many()
+    learner.reset(discard=True)
+    learner.step(torch.ones(1, 2))
